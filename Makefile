@@ -1,0 +1,69 @@
+# make demo          export the demo model, check it, ask it about a picture, draw what it kept
+# make test          lint, types, all tests
+# make test-fast     the same without the tests that take minutes (full-size models)
+# make test-pythons  the runtime's tests under Python 3.10 with numpy 1.26 and under 3.13
+# make format        format the code
+#
+# Everything is installed into .venv, in the versions of constraints.txt.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find export runtime calibration -name __pycache__ -prune -o -type f -print | sort)
+PIP_QUIET := --quiet --disable-pip-version-check
+DEMO_BUNDLE := demo-bundle
+DEMO_PICTURE := runtime/demo/pictures/scene-1.jpg
+DEMO_QUESTION := "What digit is there?"
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: demo test test-fast test-pythons lint types format clean
+
+demo: $(VENV)/linked
+	$(BIN)/vzip export --model demo --tokens 43 -o $(DEMO_BUNDLE)
+	$(BIN)/vzip check $(DEMO_BUNDLE)
+	$(BIN)/vzip ask $(DEMO_BUNDLE) $(DEMO_PICTURE) $(DEMO_QUESTION)
+	$(BIN)/vzip show $(DEMO_BUNDLE) $(DEMO_PICTURE) -o demo-overlay.png
+
+test: lint types
+	$(PYTEST)
+
+test-fast: lint types
+	$(PYTEST) -m "not slow"
+
+lint: $(VENV)/linked
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/linked
+	$(BIN)/mypy
+
+format: $(VENV)/linked
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The environment of a Jetson with JetPack 6, and the newest: no torch, no onnx, numpy 1 and 2.
+test-pythons: .venv-3.10/ready .venv-3.13/ready
+	for version in 3.10 3.13; do \
+	  VZIP_TEST_BACKENDS=onnxruntime .venv-$$version/bin/python -m pytest tests/runtime tests/contract \
+	    || exit 1; \
+	done
+
+.venv-3.10/ready: NUMPY := numpy==1.26.4
+.venv-3.13/ready: NUMPY := numpy>=2
+.venv-%/ready: pyproject.toml $(SOURCES)
+	test -x .venv-$*/bin/python || python$* -m venv .venv-$*
+	.venv-$*/bin/pip install $(PIP_QUIET) "$(NUMPY)" pytest '.[cpu]'
+	touch $@
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install $(PIP_QUIET) -c constraints.txt -e '.[dev]'
+	touch $@
+
+# A strict editable install links every file: new files need it once more (pyproject.toml).
+$(VENV)/linked: $(VENV)/installed $(SOURCES)
+	$(BIN)/pip install $(PIP_QUIET) --no-deps --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf .venv .venv-3.10 .venv-3.13 build *.egg-info $(DEMO_BUNDLE) demo-overlay.png
