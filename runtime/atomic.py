@@ -1,0 +1,193 @@
+"""Folders and files that appear whole or not at all, whatever kills the process that writes them.
+
+A folder is written beside its target under a hidden name, flushed to the disk, and takes the
+target's name in one system call. The hidden folder is locked (flock) by the process that writes it:
+the kernel drops the lock with the process, so the next writer of the same target can tell what a
+dead one left behind from what a living one is working on.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Final
+
+TEMPORARY: Final = ".vzip-tmp"
+ASIDE: Final = ".vzip-old"
+
+_UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV}
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+class StagedFolder:
+    """A hidden folder beside `target` that is to take its place.
+
+    Attributes:
+        target: The folder that `commit` creates or replaces.
+        path: The hidden folder, empty at first.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        _sweep(target)
+        self.path, self._lock = _make_locked(target)
+
+    def commit(self) -> None:
+        """Flush the folder to the disk and let it take the target's place.
+
+        Where the kernel can exchange two folders (Linux), no moment exists at which the target is
+        absent. Elsewhere the old folder is moved aside first and removed last; a process killed in
+        between leaves it complete, under its name with `ASIDE` at the end.
+
+        Raises:
+            OSError: The disk is full, the folder is read-only, … : the target is as it was.
+        """
+        # onnx writes files of weights that only their owner may read; the folder has the umask's.
+        mode = self.path.stat().st_mode & 0o666
+        for entry in self.path.iterdir():
+            entry.chmod(mode)
+            _flush(entry)
+        _flush(self.path)
+        if os.path.lexists(self.target):
+            replaced = _replace(self.path, self.target)
+        else:
+            self.path.rename(self.target)  # fails, as it should, if something appeared there
+            replaced = None
+        _flush(self.target.parent)
+        if replaced is not None:
+            _remove(replaced)
+
+    def close(self) -> None:
+        """Remove what was not committed and drop the lock; closing twice does nothing."""
+        if self._lock is not None:
+            _remove(self.path)
+            os.close(self._lock)
+            self._lock = None
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write `data` to a hidden sibling of `path`, flush it and let it take the place of `path`.
+
+    Raises:
+        OSError: It could not be written; `path` is as it was and nothing is left beside it.
+    """
+    temporary = _hidden(path, TEMPORARY)
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush(path.parent)
+
+
+def is_temporary(path: Path) -> bool:
+    """Return whether `path` has a name that only this module gives."""
+    return path.name.startswith(".") and path.name.endswith(TEMPORARY)
+
+
+def _hidden(target: Path, ending: str) -> Path:
+    """Return a new hidden name beside `target`."""
+    return target.with_name(f".{target.name}.{os.urandom(4).hex()}{ending}")
+
+
+def _make_locked(target: Path) -> tuple[Path, int | None]:
+    """Create the hidden folder and lock it; the mode is the umask's, as for any folder."""
+    while True:
+        path = _hidden(target, TEMPORARY)
+        path.mkdir()
+        lock = os.open(path, os.O_RDONLY)
+        if _try_lock(lock) is not False and path.exists():
+            return path, lock
+        # Another writer took it for a dead one's, in the moment before it was locked.
+        os.close(lock)
+
+
+def _try_lock(descriptor: int) -> bool | None:
+    """Lock a folder without waiting: False if another process has it, None without locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # Windows, some network file systems: nothing is swept there
+        return None
+    return True
+
+
+def _sweep(target: Path) -> None:
+    """Remove hidden folders that writers of `target` left when they were killed."""
+    for path in target.parent.glob(f".{_escaped(target.name)}.*{TEMPORARY}"):
+        if path.is_symlink() or not path.is_dir():
+            continue
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError:
+            continue  # another writer swept it first
+        try:
+            if _try_lock(descriptor) is True:
+                _remove(path)
+        finally:
+            os.close(descriptor)
+
+
+def _escaped(name: str) -> str:
+    """Return `name` for use in a glob pattern."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def _flush(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace(path: Path, target: Path) -> Path:
+    """Let `path` take the place of the folder `target`; return where the old one is now."""
+    try:
+        _exchange(path, target)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+    else:
+        return path
+    aside = _hidden(target, ASIDE)
+    target.rename(aside)
+    try:
+        path.rename(target)
+    except BaseException:
+        aside.rename(target)
+        raise
+    return aside
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Exchange the names of two folders in one system call.
+
+    Raises:
+        OSError: With an errno of `_UNSUPPORTED` where kernel, C library or file system can't.
+    """
+    import ctypes
+
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        raise OSError(errno.ENOSYS, "no renameat2 in the C library")
+    first, second = os.fsencode(one), os.fsencode(other)
+    if call(_AT_FDCWD, first, _AT_FDCWD, second, ctypes.c_uint(_RENAME_EXCHANGE)) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(one), None, str(other))
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder as far as possible."""
+    import shutil  # with its compressors it takes longer to import than this package
+
+    shutil.rmtree(path, ignore_errors=True)

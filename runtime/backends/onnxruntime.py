@@ -1,0 +1,148 @@
+"""ONNX Runtime: on the CPU, or on an NVIDIA GPU and nowhere else."""
+
+from __future__ import annotations
+
+import functools
+import os
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vzip.runtime.backends import BackendUnavailableError
+from vzip.runtime.errors import BackendError, missing
+from vzip.runtime.onnx_wire import with_output
+
+# Where external data lies when the session is made from bytes (ONNX Runtime 1.19 or newer).
+_FOLDER_KEY = "session.model_external_initializers_file_folder_path"
+_FATAL_ONLY = 4  # what it logs of errors, it raises as well
+
+
+def import_onnxruntime(needed_for: str, extra: str) -> Any:
+    """Import onnxruntime without its telemetry and return it.
+
+    Since 1.29 onnxruntime's Linux builds report to Microsoft from the moment they are imported, on
+    threads of their own that also keep a fork of the process from ending. ORT_DISABLE_TELEMETRY=1
+    is the documented opt-out and counts only before the import; a value that is set already stays.
+
+    Raises:
+        MissingDependencyError: It isn't installed.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise missing("onnxruntime", needed_for=needed_for, extra=extra) from error
+    return onnxruntime
+
+
+class _OnnxRuntime:
+    """An ONNX Runtime session; subclasses say on which device."""
+
+    name: str
+    providers: tuple[str, ...]
+    extra: str
+
+    def __init__(self, model: bytes, folder: Path, extra_outputs: tuple[str, ...] = ()) -> None:
+        onnxruntime = import_onnxruntime(f"the backend '{self.name}'", self.extra)
+        wanted = self.providers[0]
+        if wanted not in (available := onnxruntime.get_available_providers()):
+            raise BackendUnavailableError(
+                f"the installed onnxruntime has {available}, expected {wanted}; it is a build for "
+                f"other devices: pip uninstall onnxruntime, then pip install 'vzip[{self.extra}]'"
+            )
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.log_severity_level = _FATAL_ONLY
+        options.add_session_config_entry(_FOLDER_KEY, str(folder))
+        for output in extra_outputs:
+            model = with_output(model, output)
+        try:
+            session = onnxruntime.InferenceSession(model, options, providers=list(self.providers))
+        except Exception as error:  # ONNX Runtime's errors have no base class of their own
+            raise BackendError(
+                f"{self.name} can't open the graph: {_first_line(error)}; memory is short, or it "
+                f"holds what version {onnxruntime.__version__} doesn't know: update onnxruntime, "
+                "or export with another --opset"
+            ) from error
+        session.disable_fallback()  # a session that failed is not to go on with other providers
+        if (active := session.get_providers())[0] != wanted:
+            # ONNX Runtime only logs it when a GPU can't be used, and goes on with the CPU.
+            raise BackendUnavailableError(
+                f"{self.name}: the session runs on {active}, expected {wanted}; the GPU, its "
+                "driver or the CUDA and cuDNN libraries can't be used: check nvidia-smi and "
+                "LD_LIBRARY_PATH, or take backend='onnxruntime'"
+            )
+        _outlive_forks(session)
+        self._session: Any = session
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.generic]]:
+        """See `Backend.run`."""
+        session = self._session  # another thread may close: this one then still ends its run
+        if session is None:
+            raise BackendError(f"the backend '{self.name}' is closed")
+        try:
+            results = session.run(None, dict(feeds))
+        except Exception as error:  # as above
+            raise BackendError(
+                f"{self.name} failed while running the graph: {_first_line(error)}; the next call "
+                "may succeed if memory was short, otherwise check the bundle with vzip check"
+            ) from error
+        names = [output.name for output in session.get_outputs()]
+        return dict(zip(names, results, strict=True))
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self._session = None
+
+
+class OnnxRuntimeCpu(_OnnxRuntime):
+    """ONNX Runtime on the CPU. FP16 graphs run too, converted where the CPU has no FP16 kernel."""
+
+    name = "onnxruntime"
+    providers = ("CPUExecutionProvider",)
+    extra = "cpu"
+
+
+class OnnxRuntimeCuda(_OnnxRuntime):
+    """ONNX Runtime on an NVIDIA GPU. Operators that CUDA has no kernel for may run on the CPU."""
+
+    name = "onnxruntime-cuda"
+    providers = ("CUDAExecutionProvider", "CPUExecutionProvider")
+    extra = "gpu"
+
+
+_sessions: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _outlive_forks(session: Any) -> None:
+    """Keep a fork of this process from destroying a session.
+
+    A session's destructor joins threads that exist in the parent alone: in the child, closing it,
+    or merely ending with `sys.exit`, is a segmentation fault (seen with 1.23 and 1.31; pull request
+    31961 of microsoft/onnxruntime is to mend it). So the child gives every session one reference
+    too many; its memory is the parent's, copied on write.
+    """
+    _abandon_in_forks()
+    _sessions.add(session)
+
+
+@functools.cache
+def _abandon_in_forks() -> None:
+    """Arrange, once, for children to abandon the sessions they inherit."""
+    import ctypes
+
+    def abandon() -> None:
+        for session in list(_sessions):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
+
+    if hasattr(os, "register_at_fork"):  # Windows has no fork
+        os.register_at_fork(after_in_child=abandon)
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of a message, which is all that stands in ours."""
+    return (str(error).splitlines() or [type(error).__name__])[0].strip()

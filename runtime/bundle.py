@@ -1,0 +1,382 @@
+"""Bundles: folders with a graph, its weights and a manifest, read with suspicion, written whole.
+
+`docs/bundle.md` is the specification. Reading checks everything that can be checked without running
+the graph; what it can't check is who made the bundle: whoever can write the model can write its
+digest too, so take bundles from people you trust.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from vzip.runtime import atomic
+from vzip.runtime.errors import BundleError
+from vzip.runtime.manifest import (
+    DATA_FILE,
+    FILES,
+    FORMAT,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    FileEntry,
+    Manifest,
+    Scalar,
+)
+from vzip.runtime.onnx_wire import external_tensors
+
+__all__ = [
+    "Bundle",
+    "BundleWriter",
+    "Manifest",
+    "bundle_writer",
+    "read_bundle",
+    "update_manifest",
+]
+
+LARGEST_MANIFEST: Final = 2**20
+"""Bytes of manifest.json that are read at most; ours have three thousand."""
+
+_CHUNK = 2**20
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk whose manifest and files were found to agree.
+
+    Attributes:
+        path: The folder.
+        manifest: What manifest.json says.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def data_path(self) -> Path | None:
+        """The file of weights beside the graph; None where the graph holds them itself."""
+        return self.path / DATA_FILE if DATA_FILE in self.manifest.files else None
+
+    def read_model(self, *, verify: bool = True) -> bytes:
+        """Return the graph's bytes, after checking every file against the manifest again.
+
+        Sessions are made from these bytes, not from the path: what was checked is what runs.
+
+        Args:
+            verify: Whether SHA-256 digests are compared, or sizes and locations alone.
+
+        Raises:
+            BundleError: A file is missing, no plain file, or differs from the manifest.
+        """
+        with _naming(self.path):
+            return _check_files(self.path, self.manifest, verify=verify)
+
+
+def read_bundle(path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
+    """Read the manifest of the bundle in the folder `path` and check its files against it.
+
+    Args:
+        path: The folder.
+        verify: Whether SHA-256 digests are compared; the rest (manifest, sizes, plain files,
+            locations of external data) always is.
+
+    Raises:
+        BundleError: There is no bundle, or anything in it is not as `docs/bundle.md` demands.
+    """
+    folder = Path(path).absolute()
+    with _naming(folder):
+        if not folder.is_dir():
+            found = "a file" if folder.exists() else "nothing"
+            raise BundleError(f"found {found}, expected the folder that `vzip export -o` wrote")
+        with _open_plain(folder / MANIFEST_FILE) as file:
+            data = file.read(LARGEST_MANIFEST + 1)
+        if len(data) > LARGEST_MANIFEST:
+            raise BundleError(
+                f"manifest.json has more than {LARGEST_MANIFEST} bytes, expected about 3000; "
+                "it was not made by vzip: export the bundle again"
+            )
+        manifest = Manifest.from_bytes(data)
+        _check_files(folder, manifest, verify=verify)
+    return Bundle(folder, manifest)
+
+
+class BundleWriter:
+    """A bundle in the making, in a hidden folder that nobody reads; see `bundle_writer`.
+
+    Attributes:
+        folder: Where ``model.onnx`` and, if the graph has one, ``model.onnx.data`` are to be put.
+    """
+
+    def __init__(self, staged: atomic.StagedFolder) -> None:
+        self._staged = staged
+        self.folder = staged.path
+        self.published = False
+
+    def stage(self, manifest: Manifest) -> Bundle:
+        """Write the manifest with the files' digests and return the bundle, not yet published.
+
+        The bundle can be opened like any other until the writer is left: that is how an export
+        is checked before it replaces anything.
+
+        Args:
+            manifest: The manifest; its `files` are replaced.
+
+        Raises:
+            BundleError: Files are missing, are there too many, or are not as a reader demands.
+        """
+        with _naming(self.folder):
+            (self.folder / MANIFEST_FILE).unlink(missing_ok=True)
+            found = sorted(entry.name for entry in self.folder.iterdir())
+            if MODEL_FILE not in found or not set(found) <= set(FILES):
+                raise BundleError(
+                    f"holds {found}, expected {MODEL_FILE} and perhaps {DATA_FILE}; "
+                    "the exporter left other files or wrote none: this is a defect of the exporter"
+                )
+            files = {name: _digest(self.folder / name) for name in found}
+            manifest = dataclasses.replace(manifest, files=files)
+            atomic.replace_file(self.folder / MANIFEST_FILE, manifest.to_bytes())
+            _check_files(self.folder, manifest, verify=False)  # the digests were made just now
+        return Bundle(self.folder, manifest)
+
+    def publish(self, manifest: Manifest) -> Bundle:
+        """Stage the manifest, flush everything to the disk and let it take the target's place.
+
+        Args:
+            manifest: The manifest; its `files` are replaced.
+
+        Returns:
+            The bundle at its final place.
+
+        Raises:
+            BundleError: As for `stage`; or what stands at the target is not ours to replace.
+        """
+        staged = self.stage(manifest)
+        _check_replaceable(self._staged.target)
+        with _explaining(self._staged.target):
+            self._staged.commit()
+        self.published = True
+        return Bundle(self._staged.target, staged.manifest)
+
+
+@contextmanager
+def bundle_writer(path: str | os.PathLike[str]) -> Iterator[BundleWriter]:
+    """Write a bundle that appears at `path` whole or not at all.
+
+    Put the files into ``writer.folder`` and call ``writer.publish(manifest)``. When the block is
+    left without that, by an exception or otherwise, nothing is left behind and a bundle that stood
+    at `path` stands there unchanged.
+
+    Args:
+        path: The folder to create, or a vzip bundle to replace. Its parent must exist.
+
+    Raises:
+        BundleError: `path` is something else than a bundle, can't be written, or the disk is full.
+    """
+    target = Path(path).absolute()
+    _check_replaceable(target)
+    with _explaining(target):
+        staged = atomic.StagedFolder(target)
+    try:
+        with _explaining(target):
+            writer = BundleWriter(staged)
+            yield writer
+        if not writer.published:
+            raise BundleError(
+                f"{target}: the bundle was written but never published, expected a call of "
+                "publish(); this is a defect of the exporter"
+            )
+    finally:
+        staged.close()
+
+
+def update_manifest(bundle: Bundle, *, parity: Mapping[str, Scalar] | None) -> Bundle:
+    """Replace the parity numbers in a bundle's manifest, in one step.
+
+    Args:
+        bundle: The bundle; what lies on the disk must still be it.
+        parity: The numbers of `vzip check` with the verdict ``passed``, or None.
+
+    Returns:
+        The bundle with its new manifest.
+
+    Raises:
+        BundleError: The bundle was replaced meanwhile, or its manifest can't be written.
+    """
+    manifest = dataclasses.replace(bundle.manifest, parity=parity)
+    if read_bundle(bundle.path, verify=False).manifest != bundle.manifest:
+        raise BundleError(
+            f"{bundle.path}: manifest.json is another one than when the bundle was opened; "
+            "another process replaced it: open the bundle again"
+        )
+    with _explaining(bundle.path):
+        atomic.replace_file(bundle.path / MANIFEST_FILE, manifest.to_bytes())
+    return Bundle(bundle.path, manifest)
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Put the folder in front of messages about what is in it."""
+    try:
+        yield
+    except BundleError as error:
+        raise BundleError(f"{folder}: {error}") from error.__cause__
+
+
+@contextmanager
+def _explaining(target: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into one line; other errors pass as they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            cause, cure = "the disk or quota is full", "free some space"
+        elif error.errno in _NO_RIGHT and _within(error.filename, target.parent):
+            cause, cure = "the folder is read-only for this user", "choose another with -o"
+        elif error.errno in {errno.ENOENT, errno.ENOTDIR} and not target.parent.is_dir():
+            cause, cure = f"{target.parent} is no folder", "create it, or choose another with -o"
+        else:
+            raise
+        raise BundleError(
+            f"{target}: can't be written ({error.strerror}): {cause}; {cure}. "
+            "Nothing was left behind"
+        ) from error
+
+
+def _within(filename: object, folder: Path) -> bool:
+    """Return whether an error's file lies in `folder`, so that it is about what is written."""
+    return isinstance(filename, (str, os.PathLike)) and folder in Path(filename).absolute().parents
+
+
+def _open_plain(path: Path) -> BinaryIO:
+    """Open a file of a bundle, which must be a plain file with one name and no link."""
+    # NONBLOCK: opening a FIFO must fail below rather than wait for a writer.
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        if path.is_symlink():
+            raise _not_plain(path, "a symbolic link")
+        descriptor = os.open(path, flags | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        raise BundleError(
+            f"{path.name} can't be read ({error.strerror}), expected a plain file; "
+            "the bundle is incomplete: copy it again with all its files, or export it again"
+        ) from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+        os.close(descriptor)
+        plain = stat.S_ISREG(status.st_mode)
+        raise _not_plain(path, "a hard link" if plain else "no plain file (folder, FIFO, device)")
+    return os.fdopen(descriptor, "rb")
+
+
+def _not_plain(path: Path, found: str) -> BundleError:
+    """Return the error for a name that could lead out of the bundle."""
+    return BundleError(
+        f"{path.name} is {found}, expected a plain file with one name; links can lead out of the "
+        "bundle and change behind its digest: copy the file itself (cp --dereference)"
+    )
+
+
+def _digest(path: Path) -> FileEntry:
+    """Return digest and size of a file."""
+    digest, size, buffer = hashlib.sha256(), 0, bytearray(_CHUNK)
+    view = memoryview(buffer)
+    with _open_plain(path) as file:
+        while count := file.readinto(buffer):  # type: ignore[attr-defined]
+            digest.update(view[:count])
+            size += count
+    if not size:
+        raise BundleError(f"{path.name} is empty, expected an ONNX file; export the bundle again")
+    return FileEntry(digest.hexdigest(), size)
+
+
+def _check_files(folder: Path, manifest: Manifest, *, verify: bool) -> bytes:
+    """Check every file against the manifest; return the bytes of the graph."""
+    if MODEL_FILE not in manifest.files:
+        raise BundleError(
+            f"manifest.json: 'files' lacks {MODEL_FILE}; the file was edited or made by another "
+            "tool: export the bundle again"
+        )
+    for name, entry in manifest.files.items():
+        with _open_plain(folder / name) as file:
+            size = os.fstat(file.fileno()).st_size
+        if size != entry.bytes:
+            raise BundleError(
+                f"{name} has {size} bytes, expected {entry.bytes}; "
+                "it was truncated or replaced: copy it again, or export the bundle again"
+            )
+        if verify and name != MODEL_FILE:
+            _check_digest(name, _digest(folder / name).sha256, entry)
+    with _open_plain(folder / MODEL_FILE) as file:
+        model = file.read()
+    if verify:
+        _check_digest(MODEL_FILE, hashlib.sha256(model).hexdigest(), manifest.files[MODEL_FILE])
+    _check_external(model, manifest)
+    return model
+
+
+def _check_digest(name: str, got: str, entry: FileEntry) -> None:
+    """Refuse a file that is not the one that was hashed at export."""
+    if got != entry.sha256:
+        raise BundleError(
+            f"{name} has SHA-256 {got[:12]}…, expected {entry.sha256[:12]}…; "
+            "it was damaged or replaced: copy it again, or export the bundle again"
+        )
+
+
+def _check_external(model: bytes, manifest: Manifest) -> None:
+    """Refuse a graph that reads anything but the bundle's own file of weights."""
+    for tensor in external_tensors(model):
+        if tensor.location != DATA_FILE:
+            raise BundleError(
+                f"model.onnx: the tensor {tensor.name!r} lies in {tensor.location!r}, expected "
+                f"{DATA_FILE!r}; a graph may not read other files: don't use this bundle"
+            )
+        if DATA_FILE not in manifest.files:
+            raise BundleError(
+                f"model.onnx: the tensor {tensor.name!r} lies in {DATA_FILE}, which the manifest "
+                "doesn't list; the bundle is incomplete: export it again"
+            )
+        size = manifest.files[DATA_FILE].bytes
+        if tensor.offset + tensor.length > size:
+            raise BundleError(
+                f"model.onnx: the tensor {tensor.name!r} takes bytes {tensor.offset} to "
+                f"{tensor.offset + tensor.length} of {DATA_FILE}, which has {size}; "
+                "the files don't belong together: export the bundle again"
+            )
+
+
+def _check_replaceable(target: Path) -> None:
+    """Refuse to replace anything but nothing, an empty folder, or a bundle with only its files."""
+    if not os.path.lexists(target):
+        return
+    cure = "choose another folder with -o, or remove this one yourself"
+    if target.is_symlink() or not target.is_dir():
+        raise BundleError(f"{target}: is not a folder, expected a vzip bundle to replace; {cure}")
+    entries = [entry for entry in target.iterdir() if not atomic.is_temporary(entry)]
+    foreign = sorted({entry.name for entry in entries} - {*FILES, MANIFEST_FILE})
+    if foreign:
+        raise BundleError(
+            f"{target}: holds {foreign[:3]}, expected nothing but a vzip bundle to replace; {cure}"
+        )
+    if entries and f'"format": "{FORMAT}"' not in _head(target / MANIFEST_FILE):
+        raise BundleError(
+            f"{target}: has no manifest of a vzip bundle, expected one to replace; {cure}"
+        )
+
+
+def _head(path: Path) -> str:
+    """Return the start of a manifest, which may be of any version or damaged further on."""
+    try:
+        with _open_plain(path) as file:
+            return file.read(4096).decode(errors="replace")
+    except BundleError:
+        return ""

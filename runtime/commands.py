@@ -1,0 +1,240 @@
+"""The commands of `vzip` that run a bundle: ask, chat and show."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vzip.runtime.console import emit
+from vzip.runtime.errors import CheckpointError, InvalidInputError
+from vzip.runtime.handoff import (
+    DEFAULT_MAX_NEW_TOKENS,
+    ImageTokens,
+    check_max_new_tokens,
+    check_question,
+)
+
+if TYPE_CHECKING:
+    from vzip.runtime.bundle import Manifest
+    from vzip.runtime.handoff import Conversation
+
+
+def ask(argv: Sequence[str], *, prog: str) -> int:
+    """Run ``vzip ask``: print the answer to one question, and nothing else, on stdout."""
+    parser = _parser(prog, "Answer one question about an image.")
+    parser.add_argument("question", metavar="QUESTION", help="the question, in quotes")
+    _add_llm(parser)
+    arguments = parser.parse_args(argv)
+    check_question("ask", arguments.question)
+    check_max_new_tokens("ask", arguments.max_new_tokens)
+    conversation = _conversation(arguments)
+    emit(conversation.ask(arguments.question, max_new_tokens=arguments.max_new_tokens))
+    return 0
+
+
+def chat(argv: Sequence[str], *, prog: str) -> int:
+    """Run ``vzip chat``: a question per line of stdin, its answer on stdout as it is made."""
+    parser = _parser(
+        prog,
+        "Answer questions about an image, one per line of standard input, until it ends. "
+        "The image is encoded once, and every question sees the ones before it.",
+    )
+    _add_llm(parser)
+    arguments = parser.parse_args(argv)
+    check_max_new_tokens("chat", arguments.max_new_tokens)
+    if sys.stdin is None:
+        raise InvalidInputError(
+            "chat: standard input is closed, so there are no questions; start it without '<&-'"
+        )
+    conversation = _conversation(arguments)
+    for question in _questions():
+        _answer(conversation, question, arguments.max_new_tokens)
+    return 0
+
+
+def show(argv: Sequence[str], *, prog: str) -> int:
+    """Run ``vzip show``: draw which patches of an image a bundle keeps, and print the path."""
+    parser = _parser(
+        prog,
+        "Draw which patches of an image are kept (clear), merged (tinted by group) and dimmed.",
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="FILE.png", type=Path, required=True, help="the picture to write"
+    )
+    arguments = parser.parse_args(argv)
+    _check_output(arguments.output)
+
+    from vzip.runtime import atomic
+    from vzip.runtime.encoder import VisionEncoder
+    from vzip.runtime.images import load_image
+    from vzip.runtime.overlay import overlay
+
+    image = load_image(arguments.image)
+    with VisionEncoder.open(arguments.bundle, backend=arguments.backend) as encoder:
+        manifest = encoder.manifest
+        tokens = encoder.encode([image])
+        picture = overlay(
+            image,
+            tokens.kept[0],
+            grid=manifest.tower.grid,
+            cls_token=manifest.tower.cls_token,
+            prep=manifest.preprocessing,
+            groups=tokens.groups[0],
+        )
+    data = io.BytesIO()
+    picture.save(data, format="PNG")
+    try:
+        atomic.replace_file(arguments.output, data.getvalue())
+    except OSError as error:
+        raise InvalidInputError(
+            f"show: '{arguments.output}' can't be written ({error.strerror}); give a file in a "
+            "folder that you may write to, on a disk with room"
+        ) from error
+    emit(str(arguments.output))
+    return 0
+
+
+def _parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser with what all three commands take."""
+    # No abbreviations: a new option would change what an old script says.
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument(
+        "bundle", metavar="BUNDLE", type=Path, help="the folder that 'vzip export' wrote"
+    )
+    parser.add_argument("image", metavar="IMAGE", type=Path, help="an image file")
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        metavar="NAME",
+        help="what runs the vision encoder (default: auto, the best that is installed)",
+    )
+    return parser
+
+
+def _add_llm(parser: argparse.ArgumentParser) -> None:
+    """Add what ask and chat take beyond that."""
+    parser.add_argument(
+        "--llm",
+        metavar="MODEL",
+        help="the LLM, as an alias, a local folder or a hub id (default: that of the checkpoint "
+        "the bundle was exported from)",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=DEFAULT_MAX_NEW_TOKENS,
+        metavar="N",
+        help="longest answer, in the LLM's tokens (default: %(default)s)",
+    )
+
+
+def _conversation(arguments: argparse.Namespace) -> Conversation:
+    """Encode the image and load the LLM; what fails fast comes first."""
+    from vzip.runtime.encoder import VisionEncoder
+    from vzip.runtime.handoff.transformers import TransformersLLM
+    from vzip.runtime.images import load_image
+    from vzip.runtime.models import locate
+
+    if arguments.llm is not None:
+        locate(arguments.llm)
+    image = load_image(arguments.image)
+    with VisionEncoder.open(arguments.bundle, backend=arguments.backend) as encoder:
+        tokens = ImageTokens.of(encoder.manifest)
+        model, revision = _llm(encoder.manifest, arguments.llm)
+        embeds = encoder.encode([image]).embeds[0]
+    # The vision encoder is closed by now: its memory is the LLM's.
+    _quiet()
+    llm = TransformersLLM.open(model, tokens=tokens, revision=revision)
+    return llm.conversation(embeds)
+
+
+def _answer(conversation: Conversation, question: str, max_new_tokens: int) -> None:
+    """Print an answer as it is made."""
+    try:
+        for piece in conversation.stream(question, max_new_tokens=max_new_tokens):
+            emit(piece, end="")
+        emit("")
+    except InvalidInputError as error:
+        # At a terminal there is somebody to ask again; in a pipe a lost answer would shift all
+        # that follow.
+        if not sys.stdin.isatty():
+            raise
+        _tell(f"vzip: error: {error}\n")
+
+
+def _llm(manifest: Manifest, chosen: str | None) -> tuple[str, str | None]:
+    """Return model and revision of the LLM: the one given, or the one the bundle names."""
+    from vzip.runtime.models import locate
+
+    if chosen is not None:
+        return chosen, None
+    try:
+        locate(manifest.model.id)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the bundle was exported from {manifest.model.id!r}, which is not here any more "
+            f"({error}); say where its LLM is with --llm"
+        ) from error
+    return manifest.model.id, manifest.model.revision
+
+
+def _quiet() -> None:
+    """Silence the libraries' warnings, and their progress bars unless someone is watching."""
+    try:
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+        from transformers.utils import logging
+    except ImportError:
+        return  # opening the LLM says what is missing
+    logging.set_verbosity_error()
+    if sys.stderr is None or not sys.stderr.isatty():
+        logging.disable_progress_bar()
+        disable_progress_bars()
+
+
+def _questions() -> Iterator[str]:
+    """Yield the lines of standard input that are not blank, with a prompt on a terminal."""
+    while True:
+        if sys.stdin.isatty():
+            _tell("> ")
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise InvalidInputError(
+                f"chat: standard input is not UTF-8 text ({error.reason}); "
+                "convert the questions to UTF-8"
+            ) from error
+        if not line:
+            if sys.stdin.isatty():
+                _tell("\n")
+            return
+        if line.strip():
+            yield line
+
+
+def _tell(text: str) -> None:
+    """Write to the person at the terminal, beside the answers."""
+    if sys.stderr is not None:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def _check_output(path: Path) -> None:
+    """Refuse an output file that can't be written, before any work is done.
+
+    Raises:
+        InvalidInputError: Another extension than .png, a folder, or a folder that is not there.
+    """
+    if path.suffix.lower() != ".png":
+        raise InvalidInputError(
+            f"show: -o is '{path}', but the picture is a PNG; give a file name that ends with .png"
+        )
+    if path.is_dir():
+        raise InvalidInputError(f"show: -o is '{path}', which is a folder; give a file name in it")
+    if not path.parent.is_dir():
+        raise InvalidInputError(
+            f"show: -o is '{path}', but the folder '{path.parent}' does not exist; create it first"
+        )

@@ -1,0 +1,330 @@
+"""From images to compressed tokens: everything around a backend, and every check.
+
+Backends take what they are given. What goes in and what comes out is checked here, once, against
+the bundle's manifest, whichever backend runs it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vzip.runtime.backends import AUTO, Backend, open_backend
+from vzip.runtime.bundle import Bundle, read_bundle
+from vzip.runtime.errors import BackendError, InvalidInputError
+from vzip.runtime.images import ImageSource, load_image
+from vzip.runtime.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS, Manifest, Tensor
+from vzip.runtime.preprocess import pixel_values, tower_image
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+
+class CompressedTokens:
+    """The tokens that the language model gets for B images.
+
+    Attributes:
+        embeds: float32 or float16 [B, K, L], in the manifest's token order: `dominant` kept tokens
+            by ascending index (CLS first, where it is kept), then `contextual` merged ones.
+        kept: int64 [B, dominant], ascending: which tower tokens were kept. With a CLS tower, 0 is
+            CLS and patches are 1 … N; without one, patches are 0 … N − 1. Patches are in raster
+            order.
+    """
+
+    def __init__(
+        self, embeds: Array, kept: NDArray[np.int64], groups: Callable[[], NDArray[np.int64]]
+    ) -> None:
+        self.embeds = embeds
+        self.kept = kept
+        self._make_groups = groups
+        self._groups: NDArray[np.int64] | None = None
+
+    @property
+    def groups(self) -> NDArray[np.int64]:
+        """int64 [B, S]: the contextual token (0 … contextual − 1) that a tower token went into.
+
+        −1 for tokens that were kept, and for a CLS token that was dropped. Computed when first
+        asked for, by a second run of the graph in a second session that the encoder keeps open;
+        the encoder must still be open then.
+
+        Raises:
+            BackendError: The encoder is closed, or the graph can't tell.
+        """
+        if self._groups is None:
+            self._groups = self._make_groups()
+        return self._groups
+
+    def __repr__(self) -> str:
+        return f"CompressedTokens(embeds {self.embeds.dtype} {list(self.embeds.shape)})"
+
+
+class VisionEncoder:
+    """A bundle, opened and ready to encode; made by `VisionEncoder.open`, a context manager.
+
+    One encoder serves any number of threads. It doesn't survive a fork: open another in the child.
+
+    Attributes:
+        bundle: The bundle.
+        manifest: The bundle's manifest.
+        backend: Name of the backend that runs it.
+    """
+
+    def __init__(self, bundle: Bundle, backend: str, opened: Backend) -> None:
+        self.bundle = bundle
+        self.manifest: Manifest = bundle.manifest
+        self.backend = backend
+        self._opened: Backend | None = opened
+        self._for_groups: Backend | None = None
+        self._lock = threading.Lock()
+        self._process = os.getpid()
+
+    @classmethod
+    def open(cls, bundle: str | os.PathLike[str] | Bundle, backend: str = AUTO) -> VisionEncoder:
+        """Check a bundle against its digests and open it.
+
+        Args:
+            bundle: The bundle or its folder.
+            backend: A name in `vzip.runtime.backends.BACKENDS`, or ``auto``: the first of them
+                that can be used here, which `backend` then names.
+
+        Raises:
+            BundleError: The bundle is damaged, or is none.
+            InvalidInputError: There is no backend of that name.
+            MissingDependencyError: A package that the backend asked for needs is not installed.
+            BackendError: The backend can't be used here or can't take the graph.
+        """
+        if not isinstance(bundle, Bundle):
+            bundle = read_bundle(bundle, verify=False)  # `read_model` verifies
+        name, opened = open_backend(backend, bundle.read_model(), bundle.path)
+        return cls(bundle, name, opened)
+
+    def encode(self, images: ImageSource | Sequence[ImageSource]) -> CompressedTokens:
+        """Return the compressed tokens of one or more images.
+
+        More images than the graph takes are run in several calls. A graph with a static batch of B
+        always runs B images: if fewer are left, the last one stands in for the missing ones and
+        its copies' results are dropped.
+
+        Args:
+            images: One image (path, encoded bytes, PIL image, uint8 array [H, W, 3] RGB), or a
+                list or tuple of them.
+
+        Returns:
+            The tokens, B = the number of images, in their order.
+
+        Raises:
+            InvalidInputError: An image can't be used, or there is none.
+            BackendError: The encoder is closed or was opened before a fork; the graph failed, or
+                gave what the manifest doesn't promise. The next call is not affected.
+        """
+        self._usable()  # before any image is decoded
+        sources: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
+        if not sources:
+            raise InvalidInputError("got an empty list of images, expected at least one image")
+        preprocessing = self.manifest.preprocessing
+        pixels = np.stack([tower_image(load_image(each), preprocessing) for each in sources])
+        if self.manifest.input.name == "image":
+            return self._encode_chunks(pixels)
+        return self._encode_chunks(pixel_values(pixels, preprocessing))
+
+    def run(self, array: Array) -> CompressedTokens:
+        """Return the compressed tokens of an array that is exactly what the graph takes.
+
+        Args:
+            array: dtype and shape of `manifest.input`: ``image`` uint8 [B, H, W, 3] RGB at tower
+                resolution, or ``pixel_values`` float32 [B, 3, H, W] normalised. B is exactly the
+                static batch, or 1 … `manifest.batch.max` where it is dynamic.
+
+        Returns:
+            The tokens.
+
+        Raises:
+            InvalidInputError: Another dtype, shape, layout or batch, or a number that isn't finite.
+            BackendError: As for `encode`.
+        """
+        return self._tokens([_checked_input(self.manifest, array)], array.shape[0])
+
+    def close(self) -> None:
+        """Free what the backend holds; calls of `encode` then fail. Closing twice does nothing."""
+        if os.getpid() != self._process:  # sessions and lock are the parent's, see `_usable`
+            self._opened = self._for_groups = None
+            return
+        with self._lock:
+            opened, self._opened = self._opened, None
+            for_groups, self._for_groups = self._for_groups, None
+        for each in (opened, for_groups):
+            if each is not None:
+                each.close()
+
+    def __enter__(self) -> VisionEncoder:  # noqa: PYI034 - typing.Self is newer than 3.10
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _encode_chunks(self, array: Array) -> CompressedTokens:
+        """Run an array of any number of images in as many calls as its batch needs."""
+        batch = self.manifest.batch
+        chunks = [array[first : first + batch.max] for first in range(0, len(array), batch.max)]
+        if not batch.dynamic and (absent := batch.max - len(chunks[-1])):
+            chunks[-1] = np.concatenate([chunks[-1], np.repeat(chunks[-1][-1:], absent, axis=0)])
+        return self._tokens([_checked_input(self.manifest, each) for each in chunks], len(array))
+
+    def _tokens(self, chunks: list[Array], count: int) -> CompressedTokens:
+        """Run checked chunks; of all their rows, the first `count` are images."""
+        opened = self._usable()
+        results = [self._run(opened, chunk) for chunk in chunks]
+        embeds = np.concatenate([result[EMBEDS] for result in results])[:count]
+        kept = np.concatenate([result[KEPT] for result in results])[:count]
+        return CompressedTokens(embeds, kept, lambda: self._groups(chunks, kept))
+
+    def _run(self, opened: Backend, array: Array) -> dict[str, Array]:
+        """Run one chunk and check what comes out."""
+        outputs = opened.run({self.manifest.input.name: array})
+        _check_outputs(self.manifest, self.backend, outputs, len(array))
+        return outputs
+
+    def _groups(self, chunks: list[Array], kept: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return `CompressedTokens.groups` for chunks that were run before."""
+        self._usable()
+        with self._lock:
+            # Closed meanwhile: don't open a session that nobody would close.
+            if self._opened is not None and self._for_groups is None:
+                model = self.bundle.read_model()
+                _, self._for_groups = open_backend(
+                    self.backend, model, self.bundle.path, extra_outputs=(TOKEN_WEIGHTS,)
+                )
+            opened = self._for_groups
+        if opened is None:
+            raise _closed()
+        results = [self._run(opened, chunk) for chunk in chunks]
+        again = np.concatenate([result[KEPT] for result in results])[: len(kept)]
+        weights = np.concatenate([result[TOKEN_WEIGHTS] for result in results])[: len(kept)]
+        if not np.array_equal(again, kept):
+            raise BackendError(
+                f"{self.backend} kept other tokens in a second run of the same images, expected "
+                "the same; the device is not deterministic or the input array was changed "
+                "meanwhile: don't change it, and check the bundle with vzip check"
+            )
+        return _groups_of(weights, self.manifest, self.backend)
+
+    def _usable(self) -> Backend:
+        """Return the open backend, or say why there is none."""
+        if os.getpid() != self._process:
+            # Threads and device contexts stay behind in the parent; a call could wait forever.
+            raise BackendError(
+                f"the encoder was opened in process {self._process}, this is its fork "
+                f"{os.getpid()}; sessions don't survive a fork: open the bundle in this process"
+            )
+        opened = self._opened
+        if opened is None:
+            raise _closed()
+        return opened
+
+
+def _closed() -> BackendError:
+    """Return the error for use after close."""
+    return BackendError(
+        "the encoder is closed, expected an open one; it was used after close() or after its "
+        "'with' block: open the bundle again"
+    )
+
+
+def _checked_input(manifest: Manifest, array: object) -> Array:
+    """Return an array that is exactly what the graph takes, contiguous."""
+    expected = manifest.input
+    if not isinstance(array, np.ndarray):
+        raise InvalidInputError(f"got {type(array).__name__}, expected a numpy array: {expected}")
+    got = f"{array.dtype} {list(array.shape)}"
+    if array.dtype != np.dtype(expected.dtype):
+        raise InvalidInputError(
+            f"got {got}, expected {expected}; give the bundle's input as it is, unscaled"
+            if expected.dtype == "uint8"
+            else f"got {got}, expected {expected}; normalise and convert it with "
+            "vzip.runtime.preprocess.pixel_values"
+        )
+    if array.shape[1:] != expected.shape[1:]:
+        layout = "[B, H, W, 3]" if expected.name == "image" else "[B, 3, H, W]"
+        raise InvalidInputError(
+            f"got {got}, expected {expected}; the axes are {layout}, at the tower's resolution: "
+            "transpose or resize it, or use encode(), which does"
+        )
+    count, most = len(array), manifest.batch.max
+    if count != most and not (manifest.batch.dynamic and 1 <= count <= most):
+        wanted = f"1 to {most}" if manifest.batch.dynamic else f"exactly {most}"
+        raise InvalidInputError(
+            f"got a batch of {count}, expected {wanted}; split or fill the batch, or use encode(), "
+            "which does"
+        )
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise InvalidInputError(
+            f"got {int((~np.isfinite(array)).sum())} numbers in {expected.name} that are NaN or "
+            "infinite, expected finite ones; preprocessing went wrong: look at where they came from"
+        )
+    return np.ascontiguousarray(array)
+
+
+def _check_outputs(manifest: Manifest, backend: str, outputs: dict[str, Array], count: int) -> None:
+    """Refuse outputs that the manifest doesn't promise."""
+    for expected in manifest.outputs:
+        _check_output(backend, outputs, expected, count)
+    embeds, kept = outputs[EMBEDS], outputs[KEPT]
+    if not np.isfinite(embeds).all():
+        cause = (
+            "FP16 overflowed: export with --precision fp32"
+            if manifest.precision == "fp16"
+            else "the weights or the device are damaged: check the bundle with vzip check"
+        )
+        raise BackendError(
+            f"{backend} gave {int((~np.isfinite(embeds)).sum())} numbers in {EMBEDS} that are NaN "
+            f"or infinite, expected finite ones; {cause}"
+        )
+    first = int(manifest.tower.cls_token and not manifest.selection.cls_token)
+    in_range = kept.min() >= first and kept.max() < manifest.tower.tokens
+    with_cls = not manifest.selection.cls_token or bool((kept[:, 0] == 0).all())
+    if not (in_range and with_cls and bool((np.diff(kept, axis=1) > 0).all())):
+        raise BackendError(
+            f"{backend} gave {KEPT} {kept[0].tolist()}, expected {manifest.selection.dominant} "
+            f"ascending tokens of {first} … {manifest.tower.tokens - 1} without duplicates"
+            f"{', CLS (0) among them' if manifest.selection.cls_token else ''}; the backend "
+            "computes wrongly here: check the bundle with vzip check, or take another backend"
+        )
+
+
+def _check_output(backend: str, outputs: dict[str, Array], expected: Tensor, count: int) -> None:
+    """Refuse an output of another dtype or shape."""
+    got = outputs.get(expected.name)
+    shape = (count, *expected.shape[1:])
+    if got is None or got.dtype != np.dtype(expected.dtype) or got.shape != shape:
+        found = "nothing" if got is None else f"{got.dtype} {list(got.shape)}"
+        raise BackendError(
+            f"{backend} gave {found} for {expected.name}, expected {expected.dtype} {list(shape)}; "
+            "graph and manifest disagree: export the bundle again"
+        )
+
+
+def _groups_of(weights: Array, manifest: Manifest, backend: str) -> NDArray[np.int64]:
+    """Return the groups int64 [B, S] that a plan's weights [B, K, S] describe."""
+    members = weights[:, manifest.selection.dominant :] != 0  # [B, contextual, S]
+    dropped = int(manifest.tower.cls_token and not manifest.selection.cls_token)
+    merged = members.sum(axis=1)  # [B, S]
+    rest = manifest.tower.tokens - manifest.selection.dominant - dropped
+    if merged.max() > 1 or bool((merged.sum(axis=1) != rest).any()):
+        raise BackendError(
+            f"{backend} gave {TOKEN_WEIGHTS} in which {merged.sum(axis=1).tolist()} tokens are "
+            f"merged, expected each of the {rest} that were not kept once; the backend computes "
+            "wrongly here: check the bundle with vzip check"
+        )
+    return np.where(merged == 1, members.argmax(axis=1), -1).astype(np.int64)

@@ -1,0 +1,61 @@
+"""The errors that vzip raises.
+
+Every message is one line that says what was got, what was expected, the likely cause and the cure.
+Command lines print the message of a `VzipError` and exit with status 2; anything else is a bug of
+ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class VzipError(Exception):
+    """Base of every error that is the caller's to mend."""
+
+
+class InvalidInputError(VzipError, ValueError):
+    """An argument, image or array that can't be used: raised before any device call."""
+
+
+class BudgetError(InvalidInputError):
+    """A token budget that the tower's tokens can't fill."""
+
+
+class BundleError(VzipError):
+    """A bundle that is missing, malformed, tampered with or of another schema version."""
+
+
+class CheckpointError(VzipError):
+    """A checkpoint, configuration or tensor that was not found or has the wrong form."""
+
+
+class ExportError(VzipError):
+    """A graph that broke one of the promises of `docs/bundle.md`; nothing was written."""
+
+
+class ParityError(VzipError):
+    """A graph whose tokens differ from the reference by more than the gate allows."""
+
+
+class BackendError(VzipError, RuntimeError):
+    """An inference backend that could not be opened, failed while running, or was closed."""
+
+
+class MissingDependencyError(VzipError, ImportError):
+    """An optional package that this command needs and that is not installed."""
+
+
+def missing(package: str, *, needed_for: str, extra: str) -> MissingDependencyError:
+    """Return the error for an optional package that can't be imported.
+
+    Args:
+        package: The import name, such as ``onnxruntime``.
+        needed_for: What it is needed for, as it should stand in the message.
+        extra: The extra of the distribution that brings it.
+
+    Returns:
+        The error, to be raised by the caller (``raise missing(...) from error``).
+    """
+    return MissingDependencyError(
+        f"{needed_for} needs the package '{package}', which can't be imported here; "
+        f"install it with: pip install 'vzip[{extra}]'"
+    )

@@ -1,0 +1,253 @@
+"""Compressed tokens into an LLM: what every engine offers, and the checks made before each call.
+
+One file per engine. The checks are here, above the engines, because several engines' own errors
+mislead and some crash on a wrong shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from vzip.runtime.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from vzip.runtime.bundle import Manifest
+
+    Embeds = npt.NDArray[np.floating]
+
+DEFAULT_MAX_NEW_TOKENS = 256
+
+
+class Conversation(Protocol):
+    """Questions about one image, each of which sees the turns before it."""
+
+    def stream(
+        self, question: str, *, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    ) -> Iterator[str]:
+        """Yield the answer piece by piece; the pieces joined are what `ask` returns."""
+        ...
+
+    def ask(self, question: str, *, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS) -> str:
+        """Return the whole answer, without white space around it."""
+        ...
+
+
+class LLM(Protocol):
+    """An LLM engine that takes one image's tokens and text.
+
+    `embeds` is always one image's rows, float32 or float16 [K, L], in the bundle's token order:
+    ``tokens.embeds[0]`` of a `CompressedTokens`.
+    """
+
+    name: str
+
+    def conversation(self, embeds: Embeds) -> Conversation:
+        """Begin a conversation about one image."""
+        ...
+
+    def stream(
+        self, embeds: Embeds, question: str, *, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    ) -> Iterator[str]:
+        """Answer one question, piece by piece."""
+        ...
+
+    def ask(
+        self, embeds: Embeds, question: str, *, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    ) -> str:
+        """Answer one question."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTokens:
+    """What a bundle says about the tokens that it makes of one image.
+
+    Attributes:
+        count: K, rows per image.
+        hidden_size: L, width of a row.
+        image_token_id: Id of the placeholder in the text whose embedding a row replaces.
+    """
+
+    count: int
+    hidden_size: int
+    image_token_id: int
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> ImageTokens:
+        """Read a bundle's manifest.
+
+        Raises:
+            InvalidInputError: The bundle was made with random weights, so that its tokens mean
+                nothing to any LLM.
+        """
+        if manifest.model.weights == "random":
+            raise InvalidInputError(
+                f"this bundle holds random weights of {manifest.model.id!r}, which serve to "
+                "measure speed and can't answer questions; export it again from a checkpoint, "
+                "without --weights random"
+            )
+        return cls(
+            count=manifest.selection.dominant + manifest.selection.contextual,
+            hidden_size=manifest.llm.hidden_size,
+            image_token_id=manifest.llm.image_token_id,
+        )
+
+    def check_llm(self, engine: str, *, model: str, hidden_size: int, image_token_id: int) -> None:
+        """Check that the tokens are made for this LLM; before its weights are loaded.
+
+        Args:
+            engine: The engine's name, for the message.
+            model: Where the LLM comes from, for the message.
+            hidden_size: The LLM's width.
+            image_token_id: Its placeholder's id.
+
+        Raises:
+            InvalidInputError: They are not.
+        """
+        cure = "give the LLM of the checkpoint that the bundle was exported from (--llm)"
+        if hidden_size != self.hidden_size:
+            raise InvalidInputError(
+                f"{engine}: the bundle makes tokens of width {self.hidden_size}, but the LLM "
+                f"{model!r} takes width {hidden_size}; {cure}"
+            )
+        if image_token_id != self.image_token_id:
+            raise InvalidInputError(
+                f"{engine}: the bundle's image token id is {self.image_token_id}, but that of the "
+                f"LLM {model!r} is {image_token_id}; {cure}"
+            )
+
+
+def check_embeds(
+    engine: str,
+    embeds: Embeds,
+    *,
+    hidden_size: int,
+    count: int | None,
+    largest: float = float("inf"),
+) -> None:
+    """Check one image's tokens before they reach an engine.
+
+    Args:
+        engine: The engine's name, for the message.
+        embeds: The tokens, float32 or float16 [K, L].
+        hidden_size: L that the engine takes.
+        count: K that the bundle promises; ``None`` without a bundle.
+        largest: Largest magnitude that the engine's dtype can hold.
+
+    Raises:
+        InvalidInputError: They are no array, of another shape or dtype, or not finite.
+    """
+    rows = "K" if count is None else str(count)
+    takes = (
+        f"it takes one image's tokens as a float32 or float16 numpy array [{rows}, {hidden_size}]"
+    )
+    if not isinstance(embeds, np.ndarray):
+        raise InvalidInputError(f"{engine}: got {type(embeds).__name__}; {takes}")
+    if embeds.dtype not in (np.float32, np.float16):
+        raise InvalidInputError(f"{engine}: got tokens of dtype {embeds.dtype}; {takes}")
+    right_rows = embeds.ndim == 2 and (
+        embeds.shape[0] >= 1 if count is None else embeds.shape[0] == count
+    )
+    if not right_rows or embeds.shape[1] != hidden_size:
+        hint = ", such as tokens.embeds[0]" if embeds.ndim == 3 else ""
+        raise InvalidInputError(
+            f"{engine}: got tokens of shape {list(embeds.shape)}; {takes}{hint}"
+        )
+    finite = np.isfinite(embeds)
+    if not finite.all():
+        bad = np.flatnonzero(~finite.all(axis=1))
+        raise InvalidInputError(
+            f"{engine}: {bad.size} of {embeds.shape[0]} tokens (first: row {bad[0]}) hold NaN or "
+            f"infinity; {takes}, all finite: encode the image again, and run 'vzip check' on the "
+            "bundle if it repeats"
+        )
+    magnitude = float(np.abs(embeds).max())
+    if magnitude > largest:
+        raise InvalidInputError(
+            f"{engine}: got tokens up to {magnitude:.4g}, but the LLM's dtype holds at most "
+            f"{largest:.6g}; open the LLM in float32"
+        )
+
+
+def check_question(engine: str, question: str) -> None:
+    """Check a question before it is made into tokens.
+
+    Raises:
+        InvalidInputError: It is empty, or text that has no UTF-8 form.
+    """
+    if not question.strip():
+        raise InvalidInputError(f"{engine}: the question is empty; ask something about the image")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(
+            f"{engine}: the question is not valid Unicode text (at character {error.start}); "
+            "give it in UTF-8"
+        ) from error
+
+
+def check_max_new_tokens(engine: str, max_new_tokens: int) -> None:
+    """Check the limit on an answer's length.
+
+    Raises:
+        InvalidInputError: It is below 1.
+    """
+    if max_new_tokens < 1:
+        raise InvalidInputError(
+            f"{engine}: got a limit of {max_new_tokens} new tokens; it takes 1 or more"
+        )
+
+
+def check_placeholders(
+    engine: str, ids: Sequence[int], *, image_token: str, image_token_id: int, expected: int
+) -> None:
+    """Check that a prompt has a place for every image and no other.
+
+    Args:
+        engine: The engine's name, for the message.
+        ids: The prompt's token ids.
+        image_token: The placeholder as text, for the message.
+        image_token_id: Its id.
+        expected: How many placeholders there must be.
+
+    Raises:
+        InvalidInputError: There are more or fewer; mostly the question itself contains one.
+    """
+    got = sum(1 for token in ids if token == image_token_id)
+    if got != expected:
+        raise InvalidInputError(
+            f"{engine}: the prompt has {got} image placeholders {image_token!r} (id "
+            f"{image_token_id}), but it takes {expected}; a question must not contain "
+            f"{image_token!r}, and the LLM's chat template must write it once per image"
+        )
+
+
+def check_context(
+    engine: str, *, cached: int, new: int, max_new_tokens: int, context: int | None
+) -> None:
+    """Check that the prompt and the longest answer fit into the LLM's context.
+
+    Args:
+        engine: The engine's name, for the message.
+        cached: Tokens of the turns before, the image's included.
+        new: Tokens that this turn adds before the answer.
+        max_new_tokens: Longest answer.
+        context: The LLM's context in tokens; ``None`` when it states none.
+
+    Raises:
+        InvalidInputError: They don't fit.
+    """
+    if context is not None and cached + new + max_new_tokens > context:
+        earlier = f"{cached} of earlier turns, " if cached else ""
+        cure = "begin a new conversation" if cached else "ask a shorter question"
+        raise InvalidInputError(
+            f"{engine}: {earlier}{new} of this prompt and {max_new_tokens} for the answer make "
+            f"{cached + new + max_new_tokens} tokens, but the LLM's context takes {context}; "
+            f"{cure} or allow a shorter answer (--max-new-tokens)"
+        )

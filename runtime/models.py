@@ -1,0 +1,112 @@
+"""What ``--model`` takes: an alias, a local folder or a hub id. No network is touched here."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+from vzip.runtime.errors import CheckpointError
+
+DEMO = "demo"
+
+ALIASES: Mapping[str, str] = MappingProxyType(
+    {
+        DEMO: "vzip.runtime.demo",  # the package that carries the demo model
+        "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
+        "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
+    }
+)
+"""Alias → hub id; that of the demo model → the package that holds its folder."""
+
+# Hub ids are `owner/name` of these characters, with neither `--` nor `..` in them.
+_HUB_ID = re.compile(
+    r"(?!.*(?:--|\.\.))[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII
+)
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a model is.
+
+    Attributes:
+        model: What was asked for.
+        kind: "demo", "folder" or "hub".
+        folder: The local folder of "demo" and "folder", absolute; None for "hub".
+        hub_id: The repository of "hub", such as ``llava-hf/llava-1.5-7b-hf``; else None.
+    """
+
+    model: str
+    kind: Literal["demo", "folder", "hub"]
+    folder: Path | None
+    hub_id: str | None
+
+    @property
+    def model_id(self) -> str:
+        """What finds the model again: ``demo``, the absolute folder, or the hub id."""
+        if self.kind == "demo":
+            return DEMO
+        return self.hub_id if self.hub_id is not None else str(self.folder)
+
+
+def locate(model: str | os.PathLike[str]) -> Location:
+    """Say where a model is.
+
+    An alias comes first (a folder of that name is reached as ``./demo``), then a folder that
+    exists, then a hub id. Whether the hub has that repository is not asked here.
+
+    Args:
+        model: An alias of `ALIASES`, a local folder, or a hub id ``owner/name``.
+
+    Returns:
+        The location.
+
+    Raises:
+        CheckpointError: No such alias or folder, or a file where a folder is expected.
+    """
+    name = os.fspath(model)
+    if name == DEMO:
+        from vzip.runtime import demo
+
+        return Location(name, "demo", demo.checkpoint().resolve(), None)
+    if name in ALIASES:
+        return Location(name, "hub", None, ALIASES[name])
+    if not name.strip() or "\0" in name:
+        raise CheckpointError(f"model is {name!r}, expected {_EXPECTED}")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return Location(name, "folder", folder.resolve(), None)
+    if folder.exists():
+        raise CheckpointError(
+            f"model '{name}' is a file, expected {_EXPECTED}; give the folder with config.json"
+        )
+    if _HUB_ID.fullmatch(name):
+        return Location(name, "hub", None, name)
+    if _looks_like_path(name):
+        raise CheckpointError(
+            f"model folder '{name}' does not exist (looked for {folder.absolute()}), expected "
+            f"{_EXPECTED}; check the path"
+        )
+    raise CheckpointError(
+        f"unknown model '{name}', expected {_EXPECTED}; {suggestion(name)}"
+        f"the aliases are {', '.join(ALIASES)}"
+    )
+
+
+def suggestion(name: str) -> str:
+    """Return ``did you mean 'llava-1.5-7b'? `` for a mistyped alias, else an empty text."""
+    close = difflib.get_close_matches(name.lower(), ALIASES, n=2)
+    quoted = " or ".join(f"'{alias}'" for alias in close)
+    return f"did you mean {quoted}? " if close else ""
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "~")) or any(mark in name for mark in ("/", "\\", os.sep))
+
+
+_EXPECTED = "an alias, a local folder or a hub id (owner/name)"

@@ -1,0 +1,503 @@
+"""The command line: what it imports, prints and returns, and what it says about bad input."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vzip.runtime import cli, commands, console
+from vzip.runtime.cli import COMMANDS, main
+from vzip.runtime.errors import InvalidInputError, MissingDependencyError, VzipError
+from vzip.runtime.handoff.transformers import TransformersLLM
+
+BUNDLE = Path(__file__).parents[1] / "data" / "tiny_bundle"
+HEAVY = ("torch", "onnxruntime", "transformers", "onnx", "vzip.export", "vzip.calibration")
+
+
+def run(*argv: str, **kwargs) -> subprocess.CompletedProcess[str]:
+    """Run vzip in a process of its own."""
+    command = [sys.executable, "-m", "vzip.runtime.cli", *argv]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
+
+
+def python(code: str, **kwargs) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipe = subprocess.PIPE
+    kwargs = {"stdout": pipe, "stderr": pipe, "text": True, "env": env, **kwargs}
+    return subprocess.run([sys.executable, "-c", code], check=False, **kwargs)
+
+
+def one_line(capsys, prog: str = "vzip") -> str:
+    """The one line on stderr, after which nothing was printed."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"{prog}: error: ")
+    assert captured.err.endswith("\n")
+    assert captured.err.count("\n") == 1
+    return captured.err.removeprefix(f"{prog}: error: ").strip()
+
+
+@pytest.fixture
+def image(tmp_path) -> Path:
+    path = tmp_path / "image.png"
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    return path
+
+
+# --- the table -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argv", [["-h"], ["--version"], ["ask", "-h"], ["chat", "-h"], ["show", "-h"]]
+)
+def test_help_imports_nothing_heavy(argv):
+    result = python(
+        "import sys\n"
+        "from vzip.runtime.cli import main\n"
+        f"main({argv})\n"
+        f"print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
+    )
+    assert result.stderr.splitlines()[-1] == "[]"
+
+
+def test_help_lists_every_command_in_one_line():
+    result = run("-h")
+    assert result.returncode == 0
+    assert result.stderr == ""
+    for name, command in COMMANDS.items():
+        assert [line.split(None, 1) for line in result.stdout.splitlines()].count(
+            [name, command.help]
+        ) == 1
+    assert max(map(len, result.stdout.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_exists(name):
+    module, _, function = COMMANDS[name].target.partition(":")
+    spec = importlib.util.find_spec(module)
+    assert spec is not None, f"{module}, which 'vzip {name}' calls, does not exist"
+    assert spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    found = [
+        each for each in tree.body if isinstance(each, ast.FunctionDef) and each.name == function
+    ]
+    assert found, f"{module} has no function {function}"
+    arguments = found[0].args
+    assert [each.arg for each in arguments.args][:1] == ["argv"]
+    assert "prog" in [each.arg for each in (*arguments.args, *arguments.kwonlyargs)]
+
+
+def test_commands_get_their_arguments_and_their_name(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        commands, "show", lambda argv, *, prog: calls.append((list(argv), prog)) or 7
+    )
+    assert main(["show", "-o", "x y"]) == 7
+    assert calls == [(["-o", "x y"], "vzip show")]
+
+
+def test_arguments_of_the_process_are_the_default(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["vzip", "--version"])
+    main()
+    assert "vzip" in "".join(capsys.readouterr())
+
+
+def test_version(capsys, monkeypatch):
+    monkeypatch.setattr(metadata, "version", {"vzip": "1.2.3"}.__getitem__)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == "vzip 1.2.3\n"
+
+
+def test_version_of_a_folder_that_was_never_installed(capsys, monkeypatch):
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    assert main(["--version"]) == 2
+    assert "never installed; install it with: pip install -e ." in one_line(capsys)
+
+
+def test_without_a_command_the_help_goes_to_stderr(capsys):
+    assert main([]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("usage: vzip COMMAND")
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("exprot", "unknown command 'exprot'; did you mean 'export'?"),
+        ("zzz", "unknown command 'zzz'; 'vzip -h' lists what there is"),
+        ("--hlep", "unknown option '--hlep'; did you mean '--help'?"),
+        ("", "unknown command ''; 'vzip -h' lists what there is"),
+    ],
+)
+def test_unknown_words_get_a_suggestion(word, line, capsys):
+    assert main([word]) == 2
+    assert one_line(capsys) == line
+
+
+# --- how commands end ------------------------------------------------------------------------
+
+
+def fail_with(error):
+    def command():
+        raise error
+
+    return command
+
+
+def test_an_error_of_ours_is_one_line(capsys):
+    error = VzipError("the hub said\n  no:\nnever")
+    assert console.run_command(fail_with(error), prog="vzip-export") == 2
+    assert one_line(capsys, "vzip-export") == "the hub said no: never"
+
+
+def test_an_interrupt_has_no_traceback(capsys):
+    assert console.run_command(fail_with(KeyboardInterrupt()), prog="vzip") == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        console.run_command(fail_with(ZeroDivisionError()), prog="vzip")
+
+
+@pytest.mark.parametrize(("code", "status"), [(None, 0), (0, 0), (2, 2)])
+def test_argparses_exits_become_statuses(code, status):
+    assert console.run_command(fail_with(SystemExit(code)), prog="vzip") == status
+
+
+def test_a_commands_status_is_the_exit_status():
+    assert console.run_command(lambda: 1, prog="vzip") == 1
+
+
+@pytest.mark.parametrize("argv", [["-h"], ["ask", "-h"]])
+def test_a_reader_that_goes_away_is_no_error(argv):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as stdout:
+        result = python(
+            f"import sys; from vzip.runtime.cli import main; sys.exit(main({argv}))", stdout=stdout
+        )
+    assert result.returncode == 141
+    assert result.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's device that is always full")
+@pytest.mark.parametrize("code", ["emit('answer')", "print('answer')"])
+def test_a_full_disk_is_one_line(code):
+    with Path("/dev/full").open("w") as stdout:
+        result = python(
+            "import sys; from vzip.runtime.console import emit, run_command\n"
+            f"sys.exit(run_command(lambda: {code} or 0, prog='vzip'))",
+            stdout=stdout,
+        )
+    assert result.returncode == 2
+    assert result.stderr.startswith("vzip: error: standard output can't be written (No space left")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_closed_stdout_is_one_line():
+    code = (
+        "import sys; from vzip.runtime.console import emit, run_command; "
+        "sys.exit(run_command(lambda: emit('answer') or 0, prog='vzip'))"
+    )
+    result = subprocess.run(
+        ["/bin/sh", "-c", 'exec "$0" -c "$1" >&-', sys.executable, code],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("vzip: error: standard output is closed")
+
+
+def test_a_character_that_the_terminal_lacks_is_escaped():
+    result = python(
+        "from vzip.runtime.console import emit; emit('a 字 b')",
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert result.stdout == "a \\u5b57 b\n"
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal and remembers what was flushed when."""
+
+    def __init__(self, text: str = "", *, terminal: bool = True) -> None:
+        super().__init__(text)
+        self.terminal = terminal
+        self.flushed: list[str] = []
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def flush(self) -> None:
+        self.flushed.append(self.getvalue())
+
+
+def test_progress_is_quiet_when_nobody_watches(monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("a bar without a terminal")
+
+    monkeypatch.setitem(sys.modules, "tqdm", SimpleNamespace(tqdm=never))
+    monkeypatch.setattr(sys, "stderr", Terminal(terminal=False))
+    items = [1, 2]
+    assert console.progress(items, desc="reading") is items
+    monkeypatch.setattr(sys, "stderr", None)
+    assert console.progress(items, desc="reading") is items
+
+
+def test_progress_works_without_tqdm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert list(console.progress([1, 2], desc="reading")) == [1, 2]
+
+
+def test_progress_shows_a_bar_on_a_terminal(monkeypatch):
+    seen = {}
+
+    def bar(items, **kwargs):
+        seen.update(kwargs)
+        return (item for item in items)
+
+    monkeypatch.setitem(sys.modules, "tqdm", SimpleNamespace(tqdm=bar))
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert list(console.progress(iter([1, 2]), desc="reading", total=2, unit="shard")) == [1, 2]
+    assert seen == {"desc": "reading", "total": 2, "unit": "shard", "leave": False}
+
+
+# --- ask and chat ----------------------------------------------------------------------------
+
+
+class Conversation:
+    """Answers with the question, in pieces of three letters."""
+
+    def __init__(self) -> None:
+        self.limits: list[int] = []
+
+    def stream(self, question, *, max_new_tokens):
+        if "?" not in question:
+            raise InvalidInputError("that is no question")
+        self.limits.append(max_new_tokens)
+        text = f"<{question.strip()}>"
+        return (text[first : first + 3] for first in range(0, len(text), 3))
+
+    def ask(self, question, *, max_new_tokens):
+        return "".join(self.stream(question, max_new_tokens=max_new_tokens))
+
+
+@pytest.fixture
+def conversation(monkeypatch):
+    made = Conversation()
+    monkeypatch.setattr(commands, "_conversation", lambda arguments: made)
+    return made
+
+
+def test_ask_prints_the_answer_alone(conversation, capsys):
+    assert main(["ask", "b", "i", "what is it?"]) == 0
+    assert capsys.readouterr() == ("<what is it?>\n", "")
+    assert conversation.limits == [256]
+
+
+def test_ask_passes_the_limit(conversation):
+    assert main(["ask", "b", "i", "what?", "--max-new-tokens", "5"]) == 0
+    assert conversation.limits == [5]
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["ask", "b", "i", ""], "ask: the question is empty"),
+        (["ask", "b", "i", " \n"], "ask: the question is empty"),
+        (["ask", "b", "i", "\udcff?"], "not valid Unicode text (at character 0)"),
+        (["ask", "b", "i", "what?", "--max-new-tokens", "0"], "limit of 0 new tokens"),
+        (["chat", "b", "i", "--max-new-tokens", "-1"], "limit of -1 new tokens"),
+    ],
+)
+def test_what_can_be_refused_at_once_is(argv, text, capsys, monkeypatch):
+    monkeypatch.setattr(commands, "_conversation", lambda arguments: pytest.fail("too late"))
+    assert main(argv) == 2
+    assert text in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["ask", "b", "i"], "required: QUESTION"),
+        (["ask", "b", "i", "q?", "--bakend", "x"], "unrecognized arguments: --bakend x"),
+        (["ask", "b", "i", "q?", "--max-new", "5"], "unrecognized arguments: --max-new 5"),
+        (["ask", "b", "i", "q?", "--max-new-tokens", "many"], "invalid int value: 'many'"),
+        (["show", "b", "i"], "required: -o/--output"),
+    ],
+)
+def test_mistyped_arguments(argv, text, capsys):
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert text in captured.err.splitlines()[-1]
+    assert captured.err.splitlines()[-1].startswith(f"vzip {argv[0]}: error: ")
+
+
+def test_chat_answers_each_line_as_it_is_made(conversation, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", Terminal("one?\n\n  \ntwo? \n三?", terminal=False))
+    stdout, stderr = Terminal(terminal=False), Terminal(terminal=False)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    assert main(["chat", "b", "i"]) == 0
+    assert stdout.getvalue() == "<one?>\n<two?>\n<三?>\n"
+    assert stderr.getvalue() == "", "the prompt is for terminals"
+    assert stdout.flushed[:3] == ["<on", "<one?>", "<one?>\n"]
+
+
+def test_chat_of_nothing_says_nothing(conversation, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", Terminal("", terminal=False))
+    assert main(["chat", "b", "i"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_chat_in_a_pipe_ends_at_a_question_that_fails(conversation, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", Terminal("one?\ntwo\nthree?\n", terminal=False))
+    assert main(["chat", "b", "i"]) == 2
+    assert capsys.readouterr() == ("<one?>\n", "vzip: error: that is no question\n")
+
+
+def test_chat_at_a_terminal_prompts_and_goes_on(conversation, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", Terminal("two\nthree?\n"))
+    assert main(["chat", "b", "i"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "<three?>\n"
+    assert captured.err == "> vzip: error: that is no question\n> > \n"
+
+
+def test_chat_without_stdin(conversation, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["chat", "b", "i"]) == 2
+    assert "chat: standard input is closed" in one_line(capsys)
+
+
+def test_chat_with_questions_that_are_no_text(conversation, monkeypatch, capsys):
+    raw = io.TextIOWrapper(io.BytesIO(b"caf\xe9?\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", raw)
+    assert main(["chat", "b", "i"]) == 2
+    assert "standard input is not UTF-8 text" in one_line(capsys)
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers"])
+def test_without_the_llms_packages_the_extra_is_named(package, monkeypatch):
+    if package == "transformers":  # torch is imported first, and need not be here
+        monkeypatch.setitem(sys.modules, "torch", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingDependencyError) as caught:
+        TransformersLLM.open("demo")
+    assert f"the package '{package}'" in str(caught.value)
+    assert "pip install 'vzip[export]'" in str(caught.value)
+
+
+# --- real bundles and images -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["ask", "chat", "show"])
+@pytest.mark.parametrize(
+    "fault", ["image absent", "image broken", "bundle absent", "bundle a file", "backend"]
+)
+def test_bad_input_is_one_line_and_leaves_nothing(command, fault, image, tmp_path, capsys):
+    bundle, extra = BUNDLE, []
+    if fault == "image absent":
+        image, text = tmp_path / "absent.png", "absent.png"
+    elif fault == "image broken":
+        image.write_bytes(image.read_bytes()[:300])
+        text = "image.png"
+    elif fault == "bundle absent":
+        bundle, text = tmp_path / "absent", "found nothing, expected the folder that `vzip export"
+    elif fault == "bundle a file":
+        bundle, text = BUNDLE / "model.onnx", "found a file, expected the folder that `vzip export"
+    else:
+        extra, text = ["--backend", "tensorflow"], "tensorflow"
+    last = {"ask": ["what?"], "chat": [], "show": ["-o", str(tmp_path / "overlay.png")]}[command]
+    before = sorted(tmp_path.iterdir())
+    assert main([command, str(bundle), str(image), *last, *extra]) == 2
+    assert text in one_line(capsys)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_llm_that_does_not_exist_is_refused(image, capsys):
+    assert main(["ask", str(BUNDLE), str(image), "what?", "--llm", "./nowhere"]) == 2
+    assert "'./nowhere' does not exist" in one_line(capsys)
+
+
+def fake_manifest(model: str, revision: str | None) -> SimpleNamespace:
+    return SimpleNamespace(model=SimpleNamespace(id=model, revision=revision))
+
+
+def test_the_llm_is_the_bundles_unless_another_is_given(tmp_path):
+    manifest = fake_manifest("llava-hf/llava-1.5-7b-hf", "abc")
+    assert commands._llm(manifest, None) == ("llava-hf/llava-1.5-7b-hf", "abc")
+    assert commands._llm(manifest, str(tmp_path)) == (str(tmp_path), None)
+
+
+def test_a_bundle_whose_checkpoint_is_gone_asks_for_llm():
+    with pytest.raises(VzipError, match=r"exported from '/gone/llava', which is not here .* --llm"):
+        commands._llm(fake_manifest("/gone/llava", None), None)
+
+
+def test_show_writes_the_overlay_and_prints_its_path(image, tmp_path, capsys):
+    output = tmp_path / "new" / "overlay.PNG"
+    output.parent.mkdir()
+    assert main(["show", str(BUNDLE), str(image), "-o", str(output)]) == 0
+    assert capsys.readouterr() == (f"{output}\n", "")
+    assert list(output.parent.iterdir()) == [output]
+    with Image.open(output) as picture:
+        assert picture.format == "PNG"
+        assert picture.mode == "RGB"
+        assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 100
+    output.write_text("old")
+    assert main(["show", str(BUNDLE), str(image), "-o", str(output)]) == 0
+    assert output.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("output", "text"),
+    [
+        ("overlay.jpg", "but the picture is a PNG; give a file name that ends with .png"),
+        ("overlay", "but the picture is a PNG"),
+        ("absent/overlay.png", "absent' does not exist; create it first"),
+        ("folder.png", "which is a folder; give a file name in it"),
+    ],
+)
+def test_show_refuses_an_output_before_any_work(output, text, tmp_path, capsys):
+    (tmp_path / "folder.png").mkdir()
+    assert main(["show", "no bundle", "no image", "-o", str(tmp_path / output)]) == 2
+    assert text in one_line(capsys)
+
+
+def test_show_that_can_not_write_keeps_the_old_picture(image, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "overlay.png"
+    output.write_text("old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(["show", str(BUNDLE), str(image), "-o", str(output)]) == 2
+    assert "can't be written (No space left on device); give a file" in one_line(capsys)
+    assert output.read_text() == "old"
+    assert sorted(tmp_path.iterdir()) == [image, output]
+
+
+def test_the_console_is_run_as_a_module():
+    assert run("nonsense").returncode == 2
+    assert cli.PROG == "vzip"

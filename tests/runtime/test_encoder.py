@@ -1,0 +1,511 @@
+"""What `VisionEncoder` checks and does around a backend; the backends are `tests/contract`'s."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vzip.runtime import CompressedTokens, VisionEncoder, backends
+from vzip.runtime.backends import BackendUnavailableError, open_backend
+from vzip.runtime.backends.onnxruntime import import_onnxruntime
+from vzip.runtime.bundle import Bundle, read_bundle, update_manifest
+from vzip.runtime.errors import (
+    BackendError,
+    BundleError,
+    InvalidInputError,
+    MissingDependencyError,
+)
+
+Arrays = dict[str, np.ndarray]
+
+
+class Fake:
+    """A backend that gives good outputs for a tiny bundle, or what a test makes of them."""
+
+    def __init__(self, bundle: Bundle, spoil: Callable[[Arrays], object] = lambda _: None) -> None:
+        self.manifest, self.spoil = bundle.manifest, spoil
+        self.fed: list[np.ndarray] = []
+        self.closed = 0
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
+        (name,) = feeds
+        assert name == self.manifest.input.name
+        assert feeds[name].flags.c_contiguous, "backends hand the memory on as it is"
+        self.fed.append(feeds[name].copy())
+        count = len(feeds[name])
+        weights = np.zeros((count, 7, 17), np.float32)
+        weights[:, range(4), range(4)] = 1
+        weights[:, 4, 4:8] = weights[:, 5, 8:12] = weights[:, 6, 12:] = 0.25
+        outputs: Arrays = {
+            "image_embeds": np.ones((count, 7, 6), self.manifest.embeds.dtype),
+            "kept_indices": np.tile(np.arange(4), (count, 1)),
+            "token_weights": weights,
+        }
+        self.spoil(outputs)
+        return outputs
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def opened(folder: Path, spoil: Callable[[Arrays], object] = lambda _: None) -> VisionEncoder:
+    bundle = read_bundle(folder)
+    return VisionEncoder(bundle, "fake", Fake(bundle, spoil))
+
+
+def fake_of(encoder: VisionEncoder) -> Fake:
+    fake = encoder._opened
+    assert isinstance(fake, Fake)
+    return fake
+
+
+def png(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "PNG")
+    return file.getvalue()
+
+
+# Opening
+
+
+def test_opens_a_folder_a_text_or_a_bundle(tiny_bundle: Path) -> None:
+    for source in (tiny_bundle, str(tiny_bundle), read_bundle(tiny_bundle)):
+        with VisionEncoder.open(source, backend="onnxruntime") as encoder:
+            assert encoder.bundle == read_bundle(tiny_bundle)
+            assert encoder.manifest is encoder.bundle.manifest
+
+
+def test_opening_verifies_the_digests(tiny_bundle: Path) -> None:
+    read_before = read_bundle(tiny_bundle)
+    data = bytearray((tiny_bundle / "model.onnx.data").read_bytes())
+    data[5] ^= 1
+    (tiny_bundle / "model.onnx.data").write_bytes(data)
+    for source in (tiny_bundle, read_before):
+        with pytest.raises(BundleError, match=r"model\.onnx\.data has SHA-256"):
+            VisionEncoder.open(source, backend="onnxruntime")
+
+
+def test_groups_are_not_taken_from_a_bundle_that_was_replaced(
+    tiny_bundle: Path, golden: Arrays
+) -> None:
+    with VisionEncoder.open(tiny_bundle, backend="onnxruntime") as encoder:
+        tokens = encoder.run(golden["images"][:1])
+        path = tiny_bundle / "model.onnx"
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+        with pytest.raises(BundleError, match=r"model\.onnx has SHA-256"):
+            _ = tokens.groups
+
+
+def test_parity_numbers_may_change_while_it_is_open(tiny_bundle: Path, golden: Arrays) -> None:
+    with VisionEncoder.open(tiny_bundle, backend="onnxruntime") as encoder:
+        tokens = encoder.run(golden["images"][:1])
+        update_manifest(encoder.bundle, parity={"passed": True})
+        assert np.array_equal(tokens.groups, golden["groups"][:1])
+
+
+def test_refuses_a_backend_that_does_not_exist(tiny_bundle: Path) -> None:
+    with pytest.raises(InvalidInputError, match="got backend='onnx', expected 'auto' or one of on"):
+        VisionEncoder.open(tiny_bundle, backend="onnx")
+
+
+# Choosing a backend
+
+
+def test_auto_takes_the_first_that_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def load(name: str) -> Callable[..., object]:
+        def make(model: bytes, folder: Path, extra: tuple[str, ...]) -> object:
+            tried.append(name)
+            if name == "onnxruntime-cuda":
+                raise BackendUnavailableError("no GPU")
+            if name == "onnxruntime":
+                raise MissingDependencyError("no package")
+            return name
+
+        return make
+
+    monkeypatch.setattr(backends, "_load", load)
+    assert open_backend("auto", b"", Path()) == ("pytorch", "pytorch")
+    assert tried == ["onnxruntime-cuda", "onnxruntime", "pytorch"]
+
+
+def test_auto_does_not_hide_the_failure_of_a_backend_that_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load(name: str) -> Callable[..., object]:
+        def make(model: bytes, folder: Path, extra: tuple[str, ...]) -> object:
+            raise BackendError(f"{name} is broken")
+
+        return make
+
+    monkeypatch.setattr(backends, "_load", load)
+    with pytest.raises(BackendError, match="^onnxruntime-cuda is broken$"):
+        open_backend("auto", b"", Path())
+
+
+def test_without_any_package_the_error_names_every_reason(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("onnxruntime", "torch", "onnx"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(BackendError, match="no backend can be used here") as raised:
+        VisionEncoder.open(tiny_bundle)
+    for line in (
+        "onnxruntime-cuda: the backend 'onnxruntime-cuda' needs the package 'onnxruntime'",
+        "install it with: pip install 'vzip[gpu]'",
+        "install it with: pip install 'vzip[cpu]'",
+        "pytorch: the backend 'pytorch' needs the package",
+        "install it with: pip install 'vzip[export]'",
+    ):
+        assert line in str(raised.value)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(MissingDependencyError, match="pip install 'vzip\\[cpu\\]'"):
+        VisionEncoder.open(tiny_bundle, backend="onnxruntime")
+    with pytest.raises(MissingDependencyError, match="pip install 'vzip\\[export\\]'"):
+        VisionEncoder.open(tiny_bundle, backend="pytorch")
+
+
+def test_auto_says_which_backend_it_took(tiny_bundle: Path) -> None:
+    with VisionEncoder.open(tiny_bundle) as encoder:
+        assert encoder.backend in {"onnxruntime", "onnxruntime-cuda"}
+
+
+def fake_onnxruntime(monkeypatch: pytest.MonkeyPatch, built: list[str], active: list[str]) -> None:
+    """Install an onnxruntime built for some providers whose sessions end up on others."""
+    monkeypatch.setitem(
+        sys.modules,
+        "onnxruntime",
+        SimpleNamespace(  # type: ignore[arg-type]
+            __version__="0",
+            get_available_providers=lambda: built,
+            GraphOptimizationLevel=SimpleNamespace(ORT_ENABLE_ALL=99),
+            SessionOptions=lambda: SimpleNamespace(add_session_config_entry=lambda *_: None),
+            InferenceSession=lambda *_, **__: SimpleNamespace(
+                get_providers=lambda: active, disable_fallback=lambda: None
+            ),
+        ),
+    )
+
+
+def test_asking_for_cuda_never_gives_the_cpu(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu, both = ["CPUExecutionProvider"], ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    fake_onnxruntime(monkeypatch, cpu, cpu)
+    with pytest.raises(BackendError, match=r"expected CUDAExecutionProvider; it is a build for ot"):
+        VisionEncoder.open(tiny_bundle, backend="onnxruntime-cuda")
+    fake_onnxruntime(monkeypatch, both, cpu)
+    with pytest.raises(BackendError, match=r"the session runs on \['CPUExecutionProvider'\], exp"):
+        VisionEncoder.open(tiny_bundle, backend="onnxruntime-cuda")
+
+
+def test_onnxruntime_is_imported_without_its_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    import_onnxruntime("a test", "cpu")
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")  # who set it, meant it
+    import_onnxruntime("a test", "cpu")
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "0"
+
+
+# What goes in
+
+
+def test_takes_every_kind_of_image_alone_or_in_a_list(
+    tiny_bundle: Path, tmp_path: Path, golden: Arrays
+) -> None:
+    array = golden["images"][0]
+    file = tmp_path / "image.png"
+    file.write_bytes(png(array))
+    with opened(tiny_bundle) as encoder:
+        sources: list[Any] = [array, Image.fromarray(array), png(array), file, str(file)]
+        for source in (*sources, [array], (array,)):
+            assert encoder.encode(source).embeds.shape == (1, 7, 6)
+        assert encoder.encode(sources).embeds.shape == (5, 7, 6)
+        for fed in fake_of(encoder).fed:
+            assert fed.dtype == np.uint8
+            assert all(np.array_equal(each, array) for each in fed)
+
+
+def test_feeds_pixel_values_where_the_graph_takes_them(
+    tiny_static_bundle: Path, golden: Arrays
+) -> None:
+    with opened(tiny_static_bundle) as encoder:
+        encoder.encode(list(golden["images"][:2]))
+        (fed,) = fake_of(encoder).fed
+        assert fed.dtype == np.float32
+        assert np.abs(fed - golden["pixel_values"][:2]).max() < 1e-6
+
+
+def test_splits_into_chunks_and_fills_a_static_batch_with_copies(
+    tiny_bundle: Path, tiny_static_bundle: Path, golden: Arrays
+) -> None:
+    images = list(golden["images"])
+    with opened(tiny_bundle) as encoder:
+        assert encoder.encode(images).kept.shape == (5, 4)
+        assert [len(fed) for fed in fake_of(encoder).fed] == [3, 2]
+        assert np.array_equal(np.concatenate(fake_of(encoder).fed), golden["images"])
+    with opened(tiny_static_bundle) as encoder:
+        assert encoder.encode(images).kept.shape == (5, 4)
+        fed = fake_of(encoder).fed
+        assert [len(each) for each in fed] == [2, 2, 2]
+        assert np.array_equal(fed[2][1], fed[2][0])
+
+
+@pytest.mark.parametrize("nothing", [[], ()])
+def test_refuses_no_image(tiny_bundle: Path, nothing: Any) -> None:
+    with opened(tiny_bundle) as encoder:
+        with pytest.raises(InvalidInputError, match="got an empty list of images, expected at lea"):
+            encoder.encode(nothing)
+        assert not fake_of(encoder).fed
+
+
+def test_refuses_what_is_no_image_before_anything_runs(tiny_bundle: Path, golden: Arrays) -> None:
+    good = golden["images"][0]
+    bad: list[Any] = [b"GIF8 but no more", good.astype(np.float32), None, (n for n in "generator")]
+    with opened(tiny_bundle) as encoder:
+        for source in bad:
+            with pytest.raises(InvalidInputError):
+                encoder.encode([good, good, good, source])
+            if source is not None:
+                with pytest.raises(InvalidInputError):
+                    encoder.encode(source)
+        assert not fake_of(encoder).fed
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (
+            np.zeros((1, 16, 16, 3)),
+            r"got float64 \[1, 16, 16, 3\], expected image uint8 \[batch",
+        ),
+        (np.zeros((1, 16, 16, 3), ">i8"), r"got >i8 \[1, 16, 16, 3\], expected image uint8"),
+        (np.zeros((1, 3, 16, 16), np.uint8), r"the axes are \[B, H, W, 3\], at the tower's resol"),
+        (np.zeros((16, 16, 3), np.uint8), r"got uint8 \[16, 16, 3\], expected image uint8"),
+        (np.zeros((), np.uint8), r"got uint8 \[\], expected image uint8"),
+        (np.zeros((0, 16, 16, 3), np.uint8), "got a batch of 0, expected 1 to 3; split or fill"),
+        (np.zeros((4, 16, 16, 3), np.uint8), "got a batch of 4, expected 1 to 3; split or fill"),
+        ([[0]], "got list, expected a numpy array: image uint8"),
+        (None, "got NoneType, expected a numpy array"),
+    ],
+)
+def test_run_refuses_what_is_not_the_graphs_input(
+    tiny_bundle: Path, array: Any, message: str
+) -> None:
+    with opened(tiny_bundle) as encoder:
+        with pytest.raises(ValueError, match=message):
+            encoder.run(array)
+        assert not fake_of(encoder).fed
+
+
+def test_run_refuses_other_batches_of_a_static_graph(tiny_static_bundle: Path) -> None:
+    with opened(tiny_static_bundle) as encoder:
+        for count in (0, 1, 3):
+            with pytest.raises(ValueError, match=f"got a batch of {count}, expected exactly 2"):
+                encoder.run(np.zeros((count, 3, 16, 16), np.float32))
+        with pytest.raises(ValueError, match=r"convert it with vzip\.runtime\.preprocess\.pixel"):
+            encoder.run(np.zeros((2, 3, 16, 16), np.float16))
+        with pytest.raises(ValueError, match=r"the axes are \[B, 3, H, W\]"):
+            encoder.run(np.zeros((2, 16, 16, 3), np.float32))
+        assert encoder.run(np.zeros((2, 3, 16, 16), np.float32)).kept.shape == (2, 4)
+
+
+def test_run_hands_on_contiguous_memory(tiny_bundle: Path, golden: Arrays) -> None:
+    with opened(tiny_bundle) as encoder:
+        encoder.run(np.asfortranarray(golden["images"][:2]))
+        assert np.array_equal(fake_of(encoder).fed[0], golden["images"][:2])
+
+
+# What comes out
+
+
+def set_kept(row: list[int]) -> Callable[[Arrays], object]:
+    return lambda outputs: outputs.update(kept_indices=np.array([row]))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda o: o.pop("image_embeds"), "fake gave nothing for image_embeds, expected float32"),
+        (
+            lambda o: o.update(image_embeds=o["image_embeds"].astype(np.float64)),
+            r"gave float64 \[1, 7, 6\] for image_embeds, expected float32 \[1, 7, 6\]; graph and",
+        ),
+        (
+            lambda o: o.update(image_embeds=o["image_embeds"][:, :6]),
+            r"gave float32 \[1, 6, 6\] for image_embeds, expected float32 \[1, 7, 6\]",
+        ),
+        (
+            lambda o: o.update(kept_indices=o["kept_indices"].astype(np.int32)),
+            r"gave int32 \[1, 4\] for kept_indices, expected int64 \[1, 4\]",
+        ),
+        (lambda o: o["image_embeds"].__setitem__((0, 2, 3), np.nan), "gave 1 numbers in image_emb"),
+        (
+            lambda o: o["image_embeds"].__setitem__((0, 2), -np.inf),
+            "gave 6 numbers in image_embeds",
+        ),
+        (set_kept([0, 2, 1, 3]), r"gave kept_indices \[0, 2, 1, 3\], expected 4 ascending tokens"),
+        (set_kept([0, 2, 2, 3]), "without duplicates, CLS \\(0\\) among them"),
+        (set_kept([0, 1, 2, 17]), r"ascending tokens of 0 … 16 without"),
+        (set_kept([-1, 0, 1, 2]), r"gave kept_indices \[-1, 0, 1, 2\]"),
+        (set_kept([1, 2, 3, 4]), r"CLS \(0\) among them; the backend computes wrongly here"),
+    ],
+)
+def test_refuses_outputs_that_the_manifest_does_not_promise(
+    tiny_bundle: Path, golden: Arrays, spoil: Callable[[Arrays], object], message: str
+) -> None:
+    with opened(tiny_bundle, spoil) as encoder:
+        with pytest.raises(BackendError, match=message):
+            encoder.run(golden["images"][:1])
+        fake_of(encoder).spoil = lambda _: None
+        assert encoder.run(golden["images"][:1]).kept.tolist() == [[0, 1, 2, 3]]
+
+
+def without_cls(folder: Path, spoil: Callable[[Arrays], object]) -> VisionEncoder:
+    """Open a bundle of a tower with CLS that keeps patches only."""
+    bundle = read_bundle(folder)
+    selection = dataclasses.replace(bundle.manifest.selection, cls_token=False)
+    bundle = Bundle(folder, dataclasses.replace(bundle.manifest, selection=selection))
+    return VisionEncoder(bundle, "fake", Fake(bundle, spoil))
+
+
+def test_a_cls_token_that_is_dropped_is_neither_kept_nor_merged(
+    tiny_bundle: Path, golden: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def good(outputs: Arrays) -> None:
+        outputs["kept_indices"] = np.array([[1, 2, 3, 4]])
+        outputs["token_weights"][:, 4, 4] = 0
+
+    with without_cls(tiny_bundle, good) as encoder:
+        again = fake_of(encoder)
+        monkeypatch.setattr("vzip.runtime.encoder.open_backend", lambda *_, **__: ("fake", again))
+        tokens = encoder.run(golden["images"][:1])
+        assert tokens.groups.tolist() == [[-1] * 5 + [0] * 3 + [1] * 4 + [2] * 5]
+    with (
+        without_cls(tiny_bundle, lambda _: None) as encoder,
+        pytest.raises(BackendError, match="ascending tokens of 1 … 16 without duplicates; the"),
+    ):
+        encoder.run(golden["images"][:1])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda o: o["token_weights"].__setitem__((0, 5, 5), 0.5), "each of the 13 that were not"),
+        (
+            lambda o: o["token_weights"].__setitem__((0, 4, 5), 0),
+            r"in which \[12\] tokens are",
+        ),
+        (set_kept([0, 1, 2, 16]), "kept other tokens in a second run of the same images"),
+    ],
+)
+def test_refuses_groups_that_make_no_sense(
+    tiny_bundle: Path,
+    golden: Arrays,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[Arrays], object],
+    message: str,
+) -> None:
+    with opened(tiny_bundle) as encoder:
+        second = Fake(encoder.bundle, spoil)
+        monkeypatch.setattr("vzip.runtime.encoder.open_backend", lambda *_, **__: ("fake", second))
+        tokens = encoder.run(golden["images"][:1])
+        with pytest.raises(BackendError, match=message):
+            _ = tokens.groups
+
+
+def test_groups_cost_nothing_until_they_are_asked_for(
+    tiny_bundle: Path, golden: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+    encoder = opened(tiny_bundle)
+    second = Fake(encoder.bundle)
+
+    def open_second(name: str, *_: object, **options: Any) -> tuple[str, Fake]:
+        calls.append({"name": name, **options})
+        return name, second
+
+    monkeypatch.setattr("vzip.runtime.encoder.open_backend", open_second)
+    tokens = encoder.encode(list(golden["images"]))
+    assert not calls
+    assert tokens.groups.shape == (5, 17)
+    assert tokens.groups is tokens.groups
+    assert encoder.encode(golden["images"][0]).groups.shape == (1, 17)
+    assert calls == [{"name": "fake", "extra_outputs": ("token_weights",)}]
+    assert [len(fed) for fed in second.fed] == [3, 2, 1]
+    fake = fake_of(encoder)
+    encoder.close()
+    encoder.close()
+    assert (fake.closed, second.closed) == (1, 1)
+
+
+def test_tokens_have_a_short_description() -> None:
+    tokens = CompressedTokens(
+        np.zeros((1, 2, 3), np.float32), np.zeros((1, 1), np.int64), lambda: np.zeros((1, 4))
+    )
+    assert repr(tokens) == "CompressedTokens(embeds float32 [1, 2, 3])"
+
+
+# Importing
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env={**os.environ}
+    )
+    return done.stdout.strip()
+
+
+def test_importing_the_runtime_loads_numpy_and_pillow_at_most() -> None:
+    code = """
+import sys
+before = set(sys.modules)
+from vzip.runtime import CompressedTokens, VisionEncoder
+import vzip.runtime.backends, vzip.runtime.bundle
+loaded = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(sorted(loaded - set(sys.stdlib_module_names)))
+"""
+    allowed = {"numpy", "PIL", "vzip", "cython_runtime"}  # the last one is numpy 1.26's
+    loaded = set(eval(run_python(code)))
+    # C extensions of numpy show under names of their own in some versions.
+    assert {name for name in loaded if not name.startswith("_")} - allowed == set()
+    assert "vzip" in loaded
+
+
+def test_importing_the_runtime_is_fast() -> None:
+    code = """
+import time
+start = time.perf_counter()
+import vzip.runtime
+empty = time.perf_counter()
+import numpy, PIL.Image
+others = time.process_time()
+from vzip.runtime import CompressedTokens, VisionEncoder
+print(empty - start, time.process_time() - others)
+"""
+    # The names behind the package cost what numpy and Pillow cost, and little of their own (CPU
+    # time). The best of several: other processes on the machine only ever make it slower.
+    runs = [[float(number) for number in run_python(code).split()] for _ in range(5)]
+    assert min(run[0] for run in runs) < 0.150
+    assert min(run[1] for run in runs) < 0.150
+
+
+def test_names_that_the_runtime_has_not_are_an_error() -> None:
+    import vzip.runtime
+
+    with pytest.raises(AttributeError, match=r"module 'vzip\.runtime' has no attribute 'Decoder'"):
+        _ = vzip.runtime.Decoder  # type: ignore[attr-defined]
+    assert "VisionEncoder" in dir(vzip.runtime)
