@@ -1,0 +1,256 @@
+"""What a vision side looks like: frozen sizes, checked where they are made.
+
+The numbers come from a checkpoint's own ``config.json`` (`vzip.export.families`), never from here.
+Canonical tensor names are ``tower.`` + the key of transformers' ``CLIPVisionModel`` and
+``projector.`` + the key of its ``LlavaMultiModalProjector``; `tensor_shapes` lists them all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from vzip.runtime.errors import CheckpointError
+from vzip.runtime.preprocess import Preprocessing
+
+TowerActivation = Literal["quick_gelu", "gelu", "gelu_pytorch_tanh"]
+ProjectorActivation = Literal["gelu"]
+FeatureStrategy = Literal["default", "full"]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """A CLIP-like vision transformer.
+
+    Attributes:
+        image_size: Side of its square input in pixels.
+        patch_size: Side of a patch in pixels; divides `image_size`.
+        hidden_size: Width D; a multiple of `num_heads`.
+        intermediate_size: Width of the feed-forward part.
+        num_heads: Attention heads.
+        num_layers: Encoder layers in the checkpoint, those that the features never use included.
+        activation: Of the feed-forward part.
+        layer_norm_eps: Added to the variance.
+        cls_token: Whether a CLS token stands before the patches.
+    """
+
+    image_size: int
+    patch_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_layers: int
+    activation: TowerActivation
+    layer_norm_eps: float
+    cls_token: bool
+
+    def __post_init__(self) -> None:
+        sizes = ("image_size", "patch_size", "hidden_size", "intermediate_size")
+        for name in (*sizes, "num_heads", "num_layers"):
+            _positive(f"tower {name}", getattr(self, name))
+        if self.image_size % self.patch_size:
+            raise _wrong(
+                "tower image_size", self.image_size, f"a multiple of patch_size {self.patch_size}"
+            )
+        if self.hidden_size % self.num_heads:
+            raise _wrong(
+                "tower hidden_size", self.hidden_size, f"a multiple of num_heads {self.num_heads}"
+            )
+        _choice("tower activation", self.activation, get_args(TowerActivation))
+        eps = self.layer_norm_eps
+        if not isinstance(eps, float) or not math.isfinite(eps) or eps <= 0:
+            raise _wrong("tower layer_norm_eps", eps, "a number above 0")
+        _truth("tower cls_token", self.cls_token)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+    @property
+    def patches(self) -> int:
+        """N: patches of an image."""
+        rows, columns = self.grid
+        return rows * columns
+
+    @property
+    def tokens(self) -> int:
+        """S: tokens of the tower, CLS included where it has one."""
+        return self.patches + self.cls_token
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """Linear, activation, Linear: from the tower's width to the LLM's.
+
+    Attributes:
+        in_features: Width of a tower feature.
+        hidden_features: Width between the two linear layers.
+        out_features: L, the LLM's hidden size.
+        activation: Between the two; GELU by the error function.
+        bias: Whether the linear layers have one.
+    """
+
+    in_features: int
+    hidden_features: int
+    out_features: int
+    activation: ProjectorActivation
+    bias: bool
+
+    def __post_init__(self) -> None:
+        for name in ("in_features", "hidden_features", "out_features"):
+            _positive(f"projector {name}", getattr(self, name))
+        _choice("projector activation", self.activation, get_args(ProjectorActivation))
+        _truth("projector bias", self.bias)
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Tower, projector and what lies between pixels and the one and tokens and the other.
+
+    Attributes:
+        family: Name in `vzip.export.families`.
+        tower: The vision transformer.
+        projector: What maps its features to the LLM.
+        feature_layer: Index into transformers' ``hidden_states``, as the checkpoint's configuration
+            has it: entry 0 is what enters the first layer, -1 what leaves the last.
+        image_token_id: The token that stands for an image in the LLM's vocabulary; original LLaVA's
+            is -200, which is no entry of any vocabulary.
+        preprocessing: From an image to what the tower takes.
+        feature_strategy: What the uncompressed model hands to the LLM: "default" drops the CLS
+            token, "full" keeps it. VisionZip chooses for itself (its `cls_token`).
+    """
+
+    family: str
+    tower: TowerConfig
+    projector: ProjectorConfig
+    feature_layer: int
+    image_token_id: int
+    preprocessing: Preprocessing
+    feature_strategy: FeatureStrategy = "default"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.family, str) or not self.family:
+            raise _wrong("family", self.family, "a name")
+        for name in ("feature_layer", "image_token_id"):
+            if type(getattr(self, name)) is not int:
+                raise _wrong(name, getattr(self, name), "one integer")
+        states = self.tower.num_layers + 1
+        if not -states <= self.feature_layer < states or not self.layers_run:
+            raise _wrong(
+                "feature_layer",
+                self.feature_layer,
+                f"the output of one of the tower's {self.tower.num_layers} layers: "
+                f"1 to {states - 1}, or -1 to {1 - states}",
+            )
+        if self.projector.in_features != self.tower.hidden_size:
+            raise _wrong(
+                "projector in_features",
+                self.projector.in_features,
+                f"the tower's hidden_size {self.tower.hidden_size}",
+            )
+        if self.preprocessing.image_size != self.tower.image_size:
+            raise _wrong(
+                "preprocessing image_size",
+                self.preprocessing.image_size,
+                f"the tower's image_size {self.tower.image_size}",
+            )
+        _choice("feature_strategy", self.feature_strategy, get_args(FeatureStrategy))
+
+    @property
+    def llm_hidden_size(self) -> int:
+        """L: width of the tokens that the LLM takes."""
+        return self.projector.out_features
+
+    @property
+    def layers_run(self) -> int:
+        """Encoder layers that the features need; those after them are dead code."""
+        return self.feature_layer % (self.tower.num_layers + 1)
+
+
+def tensor_shapes(config: VisionConfig) -> dict[str, Shape]:
+    """Return canonical name → shape of every tensor of the vision side, in the order of the graph.
+
+    The tower's unused last layers and post-LayerNorm are among them: see `needed_tensors`.
+    """
+    shapes = {f"tower.{name}": shape for name, shape in _tower_shapes(config.tower).items()}
+    projector = {f"projector.{name}": s for name, s in projector_shapes(config.projector).items()}
+    return shapes | projector
+
+
+def needed_tensors(config: VisionConfig) -> frozenset[str]:
+    """Return the canonical names that the graph can't do without: nothing of the dead end."""
+    dead = tuple(
+        f"tower.encoder.layers.{index}."
+        for index in range(config.layers_run, config.tower.num_layers)
+    )
+    return frozenset(
+        name
+        for name in tensor_shapes(config)
+        if not name.startswith((*dead, "tower.post_layernorm."))
+    )
+
+
+def projector_shapes(config: ProjectorConfig) -> dict[str, Shape]:
+    """Return name → shape of the projector's tensors, names as in ``LlavaMultiModalProjector``."""
+    shapes: dict[str, Shape] = {}
+    shapes |= _linear("linear_1", config.in_features, config.hidden_features, bias=config.bias)
+    shapes |= _linear("linear_2", config.hidden_features, config.out_features, bias=config.bias)
+    return shapes
+
+
+def _tower_shapes(tower: TowerConfig) -> Mapping[str, Shape]:
+    """Name → shape, names as in transformers 5's ``CLIPVisionModel``."""
+    width, patch = tower.hidden_size, tower.patch_size
+    shapes: dict[str, Shape] = {}
+    if tower.cls_token:
+        shapes["embeddings.class_embedding"] = (width,)
+    shapes["embeddings.patch_embedding.weight"] = (width, 3, patch, patch)
+    shapes["embeddings.position_embedding.weight"] = (tower.tokens, width)
+    shapes |= _norm("pre_layrnorm", width)  # the published spelling
+    for index in range(tower.num_layers):
+        layer = f"encoder.layers.{index}"
+        shapes |= _norm(f"{layer}.layer_norm1", width)
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= _linear(f"{layer}.self_attn.{name}", width, width, bias=True)
+        shapes |= _norm(f"{layer}.layer_norm2", width)
+        shapes |= _linear(f"{layer}.mlp.fc1", width, tower.intermediate_size, bias=True)
+        shapes |= _linear(f"{layer}.mlp.fc2", tower.intermediate_size, width, bias=True)
+    shapes |= _norm("post_layernorm", width)
+    return shapes
+
+
+def _linear(name: str, in_features: int, out_features: int, *, bias: bool) -> dict[str, Shape]:
+    weight = {f"{name}.weight": (out_features, in_features)}
+    return {**weight, f"{name}.bias": (out_features,)} if bias else {**weight}
+
+
+def _norm(name: str, width: int) -> dict[str, Shape]:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def _wrong(what: str, got: object, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"{what} is {got!r}, expected {expected}; the checkpoint's config.json or "
+        "preprocessor_config.json is damaged or describes a model that vzip doesn't know: compare "
+        "it with the published one"
+    )
+
+
+def _positive(what: str, value: object) -> None:
+    if type(value) is not int or value < 1:
+        raise _wrong(what, value, "an integer above 0")
+
+
+def _truth(what: str, value: object) -> None:
+    if type(value) is not bool:
+        raise _wrong(what, value, "true or false")
+
+
+def _choice(what: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise _wrong(what, value, "one of " + ", ".join(choices))

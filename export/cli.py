@@ -1,0 +1,233 @@
+"""`vzip-export` (also `vzip export`) and `vzip check`.
+
+Nothing heavy is imported before the arguments are understood: `-h` and a mistyped option answer at
+once, and on a machine without torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from vzip.export.budget import Budget, Merge, split_tokens
+from vzip.runtime.console import emit, run_command
+from vzip.runtime.errors import BudgetError, InvalidInputError, missing
+from vzip.runtime.models import ALIASES
+
+if TYPE_CHECKING:
+    from vzip.runtime.bundle import Bundle
+
+DEFAULT_TOKENS = 64  # the paper's smallest budget for LLaVA-1.5: 54 + 10 of 576
+
+
+def vzip_export() -> int:
+    """Run the command line `vzip-export`."""
+    return run_command(lambda: main(sys.argv[1:], prog="vzip-export"), prog="vzip-export")
+
+
+def main(argv: Sequence[str], *, prog: str) -> int:
+    """Export a bundle.
+
+    Args:
+        argv: The arguments.
+        prog: The command's name, for its help.
+
+    Returns:
+        The exit status.
+    """
+    arguments = _export_parser(prog).parse_args(argv)
+    budget = _budget(arguments)
+    output = Path(arguments.output or _default_output(arguments, budget))
+    _require_export_packages(prog)
+    from vzip.export.onnx_graph import GraphOptions
+    from vzip.export.pictures import reference_images
+    from vzip.export.pipeline import WeightSource, export_bundle
+
+    say(f"budget: {describe_budget(budget)}")
+    bundle = export_bundle(
+        WeightSource(
+            arguments.model,
+            arguments.revision,
+            arguments.seed if arguments.weights == "random" else None,
+            arguments.projector,
+        ),
+        output,
+        budget=budget,
+        merge=arguments.merge,
+        precision=arguments.precision,
+        options=GraphOptions(
+            graph_input=arguments.input,
+            batch=arguments.max_batch or arguments.batch,
+            dynamic_batch=arguments.max_batch is not None,
+            opset=arguments.opset,
+        ),
+        check_images=() if arguments.no_check else reference_images(),
+        step=lambda name: say(f"{name} …"),
+    )
+    if bundle.manifest.parity is not None:
+        say(describe_parity(bundle))
+    emit(str(output))
+    return 0
+
+
+def check_main(argv: Sequence[str], *, prog: str) -> int:
+    """Check a bundle against the untouched model.
+
+    Args:
+        argv: The arguments.
+        prog: The command's name, for its help.
+
+    Returns:
+        0 if the gate is met, 1 if it is not.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        allow_abbrev=False,
+        description="Run a bundle's graph beside the untouched Hugging Face tower and projector "
+        "and a slow oracle of VisionZip; write the numbers into its manifest. Exit status 1 below "
+        "the gate.",
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help="the folder that an export wrote")
+    parser.add_argument(
+        "images", metavar="IMAGE", nargs="*", help="images to check on (default: vzip's own)"
+    )
+    parser.add_argument(
+        "--projector", type=Path, metavar="FILE", help="the tuned projector that it was made with"
+    )
+    arguments = parser.parse_args(argv)
+    _require_export_packages(prog)
+    from vzip.export.pictures import reference_images
+    from vzip.export.recheck import check_bundle
+
+    bundle = check_bundle(
+        arguments.bundle, arguments.images or reference_images(), projector=arguments.projector
+    )
+    parity = bundle.manifest.parity
+    assert parity is not None
+    for name, value in parity.items():
+        emit(f"{name}: {value}")
+    return 0 if parity["passed"] else 1
+
+
+def say(text: str) -> None:
+    """Tell the user what goes on, on standard error; standard output has results alone."""
+    print(text, file=sys.stderr)  # noqa: T201  what a command line is for
+
+
+def describe_budget(budget: Budget) -> str:
+    """Return a budget as one reads it: the sum and its parts."""
+    cls = "CLS among the dominant" if budget.cls_token else "without CLS"
+    return (
+        f"{budget.tokens} tokens = {budget.dominant} dominant + {budget.contextual} contextual, "
+        f"{cls}"
+    )
+
+
+def describe_parity(bundle: Bundle) -> str:
+    """Return the line about a bundle's parity that follows an export."""
+    parity = bundle.manifest.parity
+    assert parity is not None
+    return (
+        f"parity on {parity['images']} images: kept overlap {parity['kept_overlap']:.4f}, "
+        f"lowest cosine {parity['min_cosine']:.6f}, largest error {parity['max_error']:.1e}"
+    )
+
+
+def _export_parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        allow_abbrev=False,  # a new option would change what an old script says
+        description="Trace a vision tower, VisionZip's selection and merging, and the projector "
+        "into one static ONNX graph, check it against the untouched model, and write a bundle.",
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        help=f"an alias ({', '.join(ALIASES)}), a hub id, or a local folder",
+    )
+    parser.add_argument("--revision", help="commit, branch or tag of a hub id")
+    parser.add_argument(
+        "--weights",
+        choices=("checkpoint", "random"),
+        default="checkpoint",
+        help="random: the architecture at its true size without a hub (default: checkpoint)",
+    )
+    parser.add_argument("--seed", type=int, help="of random weights (default: 0)")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        metavar="K",
+        help=f"tokens that leave the graph, split 27:5 as in the paper (default: {DEFAULT_TOKENS})",
+    )
+    parser.add_argument("--dominant", type=int, metavar="N", help="tokens kept as they are")
+    parser.add_argument("--contextual", type=int, metavar="N", help="tokens merged from the rest")
+    parser.add_argument(
+        "--merge",
+        choices=get_args(Merge),
+        default="average",
+        help="average: the paper's; sum: the published code's (default: average)",
+    )
+    parser.add_argument("--no-cls", action="store_true", help="drop the CLS token")
+    parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32")
+    batch = parser.add_mutually_exclusive_group()
+    batch.add_argument("--batch", type=int, default=1, metavar="N", help="static batch (default 1)")
+    batch.add_argument(
+        "--max-batch", type=int, metavar="N", help="leave the batch axis open, up to N"
+    )
+    parser.add_argument(
+        "--input",
+        choices=("image", "pixel_values"),
+        default="image",
+        help="image: uint8 [B, H, W, 3], normalised in the graph; "
+        "pixel_values: float [B, 3, H, W] as the processor makes it (default: image)",
+    )
+    parser.add_argument(
+        "--opset", type=int, choices=(17, 18), default=18, help="17 for TensorRT 8.6 (default: 18)"
+    )
+    parser.add_argument("--projector", type=Path, metavar="FILE", help="a tuned projector")
+    parser.add_argument(
+        "--no-check", action="store_true", help="skip the parity check against the PyTorch model"
+    )
+    parser.add_argument("-o", "--output", metavar="FOLDER", help="where the bundle goes")
+    return parser
+
+
+def _budget(arguments: argparse.Namespace) -> Budget:
+    """Read the budget, and refuse options that contradict each other."""
+    if arguments.seed is not None and arguments.weights != "random":
+        raise InvalidInputError(
+            f"--seed {arguments.seed} was given without --weights random; a checkpoint has no seed:"
+            " drop one or add the other"
+        )
+    if arguments.weights == "random":
+        arguments.seed = arguments.seed or 0
+    cls_token = not arguments.no_cls
+    parts = (arguments.dominant, arguments.contextual)
+    if arguments.tokens is not None and parts != (None, None):
+        raise BudgetError(
+            "--tokens and --dominant/--contextual were both given; expected either the sum or its "
+            "parts"
+        )
+    if parts == (None, None):
+        tokens = DEFAULT_TOKENS if arguments.tokens is None else arguments.tokens
+        return split_tokens(tokens, cls_token=cls_token)
+    if None in parts:
+        raise BudgetError("expected --dominant and --contextual together; or --tokens for the sum")
+    return Budget(*parts, cls_token)
+
+
+def _default_output(arguments: argparse.Namespace, budget: Budget) -> str:
+    name = Path(arguments.model).name
+    return f"{name}-{budget.tokens}-{arguments.precision}"
+
+
+def _require_export_packages(prog: str) -> None:
+    """Say in one line that the extra is not installed, before the first import fails in many."""
+    import importlib.util
+
+    for package in ("torch", "transformers", "onnx", "onnxscript", "safetensors", "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            raise missing(package, needed_for=f"'{prog}'", extra="export")

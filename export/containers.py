@@ -1,0 +1,171 @@
+"""Tensor files: which names they hold, and single tensors out of them.
+
+``.safetensors`` files are mapped into memory. ``.bin`` files are pickles, which can run code: they
+are read with ``weights_only=True`` alone, mapped where PyTorch can.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vzip.runtime.errors import CheckpointError
+
+_LFS_POINTER = b"version https://git-lfs"
+
+
+def tensor_names(path: Path) -> frozenset[str]:
+    """Return the names of the tensors in a file.
+
+    Raises:
+        CheckpointError: The file is damaged, or no tensor file.
+    """
+    with _open(path) as tensors:
+        return frozenset(tensors)
+
+
+def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return the named tensors of a file; others are not read.
+
+    Raises:
+        CheckpointError: The file is damaged or no tensor file, or a name is not in it.
+    """
+    wanted = list(names)
+    with _open(path) as tensors:
+        absent = [name for name in wanted if name not in tensors]
+        if absent:
+            raise CheckpointError(
+                f"{path} lacks the tensor '{absent[0]}' that its index places there ({len(absent)} "
+                "such in all); index and file are of two checkpoints: download both again"
+            )
+        return {name: tensors[name]() for name in wanted}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        CheckpointError: The file is unreadable, no JSON, or no object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"can't read {path}: {error.strerror or error}") from error
+    except ValueError as error:  # covers wrong JSON and wrong UTF-8
+        raise CheckpointError(
+            f"{path} is no valid JSON ({error}); it is damaged or truncated: download it again"
+        ) from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path} is nested too deeply for a configuration") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(
+            f"{path} holds a JSON {type(data).__name__}, expected an object; it is damaged or "
+            "another file: download it again"
+        )
+    return data
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Return tensor name → file name of a sharded checkpoint's index.
+
+    Raises:
+        CheckpointError: Not an index, or it names a file outside its folder.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{path} has no 'weight_map' of tensor names, expected in an index; download it again"
+        )
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file or Path(file).name != file or "\\" in file:
+            raise CheckpointError(
+                f"{path} places the tensor '{name}' in {file!r}, expected a file name without a "
+                "folder; the index was tampered with: don't use this checkpoint"
+            )
+    return weight_map
+
+
+Lazy = Mapping[str, Callable[[], Tensor]]
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Lazy]:
+    """Name → function that reads that tensor, as long as the file is open."""
+    opener = _OPENERS.get(path.suffix)
+    if opener is None:
+        raise CheckpointError(
+            f"{path} is no tensor file that vzip reads, expected {' or '.join(_OPENERS)}"
+        )
+    if not path.is_file():
+        raise CheckpointError(f"tensor file {path} does not exist; check the path")
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+    except OSError as error:
+        raise CheckpointError(f"can't read {path}: {error.strerror or error}") from error
+    if start == _LFS_POINTER:
+        raise CheckpointError(
+            f"{path} is a Git LFS pointer, expected tensors; fetch the file with: git lfs pull"
+        )
+    with opener(path) as tensors:
+        yield tensors
+
+
+@contextmanager
+def _safetensors(path: Path) -> Iterator[Lazy]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118 - no dict
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+@contextmanager
+def _pickle(path: Path) -> Iterator[Lazy]:
+    try:
+        # Files from before PyTorch 1.6 are no zip archives, and those can't be mapped.
+        state = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} can't be loaded with weights_only=True ({_first_line(error)}); it is damaged, "
+            "or holds more than tensors and could run code: get the checkpoint as .safetensors"
+        ) from error
+    except Exception as error:  # a damaged pickle can end in any of them
+        raise _damaged(path, error) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a dict of tensors")
+    yield {name: partial(_same, t) for name, t in state.items() if isinstance(t, Tensor)}
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+_OPENERS: Mapping[str, Callable[[Path], AbstractContextManager[Lazy]]] = {
+    ".safetensors": _safetensors,
+    ".bin": _pickle,
+}
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"can't read tensors from {path} ({path.stat().st_size} bytes): {_first_line(error)}; the "
+        "file is truncated or damaged: download it again"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

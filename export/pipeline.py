@@ -1,0 +1,197 @@
+"""Checkpoint in, bundle out: the steps of an export, in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from vzip.export import parity
+from vzip.export.architecture import VisionConfig
+from vzip.export.budget import Budget, Merge
+from vzip.export.checkpoint import Checkpoint, read_projector, read_vision, vision_config
+from vzip.export.encoder import Encoder
+from vzip.export.onnx_graph import GraphOptions, save, trace
+from vzip.export.random_weights import random_vision
+from vzip.export.weights import VisionWeights
+from vzip.runtime import manifest as form
+from vzip.runtime.bundle import Bundle, bundle_writer
+from vzip.runtime.errors import ParityError
+from vzip.runtime.images import ImageSource
+from vzip.runtime.models import locate
+
+Precision = Literal["fp32", "fp16"]
+
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+PACKAGES = ("vzip", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Which weights an encoder is made from; enough to find the same ones again.
+
+    Attributes:
+        model: An alias, a hub id or a local folder.
+        revision: Commit, branch or tag of a hub repository.
+        seed: Draw random weights from this seed instead of reading the checkpoint's.
+        projector: A file with a tuned projector that replaces the checkpoint's.
+    """
+
+    model: str
+    revision: str | None = None
+    seed: int | None = None
+    projector: Path | None = None
+
+    def load(self) -> tuple[VisionWeights, form.Model]:
+        """Read or draw the weights.
+
+        Returns:
+            The weights, and what the manifest says of them.
+
+        Raises:
+            CheckpointError: They can't be found or don't fit.
+        """
+        if self.seed is not None:
+            config = vision_config(self.model, revision=self.revision)
+            # FP16 whatever the precision, as published checkpoints are: both precisions of a graph
+            # then have the same weights, and an FP16 graph loses none of them.
+            weights = random_vision(config, self.seed, dtype=torch.float16)
+            model_id, revision = locate(self.model).model_id, self.revision
+        else:
+            checkpoint = Checkpoint.open(self.model, revision=self.revision)
+            weights = read_vision(checkpoint)
+            model_id, revision = checkpoint.model_id, checkpoint.revision
+        digest = None
+        if self.projector is not None:
+            tuned = read_projector(self.projector, weights.config.projector)
+            weights = dataclasses.replace(weights, tensors={**weights.tensors, **tuned})
+            with self.projector.open("rb") as file:
+                digest = hashlib.sha256(file.read()).hexdigest()
+        return weights, form.Model(
+            id=model_id,
+            revision=revision,
+            family=weights.config.family,
+            weights="checkpoint" if self.seed is None else "random",
+            seed=self.seed,
+            projector=digest,
+        )
+
+
+def export_bundle(
+    source: WeightSource,
+    output: Path,
+    *,
+    budget: Budget,
+    merge: Merge,
+    precision: Precision,
+    options: GraphOptions,
+    check_images: Sequence[ImageSource],
+    step: Callable[[str], None],
+) -> Bundle:
+    """Export one bundle; it appears at `output` whole, checked and published, or not at all.
+
+    Args:
+        source: The weights.
+        output: The folder to create, or a bundle to replace.
+        budget: Tokens that leave the graph.
+        merge: How contextual tokens are formed.
+        precision: Of weights and activations; scores and the plan are FP32 in either.
+        options: The graph's interface.
+        check_images: Images for the parity check; none leaves it out.
+        step: Told what begins.
+
+    Returns:
+        The published bundle.
+
+    Raises:
+        VzipError: Anything about the model, the options or the output that the caller can mend;
+            `ParityError` if the graph differs from the reference.
+    """
+    with bundle_writer(output) as writer:
+        step("reading weights")
+        weights, model = source.load()
+        config = weights.config
+        reference = None
+        if check_images:
+            step("running the untouched model")
+            reference = parity.Reference(weights, check_images)
+        step("tracing")
+        encoder = Encoder(
+            config,
+            weights.tensors,
+            budget=budget,
+            merge=merge,
+            graph_input=options.graph_input,
+            dtype=DTYPES[precision],
+        )
+        del weights  # each of these is half a gigabyte or more for a ViT-L
+        graph = trace(encoder, options, image_size=config.tower.image_size)
+        step("writing the graph")
+        save(graph, writer.folder)
+        del encoder, graph
+        manifest = describe(
+            config, model, budget=budget, merge=merge, precision=precision, options=options
+        )
+        if reference is not None:
+            step("comparing the graph with it")
+            result = reference.compare(writer.stage(manifest))
+            if not result.passed:
+                raise ParityError(
+                    f"the graph differs from the untouched model: {result}; expected "
+                    f"{parity.GATES[precision]}; nothing was written. Please report this with the "
+                    "model's name and the installed versions of torch and onnxruntime"
+                )
+            manifest = dataclasses.replace(manifest, parity=result.to_json())
+        step("publishing")
+        return writer.publish(manifest)
+
+
+def describe(
+    config: VisionConfig,
+    model: form.Model,
+    *,
+    budget: Budget,
+    merge: Merge,
+    precision: Precision,
+    options: GraphOptions,
+) -> form.Manifest:
+    """Return the manifest of a graph, without files and parity."""
+    tower = config.tower
+    batch: int | Literal["batch"] = "batch" if options.dynamic_batch else options.batch
+    side = tower.image_size
+    if options.graph_input == "image":
+        graph_input = form.Tensor("image", "uint8", (batch, side, side, 3))
+    else:
+        graph_input = form.Tensor("pixel_values", "float32", (batch, 3, side, side))
+    return form.Manifest(
+        model=model,
+        selection=form.Selection(
+            "visionzip", budget.dominant, budget.contextual, merge, budget.cls_token
+        ),
+        tower=form.Tower(tower.tokens, tower.grid, tower.cls_token, side, tower.patch_size),
+        inputs=(graph_input,),
+        outputs=(
+            form.Tensor(
+                form.EMBEDS,
+                "float32" if precision == "fp32" else "float16",
+                (batch, budget.tokens, config.llm_hidden_size),
+            ),
+            form.Tensor(form.KEPT, "int64", (batch, budget.dominant)),
+        ),
+        batch=form.Batch(options.batch, options.dynamic_batch),
+        preprocessing=config.preprocessing,
+        llm=form.Llm(config.llm_hidden_size, config.image_token_id),
+        precision=precision,
+        opset=options.opset,
+        versions={
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in PACKAGES},
+        },
+    )

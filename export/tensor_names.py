@@ -1,0 +1,126 @@
+"""The names that the same tensors have in the layouts that are out there.
+
+A tensor's canonical name is looked for under every prefix of its part. So a checkpoint that mixes
+layouts reads too, and a tensor that is there twice is an error rather than a guess.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from vzip.runtime.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the vision side and where it is stored.
+
+    Attributes:
+        canonical: The prefix of its canonical names.
+        prefixes: What stands for it in files, published layouts first.
+        renamed: Prefix → (module as in the canonical name → module as in the file), for layouts
+            that number modules.
+    """
+
+    canonical: str
+    prefixes: tuple[str, ...]
+    renamed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def stored(self, name: str) -> tuple[str, ...]:
+        """Return every name that a file may have for a canonical one."""
+        key = name.removeprefix(self.canonical)
+        return tuple(prefix + self._key(prefix, key) for prefix in self.prefixes)
+
+    def _key(self, prefix: str, key: str) -> str:
+        module, dot, rest = key.partition(".")
+        return self.renamed.get(prefix, {}).get(module, module) + dot + rest
+
+
+TOWER = Part(
+    canonical="tower.",
+    prefixes=(
+        "vision_tower.vision_model.",  # llava-hf as published
+        "model.vision_tower.vision_model.",  # transformers from 4.52
+        "vision_tower.",  # transformers 5
+        "model.vision_tower.",  # transformers 5, its own names
+        "model.vision_tower.vision_tower.vision_model.",  # original LLaVA, a copy
+        "model.vision_tower.vision_tower.",  # the same, made by transformers 5
+    ),
+)
+
+STANDALONE_TOWER = Part(
+    canonical="tower.",
+    prefixes=(
+        "vision_model.",  # CLIPModel, and CLIPVisionModel before transformers 5
+        "",  # CLIPVisionModel of transformers 5
+    ),
+)
+
+_NUMBERED = {"linear_1": "0", "linear_2": "2"}  # places in the original's nn.Sequential; 1 is GELU
+
+PROJECTOR = Part(
+    canonical="projector.",
+    prefixes=(
+        "multi_modal_projector.",
+        "model.multi_modal_projector.",
+        "model.mm_projector.",  # original LLaVA
+        "mm_projector.",
+    ),
+    renamed={"model.mm_projector.": _NUMBERED, "mm_projector.": _NUMBERED},
+)
+
+STANDALONE_PROJECTOR = Part(
+    canonical="projector.",
+    prefixes=(*PROJECTOR.prefixes, "projector.", ""),
+    renamed=PROJECTOR.renamed,
+)
+"""A projector in a file of its own, such as ``mm_projector.bin``."""
+
+
+def resolve(
+    part: Part, wanted: Iterable[str], available: Collection[str], *, source: str
+) -> dict[str, str]:
+    """Find the stored names of canonical tensors.
+
+    Args:
+        part: The part that `wanted` belongs to.
+        wanted: Canonical names.
+        available: Names in the files.
+        source: Where they are, for the error.
+
+    Returns:
+        Canonical name → stored name of all that are there.
+
+    Raises:
+        CheckpointError: A tensor is there under two names.
+    """
+    found = {}
+    for name in wanted:
+        there = [stored for stored in part.stored(name) if stored in available]
+        if len(there) > 1:
+            raise CheckpointError(
+                f"{source} holds '{name}' under two names, '{there[0]}' and '{there[1]}', expected "
+                "one; two layouts were merged: remove one of them"
+            )
+        if there:
+            found[name] = there[0]
+    return found
+
+
+def missing(part: Part, name: str, available: Collection[str], *, source: str) -> CheckpointError:
+    """Return the error for a tensor that is not there: names looked for, and similar ones."""
+    candidates = part.stored(name)
+    # The closest of each candidate, in their order: a dict keeps it and drops what comes twice.
+    close = dict.fromkeys(
+        match
+        for candidate in candidates
+        for match in difflib.get_close_matches(candidate, available, n=2, cutoff=0.8)
+    )
+    similar = ", ".join(list(close)[:4]) or "none"
+    return CheckpointError(
+        f"tensor '{name}' is not in {source}; looked for {', '.join(candidates)}; similar names "
+        f"there: {similar}; the checkpoint is incomplete or has a layout that vzip doesn't know: "
+        "compare it with the published one"
+    )

@@ -1,0 +1,709 @@
+"""Tokens handed to transformers' LLaVA, against the untouched model and a full recompute."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from vzip.runtime import VisionEncoder
+from vzip.runtime.cli import main
+from vzip.runtime.errors import BackendError, CheckpointError, InvalidInputError
+from vzip.runtime.handoff import ImageTokens
+from vzip.runtime.handoff.transformers import Prompts, TransformersLLM
+
+TINY_BUNDLE = Path(__file__).parents[1] / "data" / "tiny_bundle"
+SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
+IMAGE = SPECIAL.index("<image>")
+CORPUS = ["USER: what is the shape? ASSISTANT: it is a red circle", "\nis there a 7 below it?"]
+PATCHES, WIDTH = 16, 64
+QUESTIONS = ("what is it?", "is it red?", "and the 7?")
+
+# Published with llava-hf/llava-1.5-7b-hf: a blank stands where training had </s>.
+PUBLISHED = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}"
+    "{{ message['role'].upper() + ': '}}{% endif %}{# Render all images first #}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}{# Render all text next #}"
+    "{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] + ' '}}{% endfor %}{% else %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+CLOSED = PUBLISHED.replace(
+    "{{ content['text'] + ' '}}{% endgeneration %}",
+    "{{ content['text'] + '</s>'}}{% endgeneration %}",
+)
+WITH_BOS = "{{ '<s>' }}" + CLOSED
+TEMPLATES = {"none": None, "published": PUBLISHED, "closed": CLOSED, "with BOS": WITH_BOS}
+
+
+def make_tokenizer(kind: str = "bytes") -> transformers.PreTrainedTokenizerFast:
+    """A small tokenizer.
+
+    Args:
+        kind: "bytes"; "llama", which puts a mark before every piece of text between special
+            tokens; or "first", which puts it before the first piece alone (Llama's newer form).
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    if kind == "bytes":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    elif kind == "first":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+        alphabet = []
+    else:
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+        # Llama's vocabulary has no entry that goes on beyond a word.
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        alphabet = []
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=[AddedToken(text, special=True, normalized=False) for text in SPECIAL],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS * 4, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+
+
+def make_model(
+    vocabulary: int, context: int = 512, width: int = WIDTH
+) -> transformers.LlavaForConditionalGeneration:
+    torch.manual_seed(3)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=14,
+        projection_dim=32,
+    )
+    text = transformers.LlamaConfig(
+        hidden_size=width,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        vocab_size=vocabulary,
+        max_position_embeddings=context,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=3,
+    )
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE,
+        image_seq_length=PATCHES,
+        vision_feature_layer=-2,
+        tie_word_embeddings=False,
+    )
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6)  # at the usual scale every answer is one token repeated
+        model.lm_head.weight[list(range(len(SPECIAL)))] = 0  # ordinary tokens win
+    return model
+
+
+@pytest.fixture
+def llava():
+    tokenizer = make_tokenizer()
+    model = make_model(len(tokenizer))
+    return types.SimpleNamespace(
+        model=model,
+        tokenizer=tokenizer,
+        llm=TransformersLLM(model, tokenizer, template=None),
+    )
+
+
+@pytest.fixture
+def watch(llava):
+    """What goes through the model: tokens fed per call, logits per call, calls of the tower."""
+    seen = types.SimpleNamespace(fed=[], logits=[], vision=0)
+
+    def fed(module, args, kwargs):
+        seen.fed.append(kwargs["inputs_embeds"].shape[1])
+
+    def logits(module, args, output):
+        seen.logits.append(output[0, -1].clone())
+
+    def vision(module, args):
+        seen.vision += 1
+
+    llava.model.model.language_model.register_forward_pre_hook(fed, with_kwargs=True)
+    llava.model.lm_head.register_forward_hook(logits)
+    llava.model.model.vision_tower.register_forward_pre_hook(vision)
+    return seen
+
+
+def image_embeds(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((count, WIDTH)).astype(np.float32)
+
+
+def first_ids(tokenizer, count: int, question: str = QUESTIONS[0]) -> list[int]:
+    """The first turn, written out; as many placeholders as tokens."""
+    return tokenizer("USER: " + count * "<image>" + f"\n{question} ASSISTANT:").input_ids
+
+
+def generate(model, ids, count, **kwargs):
+    """Greedy ids and logits of transformers' own generate."""
+    ids = torch.tensor([ids])
+    result = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=count,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **kwargs,
+    )
+    return result.sequences[0, ids.shape[1] :].tolist(), torch.cat(result.logits)
+
+
+def test_uncompressed_features_give_the_untouched_models_answer(llava, watch):
+    pixel_values = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        features = llava.model.get_image_features(pixel_values).pooler_output[0]
+    assert features.shape == (PATCHES, WIDTH)
+    expected, logits = generate(
+        llava.model, first_ids(llava.tokenizer, PATCHES), 12, pixel_values=pixel_values
+    )
+    assert len(set(expected)) > 4, "the test wants an answer that says something"
+    blind, _ = generate(llava.model, first_ids(llava.tokenizer, 0), 12)
+    assert blind != expected, "the test wants an answer that depends on the image"
+    watch.logits.clear()
+    watch.vision = 0
+
+    answer = llava.llm.ask(features.numpy(), QUESTIONS[0], max_new_tokens=12)
+
+    assert watch.vision == 0
+    assert answer == llava.tokenizer.decode(expected, skip_special_tokens=True).strip()
+    assert [int(row.argmax()) for row in watch.logits] == expected
+    torch.testing.assert_close(torch.stack(watch.logits), logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 5, PATCHES, 40])
+def test_equals_mm_encoder_outputs(llava, watch, count):
+    embeds = image_embeds(count)
+    outputs = BaseModelOutputWithPooling(pooler_output=[torch.tensor(embeds)])
+    expected, logits = generate(
+        llava.model, first_ids(llava.tokenizer, count), 10, mm_encoder_outputs={"image": outputs}
+    )
+    watch.logits.clear()
+    conversation = llava.llm.conversation(embeds)
+    conversation.ask(QUESTIONS[0], max_new_tokens=10)
+    assert [int(row.argmax()) for row in watch.logits] == expected
+    assert list(conversation.ids) == first_ids(llava.tokenizer, count) + expected[:-1]
+    torch.testing.assert_close(torch.stack(watch.logits), logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("end", ["cut short", "ended"])
+def test_later_turns_feed_only_what_is_new_and_equal_a_full_recompute(llava, watch, end):
+    count, new = 7, 6
+    embeds = image_embeds(count)
+    if end == "ended":  # the fourth token of the first answer now ends it, as a second EOS id
+        probe = llava.llm.conversation(embeds)
+        probe.ask(QUESTIONS[0], max_new_tokens=new)
+        stop = probe.ids[len(first_ids(llava.tokenizer, count)) + 3]
+        llava.model.generation_config.eos_token_id = [2, stop]
+        llava.llm = TransformersLLM(llava.model, llava.tokenizer, template=None)
+    else:
+        stop = 2
+    conversation = llava.llm.conversation(embeds)
+    ended = False
+    history: list[int] = []  # ids as they should be, answers and their ends included
+    for turn, question in enumerate(QUESTIONS):
+        watch.fed.clear()
+        watch.logits.clear()
+        text = f"USER: {question} ASSISTANT:"
+        prompt = (
+            first_ids(llava.tokenizer, count)
+            if turn == 0
+            else llava.tokenizer(text, add_special_tokens=False).input_ids
+        )
+        before = len(conversation.ids)
+        answer = conversation.ask(question, max_new_tokens=new)
+        rows, fed = list(watch.logits), list(watch.fed)
+        ids = [int(row.argmax()) for row in rows]
+        spoken = ids[: ids.index(stop)] if stop in ids else ids
+        history += prompt
+        # What is not in the cache yet (an end, or a last token and the end we add), the prompt,
+        # and then token by token: nothing of earlier turns.
+        pending = len(history) - len(prompt) - before
+        assert fed == [pending + len(prompt)] + [1] * (len(ids) - 1)
+        assert pending == (0 if turn == 0 else 1 if ended else 2)
+        ended = stop in ids
+
+        for step, row in enumerate(rows):
+            everything = torch.tensor([history + ids[:step]])
+            with torch.no_grad():
+                inputs = llava.model.get_input_embeddings()(everything)
+                inputs[everything == IMAGE] = torch.tensor(embeds)
+                full = llava.model(inputs_embeds=inputs).logits[0, -1]
+            torch.testing.assert_close(row, full, rtol=0, atol=1e-4)
+            assert int(full.argmax()) == ids[step]
+        assert answer == llava.tokenizer.decode(spoken, skip_special_tokens=True).strip()
+        history += [*spoken, stop if ended else 2]
+    assert watch.vision == 0
+    assert list(conversation.ids) == history[: len(conversation.ids)]
+    assert history.count(1) == 1, "one beginning of sequence in the whole conversation"
+    assert history.count(IMAGE) == count
+
+
+def test_conversations_do_not_share_a_cache(llava):
+    one, other = (llava.llm.conversation(image_embeds(5, seed)) for seed in (0, 1))
+    first = one.ask(QUESTIONS[0], max_new_tokens=8)
+    different = other.ask(QUESTIONS[0], max_new_tokens=8)
+    assert first != different
+    assert llava.llm.ask(image_embeds(5, 0), QUESTIONS[0], max_new_tokens=8) == first
+    assert (
+        "".join(llava.llm.stream(image_embeds(5, 1), QUESTIONS[0], max_new_tokens=8)) == different
+    )
+
+
+def test_embeds_are_copied(llava):
+    embeds = image_embeds(5)
+    conversation = llava.llm.conversation(embeds)
+    expected = llava.llm.ask(embeds, QUESTIONS[0], max_new_tokens=8)
+    embeds[:] = 0
+    assert conversation.ask(QUESTIONS[0], max_new_tokens=8) == expected
+
+
+def test_float16_tokens_are_cast_to_the_llms_dtype(llava):
+    embeds = image_embeds(5).astype(np.float16)
+    assert llava.llm.ask(embeds, QUESTIONS[0], max_new_tokens=8) == llava.llm.ask(
+        embeds.astype(np.float32), QUESTIONS[0], max_new_tokens=8
+    )
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("kind", ["bytes", "llama", "first"])
+def test_prompts_are_the_whole_conversations_ids(kind, template):
+    tokenizer = make_tokenizer(kind)
+    prompts = Prompts(tokenizer, IMAGE, TEMPLATES[template])
+    text = "USER: <image>\nwhat is it? ASSISTANT: a circle</s>USER: is it red? ASSISTANT:"
+    written = template == "with BOS"
+    ids = tokenizer("<s>" * written + text, add_special_tokens=not written).input_ids
+    answered = ids.index(2)
+    assert prompts.first("what is it?") == ids[: len(prompts.first("what is it?"))]
+    assert tokenizer.decode(prompts.first("what is it?")).endswith("what is it? ASSISTANT:")
+    assert prompts.later("is it red?") == ids[answered + 1 :]
+
+
+def test_the_tokenizers_of_these_tests_differ_where_they_should():
+    """In whether a word has a mark at the beginning, and after a special token."""
+    marks = {}
+    for kind in ("bytes", "llama", "first"):
+        tokens = make_tokenizer(kind)("USER</s>USER", add_special_tokens=False).tokens()
+        marks[kind] = (tokens[0][0] == "▁", tokens[tokens.index("</s>") + 1][0] == "▁")
+    assert marks == {"bytes": (False, False), "llama": (True, True), "first": (True, False)}
+
+
+def test_a_templates_white_space_after_the_end_of_a_turn_is_kept():
+    template = (
+        "{% for m in messages %}{% for c in m['content'] %}"
+        "{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}{{ '</s>\n' }}"
+        "{% endfor %}"
+    )
+    tokenizer = make_tokenizer()
+    expected = tokenizer("\nred?</s>\n", add_special_tokens=False).input_ids
+    assert Prompts(tokenizer, IMAGE, template).later("red?") == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "error", "text"),
+    [
+        (
+            "{{ messages[-1]['content'][-1]['text'] }}",
+            InvalidInputError,
+            "has 0 image placeholders",
+        ),
+        ("<image><image>", InvalidInputError, "has 2 image placeholders '<image>' (id 4)"),
+    ],
+)
+def test_a_template_without_one_place_for_the_image_is_refused(template, error, text):
+    with pytest.raises(error) as caught:
+        Prompts(make_tokenizer(), IMAGE, template).first("what?")
+    assert text in str(caught.value)
+
+
+def test_a_template_that_drops_answers_is_refused():
+    template = "USER: <image>\n{{ messages[-1]['content'][-1]['text'] }} ASSISTANT:"
+    with pytest.raises(CheckpointError, match="drops the assistant's turns"):
+        Prompts(make_tokenizer(), IMAGE, template).later("what?")
+
+
+def test_a_tokenizer_without_the_placeholder_is_refused():
+    with pytest.raises(CheckpointError, match="tokenizer has no token of id 9999"):
+        Prompts(make_tokenizer(), 9999, None)
+
+
+def scripted(llava, monkeypatch, text: str) -> None:
+    """Let the LLM say this text."""
+    ids = iter([*llava.tokenizer(text, add_special_tokens=False).input_ids, 2])
+    monkeypatch.setattr(llava.llm, "step", lambda new, cache, image: next(ids))
+
+
+def test_pieces_of_a_stream_split_no_character(llava, monkeypatch):
+    text = "Zürich 🎈  is \n two 字"
+    scripted(llava, monkeypatch, f"  {text} \n")
+    pieces = list(llava.llm.stream(image_embeds(3), "where?"))
+    assert "".join(pieces) == text
+    assert len(pieces) > 8
+    assert "\ufffd" not in "".join(pieces)
+    assert all(pieces)
+
+
+def test_bytes_that_never_become_a_character_are_shown_at_the_end(llava, monkeypatch):
+    balloon = llava.tokenizer("a🎈", add_special_tokens=False).input_ids
+    ids = iter([*balloon[:-1], 2])
+    monkeypatch.setattr(llava.llm, "step", lambda new, cache, image: next(ids))
+    assert list(llava.llm.stream(image_embeds(3), "what?")) == ["a", "\ufffd"]
+
+
+def test_max_new_tokens_is_the_limit(llava, watch):
+    llava.llm.ask(image_embeds(3), QUESTIONS[0], max_new_tokens=3)
+    assert len(watch.fed) == 3
+
+
+def test_an_answer_left_unread_is_closed_before_the_next_question(llava):
+    embeds = image_embeds(5)
+    conversation = llava.llm.conversation(embeds)
+    pieces = conversation.stream(QUESTIONS[0], max_new_tokens=9)
+    next(pieces)
+    held = len(conversation.ids)
+    conversation.ask(QUESTIONS[1], max_new_tokens=2)
+    later = llava.tokenizer(f"</s>USER: {QUESTIONS[1]} ASSISTANT:", add_special_tokens=False)
+    begun = conversation.ids[held]  # predicted, shown, and now in the cache
+    assert list(conversation.ids[held:-1]) == [begun, *later.input_ids]
+    with pytest.raises(InvalidInputError, match="left behind by a later question"):
+        next(pieces)
+
+
+def test_a_stream_that_was_never_begun_leaves_no_trace(llava):
+    conversation = llava.llm.conversation(image_embeds(5))
+    conversation.stream(QUESTIONS[1])
+    expected = llava.llm.ask(image_embeds(5), QUESTIONS[0], max_new_tokens=6)
+    assert conversation.ask(QUESTIONS[0], max_new_tokens=6) == expected
+
+
+def test_a_conversation_that_failed_halfway_is_dead_and_another_is_not(llava):
+    conversation = llava.llm.conversation(image_embeds(5))
+    conversation.ask(QUESTIONS[0], max_new_tokens=2)
+
+    def fail(*_):
+        raise RuntimeError("no")
+
+    hook = llava.model.model.language_model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="no"):
+        conversation.ask(QUESTIONS[1])
+    hook.remove()
+    with pytest.raises(BackendError, match=r"failed halfway.*begin a new conversation"):
+        conversation.ask(QUESTIONS[1])
+    assert llava.llm.ask(image_embeds(5), QUESTIONS[0], max_new_tokens=2)
+
+
+def test_output_that_is_not_finite_is_an_error(llava):
+    with torch.no_grad():
+        llava.model.lm_head.weight[7, 7] = torch.nan
+    with pytest.raises(BackendError, match="transformers: the LLM's output is not finite in torch"):
+        llava.llm.ask(image_embeds(5), QUESTIONS[0])
+
+
+def test_out_of_memory_is_one_line(llava, monkeypatch):
+    def fail(**_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(llava.model, "forward", fail)
+    with pytest.raises(BackendError, match=r"out of memory on cpu at [0-9]+ tokens") as caught:
+        llava.llm.ask(image_embeds(5), QUESTIONS[0])
+    assert "\n" not in str(caught.value)
+
+
+def with_nan(embeds: np.ndarray) -> np.ndarray:
+    embeds[[2, 4], 3] = np.nan, np.inf
+    return embeds
+
+
+@pytest.mark.parametrize(
+    ("embeds", "text"),
+    [
+        (image_embeds(5)[None], "one image's tokens as a float32 or float16 numpy array [5, 64]"),
+        (image_embeds(5)[None], "got tokens of shape [1, 5, 64];"),
+        (image_embeds(5)[None], "such as tokens.embeds[0]"),
+        (image_embeds(4), "shape [4, 64]; it takes one image's tokens"),
+        (image_embeds(5)[:, :-1], "shape [5, 63]"),
+        (image_embeds(5)[0], "shape [64]"),
+        (image_embeds(5).astype(np.float64), "dtype float64"),
+        (np.ones((5, WIDTH), np.int64), "dtype int64"),
+        (torch.ones(5, WIDTH), "got Tensor"),
+        (with_nan(image_embeds(5)), "2 of 5 tokens (first: row 2) hold NaN or infinity"),
+    ],
+)  # fmt: skip
+def test_wrong_tokens_are_refused_before_the_call(llava, watch, embeds, text):
+    promise = ImageTokens(count=5, hidden_size=WIDTH, image_token_id=IMAGE)
+    llm = TransformersLLM(llava.model, llava.tokenizer, template=None, tokens=promise)
+    with pytest.raises(InvalidInputError) as caught:
+        llm.conversation(embeds)
+    assert str(caught.value).startswith("transformers: ")
+    assert text in str(caught.value)
+    assert not watch.fed
+    assert llm.ask(image_embeds(5), QUESTIONS[0], max_new_tokens=2), "the next call is clean"
+
+
+def test_no_tokens_at_all_are_refused(llava):
+    with pytest.raises(InvalidInputError, match=r"shape \[0, 64\]"):
+        llava.llm.conversation(image_embeds(0))
+
+
+def test_tokens_beyond_the_llms_dtype_are_refused(llava):
+    llm = TransformersLLM(llava.model.half(), llava.tokenizer, template=None)
+    embeds = image_embeds(5)
+    embeds[3, 3] = -1e5
+    with pytest.raises(
+        InvalidInputError, match=r"up to 1e\+05, but the LLM's dtype holds .* 65504"
+    ):
+        llm.conversation(embeds)
+
+
+@pytest.mark.parametrize(
+    ("question", "text"),
+    [
+        ("", "the question is empty"),
+        (" \n\t", "the question is empty"),
+        ("is <image> red?", "a question must not contain '<image>'"),
+        ("is it \udcff red?", "not valid Unicode text (at character 6)"),
+        ("word " * 600, "but the LLM's context takes 512; ask a shorter question or allow"),
+    ],
+)
+def test_wrong_questions_are_refused_before_the_call(llava, watch, question, text):
+    conversation = llava.llm.conversation(image_embeds(5))
+    for turn in range(2):
+        watch.fed.clear()
+        with pytest.raises(InvalidInputError) as caught:
+            conversation.stream(question)  # no piece is taken
+        expected = text.replace("ask a shorter question", "begin a new conversation")
+        assert (text if turn == 0 else expected) in str(caught.value)
+        assert not watch.fed
+        conversation.ask(QUESTIONS[0], max_new_tokens=2)
+
+
+def test_the_context_counts_image_prompt_and_answer(llava):
+    prompt = len(first_ids(llava.tokenizer, 5))
+    llava.llm.conversation(image_embeds(5)).stream(QUESTIONS[0], max_new_tokens=512 - prompt)
+    with pytest.raises(InvalidInputError, match="make 513 tokens, but the LLM's context takes 512"):
+        llava.llm.conversation(image_embeds(5)).stream(
+            QUESTIONS[0], max_new_tokens=512 - prompt + 1
+        )
+
+
+def test_a_limit_below_one_is_refused(llava):
+    with pytest.raises(InvalidInputError, match="limit of 0 new tokens; it takes 1 or more"):
+        llava.llm.ask(image_embeds(5), QUESTIONS[0], max_new_tokens=0)
+
+
+@dataclasses.dataclass
+class Saved:
+    folder: object
+    model: transformers.LlavaForConditionalGeneration
+    tokenizer: transformers.PreTrainedTokenizerFast
+
+
+@pytest.fixture
+def saved(tmp_path):
+    tokenizer = make_tokenizer()
+    model = make_model(len(tokenizer)).half()
+    folder = tmp_path / "llava"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Saved(folder, model, tokenizer)
+
+
+def test_open_reads_a_folder_and_runs_float16_in_float32_on_a_cpu(saved):
+    promise = ImageTokens(count=5, hidden_size=WIDTH, image_token_id=IMAGE)
+    llm = TransformersLLM.open(saved.folder, tokens=promise, device="cpu")
+    assert llm._model.dtype == torch.float32
+    assert llm.context == 512
+    expected = TransformersLLM(saved.model.float(), saved.tokenizer, template=None)
+    embeds = image_embeds(5)
+    assert llm.ask(embeds, QUESTIONS[0], max_new_tokens=8) == expected.ask(
+        embeds, QUESTIONS[0], max_new_tokens=8
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_open_takes_a_dtype(saved, dtype):
+    llm = TransformersLLM.open(saved.folder, device="cpu", dtype=dtype)
+    assert llm._model.dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize(
+    "home", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"]
+)
+def test_open_finds_the_chat_template_in_each_of_its_homes(saved, home):
+    template = "USER: <image>\nQ {{ messages[0]['content'][-1]['text'] }} ASSISTANT:"
+    path = saved.folder / home
+    if home == "chat_template.jinja":
+        path.write_text(template)
+    else:
+        content = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**content, "chat_template": template}))
+    llm = TransformersLLM.open(saved.folder, device="cpu")
+    text = saved.tokenizer.decode(llm.prompts.first("why?"))
+    assert text.replace(" ", "").endswith("<image>\nQwhy?ASSISTANT:")
+
+
+@pytest.mark.parametrize(
+    ("promise", "text"),
+    [
+        (ImageTokens(5, 65, IMAGE), "makes tokens of width 65, but the LLM .* takes width 64"),
+        (ImageTokens(5, WIDTH, 11), "image token id is 11, but that of the LLM .* is 4"),
+    ],
+)
+def test_another_llm_is_refused_before_its_weights_are_read(saved, promise, text):
+    (saved.folder / "model.safetensors").write_bytes(b"not read")
+    with pytest.raises(InvalidInputError, match=text):
+        TransformersLLM.open(saved.folder, tokens=promise)
+
+
+def test_a_damaged_checkpoint_is_refused(saved):
+    (saved.folder / "model.safetensors").write_bytes(b"x" * 50)
+    with pytest.raises(CheckpointError, match=r"transformers: the LLM .* can't be loaded"):
+        TransformersLLM.open(saved.folder)
+
+
+def test_a_checkpoint_without_weights_is_refused(saved):
+    (saved.folder / "model.safetensors").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"can't be loaded .*no file named model\.safetensors"
+    ):
+        TransformersLLM.open(saved.folder)
+
+
+def test_a_checkpoint_that_lacks_tensors_of_its_llm_is_refused(saved):
+    state = {k: v for k, v in saved.model.state_dict().items() if "layers.1.mlp" not in k}
+    saved.model.save_pretrained(saved.folder, state_dict=state)
+    with pytest.raises(
+        CheckpointError, match=r"lacks 3 tensors of its LLM, such as .*layers\.1\.mlp"
+    ):
+        TransformersLLM.open(saved.folder)
+
+
+def test_a_checkpoint_whose_tower_is_absent_serves(saved):
+    state = {k: v for k, v in saved.model.state_dict().items() if "vision_tower" not in k}
+    saved.model.save_pretrained(saved.folder, state_dict=state)
+    assert TransformersLLM.open(saved.folder).ask(image_embeds(5), "what?", max_new_tokens=2)
+
+
+def test_another_architecture_is_refused(saved):
+    saved.model.config.text_config.save_pretrained(saved.folder)
+    with pytest.raises(
+        CheckpointError, match=r"is a 'llama' model .* LlavaForConditionalGeneration"
+    ):
+        TransformersLLM.open(saved.folder)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError) as caught:
+        TransformersLLM.open("vzip-tests/no-such-model", revision="abc")
+    message = str(caught.value)
+    assert "the LLM vzip-tests/no-such-model at abc is neither in the local cache" in message
+    assert "give a local folder (--llm)" in message
+    assert "\n" not in message
+
+
+def test_tokens_of_random_weights_are_refused():
+    model = types.SimpleNamespace(weights="random", id="llava-1.5-7b")
+    with pytest.raises(InvalidInputError, match=r"random weights of 'llava-1.5-7b'.*can't answer"):
+        ImageTokens.of(types.SimpleNamespace(model=model))
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """A bundle of a checkpoint that is here, its LLM, and an image."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(TINY_BUNDLE, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    tokenizer = make_tokenizer()
+    model = make_model(len(tokenizer), width=manifest["llm"]["hidden_size"])
+    model.save_pretrained(tmp_path / "llava")
+    tokenizer.save_pretrained(tmp_path / "llava")
+    manifest["model"].update(id=str(tmp_path / "llava"), weights="checkpoint", seed=None)
+    manifest["llm"]["image_token_id"] = IMAGE
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    image = tmp_path / "image.png"
+    Image.effect_noise((40, 30), 90).convert("RGB").save(image)
+    return types.SimpleNamespace(folder=folder, image=image, llava=tmp_path / "llava")
+
+
+def test_ask_and_chat_answer_from_a_bundle(bundle, monkeypatch, capsys):
+    with VisionEncoder.open(bundle.folder) as encoder:
+        embeds = encoder.encode([bundle.image]).embeds[0]
+    conversation = TransformersLLM.open(bundle.llava).conversation(embeds)
+    answers = [conversation.ask(question, max_new_tokens=9) for question in QUESTIONS]
+    arguments = [str(bundle.folder), str(bundle.image)]
+    capsys.readouterr()  # transformers' own bar, which our commands silence
+
+    assert main(["ask", *arguments, QUESTIONS[0], "--max-new-tokens", "9"]) == 0
+    assert capsys.readouterr() == (answers[0] + "\n", "")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(QUESTIONS)))
+    assert main(["chat", *arguments, "--max-new-tokens", "9"]) == 0
+    assert capsys.readouterr().out == "".join(answer + "\n" for answer in answers)
+
+
+def test_llm_names_another_place(bundle, capsys):
+    moved = bundle.llava.rename(bundle.llava.with_name("moved"))
+    arguments = ["ask", str(bundle.folder), str(bundle.image), "what?", "--max-new-tokens", "3"]
+    assert main(arguments) == 2
+    assert "llava', which is not here any more" in capsys.readouterr().err
+    assert main([*arguments, "--llm", str(moved)]) == 0
+    assert len(capsys.readouterr().out) > 1
