@@ -14,7 +14,11 @@ PIP_QUIET := --quiet --disable-pip-version-check
 DEMO_BUNDLE := demo-bundle
 DEMO_PICTURE := runtime/demo/pictures/scene-1.jpg
 DEMO_QUESTION := "What digit is there?"
-PYTEST := $(BIN)/python -m pytest
+# Two processes, a file each: what a small machine has cores for.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# ONNX Runtime 1.29 and newer sends telemetry when it is imported; vzip turns that off for itself.
+export ORT_DISABLE_TELEMETRY := 1
 
 .PHONY: demo test test-fast test-pythons lint types format clean
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from vzip.export.budget import Budget, Merge, split_tokens
+from vzip.export.targets import Choice, resolve
 from vzip.runtime.console import emit, run_command
 from vzip.runtime.errors import BudgetError, InvalidInputError, missing
 from vzip.runtime.models import ALIASES
@@ -40,13 +41,16 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     """
     arguments = _export_parser(prog).parse_args(argv)
     budget = _budget(arguments)
-    output = Path(arguments.output or _default_output(arguments, budget))
+    choice = _resolve_target(arguments)
+    output = Path(_output(arguments, budget))
     _require_export_packages(prog)
     from vzip.export.onnx_graph import GraphOptions
     from vzip.export.pictures import reference_images
     from vzip.export.pipeline import WeightSource, export_bundle
 
     say(f"budget: {describe_budget(budget)}")
+    for note in choice.notes:
+        say(note)
     bundle = export_bundle(
         WeightSource(
             arguments.model,
@@ -60,7 +64,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         precision=arguments.precision,
         options=GraphOptions(
             graph_input=arguments.input,
-            batch=arguments.max_batch or arguments.batch,
+            batch=arguments.batch if arguments.max_batch is None else arguments.max_batch,
             dynamic_batch=arguments.max_batch is not None,
             opset=arguments.opset,
         ),
@@ -171,7 +175,14 @@ def _export_parser(prog: str) -> argparse.ArgumentParser:
         help="average: the paper's; sum: the published code's (default: average)",
     )
     parser.add_argument("--no-cls", action="store_true", help="drop the CLS token")
-    parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32")
+    parser.add_argument(
+        "--target",
+        metavar="NAME",
+        help="the machine it is for; 'vzip targets' lists them (sets opset and precision)",
+    )
+    parser.add_argument(
+        "--precision", metavar="{fp32,fp16}", help="default: the target's, or fp32 without one"
+    )
     batch = parser.add_mutually_exclusive_group()
     batch.add_argument("--batch", type=int, default=1, metavar="N", help="static batch (default 1)")
     batch.add_argument(
@@ -185,7 +196,10 @@ def _export_parser(prog: str) -> argparse.ArgumentParser:
         "pixel_values: float [B, 3, H, W] as the processor makes it (default: image)",
     )
     parser.add_argument(
-        "--opset", type=int, choices=(17, 18), default=18, help="17 for TensorRT 8.6 (default: 18)"
+        "--opset",
+        type=int,
+        choices=(17, 18),
+        help="17 for TensorRT 8.6 (default: the target's, or 18 without one)",
     )
     parser.add_argument("--projector", type=Path, metavar="FILE", help="a tuned projector")
     parser.add_argument(
@@ -219,9 +233,25 @@ def _budget(arguments: argparse.Namespace) -> Budget:
     return Budget(*parts, cls_token)
 
 
-def _default_output(arguments: argparse.Namespace, budget: Budget) -> str:
-    name = Path(arguments.model).name
-    return f"{name}-{budget.tokens}-{arguments.precision}"
+def _resolve_target(arguments: argparse.Namespace) -> Choice:
+    """Fill in opset and precision, and refuse what contradicts the target."""
+    choice = resolve(
+        arguments.target,
+        opset=arguments.opset,
+        precision=arguments.precision,
+        batch=arguments.batch if arguments.max_batch is None else arguments.max_batch,
+    )
+    arguments.opset, arguments.precision = choice.opset, choice.precision
+    return choice
+
+
+def _output(arguments: argparse.Namespace, budget: Budget) -> str:
+    """Return -o, or a name made of model, tokens and precision."""
+    if arguments.output is None:
+        return f"{Path(arguments.model).name}-{budget.tokens}-{arguments.precision}"
+    if not arguments.output.strip():
+        raise InvalidInputError("-o is empty; expected a folder to write the bundle to")
+    return str(arguments.output)
 
 
 def _require_export_packages(prog: str) -> None:

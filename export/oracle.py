@@ -33,7 +33,8 @@ def direction(keys: Float, token: int) -> Float:
     """Return the unit vector [d] of a token's keys [H, S, d], averaged over heads."""
     mean = np.zeros(keys.shape[2])
     for head in range(keys.shape[0]):
-        mean += keys[head, token] / keys.shape[0]
+        mean += keys[head, token]
+    mean /= keys.shape[0]
     length = float(np.sqrt(np.sum(mean * mean)))
     return mean / length if length > 0 else mean
 

@@ -149,6 +149,7 @@ def export_bundle(
                     "model's name and the installed versions of torch and onnxruntime"
                 )
             manifest = dataclasses.replace(manifest, parity=result.to_json())
+            reference.write(writer.folder / form.REFERENCE_FILE, manifest)
         step("publishing")
         return writer.publish(manifest)
 

@@ -37,6 +37,11 @@ def check_bundle(
             f"{path} was made with a tuned projector (SHA-256 {model.projector[:12]}…) and none "
             "was given; expected --projector FILE with that file"
         )
+    if model.projector is None and projector is not None:
+        raise CheckpointError(
+            f"{path} was made with the model's own projector, and {projector} was given; "
+            "leave out --projector"
+        )
     weights, found = WeightSource(model.id, model.revision, model.seed, projector).load()
     if found.projector != model.projector:
         raise CheckpointError(

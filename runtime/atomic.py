@@ -66,7 +66,17 @@ class StagedFolder:
             self._lock = None
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def rename_file(path: Path, target: Path) -> None:
+    """Let a file that was flushed before take the place of `target`, and flush the folder.
+
+    Raises:
+        OSError: It could not be renamed; both are as they were.
+    """
+    path.replace(target)
+    _flush(target.parent)
+
+
+def replace_file(path: Path, data: bytes | memoryview) -> None:
     """Write `data` to a hidden sibling of `path`, flush it and let it take the place of `path`.
 
     Raises:

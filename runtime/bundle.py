@@ -19,6 +19,14 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from vzip.runtime import atomic
+from vzip.runtime.engine_record import (
+    ENGINE_SUFFIX,
+    ENGINES_FOLDER,
+    LOCK_FILE,
+    TIMING_CACHE,
+    EngineRecord,
+    check_name,
+)
 from vzip.runtime.errors import BundleError
 from vzip.runtime.manifest import (
     DATA_FILE,
@@ -26,6 +34,7 @@ from vzip.runtime.manifest import (
     FORMAT,
     MANIFEST_FILE,
     MODEL_FILE,
+    REFERENCE_FILE,
     FileEntry,
     Manifest,
     Scalar,
@@ -36,7 +45,9 @@ __all__ = [
     "Bundle",
     "BundleWriter",
     "Manifest",
+    "add_engine",
     "bundle_writer",
+    "open_engine",
     "read_bundle",
     "update_manifest",
 ]
@@ -113,7 +124,8 @@ class BundleWriter:
     """A bundle in the making, in a hidden folder that nobody reads; see `bundle_writer`.
 
     Attributes:
-        folder: Where ``model.onnx`` and, if the graph has one, ``model.onnx.data`` are to be put.
+        folder: Where ``model.onnx`` and, if there are any, ``model.onnx.data`` and
+            ``reference.npz`` are to be put.
     """
 
     def __init__(self, staged: atomic.StagedFolder) -> None:
@@ -128,7 +140,7 @@ class BundleWriter:
         is checked before it replaces anything.
 
         Args:
-            manifest: The manifest; its `files` are replaced.
+            manifest: The manifest; its `files` are replaced, and it has no engines any more.
 
         Raises:
             BundleError: Files are missing, are there too many, or are not as a reader demands.
@@ -138,11 +150,12 @@ class BundleWriter:
             found = sorted(entry.name for entry in self.folder.iterdir())
             if MODEL_FILE not in found or not set(found) <= set(FILES):
                 raise BundleError(
-                    f"holds {found}, expected {MODEL_FILE} and perhaps {DATA_FILE}; "
+                    f"holds {found}, expected {MODEL_FILE} and perhaps {DATA_FILE} and "
+                    f"{REFERENCE_FILE}; "
                     "the exporter left other files or wrote none: this is a defect of the exporter"
                 )
             files = {name: _digest(self.folder / name) for name in found}
-            manifest = dataclasses.replace(manifest, files=files)
+            manifest = dataclasses.replace(manifest, files=files, engines={})
             atomic.replace_file(self.folder / MANIFEST_FILE, manifest.to_bytes())
             _check_files(self.folder, manifest, verify=False)  # the digests were made just now
         return Bundle(self.folder, manifest)
@@ -212,14 +225,101 @@ def update_manifest(bundle: Bundle, *, parity: Mapping[str, Scalar] | None) -> B
         BundleError: The bundle was replaced meanwhile, or its manifest can't be written.
     """
     manifest = dataclasses.replace(bundle.manifest, parity=parity)
+    _check_unchanged(bundle)
+    with _explaining(bundle.path):
+        atomic.replace_file(bundle.path / MANIFEST_FILE, manifest.to_bytes())
+    return Bundle(bundle.path, manifest)
+
+
+def add_engine(bundle: Bundle, name: str, record: EngineRecord, plan: bytes | memoryview) -> Bundle:
+    """Put an engine into a bundle, or in the place of the one of the same name.
+
+    The manifest is what decides: until it is replaced, in one step, the old engine is there and is
+    read; from then on the new one. That holds across SIGKILL at any moment, since the new file
+    waits under a name of its own until the manifest speaks of it (see `open_engine`).
+
+    Args:
+        bundle: The bundle; what lies on the disk must still be it.
+        name: The engine's name; its file is ``engines/NAME.plan``.
+        record: What it is; digest and size must be those of `plan`.
+        plan: The serialized engine.
+
+    Returns:
+        The bundle with its new manifest.
+
+    Raises:
+        BundleError: The record contradicts `plan` or the bundle's graph, the bundle was replaced
+            meanwhile, or it can't be written; the old engine is as it was.
+    """
+    found = FileEntry(hashlib.sha256(plan).hexdigest(), len(plan))
+    if found != FileEntry(record.sha256, record.bytes):
+        raise BundleError(
+            f"{bundle.path}: the record of the engine {check_name(name)!r} says "
+            f"{record.bytes} bytes {record.sha256[:12]}…, the engine has {found.bytes} "
+            f"{found.sha256[:12]}…; they don't belong together: this is a defect of the builder"
+        )
+    if record.model_sha256 != bundle.manifest.files[MODEL_FILE].sha256:
+        raise BundleError(
+            f"{bundle.path}: the engine {check_name(name)!r} was built from a {MODEL_FILE} with "
+            f"SHA-256 {record.model_sha256[:12]}…, the bundle's has "
+            f"{bundle.manifest.files[MODEL_FILE].sha256[:12]}…; another process replaced the "
+            "bundle: build the engine again"
+        )
+    engines = {**bundle.manifest.engines, name: record}
+    manifest = dataclasses.replace(bundle.manifest, engines=engines)
+    folder = bundle.path / ENGINES_FOLDER
+    with _explaining(bundle.path):
+        folder.mkdir(exist_ok=True)
+        if folder.is_symlink():
+            raise BundleError(f"{bundle.path}: {_not_plain(folder, 'a symbolic link')}")
+        waiting = _waiting(folder, name, record)
+        try:
+            atomic.replace_file(waiting, plan)
+            _check_unchanged(bundle)
+            atomic.replace_file(bundle.path / MANIFEST_FILE, manifest.to_bytes())
+        except BaseException:
+            # Flushing the folder may fail after the manifest took its place.
+            if _manifest_text(bundle.path) != manifest.to_bytes().decode():
+                waiting.unlink(missing_ok=True)
+            raise
+        atomic.rename_file(waiting, folder / f"{name}{ENGINE_SUFFIX}")
+        for left in folder.glob(f".{name}.*{ENGINE_SUFFIX}"):  # by a writer that was killed
+            left.unlink(missing_ok=True)
+    return Bundle(bundle.path, manifest)
+
+
+@contextmanager
+def open_engine(bundle: Bundle, name: str) -> Iterator[BinaryIO]:
+    """Open the file of an engine that the manifest records, which must be a plain file.
+
+    Its content is not looked at: `vzip.runtime.engine_file.read_engine` does that.
+
+    Raises:
+        BundleError: It is missing or no plain file.
+    """
+    folder = bundle.path / ENGINES_FOLDER
+    waiting = _waiting(folder, name, bundle.manifest.engines[name])
+    with _naming(folder):
+        if folder.is_symlink():
+            raise _not_plain(folder, "a symbolic link")
+        path = waiting if waiting.exists() else folder / f"{name}{ENGINE_SUFFIX}"
+        file = _open_plain(path)
+    with file:
+        yield file
+
+
+def _waiting(folder: Path, name: str, record: EngineRecord) -> Path:
+    """Return where an engine waits for the manifest to speak of it."""
+    return folder / f".{name}.{record.sha256[:16]}{ENGINE_SUFFIX}"
+
+
+def _check_unchanged(bundle: Bundle) -> None:
+    """Refuse to change a manifest that another process has changed."""
     if read_bundle(bundle.path, verify=False).manifest != bundle.manifest:
         raise BundleError(
             f"{bundle.path}: manifest.json is another one than when the bundle was opened; "
             "another process replaced it: open the bundle again"
         )
-    with _explaining(bundle.path):
-        atomic.replace_file(bundle.path / MANIFEST_FILE, manifest.to_bytes())
-    return Bundle(bundle.path, manifest)
 
 
 @contextmanager
@@ -243,6 +343,8 @@ def _explaining(target: Path) -> Iterator[None]:
             cause, cure = "the folder is read-only for this user", "choose another with -o"
         elif error.errno in {errno.ENOENT, errno.ENOTDIR} and not target.parent.is_dir():
             cause, cure = f"{target.parent} is no folder", "create it, or choose another with -o"
+        elif error.errno == errno.ENOENT and atomic.is_temporary(Path(error.filename or "")):
+            cause, cure = "its file system takes no new folders", "choose another with -o"
         else:
             raise
         raise BundleError(
@@ -294,7 +396,7 @@ def _digest(path: Path) -> FileEntry:
             digest.update(view[:count])
             size += count
     if not size:
-        raise BundleError(f"{path.name} is empty, expected an ONNX file; export the bundle again")
+        raise BundleError(f"{path.name} is empty, expected content; export the bundle again")
     return FileEntry(digest.hexdigest(), size)
 
 
@@ -362,21 +464,37 @@ def _check_replaceable(target: Path) -> None:
     if target.is_symlink() or not target.is_dir():
         raise BundleError(f"{target}: is not a folder, expected a vzip bundle to replace; {cure}")
     entries = [entry for entry in target.iterdir() if not atomic.is_temporary(entry)]
-    foreign = sorted({entry.name for entry in entries} - {*FILES, MANIFEST_FILE})
+    foreign = sorted({entry.name for entry in entries} - {*FILES, MANIFEST_FILE, ENGINES_FOLDER})
+    foreign += _foreign_engines(target / ENGINES_FOLDER)
     if foreign:
         raise BundleError(
             f"{target}: holds {foreign[:3]}, expected nothing but a vzip bundle to replace; {cure}"
         )
-    if entries and f'"format": "{FORMAT}"' not in _head(target / MANIFEST_FILE):
+    if entries and f'"format": "{FORMAT}"' not in _manifest_text(target):
         raise BundleError(
             f"{target}: has no manifest of a vzip bundle, expected one to replace; {cure}"
         )
 
 
-def _head(path: Path) -> str:
-    """Return the start of a manifest, which may be of any version or damaged further on."""
+def _foreign_engines(folder: Path) -> list[str]:
+    """Return what lies in a folder of engines and is none of ours, by its path in the bundle."""
+    if not os.path.lexists(folder):
+        return []
+    if folder.is_symlink() or not folder.is_dir():
+        return [folder.name]
+    return sorted(
+        f"{folder.name}/{entry.name}"
+        for entry in folder.iterdir()
+        if entry.name not in {TIMING_CACHE, LOCK_FILE}
+        and entry.suffix != ENGINE_SUFFIX
+        and not atomic.is_temporary(entry)
+    )
+
+
+def _manifest_text(folder: Path) -> str:
+    """Return the text of a manifest, which may be of any version, damaged, or absent."""
     try:
-        with _open_plain(path) as file:
-            return file.read(4096).decode(errors="replace")
+        with _open_plain(folder / MANIFEST_FILE) as file:
+            return file.read(LARGEST_MANIFEST).decode(errors="replace")
     except BundleError:
         return ""

@@ -7,13 +7,16 @@ message names what is to be mended. Types are compared exactly: JSON's ``true`` 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 from vzip.runtime.errors import BundleError
 
 Choice = TypeVar("Choice", bound=str)
+Scalar = bool | int | float | str
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _CURE = "export the bundle again"
 
 
@@ -72,7 +75,14 @@ def integer(where: str, value: object, *, low: int, high: int = 2**53) -> int:
     return value
 
 
-def scalar(where: str, value: object) -> bool | int | float | str:
+def digest(where: str, value: object) -> str:
+    """Return `value` as a SHA-256 digest."""
+    if not isinstance(value, str) or not _SHA256.fullmatch(value):
+        raise refuse(where, value, "64 lower-case hexadecimal digits")
+    return value
+
+
+def scalar(where: str, value: object) -> Scalar:
     """Return `value` as a truth value, finite number or text."""
     if type(value) is bool or type(value) is int or type(value) is str:
         return value

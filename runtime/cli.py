@@ -39,6 +39,18 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "check": Command(
             "vzip.export.cli:check_main", "compare a bundle with the untouched PyTorch model"
         ),
+        "targets": Command(
+            "vzip.export.targets:targets_main", "list the machines that an export can be made for"
+        ),
+        "doctor": Command(
+            "vzip.runtime.doctor:main", "say what this machine can run and what is missing"
+        ),
+        "build": Command(
+            "vzip.export.build_cli:build_main", "build a TensorRT engine from a bundle and prove it"
+        ),
+        "inspect": Command(
+            "vzip.export.build_cli:inspect_main", "print what a graph or an engine consists of"
+        ),
         "ask": Command("vzip.runtime.commands:ask", "answer one question about an image"),
         "chat": Command("vzip.runtime.commands:chat", "answer questions until end of input"),
         "show": Command("vzip.runtime.commands:show", "draw which patches of an image are kept"),

@@ -77,13 +77,23 @@ def show(argv: Sequence[str], *, prog: str) -> int:
     with VisionEncoder.open(arguments.bundle, backend=arguments.backend) as encoder:
         manifest = encoder.manifest
         tokens = encoder.encode([image])
+        groups = None
+        if encoder.backend == "tensorrt":
+            # An engine has no output for them; asking for groups there is an error.
+            print(  # noqa: T201
+                "show: a TensorRT engine can't tell which tokens were merged, so none are tinted; "
+                "--backend onnxruntime tints them",
+                file=sys.stderr,
+            )
+        else:
+            groups = tokens.groups[0]
         picture = overlay(
             image,
             tokens.kept[0],
             grid=manifest.tower.grid,
             cls_token=manifest.tower.cls_token,
             prep=manifest.preprocessing,
-            groups=tokens.groups[0],
+            groups=groups,
         )
     data = io.BytesIO()
     picture.save(data, format="PNG")

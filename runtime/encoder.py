@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vzip.runtime.backends import AUTO, Backend, open_backend
+from vzip.runtime.backends import AUTO, Backend, DeviceBackend, open_backend
 from vzip.runtime.bundle import Bundle, read_bundle
 from vzip.runtime.errors import BackendError, InvalidInputError
 from vzip.runtime.images import ImageSource, load_image
@@ -23,6 +23,8 @@ from vzip.runtime.preprocess import pixel_values, tower_image
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from vzip.runtime.device_array import DeviceArray
 
     Array = NDArray[Any]
 
@@ -36,13 +38,20 @@ class CompressedTokens:
         kept: int64 [B, dominant], ascending: which tower tokens were kept. With a CLS tower, 0 is
             CLS and patches are 1 … N; without one, patches are 0 … N − 1. Patches are in raster
             order.
+        on_device: `embeds` on the GPU that computed them, if that was asked for; torch.from_dlpack
+            takes it without a copy. It stays as it is for as long as something refers to it.
     """
 
     def __init__(
-        self, embeds: Array, kept: NDArray[np.int64], groups: Callable[[], NDArray[np.int64]]
+        self,
+        embeds: Array,
+        kept: NDArray[np.int64],
+        groups: Callable[[], NDArray[np.int64]],
+        on_device: DeviceArray | None = None,
     ) -> None:
         self.embeds = embeds
         self.kept = kept
+        self.on_device = on_device
         self._make_groups = groups
         self._groups: NDArray[np.int64] | None = None
 
@@ -86,26 +95,36 @@ class VisionEncoder:
         self._process = os.getpid()
 
     @classmethod
-    def open(cls, bundle: str | os.PathLike[str] | Bundle, backend: str = AUTO) -> VisionEncoder:
+    def open(
+        cls,
+        bundle: str | os.PathLike[str] | Bundle,
+        backend: str = AUTO,
+        engine: str | None = None,
+    ) -> VisionEncoder:
         """Check a bundle against its digests and open it.
 
         Args:
             bundle: The bundle or its folder.
             backend: A name in `vzip.runtime.backends.BACKENDS`, or ``auto``: the first of them
-                that can be used here, which `backend` then names.
+                that can be used here, which `backend` then names. ``tensorrt`` is the first, and
+                can be used where the bundle has an engine that fits this machine.
+            engine: Name of the engine that TensorRT is to run; None for the only one that fits.
 
         Raises:
             BundleError: The bundle is damaged, or is none.
-            InvalidInputError: There is no backend of that name.
+            InvalidInputError: There is no backend or engine of that name.
             MissingDependencyError: A package that the backend asked for needs is not installed.
-            BackendError: The backend can't be used here or can't take the graph.
+            BackendError: The backend can't be used here or can't take the graph; the engine
+                doesn't fit this machine, or several do.
         """
         if not isinstance(bundle, Bundle):
-            bundle = read_bundle(bundle, verify=False)  # `read_model` verifies
-        name, opened = open_backend(backend, bundle.read_model(), bundle.path)
+            bundle = read_bundle(bundle, verify=False)  # backends verify what they run
+        name, opened = open_backend(backend, bundle, engine=engine)
         return cls(bundle, name, opened)
 
-    def encode(self, images: ImageSource | Sequence[ImageSource]) -> CompressedTokens:
+    def encode(
+        self, images: ImageSource | Sequence[ImageSource], *, on_device: bool = False
+    ) -> CompressedTokens:
         """Return the compressed tokens of one or more images.
 
         More images than the graph takes are run in several calls. A graph with a static batch of B
@@ -115,14 +134,18 @@ class VisionEncoder:
         Args:
             images: One image (path, encoded bytes, PIL image, uint8 array [H, W, 3] RGB), or a
                 list or tuple of them.
+            on_device: Whether to leave the tokens on the GPU as well, as
+                `CompressedTokens.on_device`; no more images than one call takes.
 
         Returns:
             The tokens, B = the number of images, in their order.
 
         Raises:
-            InvalidInputError: An image can't be used, or there is none.
+            InvalidInputError: An image can't be used, there is none, or there are too many to be
+                left on the device.
             BackendError: The encoder is closed or was opened before a fork; the graph failed, or
-                gave what the manifest doesn't promise. The next call is not affected.
+                gave what the manifest doesn't promise; the backend leaves nothing on a device. The
+                next call is not affected, unless the device itself is lost, which each then says.
         """
         self._usable()  # before any image is decoded
         sources: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
@@ -131,16 +154,17 @@ class VisionEncoder:
         preprocessing = self.manifest.preprocessing
         pixels = np.stack([tower_image(load_image(each), preprocessing) for each in sources])
         if self.manifest.input.name == "image":
-            return self._encode_chunks(pixels)
-        return self._encode_chunks(pixel_values(pixels, preprocessing))
+            return self._encode_chunks(pixels, on_device)
+        return self._encode_chunks(pixel_values(pixels, preprocessing), on_device)
 
-    def run(self, array: Array) -> CompressedTokens:
+    def run(self, array: Array, *, on_device: bool = False) -> CompressedTokens:
         """Return the compressed tokens of an array that is exactly what the graph takes.
 
         Args:
             array: dtype and shape of `manifest.input`: ``image`` uint8 [B, H, W, 3] RGB at tower
                 resolution, or ``pixel_values`` float32 [B, 3, H, W] normalised. B is exactly the
                 static batch, or 1 … `manifest.batch.max` where it is dynamic.
+            on_device: As for `encode`.
 
         Returns:
             The tokens.
@@ -149,7 +173,7 @@ class VisionEncoder:
             InvalidInputError: Another dtype, shape, layout or batch, or a number that isn't finite.
             BackendError: As for `encode`.
         """
-        return self._tokens([_checked_input(self.manifest, array)], array.shape[0])
+        return self._tokens([_checked_input(self.manifest, array)], array.shape[0], on_device)
 
     def close(self) -> None:
         """Free what the backend holds; calls of `encode` then fail. Closing twice does nothing."""
@@ -174,26 +198,52 @@ class VisionEncoder:
     ) -> None:
         self.close()
 
-    def _encode_chunks(self, array: Array) -> CompressedTokens:
+    def _encode_chunks(self, array: Array, on_device: bool) -> CompressedTokens:
         """Run an array of any number of images in as many calls as its batch needs."""
         batch = self.manifest.batch
         chunks = [array[first : first + batch.max] for first in range(0, len(array), batch.max)]
         if not batch.dynamic and (absent := batch.max - len(chunks[-1])):
             chunks[-1] = np.concatenate([chunks[-1], np.repeat(chunks[-1][-1:], absent, axis=0)])
-        return self._tokens([_checked_input(self.manifest, each) for each in chunks], len(array))
+        checked = [_checked_input(self.manifest, each) for each in chunks]
+        return self._tokens(checked, len(array), on_device)
 
-    def _tokens(self, chunks: list[Array], count: int) -> CompressedTokens:
+    def _tokens(self, chunks: list[Array], count: int, on_device: bool) -> CompressedTokens:
         """Run checked chunks; of all their rows, the first `count` are images."""
-        opened = self._usable()
-        results = [self._run(opened, chunk) for chunk in chunks]
-        embeds = np.concatenate([result[EMBEDS] for result in results])[:count]
-        kept = np.concatenate([result[KEPT] for result in results])[:count]
-        return CompressedTokens(embeds, kept, lambda: self._groups(chunks, kept))
+        opened, left = self._usable(), None
+        if on_device:
+            result, left = self._run_on_device(opened, chunks)
+            left.keep_rows(count)
+            results = [result]
+        else:
+            results = [self._run(opened, chunk) for chunk in chunks]
+        embeds = _joined([result[EMBEDS] for result in results])[:count]
+        kept = _joined([result[KEPT] for result in results])[:count]
+        return CompressedTokens(embeds, kept, lambda: self._groups(chunks, kept), left)
+
+    def _run_on_device(
+        self, opened: Backend, chunks: list[Array]
+    ) -> tuple[dict[str, Array], DeviceArray]:
+        """Run the only chunk, leave its embeddings on the device too, and check them."""
+        if not isinstance(opened, DeviceBackend):
+            raise BackendError(
+                f"the backend '{self.backend}' leaves no tokens on a device, expected 'tensorrt'; "
+                "take them on the host, or build an engine with vzip build"
+            )
+        if len(chunks) != 1:
+            raise InvalidInputError(
+                f"got images for {len(chunks)} calls of the graph, expected at most "
+                f"{self.manifest.batch.max} images, of one call, to be left on the device; encode "
+                "them in parts"
+            )
+        (chunk,) = chunks
+        outputs, left = opened.run_on_device({self.manifest.input.name: chunk})
+        check_outputs(self.manifest, self.backend, outputs, len(chunk))
+        return outputs, left
 
     def _run(self, opened: Backend, array: Array) -> dict[str, Array]:
         """Run one chunk and check what comes out."""
         outputs = opened.run({self.manifest.input.name: array})
-        _check_outputs(self.manifest, self.backend, outputs, len(array))
+        check_outputs(self.manifest, self.backend, outputs, len(array))
         return outputs
 
     def _groups(self, chunks: list[Array], kept: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -202,9 +252,8 @@ class VisionEncoder:
         with self._lock:
             # Closed meanwhile: don't open a session that nobody would close.
             if self._opened is not None and self._for_groups is None:
-                model = self.bundle.read_model()
                 _, self._for_groups = open_backend(
-                    self.backend, model, self.bundle.path, extra_outputs=(TOKEN_WEIGHTS,)
+                    self.backend, self.bundle, extra_outputs=(TOKEN_WEIGHTS,)
                 )
             opened = self._for_groups
         if opened is None:
@@ -232,6 +281,11 @@ class VisionEncoder:
         if opened is None:
             raise _closed()
         return opened
+
+
+def _joined(parts: list[Array]) -> Array:
+    """Return arrays one after the other; one alone as it is."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _closed() -> BackendError:
@@ -276,12 +330,12 @@ def _checked_input(manifest: Manifest, array: object) -> Array:
     return np.ascontiguousarray(array)
 
 
-def _check_outputs(manifest: Manifest, backend: str, outputs: dict[str, Array], count: int) -> None:
+def check_outputs(manifest: Manifest, backend: str, outputs: dict[str, Array], count: int) -> None:
     """Refuse outputs that the manifest doesn't promise."""
     for expected in manifest.outputs:
         _check_output(backend, outputs, expected, count)
     embeds, kept = outputs[EMBEDS], outputs[KEPT]
-    if not np.isfinite(embeds).all():
+    if not _finite(embeds):
         cause = (
             "FP16 overflowed: export with --precision fp32"
             if manifest.precision == "fp16"
@@ -301,6 +355,14 @@ def _check_outputs(manifest: Manifest, backend: str, outputs: dict[str, Array], 
             f"{', CLS (0) among them' if manifest.selection.cls_token else ''}; the backend "
             "computes wrongly here: check the bundle with vzip check, or take another backend"
         )
+
+
+def _finite(array: Array) -> bool:
+    """Return whether all numbers of an array [B, K, L] are finite."""
+    if array.dtype == np.float16:  # isfinite converts halves one by one: 18 times slower
+        bits = array.view(np.uint16)
+        return all(bool((row & 0x7C00).max() < 0x7C00) for row in bits)
+    return all(bool(np.isfinite(row).all()) for row in array)  # row by row stays in the cache
 
 
 def _check_output(backend: str, outputs: dict[str, Array], expected: Tensor, count: int) -> None:

@@ -8,12 +8,13 @@ holds one whose types, ranges and cross-relations (K = dominant + contextual = t
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from vzip.runtime import checks
+from vzip.runtime.engine_record import EngineRecord as EngineRecord  # noqa: PLC0414 - re-export
+from vzip.runtime.engine_record import check_name
 from vzip.runtime.errors import BundleError, InvalidInputError
 from vzip.runtime.preprocess import Preprocessing
 
@@ -22,7 +23,8 @@ SCHEMA_VERSION: Final = 1
 MANIFEST_FILE: Final = "manifest.json"
 MODEL_FILE: Final = "model.onnx"
 DATA_FILE: Final = "model.onnx.data"
-FILES: Final = (MODEL_FILE, DATA_FILE)
+REFERENCE_FILE: Final = "reference.npz"
+FILES: Final = (MODEL_FILE, DATA_FILE, REFERENCE_FILE)
 
 TOKEN_ORDER: Final = "dominant ascending, contextual in target order"  # noqa: S105 - no password
 """The one order of `image_embeds` in schema 1: kept tower tokens by ascending index (CLS, where it
@@ -35,9 +37,8 @@ TOKEN_WEIGHTS: Final = "token_weights"  # noqa: S105 - no password
 """A value inside the graph, float32 [B, K, S]: weight of tower token s in output token k."""
 
 Dimension = int | Literal["batch"]
-Scalar = bool | int | float | str
+Scalar = checks.Scalar
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _OBJECT_DEPTH_ERROR = "nested more deeply than any manifest"
 
 
@@ -72,7 +73,7 @@ class Model:
         elif self.seed is not None:
             raise checks.refuse("model.seed", self.seed, "null, since the weights aren't random")
         if self.projector is not None:
-            _check_digest("model.projector", self.projector)
+            checks.digest("model.projector", self.projector)
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,8 @@ class Llm:
 
     def __post_init__(self) -> None:
         checks.integer("llm.hidden_size", self.hidden_size, low=1)
-        checks.integer("llm.image_token_id", self.image_token_id, low=0)
+        # Original LLaVA's placeholder is -200: no entry of any vocabulary.
+        checks.integer("llm.image_token_id", self.image_token_id, low=-(2**31))
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,7 @@ class FileEntry:
     bytes: int
 
     def __post_init__(self) -> None:
-        _check_digest("files.sha256", self.sha256)
+        checks.digest("files.sha256", self.sha256)
         checks.integer("files.bytes", self.bytes, low=1)
 
 
@@ -232,6 +234,7 @@ class Manifest:
         opset: ONNX opset of the graph.
         versions: Package → version the bundle was made with.
         files: File name → digest. Empty until `BundleWriter` has hashed the files.
+        engines: Name → record of ``engines/NAME.plan``; `vzip.runtime.bundle.add_engine` adds one.
         parity: Numbers of `vzip check` and its verdict ``passed``; None before it ran.
     """
 
@@ -247,6 +250,7 @@ class Manifest:
     opset: Literal[17, 18]
     versions: Mapping[str, str]
     files: Mapping[str, FileEntry] = field(default_factory=dict)
+    engines: Mapping[str, EngineRecord] = field(default_factory=dict)
     parity: Mapping[str, Scalar] | None = None
     token_order: str = TOKEN_ORDER
 
@@ -263,6 +267,10 @@ class Manifest:
             checks.choice("files", name, FILES)
             if not isinstance(entry, FileEntry):
                 raise checks.refuse(f"files.{name}", entry, "a FileEntry")
+        for name, engine in self.engines.items():
+            check_name(name)
+            if not isinstance(engine, EngineRecord):
+                raise checks.refuse(f"engines.{name}", engine, "an EngineRecord")
         if self.parity is not None:
             if not isinstance(self.parity, Mapping) or type(self.parity.get("passed")) is not bool:
                 raise checks.refuse("parity", self.parity, "null, or numbers and 'passed'")
@@ -301,6 +309,7 @@ class Manifest:
             "precision": self.precision,
             "opset": self.opset,
             "files": {name: dict(vars(entry)) for name, entry in self.files.items()},
+            "engines": {name: engine.to_json() for name, engine in self.engines.items()},
             "parity": None if self.parity is None else dict(self.parity),
             "versions": dict(self.versions),
         }
@@ -322,9 +331,11 @@ class Manifest:
         top = checks.mapping("manifest", value, _TOP_KEYS)
         tower = dict(checks.mapping("tower", top["tower"], _keys(Tower)))
         tower["grid"] = _as_tuple(tower["grid"])
-        files = top["files"]
+        files, engines = top["files"], top["engines"]
         if not isinstance(files, Mapping):
             raise checks.refuse("files", files, "an object")
+        if not isinstance(engines, Mapping):
+            raise checks.refuse("engines", engines, "an object")
         entries: dict[str, Any] = {
             name: FileEntry(**_record(f"files.{name}", entry, FileEntry))
             for name, entry in files.items()
@@ -347,6 +358,10 @@ class Manifest:
             precision=precision,
             opset=opset,
             files=entries,
+            engines={
+                name: EngineRecord.from_json(f"engines.{name}", engine)
+                for name, engine in engines.items()
+            },
             parity=parity,
             versions=versions,
         )
@@ -374,8 +389,8 @@ class Manifest:
 
 _TOP_KEYS = (
     *("format", "schema_version", "model", "selection", "tower", "token_order", "inputs"),
-    *("outputs", "batch", "preprocessing", "llm", "precision", "opset", "files", "parity"),
-    "versions",
+    *("outputs", "batch", "preprocessing", "llm", "precision", "opset", "files", "engines"),
+    *("parity", "versions"),
 )
 
 
@@ -432,11 +447,6 @@ def _check_version(value: object) -> None:
         )
 
 
-def _check_digest(where: str, value: object) -> None:
-    if not isinstance(value, str) or not _SHA256.fullmatch(value):
-        raise checks.refuse(where, value, "64 lower-case hexadecimal digits")
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return JSON pairs as a dict; two readers could disagree about a key that stands twice."""
     result = dict(pairs)
@@ -461,6 +471,7 @@ def _check_records(manifest: Manifest) -> None:
         ("preprocessing", Preprocessing),
         ("llm", Llm),
         ("files", Mapping),
+        ("engines", Mapping),
         ("versions", Mapping),
         ("inputs", tuple),
         ("outputs", tuple),

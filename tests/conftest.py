@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from pathlib import Path
@@ -16,11 +17,15 @@ import pytest
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # Which backends the contract is held against. The default is what every development environment
-# has; an environment without torch says `onnxruntime`, a machine with a GPU says all three.
+# has; an environment without torch says `onnxruntime`, a machine with a GPU says all of them.
 # Nothing is skipped for want of a package: a backend that is listed and can't be imported fails.
 BACKENDS = os.environ.get("VZIP_TEST_BACKENDS", "onnxruntime,pytorch").split(",")
 
 DATA = Path(__file__).parent / "data"
+
+# Tests marked `gpu` run where a GPU is. Elsewhere they are deselected, and the header says why;
+# with VZIP_REQUIRE_GPU=1 they run all the same, and fail.
+REQUIRE_GPU = os.environ.get("VZIP_REQUIRE_GPU", "") not in {"", "0"}
 
 
 def _copy(name: str, folder: Path) -> Path:
@@ -32,26 +37,66 @@ def _copy(name: str, folder: Path) -> Path:
     return target
 
 
-def pytest_report_header() -> str:
-    return f"vzip: contract of backends {BACKENDS} (VZIP_TEST_BACKENDS)"
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU and a TensorRT (VZIP_REQUIRE_GPU)")
+
+
+@functools.cache
+def _no_gpu() -> str | None:
+    """Return why tests on a GPU can't run here; None if there is one."""
+    from vzip.runtime import cuda
+    from vzip.runtime.errors import BackendError
+
+    try:
+        cuda.load()
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+def pytest_report_header() -> list[str]:
+    reason = None if REQUIRE_GPU else _no_gpu()
+    gpu = "run" if reason is None else f"deselected: {reason}"
+    return [
+        f"vzip: contract of backends {BACKENDS} (VZIP_TEST_BACKENDS)",
+        f"vzip: tests marked gpu are {gpu} (VZIP_REQUIRE_GPU)",
+    ]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what needs a GPU where there is none, unless it is required."""
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu and not REQUIRE_GPU and _no_gpu() is not None:
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test that takes `backend` once for each backend."""
+    """Run a test that takes `backend` once for each backend, or each that its class names."""
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", BACKENDS)
+        metafunc.parametrize("backend", getattr(metafunc.cls, "BACKENDS", BACKENDS))
+
+
+def _golden(name: str, folder: Path, request: pytest.FixtureRequest) -> Path:
+    """Return a copy of a golden bundle, with an engine if the test runs TensorRT."""
+    bundle = _copy(name, folder)
+    if "backend" in request.fixturenames and request.getfixturevalue("backend") == "tensorrt":
+        from vzip.export.engine import BuildRequest, build_engine
+
+        build_engine(bundle, BuildRequest(name="built"), say=lambda _: None)
+    return bundle
 
 
 @pytest.fixture
-def tiny_bundle(tmp_path: Path) -> Path:
+def tiny_bundle(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A bundle that takes 1 to 3 uint8 images; FP32, opset 18."""
-    return _copy("tiny_bundle", tmp_path)
+    return _golden("tiny_bundle", tmp_path, request)
 
 
 @pytest.fixture
-def tiny_static_bundle(tmp_path: Path) -> Path:
+def tiny_static_bundle(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A bundle that takes exactly two arrays of pixel_values; FP16, opset 17."""
-    return _copy("tiny_static_bundle", tmp_path)
+    return _golden("tiny_static_bundle", tmp_path, request)
 
 
 @pytest.fixture(scope="session")

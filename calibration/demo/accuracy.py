@@ -93,7 +93,7 @@ def tower_features(
         [B, S, D], equal to ``hidden_states[-1 - unused]``.
     """
     tower = model.model.vision_tower
-    hidden = tower.pre_layrnorm(tower.embeddings(pixels))
+    hidden: torch.Tensor = tower.pre_layrnorm(tower.embeddings(pixels))
     for layer in tower.encoder.layers[:-unused]:
         hidden = layer(hidden, attention_mask=None)
     return hidden

@@ -10,14 +10,16 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
+from vzip.runtime.bundle import Bundle
 from vzip.runtime.errors import BackendError, InvalidInputError, MissingDependencyError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from vzip.runtime.device_array import DeviceArray
 
     Arrays = Mapping[str, NDArray[Any]]
 
@@ -43,30 +45,44 @@ class Backend(Protocol):
         ...
 
 
+@runtime_checkable
+class DeviceBackend(Backend, Protocol):
+    """A backend that can leave tokens where it computed them."""
+
+    def run_on_device(self, feeds: Arrays) -> tuple[dict[str, NDArray[np.generic]], DeviceArray]:
+        """Return what `run` does, and ``image_embeds`` on the device as well."""
+        ...
+
+
 class BackendClass(Protocol):
     """How a backend is made."""
 
-    def __call__(self, model: bytes, folder: Path, extra_outputs: tuple[str, ...]) -> Backend:
-        """Open a graph.
+    def __call__(self, bundle: Bundle, extra_outputs: tuple[str, ...]) -> Backend:
+        """Open a bundle.
+
+        What the backend reads of it, it reads with the bundle's own checks: `Bundle.read_model`,
+        `vzip.runtime.engine_file.read_engine`.
 
         Args:
-            model: Serialised ModelProto, already checked.
-            folder: Where its external data lies.
+            bundle: The bundle.
             extra_outputs: Values inside the graph that `run` returns as well.
 
         Raises:
+            BundleError: A file that the backend needs is missing or damaged.
             MissingDependencyError: A package is not installed.
-            BackendUnavailableError: The packages are there, the device is not.
+            BackendUnavailableError: The packages are there, the device is not; or the bundle has
+                nothing for this backend.
             BackendError: The backend can't take this graph.
         """
         ...
 
 
 class BackendUnavailableError(BackendError):
-    """The backend's packages are installed, but the device it is for can't be used."""
+    """The backend's packages are installed, but its device, or what runs on it, is absent."""
 
 
 BACKENDS: Final[dict[str, str]] = {
+    "tensorrt": "vzip.runtime.backends.tensorrt:TensorRt",
     "onnxruntime-cuda": "vzip.runtime.backends.onnxruntime:OnnxRuntimeCuda",
     "onnxruntime": "vzip.runtime.backends.onnxruntime:OnnxRuntimeCpu",
     "pytorch": "vzip.runtime.backends.pytorch:PyTorch",
@@ -74,38 +90,51 @@ BACKENDS: Final[dict[str, str]] = {
 """Name → ``module:class``, in the order in which ``auto`` tries them."""
 
 AUTO: Final = "auto"
+TENSORRT: Final = "tensorrt"
 
 
 def open_backend(
-    name: str, model: bytes, folder: Path, *, extra_outputs: tuple[str, ...] = ()
+    name: str, bundle: Bundle, *, extra_outputs: tuple[str, ...] = (), engine: str | None = None
 ) -> tuple[str, Backend]:
-    """Open a graph with the backend `name`, or with the first that can be used here.
+    """Open a bundle with the backend `name`, or with the first that can be used here.
 
-    ``auto`` passes over a backend only when its package isn't installed or its device is absent; a
-    backend that is there and fails is an error, not a reason to try the next.
+    ``auto`` passes over a backend only when its package isn't installed, its device is absent, or
+    the bundle has no engine for it; a backend that is there and fails is an error, not a reason to
+    try the next.
 
     Args:
         name: A key of `BACKENDS`, or ``auto``.
-        model: Serialised ModelProto, already checked.
-        folder: Where its external data lies.
+        bundle: The bundle.
         extra_outputs: Values inside the graph that are to be returned as well.
+        engine: Name of the engine to run, which makes ``auto`` TensorRT; None for the only one
+            that fits this machine.
 
     Returns:
         The name of the backend that was opened, and the backend.
 
     Raises:
-        InvalidInputError: There is no backend of that name.
+        InvalidInputError: There is no backend or engine of that name.
+        BundleError: The bundle is damaged.
         MissingDependencyError: The package of the backend asked for is not installed.
         BackendError: The backend asked for can't be used here or can't take the graph; or none can
             be used, with the reason for each.
     """
+    if engine is not None:
+        if name not in {AUTO, TENSORRT}:
+            raise InvalidInputError(
+                f"got engine={engine!r} with backend={name!r}, expected backend='tensorrt', which "
+                "alone runs engines; leave one of the two out"
+            )
+        from vzip.runtime.backends.tensorrt import TensorRt
+
+        return TENSORRT, TensorRt(bundle, extra_outputs, engine=engine)
     if name != AUTO:
-        return name, _load(name)(model, folder, extra_outputs)
+        return name, _load(name)(bundle, extra_outputs)
     reasons = []
     for candidate in BACKENDS:
         try:
-            return candidate, _load(candidate)(model, folder, extra_outputs)
-        except (MissingDependencyError, BackendUnavailableError) as error:  # noqa: PERF203 - three
+            return candidate, _load(candidate)(bundle, extra_outputs)
+        except (MissingDependencyError, BackendUnavailableError) as error:  # noqa: PERF203 - four
             reasons.append(f"{candidate}: {error}")
             _log.info("passed over the backend %s: %s", candidate, error)
     names = ", ".join(BACKENDS)

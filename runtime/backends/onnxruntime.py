@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import weakref
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vzip.runtime.backends import BackendUnavailableError
+from vzip.runtime.backends.forks import outlive_forks
+from vzip.runtime.bundle import Bundle
 from vzip.runtime.errors import BackendError, missing
 from vzip.runtime.onnx_wire import with_output
 
@@ -46,7 +45,7 @@ class _OnnxRuntime:
     providers: tuple[str, ...]
     extra: str
 
-    def __init__(self, model: bytes, folder: Path, extra_outputs: tuple[str, ...] = ()) -> None:
+    def __init__(self, bundle: Bundle, extra_outputs: tuple[str, ...] = ()) -> None:
         onnxruntime = import_onnxruntime(f"the backend '{self.name}'", self.extra)
         wanted = self.providers[0]
         if wanted not in (available := onnxruntime.get_available_providers()):
@@ -57,7 +56,8 @@ class _OnnxRuntime:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = _FATAL_ONLY
-        options.add_session_config_entry(_FOLDER_KEY, str(folder))
+        options.add_session_config_entry(_FOLDER_KEY, str(bundle.path))
+        model = bundle.read_model()
         for output in extra_outputs:
             model = with_output(model, output)
         try:
@@ -76,7 +76,7 @@ class _OnnxRuntime:
                 "driver or the CUDA and cuDNN libraries can't be used: check nvidia-smi and "
                 "LD_LIBRARY_PATH, or take backend='onnxruntime'"
             )
-        _outlive_forks(session)
+        outlive_forks(session)
         self._session: Any = session
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.generic]]:
@@ -113,34 +113,6 @@ class OnnxRuntimeCuda(_OnnxRuntime):
     name = "onnxruntime-cuda"
     providers = ("CUDAExecutionProvider", "CPUExecutionProvider")
     extra = "gpu"
-
-
-_sessions: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
-def _outlive_forks(session: Any) -> None:
-    """Keep a fork of this process from destroying a session.
-
-    A session's destructor joins threads that exist in the parent alone: in the child, closing it,
-    or merely ending with `sys.exit`, is a segmentation fault (seen with 1.23 and 1.31; pull request
-    31961 of microsoft/onnxruntime is to mend it). So the child gives every session one reference
-    too many; its memory is the parent's, copied on write.
-    """
-    _abandon_in_forks()
-    _sessions.add(session)
-
-
-@functools.cache
-def _abandon_in_forks() -> None:
-    """Arrange, once, for children to abandon the sessions they inherit."""
-    import ctypes
-
-    def abandon() -> None:
-        for session in list(_sessions):
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
-
-    if hasattr(os, "register_at_fork"):  # Windows has no fork
-        os.register_at_fork(after_in_child=abandon)
 
 
 def _first_line(error: Exception) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vzip.runtime.bundle import Bundle
 from vzip.runtime.errors import BackendError, missing
 from vzip.runtime.manifest import DATA_FILE
 
@@ -41,7 +42,7 @@ class PyTorch:
 
     name = "pytorch"
 
-    def __init__(self, model: bytes, folder: Path, extra_outputs: tuple[str, ...] = ()) -> None:
+    def __init__(self, bundle: Bundle, extra_outputs: tuple[str, ...] = ()) -> None:
         try:
             import onnx
             import torch
@@ -49,7 +50,7 @@ class PyTorch:
             package = error.name or "torch"
             raise missing(package, needed_for="the backend 'pytorch'", extra="export") from error
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        graph = onnx.load_model_from_string(model).graph
+        graph = onnx.load_model_from_string(bundle.read_model()).graph
         self._dtypes = {
             value.name: onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
             for value in graph.input
@@ -61,7 +62,7 @@ class PyTorch:
                 f"the graph has no value {sorted(unknown)}, expected it among its nodes' outputs; "
                 "it was made by another version: export the bundle again"
             )
-        weights = _weights(folder)
+        weights = _weights(bundle.path)
         constants = {tensor.name: _tensor(tensor, weights) for tensor in graph.initializer}
         for node in graph.node:
             if node.op_type == "Constant":

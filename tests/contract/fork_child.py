@@ -39,7 +39,12 @@ def main() -> None:
     # Several, each with its second session: destroying few inherited ones often goes well.
     encoders = [VisionEncoder.open(bundle, backend=backend) for _ in range(4)]
     encoder = encoders[0]
-    groups = [each.run(IMAGE).groups for each in encoders]
+
+    def groups_of(each: VisionEncoder) -> object:
+        tokens = each.run(IMAGE)
+        return tokens.kept if backend == "tensorrt" else tokens.groups  # engines can't tell those
+
+    groups = [groups_of(each) for each in encoders]
     again = encoder.run(IMAGE)
     child = os.fork()
     if child == 0:
@@ -53,7 +58,7 @@ def main() -> None:
         say("child ends")
         sys.exit(0)  # not os._exit: destructors and exit handlers run
     say(str(os.waitpid(child, 0)[1]))
-    assert all(np.array_equal(each, encoder.run(IMAGE).groups) for each in groups)
+    assert all(np.array_equal(each, groups_of(encoder)) for each in groups)
     encoder.close()
     say("parent works")
 

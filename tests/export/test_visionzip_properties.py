@@ -239,6 +239,20 @@ def test_exact_duplicates_go_to_the_first_target(tokens: int, heads: int, width:
             assert chosen == (same.index(True) if True in same else 0)
 
 
+@pytest.mark.parametrize("width", [2, 3, 8])
+def test_parallel_keys_tie_though_rounding_tells_them_apart(width: int) -> None:
+    """Other lengths, the same direction: cosines of 1 that FP32 has as 1 ± 1e-7.
+
+    In wider heads rounding may exceed the tolerance; it stays below the margin of 1e-6 in which
+    implementations may differ. Equal keys, and such with a power of 2 between them, always tie.
+    """
+    rng = np.random.default_rng(width)
+    keys = rng.standard_normal((1, 2, 1, width)) * rng.uniform(0.5, 2, (1, 1, 197, 1))
+    plan = make_plan(torch.zeros(1, 196), torch.from_numpy(keys.astype(np.float32)), Budget(20, 12))
+    members = (plan.token_weights[0, 20:] > 0).sum(dim=1).tolist()
+    assert members == [177 - 11, *[1] * 11]
+
+
 def test_a_difference_in_the_sixth_digit_is_no_tie() -> None:
     # Targets 1 and 3 of the rest: the second is better by a cosine of 4e-6.
     keys = torch.tensor([[9.0, 9.0], [1.0, 0.0028285], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])

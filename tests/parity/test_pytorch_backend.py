@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -13,9 +14,27 @@ from onnx import TensorProto, helper, numpy_helper
 
 from vzip.runtime.backends.pytorch import PyTorch
 from vzip.runtime.backends.torch_ops import OPERATORS
+from vzip.runtime.bundle import Bundle
 from vzip.runtime.errors import BackendError
 
 RNG = np.random.default_rng(0)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What a backend needs of a bundle."""
+
+    model: bytes
+    path: Path
+
+    def read_model(self) -> bytes:
+        return self.model
+
+
+def opened(model: bytes, folder: Path, extra: tuple[str, ...] = ()) -> PyTorch:
+    return PyTorch(cast("Bundle", Graph(model, folder)), extra)
+
+
 NONE = None  # an input that is left out
 
 
@@ -250,7 +269,7 @@ def test_operator(tmp_path: Path, node: tuple[Any, ...]) -> None:
     model, feeds = model_of(*node)
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     expected = session.run(None, feeds)
-    got = PyTorch(model, tmp_path).run(feeds)
+    got = opened(model, tmp_path).run(feeds)
     assert list(got) == [f"o{k}" for k in range(outputs)]
     for each, want in zip(got.values(), expected, strict=True):
         assert each.dtype == want.dtype
@@ -278,7 +297,7 @@ def test_every_operator_has_a_case() -> None:
 )
 def test_constants(tmp_path: Path, attribute: str, value: Any, expected: np.ndarray) -> None:
     model, _ = model_of("Constant", (), 1, 18, {attribute: value})
-    (got,) = PyTorch(model, tmp_path).run({}).values()
+    (got,) = opened(model, tmp_path).run({}).values()
     assert got.dtype == expected.dtype
     assert np.array_equal(got, expected)
 
@@ -300,7 +319,7 @@ def test_names_every_operator_that_it_does_not_know(tmp_path: Path) -> None:
     with pytest.raises(
         BackendError, match=r"\['If', 'NonZero', 'com.microsoft::Attention'\]; the g"
     ):
-        PyTorch(model, tmp_path)
+        opened(model, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -330,12 +349,12 @@ def test_refuses_what_it_would_have_to_guess(
 ) -> None:
     model, feeds = model_of(operator, inputs, 1, 18, attributes)
     with pytest.raises(BackendError, match=f"doesn't know .*{message}"):
-        PyTorch(model, tmp_path).run(feeds)
+        opened(model, tmp_path).run(feeds)
 
 
 def test_a_failing_node_is_named_and_the_next_run_is_clean(tmp_path: Path) -> None:
     model, _ = model_of("Gather", (floats(3), i64(0)), 1, 18, {})
-    backend = PyTorch(model, tmp_path)
+    backend = opened(model, tmp_path)
     array = floats(3)
     with pytest.raises(BackendError, match="pytorch failed at the node Gather #0: ") as raised:
         backend.run({"i0": array, "i1": i64(7)})
@@ -345,7 +364,7 @@ def test_a_failing_node_is_named_and_the_next_run_is_clean(tmp_path: Path) -> No
 
 def test_refuses_feeds_of_another_dtype_or_name(tmp_path: Path) -> None:
     model, _ = model_of("Neg", (X,), 1, 18, {})
-    backend = PyTorch(model, tmp_path)
+    backend = opened(model, tmp_path)
     for feeds in ({"i0": X.astype(np.float64)}, {"x": X}):
         with pytest.raises(BackendError, match=r"the graph expects .*manifest and graph disagree"):
             backend.run(feeds)
@@ -364,7 +383,7 @@ def test_every_value_can_be_had(tiny_bundle: Path, golden: dict[str, np.ndarray]
     expected = dict(
         zip([each.name for each in session.get_outputs()], session.run(None, feeds), strict=True)
     )
-    got = PyTorch(data, tiny_bundle, extra).run(feeds)
+    got = opened(data, tiny_bundle, extra).run(feeds)
     assert set(got) == set(expected) == set(names)
     for name, want in expected.items():
         assert got[name].dtype == want.dtype, name
@@ -372,7 +391,7 @@ def test_every_value_can_be_had(tiny_bundle: Path, golden: dict[str, np.ndarray]
 
 
 def test_keeps_no_more_values_than_it_needs(tiny_bundle: Path) -> None:
-    steps = PyTorch((tiny_bundle / "model.onnx").read_bytes(), tiny_bundle)._steps
+    steps = opened((tiny_bundle / "model.onnx").read_bytes(), tiny_bundle)._steps
     assert steps is not None
     made = {name for step in steps for name in step.outputs} | {"image"}
     dropped = [name for step in steps for name in step.dropped]
@@ -385,7 +404,7 @@ def test_refuses_external_data_of_another_size(tiny_bundle: Path) -> None:
     (tensor,) = (each for each in model.graph.initializer if each.name == "patch_weight")
     tensor.dims[0] += 1
     with pytest.raises(BackendError, match="'patch_weight' takes 3072 bytes, expected those of fl"):
-        PyTorch(model.SerializeToString(), tiny_bundle)
+        opened(model.SerializeToString(), tiny_bundle)
 
 
 def test_external_data_need_not_be_aligned(tmp_path: Path) -> None:
@@ -399,4 +418,4 @@ def test_external_data_need_not_be_aligned(tmp_path: Path) -> None:
         [helper.make_node("Neg", ["w"], ["y"])], "g", [], [onnx.ValueInfoProto(name="y")], [tensor]
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
-    assert np.array_equal(PyTorch(model.SerializeToString(), tmp_path).run({})["y"], -weights)
+    assert np.array_equal(opened(model.SerializeToString(), tmp_path).run({})["y"], -weights)

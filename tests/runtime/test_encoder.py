@@ -115,20 +115,22 @@ def test_parity_numbers_may_change_while_it_is_open(tiny_bundle: Path, golden: A
 
 
 def test_refuses_a_backend_that_does_not_exist(tiny_bundle: Path) -> None:
-    with pytest.raises(InvalidInputError, match="got backend='onnx', expected 'auto' or one of on"):
+    with pytest.raises(InvalidInputError, match="got backend='onnx', expected 'auto' or one of te"):
         VisionEncoder.open(tiny_bundle, backend="onnx")
 
 
 # Choosing a backend
 
 
-def test_auto_takes_the_first_that_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_first_that_can_be_used(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tried: list[str] = []
 
     def load(name: str) -> Callable[..., object]:
-        def make(model: bytes, folder: Path, extra: tuple[str, ...]) -> object:
+        def make(bundle: Bundle, extra: tuple[str, ...]) -> object:
             tried.append(name)
-            if name == "onnxruntime-cuda":
+            if name in {"tensorrt", "onnxruntime-cuda"}:
                 raise BackendUnavailableError("no GPU")
             if name == "onnxruntime":
                 raise MissingDependencyError("no package")
@@ -137,22 +139,23 @@ def test_auto_takes_the_first_that_can_be_used(monkeypatch: pytest.MonkeyPatch) 
         return make
 
     monkeypatch.setattr(backends, "_load", load)
-    assert open_backend("auto", b"", Path()) == ("pytorch", "pytorch")
-    assert tried == ["onnxruntime-cuda", "onnxruntime", "pytorch"]
+    assert open_backend("auto", read_bundle(tiny_bundle)) == ("pytorch", "pytorch")
+    assert tried == ["tensorrt", "onnxruntime-cuda", "onnxruntime", "pytorch"]
 
 
 def test_auto_does_not_hide_the_failure_of_a_backend_that_is_there(
+    tiny_bundle: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def load(name: str) -> Callable[..., object]:
-        def make(model: bytes, folder: Path, extra: tuple[str, ...]) -> object:
+        def make(bundle: Bundle, extra: tuple[str, ...]) -> object:
             raise BackendError(f"{name} is broken")
 
         return make
 
     monkeypatch.setattr(backends, "_load", load)
-    with pytest.raises(BackendError, match="^onnxruntime-cuda is broken$"):
-        open_backend("auto", b"", Path())
+    with pytest.raises(BackendError, match=r"^tensorrt is broken$"):
+        open_backend("auto", read_bundle(tiny_bundle))
 
 
 def test_without_any_package_the_error_names_every_reason(

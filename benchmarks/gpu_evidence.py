@@ -1,0 +1,559 @@
+r"""Latencies on this machine's GPU, beside PyTorch and the hardware's own limit.
+
+    python -m benchmarks.gpu_evidence -o benchmarks/results/NAME.json \
+        --stack torch=PYTHON --stack tensorrt=PYTHON --stack tensorrt-rtx=PYTHON \
+        --stack onnxruntime=PYTHON [--bundles FOLDER] [--batches 1,8,32] [--rounds 10]
+
+The full-size encoder (llava-1.5-7b, random weights, FP16) is exported once for each batch, built
+with every stack that is there, proven against the reference in the bundle, and timed from uint8
+pictures on the host to tokens on the host. Each stack runs in a process of its own, in the Python
+that ``--stack`` names (this one otherwise); all are open at once and are timed in turn, so that a
+GPU that drifts favours none. Beside them, of the same weights: VisionZip as published
+(``output_attentions=True``, eager), PyTorch with scaled_dot_product_attention, the same under
+torch.compile, and the encoder's matrix multiplications alone.
+
+Without a GPU it writes nothing and ends with status 1. ``--dry-run-cpu`` runs the demo model on the
+CPU instead: it tries this program, its numbers say nothing about any GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import queue
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harness
+from vzip.runtime import atomic
+from vzip.runtime.bundle import read_bundle
+from vzip.runtime.console import run_command
+from vzip.runtime.environment import environment, state
+from vzip.runtime.errors import InvalidInputError, VzipError
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+CEILING = "ceiling"
+
+# --stack's names → the stacks that live in that Python; TensorRT's are built before they are timed.
+FAMILIES = {
+    "tensorrt": ("tensorrt",),
+    "tensorrt-rtx": ("tensorrt-rtx",),
+    "onnxruntime": ("onnxruntime-cuda",),
+    "torch": ("pytorch-eager", "pytorch-sdpa", "pytorch-compile", CEILING),
+}
+CPU_FAMILIES = {
+    "onnxruntime": ("onnxruntime",),
+    "torch": ("pytorch-eager", "pytorch-sdpa", CEILING),
+}
+BUILT = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # family → Python module
+
+OPEN_LIMIT_S, TURN_LIMIT_S, EXPORT_LIMIT_S, BUILD_LIMIT_S = 1200.0, 600.0, 1800.0, 3600.0
+_PATH = re.compile(r"(?<![\w.~])/(?:[^\s/:'\",()]+/)*([^\s/:'\",()]+)/?")
+DRY_RUN = "CPU dry run of this program with the demo model: says nothing about any GPU"
+MEASURED = "uint8 pictures on the host to tokens on the host, wall clock, one call at a time"
+
+
+class EvidenceError(VzipError):
+    """The evidence can't be had here; nothing was written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        model: As the export's ``--model``.
+        device: ``cuda`` or ``cpu``.
+        export: Options of the export that make the bundle what it is.
+        families: Stacks by the Python they share.
+        pythons: Interpreter of each family.
+        asked: Families that the command line named.
+        batches: Static batches.
+        rounds: Turns of every stack.
+    """
+
+    model: str
+    device: str
+    export: tuple[str, ...]
+    families: dict[str, tuple[str, ...]]
+    pythons: dict[str, str]
+    asked: frozenset[str]
+    batches: tuple[int, ...]
+    rounds: int
+
+
+class Process:
+    """A worker, and the lines it exchanges with us.
+
+    Args:
+        python: Interpreter.
+        stack: See `gpu_worker`; as all that follow.
+        bundle: Folder.
+        model: As the export's ``--model``.
+        device: ``cuda`` or ``cpu``.
+        paths: What comes first in its ``sys.path``.
+    """
+
+    def __init__(
+        self,
+        python: str,
+        stack: str,
+        *,
+        bundle: Path,
+        model: str,
+        device: str,
+        paths: Sequence[str],
+    ) -> None:
+        self.stack = stack
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process
+        worker = str(Path(__file__).with_name("gpu_worker.py"))
+        flags = [part for path in paths for part in ("--path", path)]
+        self._process = subprocess.Popen(
+            [python, worker, *flags, stack, str(bundle), model, device],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+        self._lines: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.put(line)
+        self._lines.put("")
+
+    def ask(self, limit_s: float, **request: object) -> dict[str, Any]:
+        """Return the answer to a request.
+
+        Raises:
+            EvidenceError: It is an error, the process died, or the limit passed.
+        """
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            line = self._lines.get(timeout=limit_s)
+        except queue.Empty:
+            self._process.kill()
+            self.close()
+            raise EvidenceError(f"{self.stack}: no answer within {limit_s:.0f} s") from None
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            status = self._process.wait()
+            raise EvidenceError(f"{self.stack}: ended with status {status} ({self._last_line()})")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise EvidenceError(f"{self.stack}: {answer['error']}")
+        return dict(answer["ok"])
+
+    def _last_line(self) -> str:
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "no message"
+
+    def close(self) -> None:
+        """End the process."""
+        try:
+            if self._process.poll() is None and self._process.stdin is not None:
+                self._process.stdin.write('{"do": "close"}\n')
+                self._process.stdin.close()
+            self._process.wait(timeout=20)
+        except (BrokenPipeError, ValueError, subprocess.TimeoutExpired):
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+
+def measure(plan: Plan, bundles: Path, paths: Sequence[str]) -> dict[str, Any]:
+    """Export, build, prove and time.
+
+    Returns:
+        The result, as the file has it.
+    """
+    before = environment(folder=bundles)
+    result: dict[str, Any] = {
+        "what": MEASURED if plan.device == "cuda" else f"{DRY_RUN}; {MEASURED}",
+        "dry_run": plan.device == "cpu",
+        "command": ["python", "-m", "benchmarks.gpu_evidence", *sys.argv[1:]],
+        "model": plan.model,
+        "export": list(plan.export),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "environment": before,
+        "batches": {},
+    }
+    for batch in plan.batches:
+        bundle = bundles / f"batch-{batch}"
+        exported = export(plan, bundle, batch, paths)
+        built, failed = build(plan, bundle, paths)
+        timed = time_stacks(plan, bundle, paths, skip=set(failed))
+        timed["failed"] = {**failed, **timed["failed"]}
+        result["batches"][str(batch)] = {"export": exported, "build": built, **timed}
+    return result
+
+
+def export(plan: Plan, bundle: Path, batch: int, paths: Sequence[str]) -> dict[str, Any]:
+    """Export a bundle, or take one that was carried here and is what an export would make."""
+    if bundle.exists():
+        _check_carried(plan, bundle, batch)
+        return {"carried": True}
+    _say(f"batch {batch}: exporting")
+    arguments = ["export", "--model", plan.model, *plan.export, "--batch", str(batch)]
+    start = time.perf_counter()
+    _vzip(plan.pythons["torch"], [*arguments, "-o", str(bundle)], paths, EXPORT_LIMIT_S)
+    return {"carried": False, "seconds": time.perf_counter() - start}
+
+
+def _check_carried(plan: Plan, bundle: Path, batch: int) -> None:
+    """Refuse a bundle that is not what this run would have exported."""
+    manifest = read_bundle(bundle).manifest
+    options = dict(zip(plan.export[::2], plan.export[1::2], strict=True))
+    wanted = {
+        "weights": options.get("--weights", "checkpoint"),
+        "precision": options["--precision"],
+        "opset": int(options["--opset"]),
+        "merge": options["--merge"],
+        "tokens": int(options["--tokens"]),
+        "batch": batch,
+        "input": "image",
+        "dynamic": False,
+    }
+    selection = manifest.selection
+    got = {
+        "weights": manifest.model.weights,
+        "precision": manifest.precision,
+        "opset": manifest.opset,
+        "merge": selection.merge,
+        "tokens": selection.dominant + selection.contextual,
+        "batch": manifest.batch.max,
+        "input": manifest.input.name,
+        "dynamic": manifest.batch.dynamic,
+    }
+    if got != wanted:
+        raise EvidenceError(
+            f"the bundle '{bundle.name}' is {got}, expected {wanted}; it was exported with other "
+            "options: delete it, or give another folder with --bundles"
+        )
+
+
+def build(
+    plan: Plan, bundle: Path, paths: Sequence[str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Build the engines of every TensorRT that is there.
+
+    Returns:
+        What was built, with seconds; and what failed, with the reason.
+    """
+    built: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
+    for family in BUILT:
+        if family not in plan.families:
+            continue
+        _say(f"{bundle.name}: building with {family}")
+        try:
+            built[family] = _build_one(plan, family, bundle, paths)
+        except EvidenceError as error:
+            failed[family] = str(error)
+            _say(f"  {error}")
+    return built, failed
+
+
+def _build_one(plan: Plan, family: str, bundle: Path, paths: Sequence[str]) -> dict[str, Any]:
+    """Build and prove one engine, which is named after its family."""
+    start = time.perf_counter()
+    arguments = ["build", str(bundle), "--name", family]
+    _vzip(plan.pythons[family], arguments, paths, BUILD_LIMIT_S)
+    seconds = time.perf_counter() - start
+    record = read_bundle(bundle, verify=False).manifest.engines[family]
+    if record.stack != BUILT[family]:
+        raise EvidenceError(
+            f"{family}: {plan.pythons[family]} built with {record.stack}, expected "
+            f"{BUILT[family]}; it has both: name one that has only that with --stack"
+        )
+    return {
+        "seconds": seconds,
+        "version": record.version,
+        "bytes": record.bytes,
+        "fused_attention": record.fused_attention,
+        "settings": dict(record.settings),
+        "proof": None if record.proof is None else dict(record.proof),
+    }
+
+
+def time_stacks(
+    plan: Plan, bundle: Path, paths: Sequence[str], *, skip: set[str]
+) -> dict[str, Any]:
+    """Open every stack, time all in turn, close them."""
+    opened: dict[str, Process] = {}
+    about: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
+    try:
+        for family, stacks in plan.families.items():
+            for stack in stacks:
+                if stack in skip:
+                    continue
+                _say(f"{bundle.name}: opening {stack}")
+                free = _device_memory()
+                process = Process(
+                    plan.pythons[family],
+                    stack,
+                    bundle=bundle,
+                    model=plan.model,
+                    device=plan.device,
+                    paths=paths,
+                )
+                try:
+                    about[stack] = process.ask(OPEN_LIMIT_S, do="open")
+                except EvidenceError as error:
+                    failed[stack] = str(error)
+                    _say(f"  {error}")
+                    process.close()
+                    continue
+                about[stack]["device_memory_mib"] = _difference(_device_memory(), free)
+                opened[stack] = process
+        turns, states = _take_turns(plan.rounds, opened, about)
+    finally:
+        for process in opened.values():
+            process.close()
+    stacks_found = {stack: {**about[stack], **harness.summary(turns[stack])} for stack in opened}
+    _relate(stacks_found, read_bundle(bundle, verify=False).manifest.batch.max)
+    return {"stacks": stacks_found, "failed": failed, "states": states}
+
+
+def _take_turns(
+    rounds: int, opened: dict[str, Process], about: dict[str, dict[str, Any]]
+) -> tuple[dict[str, list[list[float]]], list[dict[str, Any]]]:
+    """Time the open stacks in turn, each round beginning with another one."""
+    turns: dict[str, list[list[float]]] = {stack: [] for stack in opened}
+    calls = {stack: harness.calls_per_turn(about[stack]["warm_ms"]) for stack in opened}
+    order = list(opened)
+    states = []
+    for number in range(rounds):
+        start = number % max(1, len(order))
+        for stack in order[start:] + order[:start]:
+            answer = opened[stack].ask(TURN_LIMIT_S, do="turn", calls=calls[stack])
+            turns[stack].append(answer["ms"])
+        states.append(state())
+    return turns, states
+
+
+def _relate(stacks: dict[str, dict[str, Any]], batch: int) -> None:
+    """Set every stack beside the ceiling: FLOPs per second, and share of what is attainable."""
+    for found in stacks.values():
+        found["images_per_s"] = batch / found["median_ms"] * 1000
+    ceiling = stacks.get(CEILING)
+    if ceiling is None:
+        return
+    for found in stacks.values():
+        found["tflops"] = ceiling["flops"] / found["median_ms"] / 1e9
+        found["share_of_ceiling"] = ceiling["median_ms"] / found["median_ms"]
+
+
+def _device_memory() -> float | None:
+    """Return MiB in use: of the first GPU, or of the machine where they share memory."""
+    found = state()
+    smi = found["nvidia_smi"]
+    if smi and smi[0]["memory.used"].endswith(" MiB"):
+        return float(smi[0]["memory.used"].removesuffix(" MiB"))
+    available = found["memory_available_mib"]
+    return None if available is None else -float(available)
+
+
+def _difference(after: float | None, before: float | None) -> float | None:
+    return None if after is None or before is None else after - before
+
+
+def _vzip(python: str, arguments: list[str], paths: Sequence[str], limit_s: float) -> None:
+    """Run vzip's command line of this tree in another Python."""
+    code = (
+        f"import sys; sys.path[:1] = {list(paths)!r}; from vzip.runtime.cli import main; "
+        f"sys.exit(main({arguments!r}))"
+    )
+    try:
+        done = subprocess.run(
+            [python, "-c", code], capture_output=True, text=True, check=False, timeout=limit_s
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise EvidenceError(f"vzip {arguments[0]} in {python}: {error}") from error
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise EvidenceError(f"vzip {arguments[0]} in {python} ended with {done.returncode}: {last}")
+
+
+def _tree(folder: Path) -> list[str]:
+    """Make this tree importable, as `vzip` and `benchmarks`, by any Python; return the paths."""
+    package = folder / "vzip"
+    package.mkdir()
+    for name in ("export", "runtime", "calibration"):
+        (package / name).symlink_to(ROOT / name)
+    return [str(folder), str(ROOT)]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def without_paths(value: Any) -> Any:
+    """Return a result with every absolute path cut to its last part: it is to be committed."""
+    if isinstance(value, dict):
+        return {key: without_paths(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [without_paths(each) for each in value]
+    return _PATH.sub(r"\1", value) if isinstance(value, str) else value
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the result as one reads it."""
+    lines = [result["what"]]
+    for batch, found in result["batches"].items():
+        lines += ["", f"batch {batch}", f"  {'':<18}median ms   p90 ms   IQR ms  images/s  ceiling"]
+        for stack, one in sorted(found["stacks"].items(), key=lambda each: each[1]["median_ms"]):
+            share = f"{one['share_of_ceiling']:8.0%}" if "share_of_ceiling" in one else "       –"
+            lines.append(
+                f"  {stack:<18}{one['median_ms']:9.3f}{one['p90_ms']:9.3f}{one['iqr_ms']:9.3f}"
+                f"{one['images_per_s']:10.1f} {share}"
+            )
+        lines += [f"  {stack:<18}failed: {reason}" for stack, reason in found["failed"].items()]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, print and store."""
+    arguments = _parser().parse_args(argv)
+    plan = _plan(arguments)
+    output = Path(arguments.output)
+    _check_output(output, dry_run=arguments.dry_run_cpu)
+    if plan.device == "cuda":
+        _require_gpu()
+    with tempfile.TemporaryDirectory() as scratch:
+        tree = Path(scratch) / "tree"
+        tree.mkdir()
+        bundles = Path(scratch) / "bundles" if arguments.bundles is None else arguments.bundles
+        bundles.mkdir(parents=True, exist_ok=True)
+        result = measure(plan, bundles, _tree(tree))
+    _check_worth(plan, result)
+    result = without_paths(result)
+    atomic.replace_file(output, (json.dumps(result, indent=1) + "\n").encode())
+    print(table(result))
+    print(f"\nwritten to {output}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        prog="gpu_evidence",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-o", "--output", required=True, metavar="FILE.json")
+    parser.add_argument(
+        "--stack",
+        action="append",
+        default=[],
+        metavar="NAME=PYTHON",
+        help=f"the interpreter that has one of {', '.join(FAMILIES)} (default: this one)",
+    )
+    parser.add_argument(
+        "--bundles",
+        type=Path,
+        metavar="FOLDER",
+        help="where bundles are kept, as batch-1, batch-8, …; those that are there are used",
+    )
+    parser.add_argument("--batches", default="1,8,32", help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=10, help="turns a stack (default: 10)")
+    parser.add_argument("--dry-run-cpu", action="store_true", help="try this program on the CPU")
+    return parser
+
+
+def _plan(arguments: argparse.Namespace) -> Plan:
+    dry = arguments.dry_run_cpu
+    families = CPU_FAMILIES if dry else FAMILIES
+    pythons = dict.fromkeys(families, sys.executable)
+    for text in arguments.stack:
+        name, separator, python = text.partition("=")
+        if name not in families or not separator or not python:
+            raise InvalidInputError(
+                f"--stack is {text!r}, expected NAME=PYTHON with a NAME of {', '.join(families)}"
+            )
+        pythons[name] = python
+    parts = arguments.batches.split(",")
+    if not all(part.isdigit() and int(part) for part in parts) or len({*parts}) < len(parts):
+        raise InvalidInputError(
+            f"--batches is {arguments.batches!r}, expected different numbers from 1 on, as 1,8,32"
+        )
+    if arguments.rounds < 1:
+        raise InvalidInputError(f"--rounds is {arguments.rounds}, expected at least 1")
+    # The merge of the published code, so that all compute the same; opset 17 for TensorRT 8.6.
+    common = ("--merge", "sum", "--opset", "17", "--tokens")
+    return Plan(
+        model="demo" if dry else "llava-1.5-7b",
+        device="cpu" if dry else "cuda",
+        export=(*common, "43", "--precision", "fp32")
+        if dry
+        else (*common, "64", "--precision", "fp16", "--weights", "random"),
+        families=families,
+        pythons=pythons,
+        asked=frozenset(text.partition("=")[0] for text in arguments.stack),
+        batches=tuple(map(int, parts)),
+        rounds=arguments.rounds,
+    )
+
+
+def _check_output(output: Path, *, dry_run: bool) -> None:
+    """Refuse a file that can't or must not be written, before anything is measured."""
+    if not output.parent.is_dir():
+        raise InvalidInputError(
+            f"-o is '{output}', but the folder '{output.parent}' does not exist; create it first"
+        )
+    if dry_run and output.resolve().is_relative_to(RESULTS.resolve()):
+        raise InvalidInputError(
+            f"-o is '{output}' and --dry-run-cpu was given; results of a dry run are no evidence "
+            "and never lie in benchmarks/results: give another folder"
+        )
+
+
+def _require_gpu() -> None:
+    from vzip.runtime.environment import gpus
+
+    found = gpus()
+    if isinstance(found, str):
+        raise EvidenceError(
+            f"there is no GPU to measure: {found}; run it on a machine with an NVIDIA GPU, or try "
+            "it with --dry-run-cpu; nothing was written"
+        )
+
+
+def _check_worth(plan: Plan, result: dict[str, Any]) -> None:
+    """Refuse to write a result in which nothing, or nothing that was asked for, was timed."""
+    for batch, found in result["batches"].items():
+        lacking = {stack for family in plan.asked for stack in plan.families[family]} & set(
+            found["failed"]
+        )
+        if lacking or not found["stacks"]:
+            reasons = "; ".join(found["failed"].values())
+            raise EvidenceError(
+                f"batch {batch}: {', '.join(sorted(lacking)) or 'every stack'} failed: {reasons}; "
+                "nothing was written"
+            )
+
+
+def _entry() -> int:
+    status = run_command(lambda: main(sys.argv[1:]), prog="gpu_evidence")
+    return 1 if status == 2 else status
+
+
+if __name__ == "__main__":
+    sys.exit(_entry())

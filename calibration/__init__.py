@@ -1,0 +1,1 @@
+"""What learns from representative data; so far, the demo model."""

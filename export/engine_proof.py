@@ -1,0 +1,95 @@
+"""The proof of an engine that isn't published yet, run by the runtime's own TensorRT backend."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from vzip.export.proof import Proof, Reference, prove, read_reference
+from vzip.runtime import atomic
+from vzip.runtime.bundle import Bundle
+from vzip.runtime.engine_record import ENGINE_SUFFIX, ENGINES_FOLDER, EngineRecord
+from vzip.runtime.errors import BundleError
+from vzip.runtime.manifest import REFERENCE_FILE
+
+_NAME = "unproven"
+
+
+def prove_engine(bundle: Bundle, record: EngineRecord, plan: memoryview) -> Proof:
+    """Run an engine on the bundle's reference pictures and judge what it gives.
+
+    It runs in the smallest and the largest batch that it takes.
+
+    Args:
+        bundle: The bundle; it has a `reference.npz`.
+        record: What the engine is.
+        plan: The engine.
+
+    Raises:
+        BundleError: The reference is damaged.
+        BackendError: The engine can't be loaded or run.
+    """
+    from vzip.runtime.backends.tensorrt import TensorRt
+
+    reference = load_reference(bundle)
+    manifest = bundle.manifest
+    with staged(bundle, record, plan) as candidate, contextlib.ExitStack() as stack:
+        backend = TensorRt(candidate, engine=_NAME)
+        stack.callback(backend.close)
+        return prove(
+            lambda array: backend.run({manifest.input.name: array}),
+            reference,
+            manifest,
+            sorted({record.batch.min, record.batch.max}),
+        )
+
+
+def load_reference(bundle: Bundle) -> Reference:
+    """Read `reference.npz` and check it against the manifest's digest.
+
+    Raises:
+        BundleError: It is missing, damaged, or not what the graph takes and gives.
+    """
+    try:
+        data = (bundle.path / REFERENCE_FILE).read_bytes()
+    except OSError as error:
+        raise BundleError(
+            f"{bundle.path}: {REFERENCE_FILE} can't be read ({error.strerror}); copy the bundle "
+            "again with all its files, or export it again"
+        ) from error
+    if hashlib.sha256(data).hexdigest() != bundle.manifest.files[REFERENCE_FILE].sha256:
+        raise BundleError(
+            f"{bundle.path}: {REFERENCE_FILE} isn't the file that the manifest has the digest of; "
+            "it was damaged or replaced: copy it again, or export the bundle again"
+        )
+    return read_reference(io.BytesIO(data), bundle.manifest)
+
+
+@contextlib.contextmanager
+def staged(bundle: Bundle, record: EngineRecord, plan: memoryview) -> Iterator[Bundle]:
+    """Put an engine where the runtime can open it and nobody else looks.
+
+    Called with the builder's lock held: what other builders left when they were killed is removed.
+    """
+    engines = bundle.path / ENGINES_FOLDER
+    for left in engines.glob(f".*{atomic.TEMPORARY}"):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=engines, prefix=".", suffix=atomic.TEMPORARY) as name:
+        folder = Path(name)
+        try:
+            (folder / ENGINES_FOLDER).mkdir()
+            (folder / ENGINES_FOLDER / f"{_NAME}{ENGINE_SUFFIX}").write_bytes(plan)
+        except OSError as error:
+            raise BundleError(
+                f"{engines}: the engine can't be written ({error.strerror}) to be proven; free "
+                f"{2 * record.bytes // 2**20 + 1} MiB. Nothing was left behind"
+            ) from error
+        manifest = dataclasses.replace(bundle.manifest, engines={_NAME: record})
+        yield Bundle(folder, manifest)

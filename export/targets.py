@@ -1,0 +1,369 @@
+"""The machines an export can be made for: a table of facts, and what follows from them.
+
+``vzip targets`` prints the table. ``--target NAME`` at export takes opset and precision from it
+where the command line says nothing, and refuses what the machine can't do, with the reason. It
+never changes what the user said.
+
+Sources: SM, JetPack, TensorRT versions and the memory of Jetsons from NVIDIA's JetPack and module
+pages, TensorRT's and TensorRT-RTX's support matrices and release notes (collected 2026-11); memory
+of cards from NVIDIA's data sheets. What is marked [E] is an estimate of ours that no hardware has
+confirmed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+from vzip.runtime.console import emit
+from vzip.runtime.errors import InvalidInputError
+
+# What an export can make today; the others are known so that a refusal can give the true reason.
+EXPORTED: Final = ("fp32", "fp16")
+
+# The smallest SM with hardware for a precision: FP16 and INT8 tensor cores since Turing, BF16 since
+# Ampere, FP8 since Ada (TensorRT's support matrix).
+SMALLEST_SM: Final[Mapping[str, int]] = MappingProxyType(
+    {"fp32": 0, "fp16": 75, "int8": 75, "bf16": 80, "fp8": 89}
+)
+
+# TensorRT 8.6 reads ONNX up to opset 17, 10.x reads 20 and above.
+OPSET_OF_8: Final = 17
+NEWEST_OPSET: Final = 18
+
+# [E] of CLIP ViT-L/14-336, the largest tower with an alias: 0.31 G parameters, and per image the
+# largest tensors alive at once, attention not fused (two of 16 · 577 · 577, four of 577 · 4096).
+WEIGHTS_MIB: Final[Mapping[str, int]] = MappingProxyType({"fp32": 1200, "fp16": 600})
+IMAGE_MIB: Final[Mapping[str, int]] = MappingProxyType({"fp32": 80, "fp16": 40})
+
+
+@dataclass(frozen=True)
+class Software:
+    """One TensorRT that a target may have.
+
+    Attributes:
+        version: TensorRT's version, such as ``10.3``; a trailing ``+`` means this one or later.
+        source: Where it comes from: ``JetPack 6.2``, ``TensorRT`` or ``RTX`` (TensorRT-RTX).
+    """
+
+    version: str
+    source: str
+
+    @property
+    def newest_opset(self) -> int:
+        """The newest ONNX opset that it reads, as far as exports go."""
+        legacy = self.source != "RTX" and self.version.startswith("8.")
+        return OPSET_OF_8 if legacy else NEWEST_OPSET
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of machine.
+
+    Attributes:
+        name: What stands behind ``--target``.
+        gpu: What NVIDIA calls it.
+        sm: Compute capabilities as ``87`` for 8.7, ascending; several where the name covers
+            several GPUs.
+        memory_gb: The sizes it is sold with, ascending, as its maker counts them.
+        shared: Whether GPU and CPU share that memory, as on every Jetson.
+        software: The TensorRT versions it may have, oldest first.
+        batch: Recommended largest batch [E]: above it, latency grows and throughput hardly does.
+        workspace_mib: Recommended builder workspace [E].
+        note: What one should know.
+    """
+
+    name: str
+    gpu: str
+    sm: tuple[int, ...]
+    memory_gb: tuple[int, ...]
+    shared: bool
+    software: tuple[Software, ...]
+    batch: int
+    workspace_mib: int
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        assert self.sm, self.name
+        assert self.sm == tuple(sorted(self.sm)), self.name
+        assert self.memory_gb, self.name
+        assert self.memory_gb == tuple(sorted(self.memory_gb)), self.name
+        assert self.software, self.name
+        assert self.batch <= self.largest_batch("fp16"), self.name
+
+    @property
+    def opset(self) -> int:
+        """The newest opset that every TensorRT it may have reads."""
+        return min(software.newest_opset for software in self.software)
+
+    @property
+    def precision(self) -> str:
+        """The precision to export in unless the user says otherwise: tensor cores want FP16."""
+        return "fp16"
+
+    @property
+    def hardware_precisions(self) -> tuple[str, ...]:
+        """Precisions that its smallest SM computes in hardware."""
+        return tuple(name for name, least in SMALLEST_SM.items() if self.sm[0] >= least)
+
+    def refusal(self, precision: str) -> str | None:
+        """Return why the target can't compute in `precision`; None if it can."""
+        least = SMALLEST_SM[precision]
+        if self.sm[0] >= least:
+            return None
+        return (
+            f"{self.gpu} is SM {dotted(self.sm[0])} and {precision.upper()} needs SM "
+            f"{dotted(least)} or newer"
+        )
+
+    def largest_batch(self, precision: str, memory_gb: int | None = None) -> int:
+        """Return the most images that fit beside the weights [E].
+
+        Args:
+            precision: ``fp32`` or ``fp16``.
+            memory_gb: Of which size; None for the largest it is sold with. Half of it is taken
+                where CPU and GPU share it, for the system and the LLM want the rest.
+        """
+        memory = (self.memory_gb[-1] if memory_gb is None else memory_gb) * 1000**3 / 2**20
+        usable = memory / 2 if self.shared else memory * 0.9
+        return max(0, math.floor((usable - WEIGHTS_MIB[precision]) / IMAGE_MIB[precision]))
+
+
+def dotted(sm: int) -> str:
+    """Return 87 as ``8.7`` and 120 as ``12.0``."""
+    return f"{sm // 10}.{sm % 10}"
+
+
+# JetPack 5.1 (TensorRT 8.5.2) is left out on purpose: it has no LayerNormalization operator and no
+# fused attention on Orin, so no graph of ours is right there.
+_ORIN: Final = (
+    Software("8.6.2", "JetPack 6.0"),
+    Software("10.3", "JetPack 6.1, 6.2"),
+    Software("10.16", "JetPack 7.2"),
+)
+# TensorRT 8.6 serves SM 7.5 to 9.0 on x86-64, 10.x and 11.x everything here.
+_DATACENTER: Final = (Software("8.6", "TensorRT"), Software("10+", "TensorRT"))
+# 10.8 is the first with Blackwell (its release notes; B200 was early access there).
+_BLACKWELL: Final = (Software("10.8+", "TensorRT"),)
+_RTX: Final = Software("1.7", "RTX")
+
+_ALL: Final = (
+    Target(
+        "orin-nano", "Jetson Orin Nano", (87,), (4, 8), True, _ORIN, 4, 512,
+        "4 GB: build with --low-memory and swap (docs/jetson.md)",
+    ),
+    Target(
+        "orin-nx", "Jetson Orin NX", (87,), (8, 16), True, _ORIN, 8, 1024,
+        "8 GB: as the Orin Nano",
+    ),
+    Target(
+        "agx-orin", "Jetson AGX Orin", (87,), (32, 64), True,
+        (*_ORIN, Software("11.4", "JetPack 7.2.2+")), 16, 2048,
+    ),
+    Target(
+        "thor", "Jetson Thor", (110,), (64, 128), True,
+        (
+            Software("10.13.3", "JetPack 7.0, 7.1"),
+            Software("10.16", "JetPack 7.2"),
+            Software("11.4", "JetPack 7.2.2+"),
+        ),
+        32, 4096,
+        "10.13.3 miscompiles batch 1: take JetPack 7.2",
+    ),
+    # Whether TensorRT 11 still serves SM 7.5 was not found out.
+    Target("t4", "T4", (75,), (16,), False,
+           (Software("8.6", "TensorRT"), Software("10.x", "TensorRT"), _RTX), 8, 2048,
+           "INT8 ViTs are often slower than FP16"),
+    Target("l4", "L4", (89,), (24,), False, (*_DATACENTER, _RTX), 16, 4096),
+    Target("a10", "A10", (86,), (24,), False, (*_DATACENTER, _RTX), 16, 4096),
+    Target("a100", "A100", (80,), (40, 80), False, (*_DATACENTER, _RTX), 32, 8192,
+           "INT8 ViTs are often slower than FP16"),
+    Target("h100", "H100", (90,), (80, 94), False, _DATACENTER, 64, 8192),
+    Target("h200", "H200", (90,), (141,), False, _DATACENTER, 64, 8192),
+    Target("b200", "B200", (100,), (180,), False, _BLACKWELL, 64, 8192),
+    Target("rtx", "GeForce RTX 30 to 50", (86, 89, 120), (8, 12, 16, 24, 32), False,
+           (_RTX, *_BLACKWELL), 8, 2048,
+           "one bundle for all three; rtx30, rtx40, rtx50 for one"),
+    Target("rtx30", "GeForce RTX 30", (86,), (8, 12, 24), False, (*_DATACENTER, _RTX), 8, 2048),
+    Target("rtx40", "GeForce RTX 40", (89,), (8, 12, 16, 24), False, (*_DATACENTER, _RTX), 8, 2048),
+    Target("rtx50", "GeForce RTX 50", (120,), (8, 12, 16, 24, 32), False, (*_BLACKWELL, _RTX), 8,
+           2048, "TensorRT through 10.16.1 miscompiles fused attention (#4837)"),
+)  # fmt: skip
+
+TARGETS: Final[Mapping[str, Target]] = MappingProxyType({each.name: each for each in _ALL})
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What an export is made with.
+
+    Attributes:
+        opset: 17 or 18.
+        precision: ``fp32`` or ``fp16``.
+        notes: Lines to tell the user: what was taken from the target, what to mind.
+    """
+
+    opset: int
+    precision: str
+    notes: tuple[str, ...] = ()
+
+
+def resolve(name: str | None, *, opset: int | None, precision: str | None, batch: int) -> Choice:
+    """Return opset and precision of an export: what the user said, else the target's, else ours.
+
+    Args:
+        name: A name of the table; None for no target.
+        opset: As the user said, or None.
+        precision: As the user said, or None.
+        batch: The batch, or the largest one of an open batch axis.
+
+    Raises:
+        InvalidInputError: There is no such target, it can't do what was said, or the precision is
+            none that vzip exports.
+    """
+    target = None if name is None else find(name)
+    if target is not None and precision is not None and precision in SMALLEST_SM:
+        _refuse_precision(target, precision)
+    if precision not in (None, *EXPORTED):
+        raise InvalidInputError(
+            f"--precision is {precision!r}, expected {' or '.join(EXPORTED)}; an export has no "
+            "other precision"
+        )
+    if target is None:
+        return Choice(opset or NEWEST_OPSET, precision or "fp32")
+    chosen = Choice(opset or target.opset, precision or target.precision)
+    _refuse_batch(target, chosen.precision, batch)
+    return Choice(chosen.opset, chosen.precision, tuple(_notes(target, chosen, batch)))
+
+
+def find(name: str) -> Target:
+    """Return the target called `name`.
+
+    Raises:
+        InvalidInputError: There is none; the message lists what there is.
+    """
+    if name not in TARGETS:
+        raise InvalidInputError(
+            f"--target is {name!r}, expected one of {', '.join(TARGETS)}; 'vzip targets' says what "
+            "they are"
+        )
+    return TARGETS[name]
+
+
+def _refuse_precision(target: Target, precision: str) -> None:
+    if reason := target.refusal(precision):
+        usable = " or ".join(p for p in EXPORTED if p in target.hardware_precisions)
+        raise InvalidInputError(
+            f"--precision {precision} and --target {target.name} contradict each other: {reason}; "
+            f"take --precision {usable}"
+        )
+
+
+def _refuse_batch(target: Target, precision: str, batch: int) -> None:
+    most = target.largest_batch(precision)
+    if batch > most:
+        raise InvalidInputError(
+            f"a batch of {batch} and --target {target.name} contradict each other: about "
+            f"{WEIGHTS_MIB[precision]} MiB of weights and {IMAGE_MIB[precision]} MiB an image in "
+            f"{precision} (estimates for a ViT-L) fill {_share(target)} its {target.memory_gb[-1]} "
+            f"GB at {most} images; take at most {most}, or leave out --target"
+        )
+
+
+def _share(target: Target) -> str:
+    return "the half that the system leaves of" if target.shared else "90 % of"
+
+
+def _notes(target: Target, chosen: Choice, batch: int) -> list[str]:
+    notes = [f"target {target.name}: opset {chosen.opset}, {chosen.precision}"]
+    too_old = [each for each in target.software if each.newest_opset < chosen.opset]
+    if too_old:
+        versions = ", ".join(f"{each.version} ({each.source})" for each in too_old)
+        notes.append(f"opset {chosen.opset} is too new for TensorRT {versions}; 17 suits all")
+    small = [gb for gb in target.memory_gb if target.largest_batch(chosen.precision, gb) < batch]
+    if small:
+        sizes = " or ".join(map(str, small))
+        notes.append(f"a batch of {batch} will hardly fit the one with {sizes} GB (estimate)")
+    elif batch > target.batch:
+        notes.append(f"a batch above {target.batch} hardly raises its throughput (estimate)")
+    return notes
+
+
+def targets_main(argv: Sequence[str], *, prog: str) -> int:
+    """Run ``vzip targets``: print the table.
+
+    Args:
+        argv: The arguments.
+        prog: The command's name, for its help.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        allow_abbrev=False,
+        description="Print the machines that 'vzip export --target' knows, and what it takes from "
+        "them.",
+    )
+    parser.parse_args(argv)
+    emit(table())
+    return 0
+
+
+def table() -> str:
+    """Return the table, at most 100 columns wide, with its legend."""
+    head = ("target", "SM", "memory GB", "opset", "hardware precisions", "batch", "workspace")
+    rows = [head, *map(_row, TARGETS.values())]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    right = {3, 5, 6}
+    lines = []
+    for row in rows:
+        cells = (
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    lines += ["", "TensorRT that it may have (JetPack: TensorRT), and what to mind:"]
+    name_width = max(map(len, TARGETS))
+    for target in TARGETS.values():
+        lines.append(f"  {target.name:<{name_width}}  {_software(target)}")
+        if target.note:
+            lines.append(f"  {'':<{name_width}}    {target.note}")
+    return "\n".join([*lines, "", *_LEGEND])
+
+
+_LEGEND: Final = (
+    "opset: what --target exports with, the newest that every TensorRT of the target reads.",
+    "precision: --target exports fp16 unless told otherwise; int8, bf16 and fp8 are what the",
+    "hardware could do, an export makes none of them.",
+    "batch (recommended / largest that fits) and workspace (MiB): estimates for CLIP ViT-L/14-336",
+    "in FP16 that no hardware has confirmed.",
+)
+
+
+def _row(target: Target) -> tuple[str, ...]:
+    return (
+        target.name,
+        ", ".join(map(dotted, target.sm)),
+        "/".join(map(str, target.memory_gb)) + (" shared" if target.shared else ""),
+        str(target.opset),
+        " ".join(target.hardware_precisions),
+        f"{target.batch} / {target.largest_batch('fp16')}",
+        str(target.workspace_mib),
+    )
+
+
+def _software(target: Target) -> str:
+    jetpacks = [each for each in target.software if each.source.startswith("JetPack ")]
+    if jetpacks:
+        parts = (f"{each.source.removeprefix('JetPack ')}: {each.version}" for each in jetpacks)
+        return "JetPack " + " · ".join(parts)
+    return " · ".join(
+        f"TensorRT-RTX {each.version}" if each.source == "RTX" else f"TensorRT {each.version}"
+        for each in target.software
+    )

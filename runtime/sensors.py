@@ -1,0 +1,226 @@
+"""What Linux tells about the machine through files: memory, power, temperature, load, clocks.
+
+Read, never written, without root and without a package: on a Jetson this is where the numbers are
+(its NVML answers "not supported" to most questions). Every function takes the root of the file
+system, so that tests can show it a Jetson. A file that is absent or can't be read, as sensors of
+units that are switched off can't, is left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path("/")
+
+# The release of Jetson Linux (L4T) → JetPack. Major and minor decide; see `jetpack`.
+_JETPACKS: Final = (
+    ("35.", "5.1"), ("36.2", "6.0 DP"), ("36.3", "6.0"), ("36.4.0", "6.1"), ("36.4", "6.2"),
+    ("36.5", "6.2.2"), ("38.2", "7.0"), ("38.4", "7.1"), ("39.2", "7.2"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory in MiB, from /proc/meminfo and /proc/swaps.
+
+    Attributes:
+        total: What the kernel manages.
+        available: What can be had without swapping (MemAvailable). On a Jetson this, not what
+            cudaMemGetInfo says, is what an allocation on the GPU can get.
+        swap_total: All swap areas.
+        swap_free: Of these, unused.
+        zram: Of `swap_total`, areas in compressed memory.
+        cma_total: Contiguous memory set aside (``cma=``); None where the kernel doesn't say.
+        cma_free: Of it, unused.
+    """
+
+    total: int
+    available: int
+    swap_total: int
+    swap_free: int
+    zram: int
+    cma_total: int | None
+    cma_free: int | None
+
+
+@dataclass(frozen=True)
+class Clock:
+    """One device of devfreq, or one CPU.
+
+    Attributes:
+        name: Such as ``17000000.gpu``, ``gpu-gpc-0`` or ``cpu0``.
+        mhz: Now.
+        lowest_mhz: The governor's lower limit; equal to `highest_mhz` when the clock is locked.
+        highest_mhz: The governor's upper limit.
+        load: Share of the time it was busy, 0 to 1; None where the driver doesn't say (Thor).
+    """
+
+    name: str
+    mhz: float
+    lowest_mhz: float
+    highest_mhz: float
+    load: float | None
+
+
+@dataclass(frozen=True)
+class Jetson:
+    """What says that this is a Jetson, and which.
+
+    Attributes:
+        model: Of the device tree, such as ``NVIDIA Jetson Orin Nano Developer Kit``.
+        l4t: Release of Jetson Linux, such as ``36.4.3``; None where the file is absent.
+        jetpack: The JetPack with that release; None where vzip doesn't know it.
+    """
+
+    model: str
+    l4t: str | None
+    jetpack: str | None
+
+
+def jetson(root: Path = ROOT) -> Jetson | None:
+    """Return which Jetson this is; None on any other machine."""
+    release = _read(root / "etc/nv_tegra_release")
+    model = (_read(root / "proc/device-tree/model") or "").rstrip("\0")
+    if release is None and "Jetson" not in model:
+        return None
+    match = re.search(r"R(\d+)[^,]*,\s*REVISION:\s*([\d.]+)", release or "")
+    l4t = f"{match[1]}.{match[2]}" if match else None
+    return Jetson(model or "unknown", l4t, None if l4t is None else jetpack(l4t))
+
+
+def jetpack(l4t: str) -> str | None:
+    """Return the JetPack that brings a release of Jetson Linux; None for one not known."""
+    for prefix, version in _JETPACKS:
+        if l4t == prefix or l4t.startswith(prefix if prefix.endswith(".") else prefix + "."):
+            return version
+    return None
+
+
+def memory(root: Path = ROOT) -> Memory | None:
+    """Return the machine's memory; None where there is no /proc/meminfo."""
+    text = _read(root / "proc/meminfo")
+    if text is None:
+        return None
+    kib = {name: int(value) for name, value in re.findall(r"^(\w+):\s+(\d+)", text, re.M)}
+    zram = 0
+    for line in (_read(root / "proc/swaps") or "").splitlines()[1:]:
+        fields = line.split()
+        if len(fields) >= 3 and "zram" in fields[0] and fields[2].isdigit():
+            zram += int(fields[2])
+    total = kib.get("MemTotal", 0)
+    return Memory(
+        total=total // 1024,
+        available=kib.get("MemAvailable", kib.get("MemFree", 0)) // 1024,
+        swap_total=kib.get("SwapTotal", 0) // 1024,
+        swap_free=kib.get("SwapFree", 0) // 1024,
+        zram=zram // 1024,
+        cma_total=kib["CmaTotal"] // 1024 if "CmaTotal" in kib else None,
+        cma_free=kib["CmaFree"] // 1024 if "CmaFree" in kib else None,
+    )
+
+
+def power(root: Path = ROOT) -> dict[str, float]:
+    """Return watts by rail, from the INA monitors of a Jetson.
+
+    INA3221 (kernel documentation, hwmon/ina3221): three channels, ``inN_label``, ``inN_input`` in
+    mV, ``currN_input`` in mA; channels 4 and up are shunt voltages and sums. INA238, which measures
+    a Thor's input, gives ``power1_input`` in µW. Rails: ``VDD_IN`` is the whole module of an Orin
+    Nano or NX; on an AGX Orin ``VIN_SYS_5V0`` is only a part.
+    """
+    rails: dict[str, float] = {}
+    for chip in _entries(root / "sys/class/hwmon"):
+        kind = (_read(chip / "name") or "").strip()
+        if not kind.startswith("ina"):
+            continue
+        for channel in (1, 2, 3):
+            label = (_read(chip / f"in{channel}_label") or "").strip()
+            if label == "NC":  # not connected
+                continue
+            watts = _channel_power(chip, channel)
+            if watts is not None:
+                rails[label or (kind if channel == 1 else f"{kind}.{channel}")] = round(watts, 3)
+    return rails
+
+
+def _channel_power(chip: Path, channel: int) -> float | None:
+    microwatts = _number(chip / f"power{channel}_input")
+    if microwatts is not None:
+        return microwatts / 1e6
+    millivolts = _number(chip / f"in{channel}_input")
+    milliamperes = _number(chip / f"curr{channel}_input")
+    if millivolts is None or milliamperes is None:
+        return None
+    return millivolts * milliamperes / 1e6
+
+
+def temperatures(root: Path = ROOT) -> dict[str, float]:
+    """Return °C by thermal zone, such as ``gpu-thermal`` and ``tj-thermal``."""
+    zones = {}
+    for zone in _entries(root / "sys/class/thermal", "thermal_zone*"):
+        name = (_read(zone / "type") or zone.name).strip()
+        millidegrees = _number(zone / "temp")
+        if millidegrees is not None:
+            zones[name] = millidegrees / 1000
+    return zones
+
+
+def gpu_clocks(root: Path = ROOT) -> list[Clock]:
+    """Return the GPU's clocks, from devfreq: ``17000000.gpu`` on Orin, ``gpu-gpc-0`` on Thor."""
+    clocks = []
+    for device in _entries(root / "sys/class/devfreq"):
+        if not re.search(r"gpu|ga10b|gv11b|gp10b", device.name):
+            continue
+        now, low, high = (_number(device / f"{which}_freq") for which in ("cur", "min", "max"))
+        if now is None or low is None or high is None:
+            continue
+        permille = _number(device / "device/load")
+        if permille is None:
+            permille = _number(device / "load")
+        load = None if permille is None else permille / 1000
+        clocks.append(Clock(device.name, now / 1e6, low / 1e6, high / 1e6, load))
+    return clocks
+
+
+def cpu_clocks(root: Path = ROOT) -> list[Clock]:
+    """Return the clocks of the CPUs that are on line."""
+    clocks = []
+    for cpu in _entries(root / "sys/devices/system/cpu", "cpu[0-9]*"):
+        scaling = cpu / "cpufreq"
+        now, low, high = (
+            _number(scaling / f"scaling_{which}_freq") for which in ("cur", "min", "max")
+        )
+        if now is not None and low is not None and high is not None:
+            clocks.append(Clock(cpu.name, now / 1e3, low / 1e3, high / 1e3, None))
+    return clocks
+
+
+def processor(root: Path = ROOT) -> str | None:
+    """Return what /proc/cpuinfo calls the processor; ARM's kernels don't say."""
+    match = re.search(r"^model name\s*:\s*(.+)$", _read(root / "proc/cpuinfo") or "", re.M)
+    return match[1].strip() if match else None
+
+
+def _entries(folder: Path, pattern: str = "*") -> Iterator[Path]:
+    """Yield what lies in a folder, in order; nothing where it can't be read."""
+    try:
+        yield from sorted(folder.glob(pattern))
+    except OSError:
+        return
+
+
+def _read(path: Path) -> str | None:
+    """Return a file's text; None where it is absent or the driver refuses."""
+    try:
+        return path.read_bytes().decode("utf-8", errors="replace")
+    except OSError:
+        return None
+
+
+def _number(path: Path) -> int | None:
+    """Return the integer that a file starts with (``306000000``, or ``45@306000000``)."""
+    match = re.match(r"\s*(-?\d+)", _read(path) or "")
+    return int(match[1]) if match else None

@@ -1,0 +1,301 @@
+"""`python -m benchmarks.gpu_evidence`: refusals, the protocol with its workers, and a CPU dry run.
+
+What needs a GPU, engines and PyTorch's CUDA kernels, is not run here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import gpu_evidence
+from benchmarks.gpu_evidence import RESULTS, ROOT, EvidenceError, Process
+from vzip.runtime import environment
+from vzip.runtime.errors import InvalidInputError
+
+
+def run(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.gpu_evidence", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, **options)
+
+
+def plan(*arguments: str) -> gpu_evidence.Plan:
+    parser = gpu_evidence._parser()
+    return gpu_evidence._plan(parser.parse_args(["-o", "x.json", *arguments]))
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory) -> list[str]:
+    return gpu_evidence._tree(tmp_path_factory.mktemp("tree"))
+
+
+def worker(paths, stack="onnxruntime", bundle=Path("nowhere"), python=sys.executable) -> Process:
+    return Process(python, stack, bundle=bundle, model="demo", device="cpu", paths=paths)
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+
+def test_without_a_gpu_it_says_so_and_writes_nothing(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(environment, "gpus", lambda: "no NVIDIA driver (no libcuda.so.1)")
+    monkeypatch.setattr(sys, "argv", ["gpu_evidence", "-o", str(tmp_path / "r.json")])
+    assert gpu_evidence._entry() == 1
+    captured = capsys.readouterr()
+    assert captured.err == (
+        "gpu_evidence: error: there is no GPU to measure: no NVIDIA driver (no libcuda.so.1); run "
+        "it on a machine with an NVIDIA GPU, or try it with --dry-run-cpu; nothing was written\n"
+    )
+    assert captured.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_of_a_dry_run_never_lie_among_the_evidence():
+    with pytest.raises(InvalidInputError, match="results of a dry run are no evidence"):
+        gpu_evidence.main(["-o", str(RESULTS / "x.json"), "--dry-run-cpu"])
+    assert not (RESULTS / "x.json").exists()
+
+
+def test_no_result_of_a_dry_run_is_committed():
+    for path in RESULTS.glob("*.json"):
+        assert not json.loads(path.read_text()).get("dry_run"), path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--stack", "tensorrt"],
+            (
+                "--stack is 'tensorrt', expected NAME=PYTHON with a NAME of tensorrt, "
+                "tensorrt-rtx, onnxruntime, torch"
+            ),
+        ),
+        (
+            ["--stack", "jax=python"],
+            (
+                "--stack is 'jax=python', expected NAME=PYTHON with a NAME of tensorrt, "
+                "tensorrt-rtx, onnxruntime, torch"
+            ),
+        ),
+        (
+            ["--batches", "1,0"],
+            "--batches is '1,0', expected different numbers from 1 on, as 1,8,32",
+        ),
+        (
+            ["--batches", "8,8"],
+            "--batches is '8,8', expected different numbers from 1 on, as 1,8,32",
+        ),
+        (["--rounds", "0"], "--rounds is 0, expected at least 1"),
+    ],
+)
+def test_bad_options(arguments, message):
+    with pytest.raises(InvalidInputError) as caught:
+        plan(*arguments)
+    assert str(caught.value) == message
+
+
+def test_an_output_that_can_not_be_written():
+    with pytest.raises(InvalidInputError, match=r"the folder '.*' does not exist"):
+        gpu_evidence.main(["-o", "/nowhere/at/all/r.json"])
+
+
+def test_each_family_in_its_python():
+    found = plan("--stack", "tensorrt=/opt/py310", "--stack", "torch=/opt/py312")
+    assert found.pythons == {
+        "tensorrt": "/opt/py310",
+        "tensorrt-rtx": sys.executable,
+        "onnxruntime": sys.executable,
+        "torch": "/opt/py312",
+    }
+    assert found.asked == {"tensorrt", "torch"}
+    assert found.batches == (1, 8, 32)
+    assert "--weights" in found.export
+
+
+# --- the protocol ----------------------------------------------------------------------------
+
+
+def test_an_error_of_a_worker_is_an_answer(paths):
+    process = worker(paths)
+    with pytest.raises(EvidenceError, match=r"onnxruntime: BundleError: .*nowhere"):
+        process.ask(60, do="open")
+    process.close()
+
+
+def test_a_worker_that_dies_is_named():
+    process = worker([], python="/bin/false")
+    with pytest.raises(EvidenceError, match=r"onnxruntime: ended with status 1 \(no message\)"):
+        process.ask(60, do="open")
+    process.close()
+
+
+def test_a_worker_that_hangs_is_given_up(tmp_path):
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\nexec sleep 60\n")
+    script.chmod(0o755)
+    process = worker([], python=str(script))
+    with pytest.raises(EvidenceError, match="onnxruntime: no answer within 0 s"):
+        process.ask(0.2, do="open")
+
+
+def test_a_build_that_fails_is_recorded_with_its_reason(tmp_path, paths):
+    built, failed = gpu_evidence.build(plan(), tmp_path / "nowhere", paths)
+    assert built == {}
+    assert set(failed) == {"tensorrt", "tensorrt-rtx"}
+    assert "vzip build in" in failed["tensorrt"]
+    assert "ended with 2: vzip: error:" in failed["tensorrt"]
+
+
+def test_what_was_asked_for_and_failed_ends_the_run():
+    found = {"stacks": {"pytorch-sdpa": {}}, "failed": {"tensorrt": "tensorrt: no"}}
+    result = {"batches": {"1": found}}
+    gpu_evidence._check_worth(plan(), result)  # nobody asked for TensorRT
+    with pytest.raises(EvidenceError, match="batch 1: tensorrt failed: tensorrt: no; nothing was"):
+        gpu_evidence._check_worth(plan("--stack", "tensorrt=python"), result)
+    with pytest.raises(EvidenceError, match="batch 1: every stack failed"):
+        gpu_evidence._check_worth(plan(), {"batches": {"1": {"stacks": {}, "failed": {}}}})
+
+
+def test_turns_go_round():
+    asked = []
+
+    class Fake:
+        def __init__(self, name):
+            self.name = name
+
+        def ask(self, limit_s, *, do, calls):
+            asked.append(self.name)
+            return {"ms": [1.0] * calls}
+
+    stacks = ("a", "b", "c")
+    about = {name: {"warm_ms": 100.0} for name in stacks}
+    turns, states = gpu_evidence._take_turns(3, {name: Fake(name) for name in stacks}, about)
+    assert "".join(asked) == "abcbcacab"
+    assert {name: len(found) for name, found in turns.items()} == {"a": 3, "b": 3, "c": 3}
+    assert len(states) == 3
+
+
+def test_everything_is_set_beside_the_ceiling():
+    stacks = {"ceiling": {"median_ms": 2.0, "flops": 4e12}, "tensorrt": {"median_ms": 4.0}}
+    gpu_evidence._relate(stacks, batch=8)
+    assert stacks["tensorrt"] == {
+        "median_ms": 4.0,
+        "images_per_s": 2000.0,
+        "tflops": 1000.0,
+        "share_of_ceiling": 0.5,
+    }
+
+
+def test_a_result_names_no_folder_of_the_machine():
+    assert gpu_evidence.without_paths(
+        {
+            "command": ["--stack", "torch=/home/me/env/bin/python", "--bundles", "/data/b/"],
+            "file": "/usr/lib/x86_64-linux-gnu/libcudart.so.12",
+            "error": "vzip build in /opt/py: [Errno 2] no '/a/b c'",
+            "power": "16.1 W / 72 W",
+            "number": 1.5,
+        }
+    ) == {
+        "command": ["--stack", "torch=python", "--bundles", "b"],
+        "file": "libcudart.so.12",
+        "error": "vzip build in py: [Errno 2] no 'b c'",
+        "power": "16.1 W / 72 W",
+        "number": 1.5,
+    }
+
+
+# --- the dry run -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evidence")
+    # One thread: idle pools of several processes on few cores would time each other.
+    options = ("--batches", "2", "--rounds", "2", "--bundles", str(folder / "bundles"))
+    environ = {**environment.os.environ, "OMP_NUM_THREADS": "1"}
+    done = run("-o", str(folder / "r.json"), "--dry-run-cpu", *options, env=environ)
+    assert done.returncode == 0, done.stderr
+    return folder, done, json.loads((folder / "r.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_dry_run_is_labelled_and_complete(dry_run):
+    _, done, result = dry_run
+    assert result["dry_run"] is True
+    assert "says nothing about any GPU" in result["what"]
+    assert "says nothing about any GPU" in done.stdout
+    assert result["environment"]["packages"]["numpy"]
+    assert str(dry_run[0]) not in json.dumps(result)
+    found = result["batches"]["2"]
+    assert set(found["stacks"]) == {"onnxruntime", "pytorch-eager", "pytorch-sdpa", "ceiling"}
+    assert found["failed"] == {}
+    assert len(found["states"]) == 2
+    for stack, one in found["stacks"].items():
+        assert 0 < one["min_ms"] <= one["median_ms"] <= one["p90_ms"]
+        assert len(one["turn_medians_ms"]) == 2
+        assert one["calls"] >= 10
+        assert one["images_per_s"] == pytest.approx(2000 / one["median_ms"])
+        assert one["warm_up_calls"] >= 10
+        if stack != "ceiling":
+            assert one["agreement"]["passed"] is True
+            assert one["agreement"]["kept_disagreements"] == 0
+
+
+@pytest.mark.slow
+def test_a_bundle_that_was_carried_is_used_only_if_it_is_the_right_one(dry_run):
+    folder, _, _ = dry_run
+    found = plan("--dry-run-cpu")
+    assert gpu_evidence.export(found, folder / "bundles" / "batch-2", 2, []) == {"carried": True}
+    other = dataclasses.replace(found, export=("--merge", "average", *found.export[2:]))
+    with pytest.raises(EvidenceError, match="it was exported with other options"):
+        gpu_evidence.export(other, folder / "bundles" / "batch-2", 2, [])
+    with pytest.raises(EvidenceError, match="'batch': 2"):
+        gpu_evidence.export(found, folder / "bundles" / "batch-2", 8, [])
+
+
+@pytest.mark.slow
+def test_a_stack_whose_tokens_differ_is_not_timed(dry_run, paths, tmp_path):
+    folder, _, _ = dry_run
+    bundle = tmp_path / "bundle"
+    shutil.copytree(folder / "bundles" / "batch-2", bundle)
+    with np.load(bundle / "reference.npz") as arrays:
+        spoiled = dict(arrays)
+    spoiled["embeds"] = np.roll(spoiled["embeds"], 1, axis=1)
+    np.savez(bundle / "reference.npz", **spoiled)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    data = (bundle / "reference.npz").read_bytes()
+    import hashlib
+
+    manifest["files"]["reference.npz"] = {
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "bytes": len(data),
+    }
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    process = worker(paths, bundle=bundle)
+    with pytest.raises(EvidenceError, match="the tokens differ from the reference: FAILED"):
+        process.ask(120, do="open")
+    process.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_on_a_gpu_an_engine_is_built_proven_and_timed(tmp_path):
+    """The whole of it at batch 1, with the stacks of this Python; takes minutes."""
+    done = run("-o", str(tmp_path / "r.json"), "--batches", "1", "--rounds", "2")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["dry_run"] is False
+    found = result["batches"]["1"]
+    engines = {"tensorrt", "tensorrt-rtx"} & set(found["stacks"])
+    assert engines, found["failed"]
+    for engine in engines:
+        assert found["build"][engine]["proof"]["passed"] is True
+        assert found["stacks"][engine]["agreement"]["passed"] is True
+    assert {"pytorch-eager", "pytorch-sdpa", "pytorch-compile", "ceiling"} <= set(found["stacks"])

@@ -1,0 +1,322 @@
+"""A module that looks like TensorRT's Python bindings, for what only a GPU can run.
+
+It has the names that the real ones have, and no others: `tests/data/trt_names.json` was written
+from the wheels of 8.6.0 and TensorRT-RTX 1.7.1, and `test_trt_api.py` holds this file to it. For 10
+and 11, which can't be had here, the names follow NVIDIA's documentation: 10 has what 8.6 and RTX
+both have and the flags of both; 11 has what RTX has, and timing caches.
+
+What it builds is a "plan" that says how it was built.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Version = Literal["8.6", "10.3", "10.13", "11.4"]
+
+_VERSIONS = {"8.6": "8.6.2", "10.3": "10.3.0.30", "10.13": "10.13.3.9", "11.4": "11.4.1.5"}
+
+
+@dataclass
+class Tensor:
+    name: str
+    dtype: Any
+    shape: tuple[int, ...]
+
+
+@dataclass
+class Layer:
+    """A layer of a parsed network; records what it was held to."""
+
+    name: str
+    type: Any
+    inputs: list[Any]
+    outputs: list[Any]
+    precision: Any = None
+    output_types: dict[int, Any] = field(default_factory=dict)
+
+    @property
+    def num_inputs(self) -> int:
+        return len(self.inputs)
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.outputs)
+
+    def get_input(self, index: int) -> Any:
+        return self.inputs[index]
+
+    def get_output(self, index: int) -> Any:
+        return self.outputs[index]
+
+    def set_output_type(self, index: int, dtype: Any) -> None:
+        self.output_types[index] = dtype
+
+
+def make(
+    version: Version,
+    *,
+    gpu: bool = True,
+    parse: Callable[[Any, bytes, str], list[str]] = lambda network, model, path: [],
+    inputs: list[tuple[str, str, tuple[int, ...]]] | None = None,
+    outputs: list[tuple[str, str, tuple[int, ...]]] | None = None,
+    layers: Callable[[Any], list[Layer]] = lambda trt: [],
+    cache: bytes = b"the GPU's timings",
+    build: Callable[[Any, Any], str | None] = lambda network, config: None,
+) -> Any:
+    """Return a module.
+
+    Args:
+        version: Whose names it has.
+        gpu: Whether a builder can be made.
+        parse: Given the network, the model and its path; returns the parser's errors.
+        inputs: Of every parsed network: name, name of the DataType, shape.
+        outputs: Likewise.
+        layers: Of every parsed network.
+        cache: The timing cache of this GPU, and of no other.
+        build: Called by a build; returns why it fails, or None.
+    """
+    major = int(version.split(".")[0])
+    minor = int(version.split(".")[1])
+    trt: Any = types.ModuleType("tensorrt")
+    trt.__version__ = _VERSIONS[version]
+    trt.made = types.SimpleNamespace(configs=[], networks=[], caches=[])
+
+    def enumeration(name: str, members: list[str]) -> Any:
+        # Other numbers in every generation, as the real ones have.
+        return enum.IntEnum(name, {each: place for place, each in enumerate(members)})
+
+    weak, strong = major < 11, major >= 10
+    trt.NetworkDefinitionCreationFlag = enumeration(
+        "NetworkDefinitionCreationFlag",
+        ["EXPLICIT_BATCH"] * (major < 11) + ["STRONGLY_TYPED"] * (major == 10),
+    )
+    trt.BuilderFlag = enumeration(
+        "BuilderFlag",
+        ["TF32", "REFIT"]
+        + ["FP16", "OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRAINTS"] * weak
+        + ["EDITABLE_TIMING_CACHE"] * ((major, minor) >= (10, 8)),
+    )
+    trt.TacticSource = enumeration(
+        "TacticSource",
+        ["CUBLAS", "CUBLAS_LT", "CUDNN"] * (major < 11)
+        + ["EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"],
+    )
+    trt.MemoryPoolType = enumeration("MemoryPoolType", ["WORKSPACE", "TACTIC_DRAM"])
+    trt.ProfilingVerbosity = enumeration(
+        "ProfilingVerbosity", ["LAYER_NAMES_ONLY", "DETAILED", "NONE"]
+    )
+    trt.LayerInformationFormat = enumeration("LayerInformationFormat", ["ONELINE", "JSON"])
+    trt.DataType = enumeration(
+        "DataType", ["FLOAT", "HALF", "INT8", "INT32", "BOOL", "UINT8"] + ["INT64"] * strong
+    )
+    trt.LayerType = enumeration(
+        "LayerType",
+        ["CONSTANT", "SHAPE", "CAST", "IDENTITY", "MATRIX_MULTIPLY", "SOFTMAX", "NORMALIZATION",
+         "REDUCE", "TOPK", "ELEMENTWISE", "SHUFFLE"],
+    )  # fmt: skip
+
+    class ILogger:
+        Severity = enumeration(
+            "Severity", ["INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE"]
+        )
+
+    class Logger(ILogger):
+        def __init__(self, min_severity: Any = None) -> None:
+            self.min_severity = min_severity
+
+    class ParserError:
+        def __init__(self, text: str) -> None:
+            self._text = text
+
+        def desc(self) -> str:
+            return self._text
+
+    class INetworkDefinition:
+        def __init__(self, flags: int) -> None:
+            self.created_with = flags
+            self.inputs: list[Tensor] = []
+            self.outputs: list[Tensor] = []
+            self.layers: list[Layer] = []
+
+        num_inputs = property(lambda self: len(self.inputs))
+        num_outputs = property(lambda self: len(self.outputs))
+        num_layers = property(lambda self: len(self.layers))
+
+        def get_input(self, index: int) -> Tensor:
+            return self.inputs[index]
+
+        def get_output(self, index: int) -> Tensor:
+            return self.outputs[index]
+
+        def get_layer(self, index: int) -> Layer:
+            return self.layers[index]
+
+    class OnnxParser:
+        def __init__(self, network: Any, logger: Any) -> None:
+            self._network, self._logger, self._errors = network, logger, list[str]()
+
+        def parse(self, model: bytes, path: str | None = None) -> bool:
+            assert path is not None  # else external data isn't found
+            self._errors = parse(self._network, model, path)
+            for error in self._errors:
+                self._logger.log(ILogger.Severity.ERROR, error)
+
+            def tensors(specified: Any) -> list[Tensor]:
+                return [Tensor(n, getattr(trt.DataType, d), s) for n, d, s in specified or []]
+
+            self._network.inputs, self._network.outputs = tensors(inputs), tensors(outputs)
+            self._network.layers = layers(trt)
+            return not self._errors
+
+        num_errors = property(lambda self: len(self._errors))
+
+        def get_error(self, index: int) -> ParserError:
+            return ParserError(self._errors[index])
+
+    class ITimingCache:
+        def __init__(self, content: bytes) -> None:
+            self.content = content
+
+        def serialize(self) -> memoryview:
+            return memoryview(self.content or cache)
+
+    class IOptimizationProfile:
+        def set_shape(self, name: str, low: Any, opt: Any, high: Any) -> None:
+            self.shapes = (name, low, opt, high)
+
+    class IBuilderConfig:
+        def __init__(self) -> None:
+            self.flags = {trt.BuilderFlag.TF32}
+            self.pools: dict[Any, int] = {}
+            self.builder_optimization_level = 3
+            self.profiling_verbosity = trt.ProfilingVerbosity.LAYER_NAMES_ONLY
+            self.sources = (1 << len(trt.TacticSource)) - 1
+            self.profiles: list[Any] = []
+            self.timing_cache: ITimingCache | None = None
+
+        def set_flag(self, flag: Any) -> None:
+            self.flags.add(flag)
+
+        def clear_flag(self, flag: Any) -> None:
+            self.flags.discard(flag)
+
+        def set_memory_pool_limit(self, pool: Any, size: int) -> None:
+            self.pools[pool] = size
+
+        def get_tactic_sources(self) -> int:
+            return self.sources
+
+        def set_tactic_sources(self, tactic_sources: int) -> bool:
+            self.sources = tactic_sources
+            return True
+
+        def add_optimization_profile(self, profile: Any) -> int:
+            self.profiles.append(profile)
+            return len(self.profiles) - 1
+
+        def create_timing_cache(self, content: bytes) -> ITimingCache | None:
+            made = ITimingCache(content)
+            trt.made.caches.append(content)
+            if content.startswith(b"damaged"):  # as the real one: an empty cache, and a line
+                trt.logger.log(ILogger.Severity.WARNING, "Failed to deserialize timing cache.")
+                made.content = b""
+            return None if content.startswith(b"none") else made
+
+        def set_timing_cache(self, cache_: ITimingCache, ignore_mismatch: bool) -> bool:
+            if not ignore_mismatch and cache_.content not in (b"", cache):
+                return False
+            self.timing_cache = cache_
+            return True
+
+        def get_timing_cache(self) -> ITimingCache | None:
+            return self.timing_cache
+
+    class Builder:
+        def __init__(self, logger: Any) -> None:
+            if not gpu:
+                logger.log(ILogger.Severity.WARNING, "CUDA initialization failure with error: 35")
+                raise TypeError("pybind11::init(): factory function returned nullptr")
+            trt.logger = logger
+
+        def create_network(self, flags: int = 0) -> INetworkDefinition:
+            network = INetworkDefinition(flags)
+            trt.made.networks.append(network)
+            return network
+
+        def create_builder_config(self) -> IBuilderConfig:
+            config = IBuilderConfig()
+            trt.made.configs.append(config)
+            return config
+
+        def create_optimization_profile(self) -> IOptimizationProfile:
+            return IOptimizationProfile()
+
+        def build_serialized_network(self, network: Any, config: Any) -> memoryview | None:
+            failure = build(network, config)
+            monitor = getattr(config, "progress_monitor", None)
+            if monitor is not None:
+                monitor.phase_start("Building engine", None, 2)
+                for step in range(2):
+                    if not monitor.step_complete("Building engine", step):
+                        failure = "Build canceled by user"
+                monitor.phase_finish("Building engine")
+            if failure is not None:
+                trt.logger.log(ILogger.Severity.ERROR, failure)
+                return None
+            said = {"flags": sorted(flag.name for flag in config.flags), "of": trt.__version__}
+            return memoryview(b"ftrt" + json.dumps(said).encode())
+
+    class EngineInspector:
+        def get_engine_information(self, form: Any) -> str:
+            assert form == trt.LayerInformationFormat.JSON
+            names = ["conv", "_gemm_mha_v2 of layer 0", "_gemm_mha_v2 of layer 1", "topk"]
+            return json.dumps({
+                "Layers": [
+                    {
+                        "Name": name,
+                        "LayerType": "kgen",
+                        "Outputs": [{"Name": "x", "Format/Datatype": "Half"}],
+                    }
+                    for name in names
+                ],
+                "Bindings": ["image", "image_embeds", "kept_indices"],
+            })  # fmt: skip
+
+    class ICudaEngine:
+        device_memory_size = 2**20
+
+        def create_engine_inspector(self) -> EngineInspector:
+            return EngineInspector()
+
+    class Runtime:
+        def __init__(self, logger: Any) -> None:
+            if not gpu:
+                raise TypeError("pybind11::init(): factory function returned nullptr")
+
+        def deserialize_cuda_engine(self, plan: Any) -> ICudaEngine | None:
+            return ICudaEngine() if bytes(plan[:4]) == b"ftrt" else None
+
+    if strong:
+
+        class IProgressMonitor:
+            pass
+
+        trt.IProgressMonitor = IProgressMonitor
+    for each in (ILogger, Logger, ParserError, INetworkDefinition, OnnxParser, ITimingCache,
+                 IOptimizationProfile, IBuilderConfig, Builder, EngineInspector, ICudaEngine,
+                 Runtime):  # fmt: skip
+        setattr(trt, each.__name__, each)
+    return trt
+
+
+def install(monkeypatch: Any, module: Any) -> Any:
+    """Let `import tensorrt` give a fake module."""
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    return module
