@@ -248,7 +248,7 @@ def _resolve_target(arguments: argparse.Namespace) -> Choice:
 def _output(arguments: argparse.Namespace, budget: Budget) -> str:
     """Return -o, or a name made of model, tokens and precision."""
     if arguments.output is None:
-        return f"{Path(arguments.model).name}-{budget.tokens}-{arguments.precision}"
+        return f"{Path(arguments.model).resolve().name}-{budget.tokens}-{arguments.precision}"
     if not arguments.output.strip():
         raise InvalidInputError("-o is empty; expected a folder to write the bundle to")
     return str(arguments.output)

@@ -3,7 +3,7 @@
 NVIDIA renumbered enumerations at 10 and at 11 and took things away, so nothing here is a number or
 follows from a version: every ability is looked for by name on the module itself. The names of 8.6
 were compared with the wheel of 8.6.0, those of TensorRT-RTX with 1.7.1; those of 10 and 11 are from
-NVIDIA's documentation (`tests/export/trt_names.py` holds the lists).
+NVIDIA's documentation (`tests/data/trt_names.json` holds the lists).
 """
 
 from __future__ import annotations

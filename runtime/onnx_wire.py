@@ -5,7 +5,7 @@ such names out of the model's folder. Digests in a manifest don't help against s
 both, so a bundle's reader walks the model itself. The walk knows only the fields that can lead to a
 tensor, refuses what it doesn't understand in them, and skips everything else by length.
 
-Source: onnx.proto of ONNX 1.23; `tests/parity/test_onnx_wire.py` compares the field numbers.
+Source: onnx.proto of ONNX 1.23; `tests/parity/test_onnx_wire_parity.py` compares the field numbers.
 """
 
 from __future__ import annotations

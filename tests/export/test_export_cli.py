@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -21,6 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from layouts import CONFIG, write_layout
+from vzip.export import cli
+from vzip.export.budget import Budget
 from vzip.runtime.atomic import is_temporary
 from vzip.runtime.bundle import read_bundle
 from vzip.runtime.cli import main
@@ -509,3 +512,12 @@ def test_a_failed_gate_has_status_1(
     captured = capsys.readouterr()
     assert "passed: False" in captured.out.splitlines()
     assert "Traceback" not in captured.err
+
+
+def test_the_default_output_of_the_current_folder_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my-llava").mkdir()
+    monkeypatch.chdir(tmp_path / "my-llava")
+    arguments = argparse.Namespace(model=".", output=None, precision="fp16")
+    assert cli._output(arguments, Budget(54, 10)) == "my-llava-64-fp16"

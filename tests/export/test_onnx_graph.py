@@ -119,14 +119,6 @@ class Graph:
     def proto(self) -> onnx.ModelProto:
         return onnx.load(self.folder / MODEL_FILE)  # with its weights
 
-    @property
-    def path(self) -> Path:
-        """With `read_model`, what a backend needs of a bundle."""
-        return self.folder
-
-    def read_model(self) -> bytes:
-        return (self.folder / MODEL_FILE).read_bytes()
-
     @functools.cached_property
     def session(self) -> Any:
         """The plan's matrix is an output here: it is in the graph under its name."""
