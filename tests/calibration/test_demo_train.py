@@ -1,0 +1,31 @@
+"""The demo model's training script: the same seed gives the same bits, in one sitting or two."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+FEW = (
+    *("--tower-steps", "12", "--again-steps", "6", "--align-steps", "4", "--language-steps", "12"),
+    *("--test-scenes", "10", "--threads", "1"),
+)
+
+
+def train(output: Path, *options: str) -> bytes:
+    """Run the script as a user does, and return the weights that it saved."""
+    command = [sys.executable, "-m", "vzip.calibration.demo.train", "-o", str(output)]
+    subprocess.run([*command, *FEW, *options], check=True, capture_output=True)
+    return (output / "model.safetensors").read_bytes()
+
+
+def test_a_second_sitting_gives_the_same_bits(tmp_path: Path) -> None:
+    work = ("--work", str(tmp_path / "work"))
+    whole = train(tmp_path / "whole", *work)
+    # The tower comes from the folder now, and nothing that was compiled for it is there.
+    assert train(tmp_path / "second", *work) == whole
+    assert train(tmp_path / "another", "--seed", "2") != whole
