@@ -8,11 +8,15 @@ The full-size encoder (llava-1.5-7b, random weights, FP16) is exported once for 
 with every stack that is there, proven against the reference in the bundle, and timed from uint8
 pictures on the host to tokens on the host. Each stack runs in a process of its own, in the Python
 that ``--stack`` names (this one otherwise); all are open at once and are timed in turn, so that a
-GPU that drifts favours none. Beside them, of the same weights: VisionZip as published
+GPU that drifts favours none. An engine's time on the GPU (``engine_ms``, by CUDA's events), what a
+call costs beyond it (``host_ms``) and the time of a call that leaves its tokens on the device
+(``on_device_ms``) are written beside. Beside them, of the same weights: VisionZip as published
 (``output_attentions=True``, eager), PyTorch with scaled_dot_product_attention, the same under
 torch.compile, and the encoder's matrix multiplications alone.
 
-Without a GPU it writes nothing and ends with status 1. ``--dry-run-cpu`` runs the demo model on the
+What fails is recorded with its reason, the rest is measured and written, after each batch; the
+status is 1 if a stack that ``--stack`` named failed. Where nothing could be timed, and without a
+GPU, nothing is written and the status is 1 too. ``--dry-run-cpu`` runs the demo model on the
 CPU instead: it tries this program, its numbers say nothing about any GPU.
 """
 
@@ -23,12 +27,13 @@ import dataclasses
 import json
 import queue
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +61,7 @@ CPU_FAMILIES = {
 }
 BUILT = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # family → Python module
 
+_HEAD = f"  {'':<18}median ms   p90 ms   IQR ms  images/s  ceiling   engine     host"
 OPEN_LIMIT_S, TURN_LIMIT_S, EXPORT_LIMIT_S, BUILD_LIMIT_S = 1200.0, 600.0, 1800.0, 3600.0
 _PATH = re.compile(r"(?<![\w.~])/(?:[^\s/:'\",()]+/)*([^\s/:'\",()]+)/?")
 DRY_RUN = "CPU dry run of this program with the demo model: says nothing about any GPU"
@@ -63,7 +69,7 @@ MEASURED = "uint8 pictures on the host to tokens on the host, wall clock, one ca
 
 
 class EvidenceError(VzipError):
-    """The evidence can't be had here; nothing was written."""
+    """Evidence that can't be had here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,11 +182,11 @@ class Process:
         self._log.close()
 
 
-def measure(plan: Plan, bundles: Path, paths: Sequence[str]) -> dict[str, Any]:
+def measure(plan: Plan, bundles: Path, paths: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Export, build, prove and time.
 
-    Returns:
-        The result, as the file has it.
+    Yields:
+        The result so far, as the file has it, after each batch.
     """
     before = environment(folder=bundles)
     result: dict[str, Any] = {
@@ -195,12 +201,18 @@ def measure(plan: Plan, bundles: Path, paths: Sequence[str]) -> dict[str, Any]:
     }
     for batch in plan.batches:
         bundle = bundles / f"batch-{batch}"
-        exported = export(plan, bundle, batch, paths)
-        built, failed = build(plan, bundle, paths)
-        timed = time_stacks(plan, bundle, paths, skip=set(failed))
-        timed["failed"] = {**failed, **timed["failed"]}
-        result["batches"][str(batch)] = {"export": exported, "build": built, **timed}
-    return result
+        try:
+            exported = export(plan, bundle, batch, paths)
+        except EvidenceError as error:
+            _say(f"  {error}")
+            found: dict[str, Any] = {"stacks": {}, "failed": {"export": str(error)}}
+        else:
+            built, failed = build(plan, bundle, paths)
+            timed = time_stacks(plan, bundle, paths, skip=set(failed))
+            timed["failed"] = {**failed, **timed["failed"]}
+            found = {"export": exported, "build": built, **timed}
+        result["batches"][str(batch)] = found
+        yield result
 
 
 def export(plan: Plan, bundle: Path, batch: int, paths: Sequence[str]) -> dict[str, Any]:
@@ -322,30 +334,63 @@ def time_stacks(
                     continue
                 about[stack]["device_memory_mib"] = _difference(_device_memory(), free)
                 opened[stack] = process
-        turns, states = _take_turns(plan.rounds, opened, about)
+        turns, states = _take_turns(plan.rounds, opened, about, failed)
     finally:
         for process in opened.values():
             process.close()
-    stacks_found = {stack: {**about[stack], **harness.summary(turns[stack])} for stack in opened}
+    stacks_found = {
+        stack: {**about[stack], **_summary(answers)}
+        for stack, answers in turns.items()
+        if stack not in failed
+    }
     _relate(stacks_found, read_bundle(bundle, verify=False).manifest.batch.max)
     return {"stacks": stacks_found, "failed": failed, "states": states}
 
 
 def _take_turns(
-    rounds: int, opened: dict[str, Process], about: dict[str, dict[str, Any]]
-) -> tuple[dict[str, list[list[float]]], list[dict[str, Any]]]:
-    """Time the open stacks in turn, each round beginning with another one."""
-    turns: dict[str, list[list[float]]] = {stack: [] for stack in opened}
+    rounds: int,
+    opened: dict[str, Process],
+    about: dict[str, dict[str, Any]],
+    failed: dict[str, str],
+) -> tuple[dict[str, list[dict[str, list[float]]]], list[dict[str, Any]]]:
+    """Time the open stacks in turn, each round beginning with another one.
+
+    One that fails is put among `failed` and left out from then on.
+    """
+    turns: dict[str, list[dict[str, list[float]]]] = {stack: [] for stack in opened}
     calls = {stack: harness.calls_per_turn(about[stack]["warm_ms"]) for stack in opened}
     order = list(opened)
     states = []
     for number in range(rounds):
         start = number % max(1, len(order))
         for stack in order[start:] + order[:start]:
-            answer = opened[stack].ask(TURN_LIMIT_S, do="turn", calls=calls[stack])
-            turns[stack].append(answer["ms"])
+            if stack in failed:
+                continue
+            try:
+                answer = opened[stack].ask(TURN_LIMIT_S, do="turn", calls=calls[stack])
+            except EvidenceError as error:
+                failed[stack] = str(error)
+                _say(f"  {error}")
+            else:
+                turns[stack].append(answer)
         states.append(state())
     return turns, states
+
+
+def _summary(answers: Sequence[dict[str, list[float]]]) -> dict[str, Any]:
+    """Return `harness.summary` of one stack's turns, and medians of what else they timed.
+
+    ``host_ms`` is what a call costs beyond the GPU's time for its launch: checks, copies into and
+    out of pinned memory, the launch itself, waiting, and the copy of the embeddings to the host.
+    """
+    found = harness.summary([answer["ms"] for answer in answers])
+    for name in ("engine_ms", "on_device_ms"):
+        every = [value for answer in answers for value in answer.get(name, ())]
+        if every:
+            found[name] = statistics.median(every)
+    if "engine_ms" in found:
+        found["host_ms"] = found["median_ms"] - found["engine_ms"]
+    return found
 
 
 def _relate(stacks: dict[str, dict[str, Any]], batch: int) -> None:
@@ -415,14 +460,15 @@ def without_paths(value: Any) -> Any:
 
 def table(result: dict[str, Any]) -> str:
     """Return the result as one reads it."""
-    lines = [result["what"]]
+    lines = [result["what"], "engine: on the GPU alone, by CUDA's events; host: what a call adds"]
     for batch, found in result["batches"].items():
-        lines += ["", f"batch {batch}", f"  {'':<18}median ms   p90 ms   IQR ms  images/s  ceiling"]
+        lines += ["", f"batch {batch}", _HEAD]
         for stack, one in sorted(found["stacks"].items(), key=lambda each: each[1]["median_ms"]):
             share = f"{one['share_of_ceiling']:8.0%}" if "share_of_ceiling" in one else "       –"
             lines.append(
                 f"  {stack:<18}{one['median_ms']:9.3f}{one['p90_ms']:9.3f}{one['iqr_ms']:9.3f}"
                 f"{one['images_per_s']:10.1f} {share}"
+                + "".join(f"{one[name]:9.3f}" for name in ("engine_ms", "host_ms") if name in one)
             )
         lines += [f"  {stack:<18}failed: {reason}" for stack, reason in found["failed"].items()]
     return "\n".join(lines)
@@ -441,13 +487,21 @@ def main(argv: Sequence[str]) -> int:
         tree.mkdir()
         bundles = Path(scratch) / "bundles" if arguments.bundles is None else arguments.bundles
         bundles.mkdir(parents=True, exist_ok=True)
-        result = measure(plan, bundles, _tree(tree))
-    _check_worth(plan, result)
-    result = without_paths(result)
-    atomic.replace_file(output, (json.dumps(result, indent=1) + "\n").encode())
+        for found in measure(plan, bundles, _tree(tree)):
+            result = without_paths(found)
+            if _timed(result):  # as soon as there is anything: hours may be lost later
+                atomic.replace_file(output, (json.dumps(result, indent=1) + "\n").encode())
+    if not _timed(result):
+        reasons = [text for each in result["batches"].values() for text in each["failed"].values()]
+        raise EvidenceError(
+            f"nothing could be timed: {'; '.join(dict.fromkeys(reasons))}; nothing was written"
+        )
     print(table(result))
     print(f"\nwritten to {output}")
-    return 0
+    lacking = _lacking(plan, result)
+    if lacking:
+        _say(f"gpu_evidence: failed, though asked for: {', '.join(lacking)}; the file says why")
+    return 1 if lacking else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -536,18 +590,21 @@ def _require_gpu() -> None:
         )
 
 
-def _check_worth(plan: Plan, result: dict[str, Any]) -> None:
-    """Refuse to write a result in which nothing, or nothing that was asked for, was timed."""
-    for batch, found in result["batches"].items():
-        lacking = {stack for family in plan.asked for stack in plan.families[family]} & set(
-            found["failed"]
-        )
-        if lacking or not found["stacks"]:
-            reasons = "; ".join(found["failed"].values())
-            raise EvidenceError(
-                f"batch {batch}: {', '.join(sorted(lacking)) or 'every stack'} failed: {reasons}; "
-                "nothing was written"
-            )
+def _timed(result: dict[str, Any]) -> bool:
+    """Return whether there is any number worth a file."""
+    return any(found["stacks"] for found in result["batches"].values())
+
+
+def _lacking(plan: Plan, result: dict[str, Any]) -> list[str]:
+    """Return the stacks that the command line asked for and that failed, with their batches."""
+    asked = [stack for family in plan.families if family in plan.asked
+             for stack in plan.families[family]]  # fmt: skip
+    return [
+        f"{stack} at batch {batch}"
+        for batch, found in result["batches"].items()
+        for stack in asked
+        if stack not in found["stacks"]
+    ]
 
 
 def _entry() -> int:

@@ -4,7 +4,9 @@
 
 Requests are lines of JSON on standard input, answers lines of JSON on standard output:
 ``{"do": "open"}`` loads, proves the tokens against the bundle's reference and warms up;
-``{"do": "turn", "calls": n}`` answers with n times in milliseconds; ``{"do": "close"}`` ends. An
+``{"do": "turn", "calls": n}`` answers with n times in milliseconds (``ms``; of an engine also
+``engine_ms``, the GPU's own time for what a call launches, and ``on_device_ms``, calls that leave
+their tokens on the device too); ``{"do": "close"}`` ends. An
 answer is ``{"ok": …}`` or ``{"error": "…"}``. The paths are put first in ``sys.path``, so that
 every Python runs this tree's vzip, whatever is installed there.
 """
@@ -34,6 +36,7 @@ class Worker:
     def __init__(self, stack: str, bundle: Path, model: str, device: str) -> None:
         self.stack, self.bundle, self.model, self.device = stack, bundle, model, device
         self.call: Callable[[], object] | None = None
+        self.more: dict[str, Callable[[int], list[float]]] = {}
 
     def answer(self, request: Answer) -> Answer:
         """Do what is asked."""
@@ -42,7 +45,9 @@ class Worker:
         if request["do"] == "open":
             return self._open()
         assert self.call is not None, "open comes first"
-        return {"ms": harness.turn(self.call, calls=request["calls"])}
+        calls = request["calls"]
+        found = {"ms": harness.turn(self.call, calls=calls)}
+        return {**found, **{name: take(calls) for name, take in self.more.items()}}
 
     def _open(self) -> Answer:
         from benchmarks import harness
@@ -77,6 +82,7 @@ class Worker:
     def _open_encoder(self) -> Answer:
         import numpy as np
 
+        from benchmarks import harness
         from vzip.export.proof import prove, read_reference
         from vzip.runtime.bundle import read_bundle
         from vzip.runtime.manifest import EMBEDS, KEPT, REFERENCE_FILE
@@ -112,6 +118,14 @@ class Worker:
         count = np.arange(manifest.batch.max) % len(reference.input)
         images = np.ascontiguousarray(reference.input[count])
         self.call = lambda: run(images)
+        if self.stack in ENGINES:
+            rows, opened = len(images), encoder._opened
+            self.more = {
+                "engine_ms": lambda calls: opened.launch_ms(rows, calls),
+                "on_device_ms": lambda calls: harness.turn(
+                    lambda: encoder.run(images, on_device=True), calls=calls
+                ),
+            }
         if self.stack.startswith("pytorch-"):
             self.call()
             about["torch_reserved_mib"] = torch_encoder.memory_mib()

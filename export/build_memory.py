@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from vzip.runtime.errors import BackendError
+from vzip.runtime import sensors
 from vzip.runtime.manifest import DATA_FILE, MODEL_FILE, Manifest
 
 MIB: Final = 2**20
@@ -43,23 +43,25 @@ class Estimate:
     """What a build is estimated to need at its peak, in MiB.
 
     Attributes:
-        weights: Copies of the weights.
+        on_host: Copies of the weights that the CPU holds, which can be swapped.
+        on_gpu: Copies of the weights that the GPU holds, which can't.
         workspace: Scratch memory of the tactics.
         libraries: Interpreter, libraries, CUDA context.
     """
 
-    weights: int
+    on_host: int
+    on_gpu: int
     workspace: int
     libraries: int
 
     @property
     def total(self) -> int:
         """The sum, in MiB."""
-        return self.weights + self.workspace + self.libraries
+        return self.on_host + self.on_gpu + self.workspace + self.libraries
 
     def __str__(self) -> str:
         return (
-            f"about {self.total} MiB (estimate: weights {self.weights}, workspace "
+            f"about {self.total} MiB (estimate: weights {self.on_host + self.on_gpu}, workspace "
             f"{self.workspace}, libraries {self.libraries})"
         )
 
@@ -79,38 +81,52 @@ def estimate(
         entry.bytes for name, entry in manifest.files.items() if name in (MODEL_FILE, DATA_FILE)
     )
     if not gpu:
-        return Estimate(round(stored * COPIES_ON_HOST / MIB), 0, INTERPRETER_MIB)
+        return Estimate(round(stored * COPIES_ON_HOST / MIB), 0, 0, INTERPRETER_MIB)
     return Estimate(
-        weights=round(stored * (COPIES_ON_HOST + COPIES_ON_GPU) / MIB),
+        on_host=round(stored * COPIES_ON_HOST / MIB),
+        on_gpu=round(stored * COPIES_ON_GPU / MIB),
         workspace=DEFAULT_WORKSPACE_MIB if workspace_mib is None else workspace_mib,
         libraries=FEWER_LIBRARIES_MIB if low_memory else LIBRARIES_MIB,
     )
 
 
-def compare(
-    needed: Estimate, available_mib: int | None, *, low_memory: bool, precision: str
-) -> str:
-    """Return the line that says what a build needs and what there is.
+@dataclass(frozen=True)
+class Outlook:
+    """What a build needs beside what there is.
+
+    Attributes:
+        line: Says both.
+        cure: What to do, since it can't fit; None if it fits, or nobody knows.
+    """
+
+    line: str
+    cure: str | None
+
+
+def compare(needed: Estimate, memory: sensors.Memory | None, *, precision: str) -> Outlook:
+    """Set what a build needs beside what there is.
+
+    Swap on a disk counts for the host's copies of the weights alone: nothing that the GPU holds can
+    be swapped. zram doesn't count, since it takes its memory from what is available.
 
     Args:
         needed: The estimate.
-        available_mib: MemAvailable; None where the system doesn't say.
-        low_memory: Whether the build was asked to be careful, so that it refuses what can't fit.
+        memory: The machine's; None where the system doesn't say.
         precision: Of the bundle.
-
-    Raises:
-        BackendError: In low-memory mode, when it can't fit.
     """
-    if available_mib is None:
-        return f"memory: the build needs {needed}; this system doesn't say how much is free"
-    line = f"memory: the build needs {needed}, {available_mib} MiB are available"
-    if needed.total <= available_mib:
-        return line
-    smaller = "export with --precision fp16 (half the weights), " if precision == "fp32" else ""
-    cure = f"{smaller}stop the desktop and other programs, add swap, or set a smaller --workspace"
-    if low_memory:
-        raise BackendError(
-            f"{line}: it can't fit and was not started; {cure}, or build on a module of the same "
-            "kind with more memory (same SM and TensorRT) and copy the bundle"
+    if memory is None:
+        said = f"memory: the build needs {needed}; this system doesn't say how much is free"
+        return Outlook(said, None)
+    line = f"memory: the build needs {needed}, {memory.available} MiB are available"
+    swap = min(memory.disk_swap_free, needed.on_host)
+    if memory.disk_swap_free:
+        line += (
+            f", and {memory.disk_swap_free} MiB of swap, which serve the host's copies of the "
+            f"weights ({needed.on_host}) alone"
         )
-    return f"{line}: it may run out of memory; try --low-memory, or {cure}"
+    if needed.total <= memory.available + swap:
+        return Outlook(line, None)
+    smaller = "export with --precision fp16 (half the weights), " if precision == "fp32" else ""
+    more = "" if swap == needed.on_host else "add swap on a disk, "
+    cure = f"{smaller}stop the desktop and other programs, {more}or set a smaller --workspace"
+    return Outlook(line, cure)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 _SHOWN = 2  # phases at a time: the build, and what it is at; deeper ones come by the thousand
 
@@ -19,7 +19,7 @@ class Progress:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # TensorRT may call from several threads
-        self._bars: dict[str, Any] = {}
+        self._bars: dict[str, Bar] = {}
         self._error: BaseException | None = None
 
     def monitor(self, trt: Any) -> Any:
@@ -65,7 +65,8 @@ class Progress:
     def step(self, phase: str, number: int) -> None:
         """Note that a step of a phase, counted from 0, is done."""
         if phase in self._bars:
-            self._bars[phase].update(number + 1 - self._bars[phase].n)
+            bar = self._bars[phase]
+            bar.update(number + 1 - bar.n)
 
     def finish(self, phase: str) -> None:
         """End a phase."""
@@ -80,12 +81,45 @@ class Progress:
             raise self._error
 
 
-def _bar(phase: str, steps: int) -> Any:
-    """Return a bar on standard error; None where that is no terminal or tqdm isn't installed."""
+class Bar(Protocol):
+    """What a phase is shown by; tqdm's bars are of this kind."""
+
+    n: int
+
+    def update(self, count: int) -> object:
+        """Note that so many more steps are done."""
+
+    def close(self) -> object:
+        """Take it off the terminal."""
+
+
+class _Counter:
+    """A phase in one line of a terminal, where tqdm isn't installed, as on most Jetsons."""
+
+    def __init__(self, phase: str, steps: int) -> None:
+        self.n = 0
+        self._phase, self._steps = phase, steps
+        self.update(0)
+
+    def update(self, count: int) -> None:
+        self.n += count
+        self._write(f"{self._phase} {self.n}/{self._steps}")
+
+    def close(self) -> None:
+        self._write("")
+
+    def _write(self, text: str) -> None:
+        sys.stderr.write(f"\r{text}\x1b[K")  # and erase what a longer line left
+        sys.stderr.flush()
+
+
+def _bar(phase: str, steps: int) -> Bar | None:
+    """Return a bar on standard error; None where that is no terminal."""
     if sys.stderr is None or not sys.stderr.isatty():
         return None
     try:
         from tqdm import tqdm
     except ImportError:
-        return None
-    return tqdm(desc=phase, total=steps, unit="step", leave=False)
+        return _Counter(phase, steps)
+    bar: Bar = tqdm(desc=phase, total=steps, unit="step", leave=False)
+    return bar

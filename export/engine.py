@@ -33,7 +33,7 @@ from vzip.runtime.engine_record import (
     EngineRecord,
     check_name,
 )
-from vzip.runtime.errors import BundleError, InvalidInputError, ParityError
+from vzip.runtime.errors import BackendError, BundleError, InvalidInputError, ParityError
 from vzip.runtime.manifest import MODEL_FILE, REFERENCE_FILE, Manifest
 
 Say = Callable[[str], None]
@@ -138,13 +138,13 @@ def build_engine(path: str | os.PathLike[str], request: BuildRequest, *, say: Sa
             an option that doesn't fit. `ParityError` if the engine fails its proof; it is then not
             published, and what was there before is untouched.
     """
-    stack = installed_stack(ahead_of_time=request.rtx is not None)
-    if request.rtx is None:
-        machine = this_machine()
-    else:
-        machine = Machine(None, capabilities_of(request.rtx, stack), None)
     bundle = read_bundle(path)
-    tries = [first_settings(request, bundle.manifest, machine)]
+    stack = installed_stack(ahead_of_time=request.rtx is not None)
+    capabilities = () if request.rtx is None else capabilities_of(request.rtx, stack)
+    tries = [first_settings(request, bundle.manifest, capabilities)]
+    outlook = _outlook(bundle.manifest, tries[0])
+    say(outlook.line)  # a machine without a GPU may ask for nothing else
+    machine = Machine(None, capabilities, None) if capabilities else this_machine()
     if request.safer:
         tries += safer_settings(tries[0], stack, bundle.manifest)
     name = request.name or _default_name(stack, machine)
@@ -155,7 +155,12 @@ def build_engine(path: str | os.PathLike[str], request: BuildRequest, *, say: Sa
             if (found := reusable(bundle, name, wanted)) is not None:
                 return Result(bundle, name, found, reused=True)
         say(f"building '{name}' with {stack} for {_describe(machine)}")
-        say(_memory_line(bundle.manifest, tries[0]))
+        if outlook.cure is not None:
+            if request.low_memory:
+                raise BackendError(
+                    f"{outlook.line}: it can't fit and was not started; {outlook.cure}"
+                )
+            say(f"warning: it may run out of memory: try --low-memory, {outlook.cure}")
         failures = []
         for settings in tries:
             say(f"settings: {_described_settings(settings, stack)}")
@@ -184,8 +189,10 @@ def this_machine() -> Machine:
     )
 
 
-def first_settings(request: BuildRequest, manifest: Manifest, machine: Machine) -> Settings:
-    """Return how to build what was asked for.
+def first_settings(
+    request: BuildRequest, manifest: Manifest, capabilities: tuple[str, ...]
+) -> Settings:
+    """Return how to build what was asked for, for compute capabilities or for the GPU here.
 
     Raises:
         InvalidInputError: A batch that the graph doesn't take.
@@ -205,7 +212,7 @@ def first_settings(request: BuildRequest, manifest: Manifest, machine: Machine) 
         low_memory=request.low_memory,
         opt_batch=batch.max if opt is None else opt,
         islands="graph",
-        capabilities=() if machine.gpu is not None else machine.sm,
+        capabilities=capabilities,
     )
 
 
@@ -359,8 +366,7 @@ def _record(stack: Stack, machine: Machine, manifest: Manifest, settings: Settin
     )
 
 
-def _memory_line(manifest: Manifest, settings: Settings) -> str:
-    memory = sensors.memory()
+def _outlook(manifest: Manifest, settings: Settings) -> build_memory.Outlook:
     return build_memory.compare(
         build_memory.estimate(
             manifest,
@@ -368,8 +374,7 @@ def _memory_line(manifest: Manifest, settings: Settings) -> str:
             low_memory=settings.low_memory,
             gpu=not settings.capabilities,
         ),
-        None if memory is None else memory.available,
-        low_memory=settings.low_memory,
+        sensors.memory(),
         precision=manifest.precision,
     )
 

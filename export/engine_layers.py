@@ -57,9 +57,13 @@ def inspect_engine(stack: Stack, plan: memoryview | bytes | bytearray) -> Engine
     logger = trt.Logger(trt.Logger.Severity.INTERNAL_ERROR)
     try:
         runtime = trt.Runtime(logger)
-        engine = runtime.deserialize_cuda_engine(plan)
-    except TypeError:  # pybind: the factory returned nullptr
-        engine = None
+    except TypeError as error:  # pybind: the factory returned nullptr
+        raise BackendError(
+            f"{stack} can't be started to look into the engine; the NVIDIA driver is too old for "
+            "it: 'vzip doctor' says which CUDA the driver serves; update the driver, or install an "
+            "older TensorRT and build the engine again"
+        ) from error
+    engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise BackendError(
             f"{stack} can't load the engine to look into it; it is for another GPU or version: "

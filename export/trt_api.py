@@ -37,6 +37,10 @@ class Abilities:
         progress_monitor: A build tells how far it is (10 and newer, RTX).
         ahead_of_time: Compute capabilities that can be built for without a GPU, as ``86`` for 8.6.
         external_tactics: Libraries that tactics may come from and that cost memory to load.
+        profile_sharing: Contexts share an optimization profile only if the engine is built for it
+            (8.6); later versions always do, and still have the name.
+        user_allocation: An engine can be had that never allocates while it runs, so that it can be
+            captured in a CUDA graph (TensorRT-RTX).
     """
 
     strongly_typed_flag: bool
@@ -48,6 +52,8 @@ class Abilities:
     progress_monitor: bool
     ahead_of_time: tuple[str, ...]
     external_tactics: tuple[str, ...]
+    profile_sharing: bool
+    user_allocation: bool
 
     @property
     def strongly_typed(self) -> bool:
@@ -129,11 +135,13 @@ def abilities(module: Any, name: StackName) -> Abilities:
     creation = getattr(module, "NetworkDefinitionCreationFlag", None)
     flags, config = module.BuilderFlag, module.IBuilderConfig
     sources = getattr(module, "TacticSource", None)
+    preview = getattr(module, "PreviewFeature", None)
+    strongly_typed_flag = hasattr(creation, "STRONGLY_TYPED")
     capabilities: tuple[str, ...] = ()
     if hasattr(config, "set_compute_capability"):
         capabilities = _capabilities(getattr(module, "ComputeCapability", None))
     return Abilities(
-        strongly_typed_flag=hasattr(creation, "STRONGLY_TYPED"),
+        strongly_typed_flag=strongly_typed_flag,
         weakly_typed=hasattr(flags, "FP16"),
         explicit_batch_flag=hasattr(creation, "EXPLICIT_BATCH"),
         precision_constraints=hasattr(flags, "OBEY_PRECISION_CONSTRAINTS"),
@@ -142,6 +150,8 @@ def abilities(module: Any, name: StackName) -> Abilities:
         progress_monitor=hasattr(module, "IProgressMonitor"),
         ahead_of_time=capabilities,
         external_tactics=tuple(each for each in _EXTERNAL_TACTICS if hasattr(sources, each)),
+        profile_sharing=not strongly_typed_flag and hasattr(preview, "PROFILE_SHARING_0806"),
+        user_allocation=hasattr(flags, "REQUIRE_USER_ALLOCATION"),
     )
 
 

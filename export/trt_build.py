@@ -14,6 +14,8 @@ from typing import Any, Final, Literal
 
 from vzip.export.build_progress import Progress
 from vzip.export.trt_api import Stack
+from vzip.runtime import sensors
+from vzip.runtime.engine_file import HEADER_BYTES, header_fault
 from vzip.runtime.errors import BackendError, ExportError
 from vzip.runtime.manifest import Manifest, Scalar, Tensor
 
@@ -68,6 +70,10 @@ class Settings:
             chosen["fp32_layers"] = self.islands
         if self.capabilities:
             chosen["ahead_of_time"] = True
+        if stack.can.profile_sharing:
+            chosen["profile_sharing"] = True
+        if stack.can.user_allocation:
+            chosen["user_allocation"] = True
         return chosen
 
 
@@ -139,13 +145,36 @@ def build(
     if serialized is None:
         raise BackendError(
             f"{stack} failed to build the engine{messages.because()}; if memory was short, use "
-            "--low-memory or a smaller --workspace, otherwise report this line"
+            f"--low-memory or a smaller --workspace{_contiguous()}, otherwise report this line"
         )
     after = None
     if cache is not None and (kept := config.get_timing_cache()) is not None:
         after = bytes(kept.serialize())
+    _check_header(stack, memoryview(serialized))
     # Not a copy: an engine is as large as the weights. The view keeps TensorRT's buffer alive.
     return Built(memoryview(serialized), after, tuple(warnings))
+
+
+def _contiguous() -> str:
+    """Return the cure for what only a Jetson has: contiguous memory that ran out."""
+    if sensors.jetson() is None:
+        return ""
+    return (
+        " (where it or dmesg says NvMap error 12, contiguous memory ran out: close what uses the "
+        "GPU or camera, or add cma=512M to the APPEND line of /boot/extlinux/extlinux.conf and "
+        "restart)"
+    )
+
+
+def _check_header(stack: Stack, plan: memoryview) -> None:
+    """Refuse an engine that the runtime would refuse for its header, and say whose fault it is."""
+    fault = header_fault(bytes(plan[:HEADER_BYTES]), stack.name, stack.version)
+    if fault is not None:
+        raise BackendError(
+            f"{stack} built an engine that {fault}: vzip's check of headers doesn't know this "
+            "TensorRT, and its runtime would refuse every engine of it; nothing was published and "
+            "nothing here can mend it: report this line, and build with another TensorRT meanwhile"
+        )
 
 
 @dataclass
@@ -264,6 +293,11 @@ def _configure(
         if stack.can.precision_constraints:
             config.set_flag(flags.OBEY_PRECISION_CONSTRAINTS)
         hold_fp32(stack, network, settings.islands)
+    if stack.can.profile_sharing:
+        # The runtime has a context for each batch size, as captured graphs demand.
+        config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
+    if stack.can.user_allocation:
+        config.set_flag(flags.REQUIRE_USER_ALLOCATION)
     if stack.can.ahead_of_time:
         # Otherwise the engine is for every GPU that TensorRT-RTX knows, and larger.
         names = [f"SM{each}" for each in settings.capabilities] or ["CURRENT"]

@@ -24,8 +24,9 @@ STICKY: Final = frozenset({4, 214, 220, 700, 702, 709, 710, *range(714, 720), 72
 
 _INSUFFICIENT_DRIVER, _NO_DEVICE = 35, 100
 _CURES: Final = {
-    2: "the GPU's memory is full (on a Jetson: the machine's): stop what else uses it, or build "
-    "with a smaller batch",
+    2: "the GPU's memory is full (on a Jetson: the machine's; or, if dmesg has NvMap error 12, its "
+    "contiguous memory, which the kernel's parameter cma= enlarges): stop what else uses it, or "
+    "build with a smaller batch",
     3: "CUDA was in use before this process was forked: start processes with 'spawn'",
     _INSUFFICIENT_DRIVER: "there is no NVIDIA driver here, or it is older than this libcudart: "
     "look at nvidia-smi, and update the driver",

@@ -18,6 +18,7 @@ from vzip.runtime.console import emit
 
 Record = Mapping[str, Any]
 
+SMALLEST_CMA: Final = 64  # MiB; [E]
 SMALLEST_SM: Final = 75  # TensorRT 10's and PyTorch's oldest in common: Turing
 WIDTH: Final = 100
 
@@ -303,6 +304,13 @@ def _jetson_hints(record: Record) -> list[str]:
         found.append(
             f"numpy {numpy} with JetPack {jetpack}, whose TensorRT is built for numpy 1: "
             "pip install 'numpy<2'"
+        )
+    memory = record["memory_mib"]
+    if memory is not None and memory["cma_total"] and memory["cma_free"] < SMALLEST_CMA:
+        found.append(
+            f"{memory['cma_free']} of {memory['cma_total']} MiB of contiguous memory free: if an "
+            "allocation on the GPU fails with NvMapMemAlloc error 12, close what uses GPU or "
+            "camera, or add cma=512M to the APPEND line of /boot/extlinux/extlinux.conf and restart"
         )
     mode = jetson["power_mode"]
     if mode is not None and not mode.startswith("MAXN"):

@@ -114,7 +114,9 @@ def read_engine(bundle: Bundle, name: str) -> bytearray:
         data = bytearray(size)
         view, header = memoryview(data), min(size, HEADER_BYTES)
         count = file.readinto(view[:header])  # type: ignore[attr-defined]
-        _check_header(bytes(view[:header]), record, where, cure)
+        fault = header_fault(bytes(view[:header]), record.stack, record.version)
+        if fault is not None:
+            raise BundleError(f"{where} {fault}; it is something else, or not its record's: {cure}")
         count += file.readinto(view[header:])  # type: ignore[attr-defined]
     got = hashlib.sha256(data).hexdigest()
     if count != size or got != record.sha256:
@@ -125,19 +127,22 @@ def read_engine(bundle: Bundle, name: str) -> bytearray:
     return data
 
 
-def _check_header(header: bytes, record: EngineRecord, where: str, cure: str) -> None:
-    """Refuse a header that isn't the recorded stack's and version's; see `docs/bundle.md`."""
-    magic, title = MAGIC[record.stack], TITLES[record.stack]
+def header_fault(header: bytes, stack: str, version: str) -> str | None:
+    """Return what speaks against a header's being that of an engine; see `docs/bundle.md`.
+
+    Args:
+        header: The first `HEADER_BYTES` of a file, or fewer if it has no more.
+        stack: Python module that is said to have built it.
+        version: Its version.
+
+    Returns:
+        A part of a sentence with what was found and expected; None if nothing is wrong.
+    """
+    magic, title = MAGIC[stack], TITLES[stack]
     if len(header) < HEADER_BYTES or header[:4] != magic:
-        raise BundleError(
-            f"{where} begins with {header[:4]!r}, expected {magic!r} as {title}'s engines do; it "
-            f"is something else: {cure}"
-        )
+        return f"begins with {header[:4]!r}, expected {magic!r} as {title}'s engines do"
     found = header[24:28]
-    recorded = [int(part) for part in record.version.split(".")]
-    if any(part & 0xFF != byte for part, byte in zip(recorded, found, strict=False)):
-        version = ".".join(map(str, found))
-        raise BundleError(
-            f"{where} was made by {title} {version}, its record says {record.version}; they don't "
-            f"belong together: {cure}"
-        )
+    expected = [int(part) for part in version.split(".")]
+    if any(part & 0xFF != byte for part, byte in zip(expected, found, strict=False)):
+        return f"was made by {title} {'.'.join(map(str, found))}, expected {version}"
+    return None

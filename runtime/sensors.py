@@ -36,6 +36,7 @@ class Memory:
         zram: Of `swap_total`, areas in compressed memory.
         cma_total: Contiguous memory set aside (``cma=``); None where the kernel doesn't say.
         cma_free: Of it, unused.
+        disk_swap_free: Of `swap_free`, what isn't zram: room that takes nothing from `available`.
     """
 
     total: int
@@ -45,6 +46,7 @@ class Memory:
     zram: int
     cma_total: int | None
     cma_free: int | None
+    disk_swap_free: int
 
 
 @dataclass(frozen=True)
@@ -106,11 +108,15 @@ def memory(root: Path = ROOT) -> Memory | None:
     if text is None:
         return None
     kib = {name: int(value) for name, value in re.findall(r"^(\w+):\s+(\d+)", text, re.M)}
-    zram = 0
+    zram = disk = 0
     for line in (_read(root / "proc/swaps") or "").splitlines()[1:]:
         fields = line.split()
-        if len(fields) >= 3 and "zram" in fields[0] and fields[2].isdigit():
+        if len(fields) < 4 or not (fields[2].isdigit() and fields[3].isdigit()):
+            continue
+        if "zram" in fields[0]:
             zram += int(fields[2])
+        else:
+            disk += int(fields[2]) - int(fields[3])
     total = kib.get("MemTotal", 0)
     return Memory(
         total=total // 1024,
@@ -120,6 +126,7 @@ def memory(root: Path = ROOT) -> Memory | None:
         zram=zram // 1024,
         cma_total=kib["CmaTotal"] // 1024 if "CmaTotal" in kib else None,
         cma_free=kib["CmaFree"] // 1024 if "CmaFree" in kib else None,
+        disk_swap_free=disk // 1024,
     )
 
 

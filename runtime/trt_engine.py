@@ -6,6 +6,7 @@ generation. Nothing here knows about images.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Any, Final
 
 from vzip.runtime.backends.forks import outlive_forks
 from vzip.runtime.errors import BackendError
+from vzip.runtime.trt_stack import TITLES
 
 _log = logging.getLogger("vzip.tensorrt")
 
@@ -71,9 +73,7 @@ class Engine:
         self._trt = trt
         self._logger = _logger(trt)
         self._logger.said = ""
-        runtime = trt.Runtime(self._logger)
-        if runtime is None:
-            raise self.error("TensorRT can't be started")
+        runtime = self._start()
         # The default everywhere, and to stay so: an engine with host code could run anything.
         runtime.engine_host_code_allowed = False
         engine = runtime.deserialize_cuda_engine(plan)
@@ -81,6 +81,7 @@ class Engine:
             raise self.error("TensorRT refuses the engine")
         outlive_forks(runtime, engine)
         self._runtime, self._engine = runtime, engine
+        self._config: Any = None
         names = [engine.get_tensor_name(place) for place in range(engine.num_io_tensors)]
         self.tensors = {name: self._tensor(name) for name in names}
         for attribute in ("device_memory_size_v2", "device_memory_size"):
@@ -89,7 +90,11 @@ class Engine:
                 break
 
     def context(
-        self, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int], scratch: int
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        addresses: Mapping[str, int],
+        scratch: int,
+        stream: int,
     ) -> Any:
         """Return an execution context for one set of shapes and addresses, which it keeps.
 
@@ -101,6 +106,7 @@ class Engine:
             addresses: Address on the device of each input and output.
             scratch: Address of `scratch_bytes` on the device, which contexts that don't run at the
                 same time may share.
+            stream: Where the context will run.
 
         Raises:
             BackendError: Memory is short, or TensorRT refuses a shape or an address.
@@ -115,6 +121,12 @@ class Engine:
                 break
         else:  # 8 and 10.0
             context.device_memory = scratch
+        # On 8.6 only the first context of an engine gets the profile by itself. The builder let
+        # the others share it; see `vzip.export.trt_build`.
+        if context.active_optimization_profile < 0 and not context.set_optimization_profile_async(
+            0, stream
+        ):
+            raise self.error("TensorRT can't give a second batch size the optimization profile")
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
                 raise self.error(f"TensorRT refuses the shape {list(shape)} for {name}")
@@ -134,7 +146,7 @@ class Engine:
 
     def close(self) -> None:
         """Let go of the engine; contexts must be gone."""
-        self._engine = self._runtime = None
+        self._config = self._engine = self._runtime = None
 
     def error(self, what: str) -> BackendError:
         """Return an error with the first that TensorRT logged about one, which is the cause."""
@@ -145,17 +157,40 @@ class Engine:
             "with vzip build"
         )
 
+    def _start(self) -> Any:
+        """Return TensorRT's runtime."""
+        try:
+            runtime = self._trt.Runtime(self._logger)
+        except TypeError:  # pybind: the factory returned nullptr
+            runtime = None
+        if runtime is None:
+            said, self._logger.said = self._logger.said, ""
+            raise BackendError(
+                f"{TITLES[self._trt.__name__]} {self._trt.__version__} can't be started: "
+                f"{said or 'it gave no reason'}; the NVIDIA driver is too old for it, or no GPU "
+                "can be used: 'vzip doctor' says which CUDA the driver serves; update the driver, "
+                "or install an older TensorRT and build the engine again"
+            )
+        return runtime
+
     def _bare_context(self) -> Any:
         """Return a context that waits for its scratch memory, or None."""
         strategy = getattr(self._trt, "ExecutionContextAllocationStrategy", None)
         if strategy is None:  # 8
             return self._engine.create_execution_context_without_device_memory()
-        try:
-            return self._engine.create_execution_context(strategy.USER_MANAGED)
-        except TypeError:  # no such overload any more: TensorRT-RTX 1.7 has both
-            config = self._engine.create_runtime_config()
-            config.set_execution_context_allocation_strategy(strategy.USER_MANAGED)
-            return self._engine.create_execution_context(config)
+        kernels = getattr(self._trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if kernels is None:
+            with contextlib.suppress(TypeError):  # no such overload any more
+                return self._engine.create_execution_context(strategy.USER_MANAGED)
+        if self._config is None:
+            self._config = self._engine.create_runtime_config()
+            self._config.set_execution_context_allocation_strategy(strategy.USER_MANAGED)
+            outlive_forks(self._config)
+            if kernels is not None:
+                # TensorRT-RTX compiles kernels for a new shape during the first runs unless told
+                # to do it before; a graph captured meanwhile would keep the slow ones.
+                self._config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
+        return self._engine.create_execution_context(self._config)
 
     def _tensor(self, name: str) -> EngineTensor:
         """Return what an input or output looks like, refusing what isn't a plain array."""

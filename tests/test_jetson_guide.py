@@ -55,6 +55,19 @@ def test_every_target_step_is_there():
         assert word in GUIDE
 
 
+def test_an_engine_is_inspected_as_it_can_be_on_a_jetson():
+    """Without `--engine` the command needs onnx, which no step of the guide installs there."""
+    inspects = [line for line in lines_of_code() if line.startswith("vzip inspect")]
+    assert inspects
+    assert all("--engine" in line for line in inspects)
+
+
+def test_trtexec_computes_as_vzip_does():
+    (command,) = re.findall(r"^/usr/src/tensorrt/bin/trtexec (?:.*\\\n)*.*", GUIDE, re.MULTILINE)
+    for flag in ("--noTF32", "--stronglyTyped", "--noDataTransfers"):
+        assert flag in command
+
+
 @pytest.mark.parametrize("path", CONTAINERS, ids=lambda path: path.name)
 def test_containers_copy_what_is_there(path):
     text = path.read_text(encoding="utf-8")

@@ -1,8 +1,9 @@
 """TensorRT: an engine of the bundle, on the NVIDIA GPU it was built for.
 
 What a call costs the host beyond the engine: one copy into pinned memory, one launch of a CUDA
-graph (copy in, engine, copies out), one wait, one copy out of pinned memory. Everything else is
-allocated when the bundle is opened or a batch size is first seen.
+graph (copy in, engine, indices out), one copy of the embeddings into memory that becomes the
+caller's, one wait. Everything else is allocated when the bundle is opened or a batch size is first
+seen.
 
 Calls from several threads take turns; there is one stream. The GPU is number 0: choose another with
 CUDA_VISIBLE_DEVICES.
@@ -30,10 +31,13 @@ from vzip.runtime.device_array import DeviceArray
 from vzip.runtime.engine_file import Machine, read_engine, unfit
 from vzip.runtime.errors import BackendError, InvalidInputError, MissingDependencyError
 from vzip.runtime.manifest import EMBEDS
+from vzip.runtime.pinned import Lending
 from vzip.runtime.trt_engine import Engine
 from vzip.runtime.trt_stack import TITLES, import_stack, version_of
 
 _log = logging.getLogger(__name__)
+
+_PATIENCE = 3  # refusals of a capture after which they aren't the engine's warming up any more
 
 Array = NDArray[Any]
 
@@ -119,8 +123,10 @@ class TensorRt:
         self._dead: str | None = None
         self._closed = False
         self._graphs = True
-        self._waited = False
+        self._refusals = 0
         self._prepared: dict[int, _Prepared] = {}
+        # What a captured graph copies out: all but the embeddings, whose target changes.
+        self._small = [each.name for each in bundle.manifest.outputs if each.name != EMBEDS]
         self._buffers: dict[str, _Buffer] = {}
         self._resources = ExitStack()
         plan = read_engine(bundle, self.engine)
@@ -133,28 +139,52 @@ class TensorRt:
                 self._scratch = self._own(cuda.malloc(self._engine.scratch_bytes), cuda.free)
                 for tensor in self._engine.tensors.values():
                     self._buffers[tensor.name] = self._buffer(tensor.name)
+            embeds = self._buffers[EMBEDS]
+            self._results = Lending(cuda, embeds.pinned.shape, embeds.dtype)
+            self._resources.callback(self._results.close)
         except BaseException:
             self._release()
             raise
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, NDArray[np.generic]]:
         """See `Backend.run`."""
-        return self._run(feeds, None)
+        return self._run(feeds, on_device=False)[0]
 
     def run_on_device(
         self, feeds: Mapping[str, Array]
     ) -> tuple[dict[str, NDArray[np.generic]], DeviceArray]:
         """Run the engine and leave ``image_embeds`` on the device too; see `DeviceBackend`."""
-        (array,) = feeds.values()
-        buffer = self._buffers[EMBEDS]
-        self._check_process()
-        with self._lock:
+        outputs, left = self._run(feeds, on_device=True)
+        assert left is not None
+        return outputs, left
+
+    def launch_ms(self, rows: int, calls: int) -> list[float]:
+        """Return how long the GPU took for what a call launches, by CUDA's own events.
+
+        That is the copy in, the engine, and the copy of the indices. For measurements: the images
+        are those of the last call.
+
+        Args:
+            rows: A batch size that was run before.
+            calls: How many to time.
+
+        Returns:
+            Milliseconds of each.
+        """
+        cuda, stream = self._cuda, self._stream
+        with self._lock, cuda.on_device(), ExitStack() as events:
             self._usable()
-            with self._cuda.on_device():
-                address = self._cuda.malloc(buffer.row_bytes() * len(array))
-        shape = (len(array), *buffer.pinned.shape[1:])
-        left = DeviceArray(self._cuda, address, shape, buffer.dtype.name)
-        return self._run(feeds, left), left
+            first, last = cuda.event_create(), cuda.event_create()
+            for event in (first, last):
+                events.callback(cuda.event_destroy, event)
+            taken = []
+            for _ in range(calls):
+                cuda.event_record(first, stream)
+                self._launch(self._prepared[rows])
+                cuda.event_record(last, stream)
+                cuda.event_synchronize(last)
+                taken.append(cuda.event_elapsed_ms(first, last))
+            return taken
 
     def close(self) -> None:
         """See `Backend.close`; waits for a run that is under way."""
@@ -169,56 +199,61 @@ class TensorRt:
         if hasattr(self, "_resources"):  # else `__init__` failed before there was anything to free
             self.close()
 
-    def _run(self, feeds: Mapping[str, Array], left: DeviceArray | None) -> dict[str, Array]:
-        """Run any number of images; with `left`, copy the embeddings there too."""
+    def _run(
+        self, feeds: Mapping[str, Array], *, on_device: bool
+    ) -> tuple[dict[str, Array], DeviceArray | None]:
+        """Run any number of images; leave the embeddings on the device too if asked."""
         self._check_process()
-        ((name, array),) = feeds.items()
-        count = len(array)
-        outputs = {
-            each: np.empty((count, *buffer.pinned.shape[1:]), buffer.dtype)
-            for each, buffer in self._buffers.items()
-            if each != name
-        }
+        (array,) = feeds.values()
+        count, most, left = len(array), self._batch.max, None
         with self._lock:
             self._usable()
+            self._check_count(count)
             try:
                 with self._cuda.on_device():
-                    for first in range(0, count, self._batch.max):
-                        rows = min(self._batch.max, count - first)
-                        self._chunk(array[first : first + rows], outputs, first, left)
-            except BackendError as error:
+                    if on_device:
+                        left = self._room(count)
+                    parts = [
+                        self._chunk(array[first : first + most], first, left)
+                        for first in range(0, count, most)
+                    ]
+            except BaseException as error:  # Ctrl-C too: nothing may be freed under a running GPU
                 self._after(error)
                 raise
-        return outputs
+        if len(parts) == 1:
+            return parts[0], left
+        return {name: np.concatenate([each[name] for each in parts]) for name in parts[0]}, left
 
-    def _chunk(
-        self, array: Array, outputs: dict[str, Array], first: int, left: DeviceArray | None
-    ) -> None:
-        """Run at most the engine's largest batch; write its rows from `first` on."""
-        rows, cuda = len(array), self._cuda
+    def _room(self, count: int) -> DeviceArray:
+        """Return device memory for the embeddings of so many images."""
+        buffer = self._buffers[EMBEDS]
+        address = self._cuda.malloc(buffer.row_bytes() * count)
+        shape = (count, *buffer.pinned.shape[1:])
+        return DeviceArray(self._cuda, address, shape, buffer.dtype.name)
+
+    def _chunk(self, array: Array, first: int, left: DeviceArray | None) -> dict[str, Array]:
+        """Run at most the engine's largest batch, whose rows in `left` begin at `first`."""
+        rows, cuda, embeds = len(array), self._cuda, self._buffers[EMBEDS]
         prepared = self._prepared.get(rows) or self._prepare(rows)
+        lent = self._results.address()
         self._buffers[self._manifest.input.name].pinned[:rows] = array
-        if prepared.executable is None:
-            self._enqueue(prepared)
-        else:
-            cuda.launch(prepared.executable, self._stream)
+        self._launch(prepared)
+        size = embeds.row_bytes()
+        cuda.to_host(lent or embeds.host, embeds.device, rows * size, self._stream)
         if left is not None:
-            buffer = self._buffers[EMBEDS]
-            size = buffer.row_bytes()
-            cuda.on_to_device(left.address + first * size, buffer.device, rows * size, self._stream)
+            cuda.on_to_device(left.address + first * size, embeds.device, rows * size, self._stream)
         cuda.stream_synchronize(self._stream)
-        for name, target in outputs.items():
-            target[first : first + rows] = self._buffers[name].pinned[:rows]
+        given = {
+            name: self._buffers[name].pinned[:rows].astype(self._buffers[name].dtype)
+            for name in self._small
+        }
+        given[EMBEDS] = self._results.lend()[:rows] if lent else embeds.pinned[:rows].copy()
         if prepared.executable is None and self._graphs:
             self._capture(prepared)
+        return given
 
     def _prepare(self, rows: int) -> _Prepared:
         """Return a context for a batch size."""
-        if rows < self._batch.min:
-            raise BackendError(
-                f"got {rows} images, the engine {self.engine!r} takes {self._batch.min} to "
-                f"{self._batch.max}; build it for this batch with vzip build"
-            )
         context = self._engine.context(
             {
                 name: (rows, *self._buffers[name].pinned.shape[1:])
@@ -227,30 +262,43 @@ class TensorRt:
             },
             {name: buffer.device for name, buffer in self._buffers.items()},
             self._scratch,
+            self._stream,
         )
         prepared = self._prepared[rows] = _Prepared(rows, context)
         return prepared
 
+    def _launch(self, prepared: _Prepared) -> None:
+        """Have a batch size computed: by its graph where there is one."""
+        if prepared.executable is None:
+            self._enqueue(prepared)
+        else:
+            self._cuda.launch(prepared.executable, self._stream)
+
     def _enqueue(self, prepared: _Prepared) -> None:
-        """Enqueue copy in, engine and copies out; what a graph records, or what runs without."""
+        """Enqueue copy in, engine and small copies out; what a graph records, or runs without."""
         cuda, stream, given = self._cuda, self._stream, self._manifest.input.name
         buffer = self._buffers[given]
         cuda.to_device(buffer.device, buffer.host, prepared.rows * buffer.row_bytes(), stream)
         self._engine.enqueue(prepared.context, stream)
-        for name, buffer in self._buffers.items():
-            if name != given:
-                size = prepared.rows * buffer.row_bytes()
-                cuda.to_host(buffer.host, buffer.device, size, stream)
+        for name in self._small:
+            buffer = self._buffers[name]
+            cuda.to_host(buffer.host, buffer.device, prepared.rows * buffer.row_bytes(), stream)
 
     def _capture(self, prepared: _Prepared) -> None:
         """Capture the CUDA graph of a batch size that has run once; go without it if that fails."""
         capturable = getattr(prepared.context, "is_stream_capturable", None)
         if capturable is not None and not capturable(self._stream):  # TensorRT-RTX: not yet
-            if not self._waited:
-                self._waited = True
-                _log.info("the engine can't be captured in a CUDA graph yet: enqueued plainly")
+            self._refusals += 1
+            if self._refusals == _PATIENCE:
+                _log.warning(
+                    "TensorRT-RTX says after %d calls that the engine %r can't be captured in a "
+                    "CUDA graph; it is enqueued plainly, which costs the host more at each call: "
+                    "build it again with this version of vzip build",
+                    _PATIENCE,
+                    self.engine,
+                )
             return
-        cuda, failure, graph = self._cuda, None, 0
+        cuda, failure, graph = self._cuda, "", 0
         try:
             cuda.begin_capture(self._stream)
             try:
@@ -259,13 +307,13 @@ class TensorRt:
                 graph = cuda.end_capture(self._stream)
             prepared.executable = cuda.instantiate(graph)
         except BackendError as error:
-            failure = error
+            if isinstance(error, CudaError) and error.sticky:
+                raise
+            failure = str(error)  # the error itself would keep the result that was just lent
         finally:
             if graph:
                 cuda.graph_destroy(graph)
-        if failure is not None:
-            if isinstance(failure, CudaError) and failure.sticky:
-                raise failure
+        if failure:
             cuda.take_last_error()
             self._graphs = False
             _log.warning(
@@ -275,7 +323,7 @@ class TensorRt:
                 self.engine,
             )
 
-    def _after(self, error: BackendError) -> None:
+    def _after(self, error: BaseException) -> None:
         """Leave a clean stream after a failure, or learn that there is no device any more."""
         # What was enqueued before the failure must end before its context is gone. This also tells
         # whether the device still works, which TensorRT doesn't.
@@ -296,6 +344,15 @@ class TensorRt:
             raise BackendError(
                 f"the engine {self.engine!r} can't be used any more, since an earlier call "
                 f"destroyed this process's access to the GPU ({self._dead})"
+            )
+
+    def _check_count(self, count: int) -> None:
+        """Refuse a number of images that ends in fewer than the engine takes."""
+        rows = count % self._batch.max or min(count, self._batch.max)
+        if rows < self._batch.min:
+            raise BackendError(
+                f"got {count} images, the engine {self.engine!r} takes {self._batch.min} to "
+                f"{self._batch.max} a run; build it for this batch with vzip build"
             )
 
     def _check_process(self) -> None:
@@ -353,7 +410,9 @@ class TensorRt:
         return handle
 
     def _release(self) -> None:
-        """Free everything, contexts before the memory they use."""
+        """Free everything, contexts before the memory they use, when nothing runs any more."""
+        if hasattr(self, "_stream"):
+            self._quietly(self._cuda.stream_synchronize, self._stream)
         with ExitStack() as stack:
             stack.callback(self._resources.close)
             if hasattr(self, "_engine"):
@@ -429,6 +488,13 @@ def choose(bundle: Bundle, engine: str | None, cuda: Cuda) -> tuple[str, Machine
             faults.append(fault)
     if len(fitting) == 1:
         ((name, (machine, trt)),) = fitting.items()
+        if records[name].gpu not in {None, gpu}:
+            _log.warning(
+                "the engine %r was tuned for and proven on %s, this is %s of the same SM: TensorRT "
+                "may run it slower, and nobody compared its tokens here; build it again: vzip "
+                "build %s",
+                *(name, records[name].gpu, gpu, bundle.path),
+            )
         return name, machine, trt
     if fitting:
         raise BackendError(

@@ -153,14 +153,78 @@ def test_a_build_that_fails_is_recorded_with_its_reason(tmp_path, paths):
     assert "ended with 2: vzip: error:" in failed["tensorrt"]
 
 
-def test_what_was_asked_for_and_failed_ends_the_run():
-    found = {"stacks": {"pytorch-sdpa": {}}, "failed": {"tensorrt": "tensorrt: no"}}
-    result = {"batches": {"1": found}}
-    gpu_evidence._check_worth(plan(), result)  # nobody asked for TensorRT
-    with pytest.raises(EvidenceError, match="batch 1: tensorrt failed: tensorrt: no; nothing was"):
-        gpu_evidence._check_worth(plan("--stack", "tensorrt=python"), result)
-    with pytest.raises(EvidenceError, match="batch 1: every stack failed"):
-        gpu_evidence._check_worth(plan(), {"batches": {"1": {"stacks": {}, "failed": {}}}})
+class Machine:
+    """Runs `main` with exports, builds and workers that answer as `fails` says."""
+
+    def __init__(self, monkeypatch, tmp_path):
+        self.output = tmp_path / "r.json"
+        self.fails = {}  # (batch, stack or "export") → reason
+        self.written = []  # the batches in the file, whenever a batch begins
+        self.options = ["-o", str(self.output), "--bundles", str(tmp_path / "bundles")]
+        monkeypatch.setattr(environment, "gpus", lambda: [{"name": "H200"}])
+        monkeypatch.setattr(gpu_evidence, "environment", lambda **_: {})
+        monkeypatch.setattr(gpu_evidence, "export", self.export)
+        monkeypatch.setattr(gpu_evidence, "build", self.build)
+        monkeypatch.setattr(gpu_evidence, "time_stacks", self.time)
+
+    def export(self, plan, bundle, batch, paths):
+        done = json.loads(self.output.read_text()) if self.output.exists() else {"batches": {}}
+        self.written.append(list(done["batches"]))
+        if (batch, "export") in self.fails:
+            raise EvidenceError(self.fails[batch, "export"])
+        return {"carried": False}
+
+    def build(self, plan, bundle, paths):
+        batch = int(bundle.name.split("-")[1])
+        failed = {f: self.fails[batch, f] for f in gpu_evidence.BUILT if (batch, f) in self.fails}
+        return {}, failed
+
+    def time(self, plan, bundle, paths, *, skip):
+        batch = int(bundle.name.split("-")[1])
+        one = {"median_ms": 2.0, "p90_ms": 2.5, "iqr_ms": 0.1, "images_per_s": 500.0}
+        every = [stack for stacks in plan.families.values() for stack in stacks]
+        failed = {s: self.fails[batch, s] for s in every if (batch, s) in self.fails}
+        stacks = {s: dict(one) for s in every if s not in failed and s not in skip}
+        return {"stacks": stacks, "failed": failed, "states": []}
+
+    def run(self, *options):
+        return gpu_evidence.main([*self.options, *options])
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    return Machine(monkeypatch, tmp_path)
+
+
+def test_a_stack_that_fails_is_recorded_and_the_rest_is_kept(machine, capsys):
+    machine.fails = {(n, "tensorrt-rtx"): "no kernel for SM 9.0" for n in (1, 8, 32)}
+    assert machine.run() == 0  # nobody asked for it
+    assert machine.run("--stack", "tensorrt-rtx=python", "--stack", "tensorrt=python") == 1
+    result = json.loads(machine.output.read_text())
+    for batch in ("1", "8", "32"):
+        found = result["batches"][batch]
+        assert found["failed"] == {"tensorrt-rtx": "no kernel for SM 9.0"}
+        assert "tensorrt" in found["stacks"]
+    said = capsys.readouterr()
+    assert "tensorrt-rtx at batch 1, tensorrt-rtx at batch 8, tensorrt-rtx at ba" in said.err
+    assert "tensorrt at" not in said.err
+    assert "failed: no kernel for SM 9.0" in said.out
+
+
+def test_the_file_is_written_after_each_batch(machine):
+    machine.fails = {(8, "export"): "the disk is full"}
+    assert machine.run("--stack", "torch=python") == 1
+    assert machine.written == [[], ["1"], ["1", "8"]]
+    result = json.loads(machine.output.read_text())
+    assert result["batches"]["8"] == {"stacks": {}, "failed": {"export": "the disk is full"}}
+    assert result["batches"]["32"]["stacks"]
+
+
+def test_where_nothing_was_timed_nothing_is_written(machine):
+    machine.fails = {(1, "export"): "no room", (8, "export"): "no room"}
+    with pytest.raises(EvidenceError, match=r"^nothing could be timed: no room; nothing was wri"):
+        machine.run("--batches", "1,8")
+    assert not machine.output.exists()
 
 
 def test_turns_go_round():
@@ -172,14 +236,37 @@ def test_turns_go_round():
 
         def ask(self, limit_s, *, do, calls):
             asked.append(self.name)
+            if self.name == "d":
+                raise EvidenceError("d: died")
             return {"ms": [1.0] * calls}
 
     stacks = ("a", "b", "c")
     about = {name: {"warm_ms": 100.0} for name in stacks}
-    turns, states = gpu_evidence._take_turns(3, {name: Fake(name) for name in stacks}, about)
+    opened, failed = {name: Fake(name) for name in stacks}, {}
+    turns, states = gpu_evidence._take_turns(3, opened, about, failed)
+    assert failed == {}
     assert "".join(asked) == "abcbcacab"
     assert {name: len(found) for name, found in turns.items()} == {"a": 3, "b": 3, "c": 3}
     assert len(states) == 3
+    # One that dies leaves the others their turns.
+    asked.clear()
+    opened["d"], about["d"] = Fake("d"), {"warm_ms": 100.0}
+    turns, _ = gpu_evidence._take_turns(3, opened, about, failed)
+    assert failed == {"d": "d: died"}
+    assert asked.count("d") == 1
+    assert {name: len(found) for name, found in turns.items()} == {"a": 3, "b": 3, "c": 3, "d": 0}
+
+
+def test_what_a_call_costs_beyond_the_gpu():
+    turns = [
+        {"ms": [3.0, 3.2], "engine_ms": [2.5, 2.7], "on_device_ms": [2.9, 3.0]},
+        {"ms": [3.1, 3.3], "engine_ms": [2.6, 2.8], "on_device_ms": [2.8, 3.1]},
+    ]
+    found = gpu_evidence._summary(turns)
+    assert found["engine_ms"] == pytest.approx(2.65)
+    assert found["host_ms"] == pytest.approx(3.15 - 2.65)
+    assert found["on_device_ms"] == pytest.approx(2.95)
+    assert "host_ms" not in gpu_evidence._summary([{"ms": [1.0]}])
 
 
 def test_everything_is_set_beside_the_ceiling():
@@ -298,4 +385,6 @@ def test_on_a_gpu_an_engine_is_built_proven_and_timed(tmp_path):
     for engine in engines:
         assert found["build"][engine]["proof"]["passed"] is True
         assert found["stacks"][engine]["agreement"]["passed"] is True
+        assert 0 < found["stacks"][engine]["engine_ms"] < found["stacks"][engine]["median_ms"]
+        assert found["stacks"][engine]["on_device_ms"] > 0
     assert {"pytorch-eager", "pytorch-sdpa", "pytorch-compile", "ceiling"} <= set(found["stacks"])

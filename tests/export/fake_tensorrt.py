@@ -69,6 +69,7 @@ def make(
     layers: Callable[[Any], list[Layer]] = lambda trt: [],
     cache: bytes = b"the GPU's timings",
     build: Callable[[Any, Any], str | None] = lambda network, config: None,
+    header: Callable[[bytes], bytes] = lambda header: header,
 ) -> Any:
     """Return a module.
 
@@ -81,6 +82,7 @@ def make(
         layers: Of every parsed network.
         cache: The timing cache of this GPU, and of no other.
         build: Called by a build; returns why it fails, or None.
+        header: Given the header of a built engine; returns another.
     """
     major = int(version.split(".")[0])
     minor = int(version.split(".")[1])
@@ -200,6 +202,7 @@ def make(
             self.sources = (1 << len(trt.TacticSource)) - 1
             self.profiles: list[Any] = []
             self.timing_cache: ITimingCache | None = None
+            self.previews: dict[Any, bool] = {}
 
         def set_flag(self, flag: Any) -> None:
             self.flags.add(flag)
@@ -271,7 +274,9 @@ def make(
                 trt.logger.log(ILogger.Severity.ERROR, failure)
                 return None
             said = {"flags": sorted(flag.name for flag in config.flags), "of": trt.__version__}
-            return memoryview(b"ftrt" + json.dumps(said).encode())
+            numbers = bytes(int(part) & 0xFF for part in f"{trt.__version__}.0".split(".")[:4])
+            made = header(b"ftrt" + bytes(20) + numbers)
+            return memoryview(made + json.dumps(said).encode())
 
     class EngineInspector:
         def get_engine_information(self, form: Any) -> str:
@@ -303,6 +308,17 @@ def make(
         def deserialize_cuda_engine(self, plan: Any) -> ICudaEngine | None:
             return ICudaEngine() if bytes(plan[:4]) == b"ftrt" else None
 
+    if major == 8:
+        trt.PreviewFeature = enumeration("PreviewFeature", ["PROFILE_SHARING_0806"])
+
+        def set_preview_feature(self: Any, feature: Any, enable: bool) -> None:
+            self.previews[feature] = enable
+
+        IBuilderConfig.set_preview_feature = set_preview_feature  # type: ignore[attr-defined]
+    if major == 10:  # always on; asking for it is an error in the log
+        trt.PreviewFeature = enumeration(
+            "PreviewFeature", ["PROFILE_SHARING_0806", "ALIASED_PLUGIN_IO_10_03"]
+        )
     if strong:
 
         class IProgressMonitor:

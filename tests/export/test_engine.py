@@ -7,6 +7,7 @@ import errno
 import hashlib
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import pytest
 from fake_tensorrt import Layer, Tensor
 from onnx import helper
 
-from vzip.export import engine, engine_layers, engine_proof, trt_build
+from vzip.export import build_memory, engine, engine_layers, engine_proof, trt_build
 from vzip.export.build_memory import compare, estimate
 from vzip.export.engine import BuildRequest, Machine, Result, build_engine, reusable
 from vzip.export.proof import Proof
@@ -83,6 +84,7 @@ def test_builds_publishes_and_says_so(
         "tf32": False,
         "optimization_level": 2,
         "ahead_of_time": True,
+        "user_allocation": True,
     }
     assert record.seconds > 0
     assert "the build needs about 450 MiB (estimate" in said.err
@@ -93,6 +95,23 @@ def test_builds_publishes_and_says_so(
     assert main(["build", str(tiny_bundle), "--rtx", "sm86,sm89", "--level", "2"]) == 0
     assert "there already, the same in every respect" in capsys.readouterr().err
     assert (tiny_bundle / "manifest.json").read_bytes() == before
+
+
+def test_what_rtx_builds_can_be_captured_in_a_graph(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt = load_stack("tensorrt_rtx").module
+    flags: list[set[str]] = []
+    real = trt.Builder.build_serialized_network
+
+    def build(self: Any, network: Any, config: Any) -> Any:
+        every = trt.BuilderFlag.__members__.items()
+        flags.append({name for name, flag in every if config.get_flag(flag)})
+        return real(self, network, config)
+
+    monkeypatch.setattr(trt.Builder, "build_serialized_network", build)
+    ahead(tiny_bundle)
+    assert flags == [{"REQUIRE_USER_ALLOCATION"}]
 
 
 def test_a_static_batch_has_one_size(tiny_static_bundle: Path) -> None:
@@ -177,8 +196,13 @@ def test_what_cant_be_asked_for(
     assert main(["build", str(tiny_bundle), *arguments]) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    (line,) = said.err.splitlines()
+    *before_it, line = said.err.splitlines()
     assert expected in line
+    if not arguments:  # what it needs is said before the GPU is asked for
+        (memory,) = before_it
+        assert memory.startswith("memory: the build needs about")
+    else:
+        assert before_it == []
     assert files(tiny_bundle) == before
 
 
@@ -354,12 +378,16 @@ class Jetson:
         self.monkeypatch = monkeypatch
         self.proofs: list[Proof] = []
         self.said: list[str] = []
-        self.available = 6000
+        self.available, self.swap = 6000, 0
         monkeypatch.setattr(engine, "this_machine", lambda: ORIN)
         monkeypatch.setattr(engine_layers.cuda, "load", lambda: None)
         monkeypatch.setattr(engine, "prove_engine", lambda *_: self.proofs.pop(0))
         monkeypatch.setattr(
-            sensors, "memory", lambda: sensors.Memory(7600, self.available, 0, 0, 0, None, None)
+            sensors,
+            "memory",
+            lambda: sensors.Memory(
+                7600, self.available, self.swap, self.swap, 0, None, None, self.swap
+            ),
         )
 
     def install(self, version: Any, bundle: Path, **options: Any) -> Any:
@@ -465,6 +493,8 @@ def test_8_6_holds_what_is_fp32_in_the_graph_to_fp32(
     assert record.settings["typing"] == "weak"
     assert record.settings["fp32_layers"] == "graph"
     (config,), (network,) = trt.made.configs, trt.made.networks
+    assert config.previews == {trt.PreviewFeature.PROFILE_SHARING_0806: True}
+    assert record.settings["profile_sharing"] is True
     assert {trt.BuilderFlag.FP16, trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS} <= config.flags
     assert config.profiles == []  # the batch is static
     held = {each.name: each.output_types for each in network.layers if each.precision is not None}
@@ -562,8 +592,28 @@ def test_a_timing_cache_that_is_a_link_is_ignored(tiny_bundle: Path, jetson: Jet
 
 def test_the_builders_own_words(tiny_bundle: Path, jetson: Jetson) -> None:
     jetson.install("10.3", tiny_bundle, build=lambda *_: "Could not find any\nimplementation")
-    with pytest.raises(BackendError, match=r"\(Could not find any implementation\).*--low-memory"):
+    with pytest.raises(
+        BackendError, match=r"\(Could not find any implementation\).*--low-memory"
+    ) as e:
         jetson.build(tiny_bundle)
+    assert "cma=" not in str(e.value)  # on a workstation that is no cure
+    orin = sensors.Jetson("Orin Nano", "36.4.3", "6.2")
+    jetson.monkeypatch.setattr(sensors, "jetson", lambda: orin)
+    with pytest.raises(BackendError, match=r"NvMap error 12, contiguous .* cma=512M to the APPEND"):
+        jetson.build(tiny_bundle)
+
+
+def test_a_header_that_the_runtime_would_refuse(tiny_bundle: Path, jetson: Jetson) -> None:
+    for header, found in (
+        (lambda made: b"trt2" + made[4:], r"begins with b'trt2', expected b'ftrt'"),
+        (lambda made: made[:24] + bytes([11, 0, 0, 0]), r"was made by TensorRT 11.0.0.0, expected"),
+    ):
+        jetson.install("10.3", tiny_bundle, header=header)
+        with pytest.raises(
+            BackendError, match=rf"built an engine that {found}.*vzip's check of headers doesn't"
+        ):
+            jetson.build(tiny_bundle)
+        assert not read_bundle(tiny_bundle).manifest.engines
 
 
 def test_no_gpu(tiny_bundle: Path, jetson: Jetson) -> None:
@@ -602,25 +652,96 @@ def test_low_memory_refuses_what_cant_fit(tiny_bundle: Path, jetson: Jetson) -> 
     assert trt.made.networks == []
     # Without the mode it is said, and tried.
     jetson.build(tiny_bundle)
-    assert any("it may run out of memory; try --low-memory" in line for line in jetson.said)
+    assert any("it may run out of memory: try --low-memory" in line for line in jetson.said)
+
+
+def large(path: Path) -> Manifest:
+    """A manifest of 624 MiB of weights: an FP16 ViT-L's."""
+    manifest = read_bundle(path).manifest
+    entry = dataclasses.replace(manifest.files["model.onnx.data"], bytes=624 * 2**20)
+    return dataclasses.replace(manifest, files={**manifest.files, "model.onnx.data": entry})
+
+
+def test_swap_on_a_disk_counts_for_the_hosts_part_alone(tiny_bundle: Path) -> None:
+    needed = estimate(large(tiny_bundle), workspace_mib=256, low_memory=True, gpu=True)
+    assert (needed.on_host, needed.on_gpu) == (1997, 624)
+    short = needed.total - 1997
+
+    def outlook(available: int, swap: int, zram: int = 0) -> build_memory.Outlook:
+        memory = sensors.Memory(
+            7600, available, swap + zram, swap + zram, zram, None, None, disk_swap_free=swap
+        )
+        return compare(needed, memory, precision="fp16")
+
+    assert outlook(needed.total, 0).cure is None
+    assert outlook(short, 1997).cure is None
+    assert outlook(short + 997, 1000).cure is None
+    assert "1000 MiB of swap, which serve the host's copies of the weights (1997) alone" in (
+        outlook(short + 997, 1000).line
+    )
+    assert "swap" not in outlook(short, 0).line
+    assert "add swap on a disk" in str(outlook(short, 1996).cure)
+    assert "add swap on a disk" in str(outlook(short, 0, zram=8000).cure)
+    # What the GPU holds can't be swapped, however much there is.
+    assert "add swap" not in str(outlook(short - 1, 8000).cure)
+    assert "stop the desktop" in str(outlook(short - 1, 8000).cure)
+
+
+def test_low_memory_counts_swap(tiny_bundle: Path, jetson: Jetson) -> None:
+    jetson.install("10.3", tiny_bundle)
+    whole = large(tiny_bundle)
+    jetson.monkeypatch.setattr(
+        engine.build_memory,
+        "estimate",
+        lambda manifest, **options: estimate(whole, **options),
+    )
+    jetson.available, jetson.swap = 2000, 0
+    with pytest.raises(BackendError, match=r"can't fit .*add swap"):
+        jetson.build(tiny_bundle, low_memory=True)
+    jetson.swap = 4000
+    jetson.build(tiny_bundle, low_memory=True)
+
+
+def test_memory_is_said_and_the_bundle_read_before_the_gpu_is_asked_for(
+    tiny_bundle: Path, jetson: Jetson, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jetson.install("10.3", tiny_bundle)
+
+    def none() -> Machine:
+        raise BackendError("there is no GPU")
+
+    monkeypatch.setattr(engine, "this_machine", none)
+    jetson.available = 800
+    for low_memory in (False, True):
+        with pytest.raises(BackendError, match="there is no GPU"):
+            jetson.build(tiny_bundle, low_memory=low_memory)
+        (line,) = jetson.said
+        assert line.startswith("memory: the build needs about")
+    with pytest.raises(BundleError, match="found nothing, expected the folder"):
+        jetson.build(tiny_bundle.parent / "nothere")
+    assert jetson.said == []
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(BundleError, match="found nothing, expected the folder"):
+        jetson.build(tiny_bundle.parent / "nothere")
 
 
 def test_the_estimate_grows_with_weights_and_workspace(tiny_bundle: Path) -> None:
-    manifest = read_bundle(tiny_bundle).manifest
-    entry = dataclasses.replace(manifest.files["model.onnx.data"], bytes=624 * 2**20)
-    large = dataclasses.replace(manifest, files={**manifest.files, "model.onnx.data": entry})
+    manifest = large(tiny_bundle)
 
     def total(workspace: int | None, *, low_memory: bool, gpu: bool = True) -> int:
-        needed = estimate(large, workspace_mib=workspace, low_memory=low_memory, gpu=gpu)
+        needed = estimate(manifest, workspace_mib=workspace, low_memory=low_memory, gpu=gpu)
         return needed.total
 
     assert total(256, low_memory=True) == total(512, low_memory=True) - 256
     assert total(256, low_memory=True) < total(None, low_memory=False)
     assert 3 * 624 < total(None, low_memory=False, gpu=False) < total(256, low_memory=True) < 3700
-    needed = estimate(large, workspace_mib=256, low_memory=True, gpu=True)
-    assert "doesn't say" in compare(needed, None, low_memory=True, precision="fp16")
-    with pytest.raises(BackendError, match="export with --precision fp16"):
-        compare(needed, 2000, low_memory=True, precision="fp32")
+    needed = estimate(manifest, workspace_mib=256, low_memory=True, gpu=True)
+    unknown = compare(needed, None, precision="fp16")
+    assert "doesn't say" in unknown.line
+    assert unknown.cure is None
+    little = sensors.Memory(4000, 2000, 0, 0, 0, None, None, 0)
+    assert "export with --precision fp16" in str(compare(needed, little, precision="fp32").cure)
 
 
 def test_an_unproven_engine_is_where_nobody_looks(tiny_bundle: Path) -> None:
@@ -704,7 +825,8 @@ def test_the_proof_runs_the_staged_engine_in_both_batches(
 
     monkeypatch.setattr(tensorrt, "TensorRt", Knowing)
     assert engine_proof.prove_engine(bundle, record, plan).passed
-    assert ran == [1, 1, 1, 1, 1, 3, 3, 0]
+    # Each size again: from its second run on it is a captured graph that computes.
+    assert ran == [1, 1, 1, 1, 1, 3, 3] * 2 + [0]
     assert files(tiny_bundle / "engines") == []
 
 
@@ -736,6 +858,15 @@ def test_a_terminal_sees_how_far_it_is(
     monkeypatch.setattr(sys, "stderr", terminal)
     ahead(tiny_bundle)
     assert "Building engine:" in terminal.getvalue()
+    # Without tqdm, as on most Jetsons, in a line that is written over.
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    ahead(tiny_bundle, level=2)
+    said = terminal.getvalue()
+    assert re.search(r"\rBuilding engine\S* 1/\d+\x1b\[K", said), said
+    assert said.endswith("\r\x1b[K")  # and taken away
+    assert "\n" not in said
     monkeypatch.undo()
     assert not ahead(tiny_bundle, level=1).reused
     assert capsys.readouterr().err == ""  # and a file doesn't

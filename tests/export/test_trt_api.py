@@ -78,6 +78,8 @@ def test_what_each_version_can(monkeypatch: pytest.MonkeyPatch) -> None:
     assert can["8.6"].external_tactics == ("CUBLAS", "CUBLAS_LT", "CUDNN")
     assert can["11.4"].external_tactics == ()
     assert not any(each.ahead_of_time for each in can.values())
+    assert [each.profile_sharing for each in can.values()] == [True, False, False, False]
+    assert not any(each.user_allocation for each in can.values())
     assert all(each.timing_cache for each in can.values())
 
 
@@ -88,6 +90,8 @@ def test_the_real_rtx() -> None:
     assert not stack.can.weakly_typed
     assert not stack.can.timing_cache  # its timing cache does nothing
     assert stack.can.progress_monitor
+    assert stack.can.user_allocation
+    assert not stack.can.profile_sharing  # its contexts share profiles anyway
     assert {"75", "80", "86", "89", "120"} <= set(stack.can.ahead_of_time)
 
 

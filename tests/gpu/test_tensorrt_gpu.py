@@ -85,7 +85,33 @@ def test_an_engine_computes_plainly_and_as_a_graph(
         captured = [each.executable for each in opened._prepared.values()]
         warnings = [each for each in caplog.records if each.levelno >= logging.WARNING]
         # Either every batch size has a graph, or it was said why not.
-        assert all(captured) or any("no CUDA graph" in each.message for each in warnings)
+        assert all(captured) or any("CUDA graph" in each.message for each in warnings)
+
+
+def test_results_are_the_callers_own_and_outlive_the_encoder(
+    tiny_bundle: Path, golden: Golden
+) -> None:
+    build(tiny_bundle)
+    encoder = VisionEncoder.open(tiny_bundle, backend="tensorrt")
+    held = [encoder.run(golden["images"][k % 5 : k % 5 + 1]).embeds for k in range(10)]
+    copies = [each.copy() for each in held]
+    del held[1:3]  # their memory is used again
+    encoder.run(golden["images"][:3])
+    encoder.close()
+    for each, copy in zip(held, [copies[0], *copies[3:]], strict=True):
+        assert np.array_equal(each, copy)
+    for k in range(5):
+        assert np.array_equal(copies[k], copies[k + 5])
+
+
+def test_a_launch_is_timed_by_events(tiny_bundle: Path, golden: Golden) -> None:
+    build(tiny_bundle)
+    with VisionEncoder.open(tiny_bundle, backend="tensorrt") as encoder:
+        for _ in range(3):
+            encoder.run(golden["images"][:2])
+        opened = encoder._opened
+        assert isinstance(opened, TensorRt)
+        assert all(0 < each < 100 for each in opened.launch_ms(2, 10))
 
 
 def test_torch_takes_tokens_from_the_device_without_a_copy(

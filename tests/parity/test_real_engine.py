@@ -108,7 +108,7 @@ def test_the_fake_gpu_has_no_attribute_that_the_real_module_lacks() -> None:
     assert used <= public(trt.ICudaEngine)
     tensors = {name for name in dir(trt.ICudaEngine) if name.startswith("get_tensor_")}
     assert {n for n in public(fake_gpu.Engine) if n.startswith("get_tensor_")} <= tensors
-    assert public(fake_gpu.RtxContext) - {"compute"} <= public(trt.IExecutionContext)
+    assert public(fake_gpu.RtxContext) - {"compute", "kernels"} <= public(trt.IExecutionContext)
     assert {"engine_host_code_allowed", "deserialize_cuda_engine"} <= public(trt.Runtime)
     names = {"DataType", "TensorIOMode", "TensorLocation", "TensorFormat", "ILogger", "Runtime"}
     assert names <= public(trt)

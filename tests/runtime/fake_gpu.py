@@ -54,11 +54,14 @@ def library(path: Path) -> Any:
     return lib
 
 
-def plan_of(bundle: Bundle, generation: str, *, batch: EngineBatch) -> bytes:
+def plan_of(
+    bundle: Bundle, generation: str, *, batch: EngineBatch, shares_profile: bool = True
+) -> bytes:
     """Return an engine: a header as the real ones have, and what the fake needs to compute."""
     magic = b"vtrt" if generation == "rtx" else b"ftrt"
     version = bytes(int(part) & 0xFF for part in f"{VERSIONS[generation]}.0".split(".")[:4])
-    payload = json.dumps({"bundle": str(bundle.path), "max": batch.max}).encode()
+    said = {"bundle": str(bundle.path), "max": batch.max, "shares_profile": shares_profile}
+    payload = json.dumps(said).encode()
     return magic + bytes(20) + version + bytes(36) + payload
 
 
@@ -68,13 +71,14 @@ def with_engine(
     *,
     name: str = "orin",
     batch: EngineBatch | None = None,
+    shares_profile: bool = True,
     **other: Any,
 ) -> Bundle:
     """Put an engine for the fake GPU into a bundle."""
     bundle = read_bundle(folder)
     most = bundle.manifest.batch
     batch = batch or EngineBatch(1 if most.dynamic else most.max, most.max, most.max)
-    plan = plan_of(bundle, generation, batch=batch)
+    plan = plan_of(bundle, generation, batch=batch, shares_profile=shares_profile)
     values: dict[str, Any] = {
         "sha256": hashlib.sha256(plan).hexdigest(),
         "bytes": len(plan),
@@ -122,6 +126,10 @@ class Strategy(enum.Enum):
     STATIC, ON_PROFILE_CHANGE, USER_MANAGED = range(3)
 
 
+class Kernels(enum.Enum):
+    LAZY, EAGER, NONE = range(3)
+
+
 class ILogger:
     Severity = Severity
 
@@ -162,6 +170,8 @@ class FakeTensorRt(SimpleNamespace):
         )
         if not old:
             self.ExecutionContextAllocationStrategy = Strategy
+        if generation == "rtx":
+            self.DynamicShapesKernelSpecializationStrategy = Kernels
         self.Runtime = lambda logger: Runtime(self, logger)
 
     def __hash__(self) -> int:
@@ -176,6 +186,8 @@ class FakeTensorRt(SimpleNamespace):
 
 class Runtime:
     def __init__(self, trt: FakeTensorRt, logger: Any) -> None:
+        if trt.refuses("Runtime", logger):
+            raise TypeError("pybind11::init(): factory function returned nullptr")
         self.trt, self.logger = trt, logger
         self._host_code = False
 
@@ -205,6 +217,8 @@ class Engine:
         tensors = (*self.manifest.inputs, *self.manifest.outputs)
         self.tensors = {tensor.name: tensor for tensor in tensors}
         self.num_io_tensors = len(tensors)
+        self.shares_profile = payload["shares_profile"]
+        self.contexts: weakref.WeakSet[_Context] = weakref.WeakSet()
         scratch = 1000
         if trt.generation == "8.6":
             self.device_memory_size = scratch
@@ -246,18 +260,25 @@ class Engine:
         return RuntimeConfig()
 
     def _create(self, strategy: Strategy | RuntimeConfig | None) -> Any:
-        if self.trt.generation == "11":
-            if not isinstance(strategy, RuntimeConfig):
-                raise TypeError("incompatible function arguments")
+        kernels = Kernels.LAZY
+        if isinstance(strategy, RuntimeConfig):
+            kernels = strategy.dynamic_shapes_kernel_specialization_strategy
             strategy = strategy.strategy
+        elif self.trt.generation == "11":
+            raise TypeError("incompatible function arguments")
         if self.trt.refuses("create_execution_context", self.logger):
             return None
         assert strategy in {None, Strategy.USER_MANAGED}
-        kind = _CONTEXTS[self.trt.generation]
-        return kind(self)
+        made = _CONTEXTS[self.trt.generation](self)
+        made.kernels = kernels
+        self.contexts.add(made)
+        return made
 
 
 class _Context:
+    active_optimization_profile = 0
+    kernels = Kernels.LAZY
+
     def __init__(self, engine: Engine) -> None:
         self.engine, self.trt = engine, engine.trt
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -284,6 +305,9 @@ class _Context:
         self._change()
         if self.trt.refuses("set_input_shape", self.engine.logger):
             return False
+        if self.active_optimization_profile < 0:
+            self.engine.logger.log(Severity.ERROR, "no optimization profile is selected")
+            return False
         self.shapes[name] = tuple(shape)
         return True
 
@@ -302,6 +326,8 @@ class _Context:
         assert set(self.addresses) == set(self.engine.tensors)
         if capturing := bool(self.trt.lib.fake_capturing(stream)):
             self.captured = True
+            if self.trt.generation == "rtx" and self.kernels == Kernels.LAZY:
+                self.trt.faults.append("a graph was captured while kernels were being compiled")
         self.trt.calls.append("capture" if capturing else "enqueue")
         return self.trt.lib.fake_enqueue(stream, _work, self.key) == 0
 
@@ -334,7 +360,24 @@ def _work(key: int) -> None:
 
 
 class OldContext(_Context):
-    """TensorRT 8.6 has the property alone."""
+    """TensorRT 8.6 has the property alone, and one context for each profile unless it is shared."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        if any(each.active_optimization_profile == 0 for each in engine.contexts):
+            self.active_optimization_profile = -1
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        self._change()
+        assert stream
+        taken = any(each.active_optimization_profile == profile for each in self.engine.contexts)
+        if taken and not self.engine.shares_profile:
+            self.engine.logger.log(
+                Severity.ERROR, f"Profile {profile} has been chosen by another IExecutionContext"
+            )
+            return False
+        self.active_optimization_profile = profile
+        return True
 
     device_memory = property(None, lambda self, address: self._take_memory(address, 1000))
 
@@ -353,6 +396,7 @@ class NewContext(_Context):
 
 class RuntimeConfig:
     strategy = Strategy.STATIC
+    dynamic_shapes_kernel_specialization_strategy = Kernels.LAZY
 
     def set_execution_context_allocation_strategy(self, strategy: Strategy) -> None:
         self.strategy = strategy

@@ -60,6 +60,7 @@ def record(**changes):
             "zram": 0,
             "cma_total": None,
             "cma_free": None,
+            "disk_swap_free": 0,
         },
         "disk": {"folder": "/data", "free_gb": 100.0},
         "driver": NO_DRIVER,
@@ -238,6 +239,11 @@ def test_hints_of_a_small_orin(tmp_path):
     assert "power mode 15W" in text
     assert "sudo jetson_clocks" in text
     assert "2.5 GB free" in text
+    # The kernel sets 256 MiB aside, and 40 of them are left.
+    assert "40 of 256 MiB of contiguous memory free: if an allocation on the GPU fails with" in text
+    assert "cma=512M" in text
+    found["memory_mib"]["cma_free"] = 100
+    assert "contiguous" not in "\n".join(doctor.hints(found))
 
 
 def test_no_hints_for_a_big_locked_thor(tmp_path):

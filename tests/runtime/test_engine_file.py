@@ -117,7 +117,7 @@ def test_every_truncation_and_every_addition_is_refused(tiny_bundle: Path) -> No
         (
             TRT_HEADER,
             {"version": "10.16.0.12"},
-            r"was made by TensorRT 10.3.0.30, its record says 10.16.0.12; they don't belong",
+            r"was made by TensorRT 10.3.0.30, expected 10.16.0.12; it is something else, or not",
         ),
     ],
 )

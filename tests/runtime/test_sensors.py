@@ -36,7 +36,7 @@ def test_orin_nano(orin):
     assert sensors.jetson(orin) == sensors.Jetson(
         "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super", "36.4.3", "6.2"
     )
-    assert sensors.memory(orin) == sensors.Memory(7619, 2000, 3809, 3712, 3809, 256, 40)
+    assert sensors.memory(orin) == sensors.Memory(7619, 2000, 3809, 3712, 3809, 256, 40, 0)
     # mV · mA; the shunt voltages and the sums are no rails, nor is the drive's voltage.
     assert sensors.power(orin) == {"VDD_IN": 6.077, "VDD_CPU_GPU_CV": 1.537, "VDD_SOC": 1.577}
     assert sensors.temperatures(orin) == {
@@ -46,6 +46,14 @@ def test_orin_nano(orin):
     }
     assert sensors.gpu_clocks(orin) == [sensors.Clock("17000000.gpu", 306, 306, 1020, 0.437)]
     assert sensors.cpu_clocks(orin) == [sensors.Clock("cpu0", 729.6, 729.6, 1728, None)]
+
+
+def test_swap_on_a_disk_is_told_from_zram(tmp_path):
+    tree = dict(ORIN_NANO)
+    tree["proc/swaps"] += "/swapfile file 8388604 1048576 -2\n"
+    memory = sensors.memory(grow(tmp_path, tree))
+    assert memory is not None
+    assert (memory.zram, memory.disk_swap_free) == (3809, (8388604 - 1048576) // 1024)
 
 
 def test_thor(thor):

@@ -69,23 +69,28 @@ def test_computes_through_copies_engine_and_graph(
     assert nothing_is_left(trt)
 
 
-def test_the_first_call_is_plain_and_from_the_second_on_one_launch_does_it_all(
+def test_the_first_call_is_plain_and_from_the_second_on_a_launch_and_one_copy_do_it_all(
     tiny_bundle: Path, golden: Golden, install: Install
 ) -> None:
     trt = install("10")
     with_engine(tiny_bundle, "10")
-    copies = "cudaMemcpyAsync cudaMemcpyAsync cudaMemcpyAsync"
+    copies = "cudaMemcpyAsync cudaMemcpyAsync"  # the image and the indices; then the embeddings
     with VisionEncoder.open(tiny_bundle, backend="tensorrt") as encoder:
-        calls = []
+        calls, kept = [], []
         for count in (2, 2, 1, 2):
             trt.lib.fake_record(1)
-            encoder.run(golden["images"][:count])
+            kept.append(encoder.run(golden["images"][:count]))
             calls.append(trt.lib.fake_calls().decode().replace("cudaGetDevice ", "").strip())
         first = (
-            f"{copies} cudaStreamSynchronize cudaStreamBeginCapture {copies} cudaStreamEndCapture "
-            "cudaGraphInstantiateWithFlags cudaGraphDestroy"
+            f"cudaHostAlloc {copies} cudaMemcpyAsync cudaStreamSynchronize cudaStreamBeginCapture "
+            f"{copies} cudaStreamEndCapture cudaGraphInstantiateWithFlags cudaGraphDestroy"
         )
-        assert calls == [first, "cudaGraphLaunch cudaStreamSynchronize", first, calls[1]]
+        later = "cudaHostAlloc cudaGraphLaunch cudaMemcpyAsync cudaStreamSynchronize"
+        assert calls == [first, later, first, later]
+        del kept
+        trt.lib.fake_record(1)
+        encoder.run(golden["images"][:2])  # from here on there is memory
+        assert b"cudaHostAlloc" not in trt.lib.fake_calls()
     assert trt.calls[:6] == ["deserialize", "enqueue", "compute", "capture", "compute", "enqueue"]
 
 
@@ -102,7 +107,8 @@ def test_an_application_on_another_gpu_keeps_its_own(
             trt.lib.fake_record(1)
             encoder.run(golden["images"][:1])
             assert trt.lib.fake_calls() == (
-                b"cudaGetDevice cudaSetDevice cudaGraphLaunch cudaStreamSynchronize cudaSetDevice "
+                b"cudaGetDevice cudaSetDevice cudaGraphLaunch cudaMemcpyAsync "
+                b"cudaStreamSynchronize cudaSetDevice "
             )
             assert device._get(cuda._int, "cudaGetDevice") == 1
 
@@ -123,12 +129,113 @@ def test_an_engine_for_fewer_images_is_run_several_times(
 def test_an_engine_for_more_images_than_given_says_so(
     tiny_bundle: Path, golden: Golden, install: Install
 ) -> None:
-    install("10")
+    trt = install("10")
     with_engine(tiny_bundle, "10", batch=EngineBatch(2, 2, 3))
     with VisionEncoder.open(tiny_bundle) as encoder:
-        with pytest.raises(BackendError, match=r"got 1 images, the engine 'orin' takes 2 to 3;"):
+        for _ in range(2):
+            encoder.run(golden["images"][:2])
+            encoder.run(golden["images"][:3])
+        with pytest.raises(BackendError, match=r"got 1 images, the engine 'orin' takes 2 to 3 a "):
             encoder.run(golden["images"][:1])
         check(encoder.run(golden["images"][:2]), golden, slice(2))
+        # The caller's own error costs nobody a graph.
+        assert trt.calls.count("capture") == 2
+        encoder.run(golden["images"][:3])
+        assert trt.calls.count("capture") == 2
+        assert trt.calls.count("enqueue") == 2
+
+
+# Batch sizes have contexts of their own
+
+
+def test_8_6_shares_the_profile_among_its_contexts_or_says_that_it_cant(
+    tiny_bundle: Path, golden: Golden, install: Install
+) -> None:
+    trt = install("8.6")
+    with_engine(tiny_bundle, "8.6", shares_profile=False)
+    with VisionEncoder.open(tiny_bundle) as encoder:
+        check(encoder.run(golden["images"][:1]), golden, slice(1))
+        with pytest.raises(
+            BackendError, match=r"give a second batch size the optimization profile: Profile 0 has"
+        ):
+            encoder.run(golden["images"][:2])
+    with_engine(tiny_bundle, "8.6")
+    with VisionEncoder.open(tiny_bundle) as encoder:
+        for count in (1, 2, 3, 1, 2, 3):
+            check(encoder.run(golden["images"][:count]), golden, slice(count))
+    assert trt.calls.count("capture") == 4
+    assert nothing_is_left(trt)
+
+
+# Results are in memory that was the GPU's, and the caller's own all the same
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_results_are_not_copied_and_outlive_later_calls_and_close(
+    tiny_bundle: Path, golden: Golden, install: Install, generation: str
+) -> None:
+    trt = install(generation)
+    with_engine(tiny_bundle, generation)
+    encoder = VisionEncoder.open(tiny_bundle)
+    held = [encoder.run(golden["images"][k : k + 2]) for k in range(4)]
+    for tokens in held:
+        assert trt.lib.fake_within(tokens.embeds.ctypes.data, tokens.embeds.nbytes, HOST)
+    # No more than four at a time: what comes now is a copy.
+    more = encoder.run(golden["images"][:2])
+    assert not trt.lib.fake_within(more.embeds.ctypes.data, more.embeds.nbytes, HOST)
+    check(more, golden, slice(2))
+    again = held.pop(0).embeds.ctypes.data
+    assert encoder.run(golden["images"][:2]).embeds.ctypes.data == again
+    view = held.pop().embeds[1:, 0]  # a part keeps the whole
+    encoder.run(golden["images"][:3])
+    encoder.close()
+    for k, tokens in enumerate(held, start=1):
+        check(tokens, golden, slice(k, k + 2))
+    assert np.allclose(view, golden["embeds"][4:5, 0], rtol=1e-3, atol=1e-4)
+    assert trt.lib.fake_blocks(HOST) == 3
+    held[0].embeds[:] = 0  # writable, as any array of one's own
+    del held, tokens, view
+    assert nothing_is_left(trt)
+
+
+def test_results_may_be_dropped_by_any_thread_at_any_time(
+    tiny_bundle: Path, golden: Golden, install: Install
+) -> None:
+    trt = install("10")
+    with_engine(tiny_bundle, "10")
+    encoder = VisionEncoder.open(tiny_bundle)
+    held: list[Any] = [None] * 6
+
+    def work(thread: int) -> None:
+        for turn in range(50):
+            k, count = (thread + turn) % 3, 1 + (thread * turn) % 3
+            tokens = encoder.run(golden["images"][k : k + count])
+            held[(thread + turn) % 6] = tokens, k, count  # and another thread's goes
+            check(tokens, golden, slice(k, k + count))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    encoder.close()
+    for tokens, k, count in held:
+        check(tokens, golden, slice(k, k + count))
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda place: held.__setitem__(place, None), range(6)))
+    del tokens
+    assert nothing_is_left(trt)
+
+
+def test_a_launch_is_timed_by_the_gpu(tiny_bundle: Path, golden: Golden, install: Install) -> None:
+    trt = install("10")
+    opened = TensorRt(with_engine(tiny_bundle, "10"))
+    opened.run({"image": golden["images"][:2]})
+    trt.lib.fake_record(1)
+    assert opened.launch_ms(2, 3) == [0.5] * 3  # what the fake's events say
+    said = trt.lib.fake_calls().decode()
+    assert said.count("cudaEventRecord cudaGraphLaunch cudaEventRecord cudaEventSynchronize") == 3
+    opened.close()
+    with pytest.raises(BackendError, match="is closed"):
+        opened.launch_ms(2, 1)
+    assert nothing_is_left(trt)
 
 
 # Tokens that stay on the device
@@ -248,7 +355,10 @@ def test_rtx_is_captured_when_it_says_that_it_can_be(
     trt = install("rtx")
     with_engine(tiny_bundle, "rtx")
     trt.capturable = False
-    with VisionEncoder.open(tiny_bundle) as encoder, caplog.at_level(logging.INFO):
+    with VisionEncoder.open(tiny_bundle) as encoder, caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            encoder.run(golden["images"][:1])
+        assert caplog.records == []  # it may only be warming up
         for _ in range(3):
             encoder.run(golden["images"][:1])
         assert "capture" not in trt.calls
@@ -256,8 +366,84 @@ def test_rtx_is_captured_when_it_says_that_it_can_be(
         for _ in range(3):
             check(encoder.run(golden["images"][:1]), golden, slice(1))
         assert trt.calls.count("capture") == 1
-        assert trt.calls.count("enqueue") == 4
-    assert caplog.text.count("can't be captured in a CUDA graph yet") == 1
+        assert trt.calls.count("enqueue") == 6
+    (record,) = caplog.records
+    assert (
+        "after 3 calls that the engine 'orin' can't be captured in a CUDA graph" in record.message
+    )
+    assert nothing_is_left(trt)
+
+
+@pytest.mark.parametrize("moment", ["compute", "captured", "left"])
+def test_ctrl_c_in_a_call_leaves_nothing_running(
+    tiny_bundle: Path,
+    golden: Golden,
+    install: Install,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
+) -> None:
+    trt = install("10")
+    with_engine(tiny_bundle, "10")
+    encoder = VisionEncoder.open(tiny_bundle)
+    if moment == "captured":
+        encoder.run(golden["images"][:2])
+    real, interrupt = cuda.Cuda.stream_synchronize, True
+
+    def interrupted(self: cuda.Cuda, stream: int) -> None:
+        nonlocal interrupt
+        if interrupt:
+            interrupt = False
+            raise KeyboardInterrupt  # before the wait: the work is still under way
+        real(self, stream)
+
+    monkeypatch.setattr(cuda.Cuda, "stream_synchronize", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        encoder.run(golden["images"][:2], on_device=moment == "left")
+    if moment == "left":
+        check(encoder.run(golden["images"][:2]), golden, slice(2))
+    encoder.close()
+    assert nothing_is_left(trt)
+
+
+def test_closing_waits_for_what_runs(tiny_bundle: Path, golden: Golden, install: Install) -> None:
+    trt = install("10")
+    opened = TensorRt(with_engine(tiny_bundle, "10"))
+    opened.run({"image": golden["images"][:2]})
+    opened._launch(opened._prepared[2])  # as a call that was left in the middle
+    computed = trt.calls.count("compute")
+    trt.lib.fake_record(1)
+    opened.close()
+    assert trt.calls.count("compute") == computed + 1
+    assert trt.lib.fake_calls().decode().split()[1] == "cudaStreamSynchronize"
+    assert nothing_is_left(trt)
+
+
+def test_a_tensorrt_that_cant_be_started_is_one_line(tiny_bundle: Path, install: Install) -> None:
+    trt = install("10")
+    with_engine(tiny_bundle, "10")
+    trt.refuse, trt.say = "Runtime", "CUDA initialization\nfailure with error: 35"
+    with pytest.raises(
+        BackendError,
+        match=r"^TensorRT 10\.3\.0\.30 can't be started: .*error: 35; the NVIDIA driver is too old",
+    ) as raised:
+        VisionEncoder.open(tiny_bundle)
+    assert "\n" not in str(raised.value)
+    assert nothing_is_left(trt)
+
+
+def test_a_sticky_error_of_an_allocation_ends_the_encoder_too(
+    tiny_bundle: Path, golden: Golden, install: Install
+) -> None:
+    trt = install("10")
+    with_engine(tiny_bundle, "10")
+    with VisionEncoder.open(tiny_bundle) as encoder:
+        encoder.run(golden["images"][:1])
+        trt.lib.fake_fail(b"cudaMalloc", 0, 700)
+        with pytest.raises(BackendError, match=r"cudaMalloc failed with .*\(700\)"):
+            encoder.run(golden["images"][:1], on_device=True)
+        for on_device in (False, True):
+            with pytest.raises(BackendError, match=r"'orin' can't be used any more.*\(700\)"):
+                encoder.run(golden["images"][:1], on_device=on_device)
 
 
 @pytest.mark.parametrize(
@@ -570,6 +756,24 @@ def test_of_several_engines_the_one_that_fits_is_taken(tiny_bundle: Path, instal
         VisionEncoder.open(tiny_bundle, engine="x")
     with pytest.raises(InvalidInputError, match="engine='fits' with backend='onnxruntime', exp"):
         VisionEncoder.open(tiny_bundle, backend="onnxruntime", engine="fits")
+
+
+def test_an_engine_of_another_gpu_of_the_same_sm_runs_with_a_warning(
+    tiny_bundle: Path, golden: Golden, install: Install, caplog: pytest.LogCaptureFixture
+) -> None:
+    install("10")
+    with_engine(tiny_bundle, "10", gpu="Another Orin")
+    with VisionEncoder.open(tiny_bundle) as encoder:
+        check(encoder.run(golden["images"][:1]), golden, slice(1))
+    (record,) = caplog.records
+    assert "'orin' was tuned for and proven on Another Orin, this is Fake Orin" in record.message
+    assert f"vzip build {tiny_bundle}" in record.message
+    caplog.clear()
+    with_engine(tiny_bundle, "10", gpu=None, proof=None)  # ahead of time: for every such GPU
+    VisionEncoder.open(tiny_bundle).close()
+    with_engine(tiny_bundle, "10")
+    VisionEncoder.open(tiny_bundle).close()
+    assert caplog.records == []
 
 
 def test_auto_goes_on_where_no_engine_can_run(
