@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vzip.export import families
 from vzip.export.architecture import (
+    Media,
     ProjectorConfig,
     VisionConfig,
     needed_tensors,
@@ -23,13 +24,14 @@ from vzip.export.architecture import (
 from vzip.export.containers import read_index, read_json, read_tensors, tensor_names
 from vzip.export.folders import Folder, HubFolder, LocalFolder
 from vzip.export.tensor_names import (
+    NEWLINE_EMBEDDING,
     PROJECTOR,
     STANDALONE_PROJECTOR,
     STANDALONE_TOWER,
-    TOWER,
     Part,
     missing,
     resolve,
+    tower_part,
 )
 from vzip.export.weights import VisionWeights, check_tensor
 from vzip.runtime.errors import CheckpointError
@@ -40,6 +42,10 @@ CONFIG = "config.json"
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_SUFFIX = ".index.json"
 ORIGINAL_PROJECTOR = "mm_projector.bin"
+_PROCESSOR_FILES = {
+    "image": "preprocessor_config.json",
+    "video": "video_preprocessor_config.json",
+}
 
 
 @dataclass(frozen=True)
@@ -107,29 +113,44 @@ class Checkpoint:
                 f"{error}; a local checkpoint may also hold it in a folder of that name"
             ) from error
 
-    @cached_property
-    def preprocessor(self) -> dict[str, Any]:
-        """The image processor's settings, its own or else its tower's.
+    def preprocessor(self, media: Media) -> dict[str, Any]:
+        """Return the settings of the image or video processor, its own or else its tower's.
 
-        As in transformers, the part ``image_processor`` of ``processor_config.json`` comes before
-        ``preprocessor_config.json``.
+        As in transformers, a part of ``processor_config.json`` comes before a file of its own, and
+        for video the image processor's settings count where there are none for video.
+
+        Args:
+            media: What is to be prepared.
+
+        Raises:
+            CheckpointError: There are none.
         """
         for folder in [self.folder, *([self.tower.folder] if self.tower else [])]:
-            settings = _image_processor(folder)
+            settings = _processor(folder, media)
             if settings is not None:
                 return settings
         owner = self.tower or self
         raise owner.folder.missing(["preprocessor_config.json"], purpose="image preprocessing")
 
-    @cached_property
-    def vision(self) -> VisionConfig:
-        """The architecture of the vision side, feature layer and preprocessing."""
-        families.tower_reference(self.config)  # an unknown family is said before a missing file
+    def vision(self, media: Media | None = None) -> VisionConfig:
+        """Return the architecture of the vision side, feature layers and preprocessing.
+
+        Args:
+            media: What the graph is made for; None for the family's own choice.
+
+        Raises:
+            CheckpointError: As `families.describe`, or a file is missing.
+            InvalidInputError: The family has no graph for `media`.
+        """
+        chosen = families.chosen_media(self.config, media)
+        families.tower_reference(self.config)  # an unknown variant is said before a missing file
         tower = None if self.tower is None else self.tower.config
-        return families.describe(self.config, self.preprocessor, tower=tower)
+        return families.describe(self.config, self.preprocessor(chosen), tower=tower, media=chosen)
 
 
-def vision_config(model: str | os.PathLike[str], *, revision: str | None = None) -> VisionConfig:
+def vision_config(
+    model: str | os.PathLike[str], *, revision: str | None = None, media: Media | None = None
+) -> VisionConfig:
     """Return a model's architecture, for random weights.
 
     Published repositories behind the aliases are known by heart, so no hub is needed for them; of
@@ -138,17 +159,19 @@ def vision_config(model: str | os.PathLike[str], *, revision: str | None = None)
     Args:
         model: As for `Checkpoint.open`.
         revision: As for `Checkpoint.open`; with one, the configuration of that revision is read.
+        media: As for `Checkpoint.vision`.
 
     Raises:
         CheckpointError: As `Checkpoint.open` and `families.describe`.
+        InvalidInputError: The model's family has no graph for `media`.
     """
     hub_id = locate(model).hub_id
-    known = families.published(hub_id) if hub_id is not None and revision is None else None
-    return known or Checkpoint.open(model, revision=revision).vision
+    known = families.published(hub_id, media) if hub_id is not None and revision is None else None
+    return known or Checkpoint.open(model, revision=revision).vision(media)
 
 
-def read_vision(checkpoint: Checkpoint) -> VisionWeights:
-    """Read tower and projector.
+def read_vision(checkpoint: Checkpoint, media: Media | None = None) -> VisionWeights:
+    """Read tower, projector and, where the model has one, the newline embedding.
 
     The dead last layers and the post-LayerNorm come along where they are in the checkpoint.
     Original LLaVA's tower comes from the checkpoint if there is a copy in it, else from the one
@@ -156,19 +179,25 @@ def read_vision(checkpoint: Checkpoint) -> VisionWeights:
 
     Args:
         checkpoint: The opened checkpoint.
+        media: As for `Checkpoint.vision`; where images and video have a tower each, it says whose.
 
     Returns:
         Canonical names → tensors in the dtype of the checkpoint, mapped from its files.
 
     Raises:
         CheckpointError: A file or needed tensor is missing, damaged or of a wrong shape.
+        InvalidInputError: The model's family has no graph for `media`.
     """
-    config = checkpoint.vision
+    config = checkpoint.vision(media)
     shapes = tensor_shapes(config)
     own = _Store.open(checkpoint.folder)
     tensors: dict[str, Tensor] = {}
-    for stores in (_tower_stores(own, checkpoint), _projector_stores(own, checkpoint)):
-        tensors |= _read_part(stores, shapes, needed_tensors(config))
+    for places in (
+        _tower_places(own, checkpoint, tower_part(config.tower_module)),
+        _projector_places(own, checkpoint),
+        [(NEWLINE_EMBEDDING, own)],
+    ):
+        tensors |= _read_part(places, shapes, needed_tensors(config))
     return VisionWeights(config, tensors)
 
 
@@ -241,15 +270,15 @@ class _Store:
 Place = tuple[Part, _Store]
 
 
-def _tower_stores(own: _Store, checkpoint: Checkpoint) -> list[Place]:
+def _tower_places(own: _Store, checkpoint: Checkpoint, part: Part) -> list[Place]:
     """Where the tower may be, best first."""
-    places = [(TOWER, own)]
-    if checkpoint.tower is not None and not _holds(TOWER, own):
+    places = [(part, own)]
+    if checkpoint.tower is not None and not _holds(part, own):
         places.append((STANDALONE_TOWER, _Store.open(checkpoint.tower.folder)))
     return places
 
 
-def _projector_stores(own: _Store, checkpoint: Checkpoint) -> list[Place]:
+def _projector_places(own: _Store, checkpoint: Checkpoint) -> list[Place]:
     """Where the projector may be, best first."""
     places = [(PROJECTOR, own)]
     if checkpoint.tower is not None and not _holds(PROJECTOR, own):
@@ -293,10 +322,14 @@ def _config(folder: Folder) -> dict[str, Any]:
     return read_json(path)
 
 
-def _image_processor(folder: Folder) -> dict[str, Any] | None:
+def _processor(folder: Folder, media: Media) -> dict[str, Any] | None:
     path = folder.find("processor_config.json")
-    nested = read_json(path).get("image_processor") if path is not None else None
-    if isinstance(nested, dict):
-        return nested
-    path = folder.find("preprocessor_config.json")
-    return read_json(path) if path is not None else None
+    parts = read_json(path) if path is not None else {}
+    for each in ("video", "image") if media == "video" else ("image",):
+        nested = parts.get(f"{each}_processor")
+        if isinstance(nested, dict):
+            return nested
+        path = folder.find(_PROCESSOR_FILES[each])
+        if path is not None:
+            return read_json(path)
+    return None

@@ -12,16 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from vzip.export import selections
 from vzip.export.budget import Budget, Merge, split_tokens
-from vzip.export.targets import Choice, resolve
+from vzip.export.targets import Choice, find, resolve
 from vzip.runtime.console import emit, run_command
 from vzip.runtime.errors import BudgetError, InvalidInputError, missing
 from vzip.runtime.models import ALIASES
 
 if TYPE_CHECKING:
+    from vzip.export.architecture import VisionConfig
+    from vzip.export.defaults import Batch
     from vzip.runtime.bundle import Bundle
-
-DEFAULT_TOKENS = 64  # the paper's smallest budget for LLaVA-1.5: 54 + 10 of 576
 
 
 def vzip_export() -> int:
@@ -40,32 +41,41 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         The exit status.
     """
     arguments = _export_parser(prog).parse_args(argv)
-    budget = _budget(arguments)
-    choice = _resolve_target(arguments)
-    output = Path(_output(arguments, budget))
+    _check_options(arguments)
     _require_export_packages(prog)
     from vzip.export.onnx_graph import GraphOptions
     from vzip.export.pictures import reference_images
-    from vzip.export.pipeline import WeightSource, export_bundle
+    from vzip.export.pipeline import Method, WeightSource, export_bundle
 
+    source = WeightSource(
+        arguments.model,
+        arguments.revision,
+        arguments.seed if arguments.weights == "random" else None,
+        arguments.projector,
+        arguments.media,
+    )
+    config = source.config()
+    budget = _budget(arguments, config)
+    if arguments.tiles is not None and config.tiling is None:
+        raise InvalidInputError(
+            f"--tiles {arguments.tiles} was given, but '{arguments.model}' cuts no tiles here; "
+            "leave it out"
+        )
+    batch = _batch(arguments, config)
+    choice = _resolve_target(arguments, batch.size)
+    output = Path(_output(arguments, budget))
     say(f"budget: {describe_budget(budget)}")
     for note in choice.notes:
         say(note)
     bundle = export_bundle(
-        WeightSource(
-            arguments.model,
-            arguments.revision,
-            arguments.seed if arguments.weights == "random" else None,
-            arguments.projector,
-        ),
+        source,
         output,
-        budget=budget,
-        merge=arguments.merge,
+        method=Method(budget, arguments.merge, arguments.selection, arguments.tiles or "reference"),
         precision=arguments.precision,
         options=GraphOptions(
             graph_input=arguments.input,
-            batch=arguments.batch if arguments.max_batch is None else arguments.max_batch,
-            dynamic_batch=arguments.max_batch is not None,
+            batch=batch.size,
+            dynamic_batch=batch.dynamic,
             opset=arguments.opset,
         ),
         check_images=() if arguments.no_check else reference_images(),
@@ -164,7 +174,8 @@ def _export_parser(prog: str) -> argparse.ArgumentParser:
         "--tokens",
         type=int,
         metavar="K",
-        help=f"tokens that leave the graph, split 27:5 as in the paper (default: {DEFAULT_TOKENS})",
+        help="tokens of an image, a tile or a frame, split 27:5 as in the paper (default: 64, or "
+        "17 for a graph made for video)",
     )
     parser.add_argument("--dominant", type=int, metavar="N", help="tokens kept as they are")
     parser.add_argument("--contextual", type=int, metavar="N", help="tokens merged from the rest")
@@ -174,7 +185,31 @@ def _export_parser(prog: str) -> argparse.ArgumentParser:
         default="average",
         help="average: the paper's; sum: the published code's (default: average)",
     )
-    parser.add_argument("--no-cls", action="store_true", help="drop the CLS token")
+    parser.add_argument(
+        "--no-cls",
+        action="store_true",
+        help="drop the CLS token (default: keep it, if there is one)",
+    )
+    parser.add_argument(
+        "--selection",
+        choices=selections.names(),
+        default=selections.DEFAULT,
+        help="which tokens are kept: visionzip, or a baseline that looks at nothing "
+        "(default: visionzip)",
+    )
+    parser.add_argument(
+        "--media",
+        choices=("image", "video"),
+        help="for models that see images and video in different ways, which of them (default: the "
+        "model's own choice; 'vzip models' says it)",
+    )
+    parser.add_argument(
+        "--tiles",
+        choices=("reference", "newline"),
+        help="for models that cut images into tiles, the tokens' order: the published code's, or "
+        "with rows ended by newlines and without padding, as the LLM was trained (default: "
+        "reference)",
+    )
     parser.add_argument(
         "--target",
         metavar="NAME",
@@ -184,7 +219,12 @@ def _export_parser(prog: str) -> argparse.ArgumentParser:
         "--precision", metavar="{fp32,fp16}", help="default: the target's, or fp32 without one"
     )
     batch = parser.add_mutually_exclusive_group()
-    batch.add_argument("--batch", type=int, default=1, metavar="N", help="static batch (default 1)")
+    batch.add_argument(
+        "--batch",
+        type=int,
+        metavar="N",
+        help="static batch (default: 1; for tiles and video open, up to those of one input)",
+    )
     batch.add_argument(
         "--max-batch", type=int, metavar="N", help="leave the batch axis open, up to N"
     )
@@ -209,8 +249,8 @@ def _export_parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _budget(arguments: argparse.Namespace) -> Budget:
-    """Read the budget, and refuse options that contradict each other."""
+def _check_options(arguments: argparse.Namespace) -> None:
+    """Refuse options that contradict each other, before anything is read or imported."""
     if arguments.seed is not None and arguments.weights != "random":
         raise InvalidInputError(
             f"--seed {arguments.seed} was given without --weights random; a checkpoint has no seed:"
@@ -218,28 +258,56 @@ def _budget(arguments: argparse.Namespace) -> Budget:
         )
     if arguments.weights == "random":
         arguments.seed = arguments.seed or 0
-    cls_token = not arguments.no_cls
     parts = (arguments.dominant, arguments.contextual)
     if arguments.tokens is not None and parts != (None, None):
         raise BudgetError(
             "--tokens and --dominant/--contextual were both given; expected either the sum or its "
             "parts"
         )
-    if parts == (None, None):
-        tokens = DEFAULT_TOKENS if arguments.tokens is None else arguments.tokens
-        return split_tokens(tokens, cls_token=cls_token)
-    if None in parts:
+    if arguments.tokens is not None:
+        split_tokens(arguments.tokens)
+    elif None not in parts:
+        Budget(*parts)
+    elif parts != (None, None):
         raise BudgetError("expected --dominant and --contextual together; or --tokens for the sum")
-    return Budget(*parts, cls_token)
+    _resolve_target(arguments, arguments.batch or arguments.max_batch or 1)
+    if arguments.output is not None and not arguments.output.strip():
+        raise InvalidInputError("-o is empty; expected a folder to write the bundle to")
 
 
-def _resolve_target(arguments: argparse.Namespace) -> Choice:
+def _budget(arguments: argparse.Namespace, config: VisionConfig) -> Budget:
+    """Return the budget: as asked for, else the model's default; it fits the tower."""
+    from vzip.export import defaults
+
+    if arguments.dominant is not None:
+        budget = Budget(arguments.dominant, arguments.contextual, not arguments.no_cls)
+    else:
+        tokens = defaults.tokens(config) if arguments.tokens is None else arguments.tokens
+        budget = split_tokens(tokens, cls_token=not arguments.no_cls)
+    budget = defaults.keeps_cls(budget, config)
+    budget.check_fits(config.tokens, tower_has_cls=config.tower.cls_token)
+    return budget
+
+
+def _batch(arguments: argparse.Namespace, config: VisionConfig) -> Batch:
+    """Return the batch: as asked for, else the model's default as far as the target takes it."""
+    from vzip.export import defaults
+
+    if arguments.max_batch is not None:
+        return defaults.Batch(arguments.max_batch, dynamic=True)
+    if arguments.batch is not None:
+        return defaults.Batch(arguments.batch, dynamic=False)
+    batch = defaults.batch(config)
+    if arguments.target is None:
+        return batch
+    largest = find(arguments.target).largest_batch(arguments.precision)
+    return defaults.Batch(min(batch.size, largest), batch.dynamic)
+
+
+def _resolve_target(arguments: argparse.Namespace, batch: int) -> Choice:
     """Fill in opset and precision, and refuse what contradicts the target."""
     choice = resolve(
-        arguments.target,
-        opset=arguments.opset,
-        precision=arguments.precision,
-        batch=arguments.batch if arguments.max_batch is None else arguments.max_batch,
+        arguments.target, opset=arguments.opset, precision=arguments.precision, batch=batch
     )
     arguments.opset, arguments.precision = choice.opset, choice.precision
     return choice
@@ -249,8 +317,6 @@ def _output(arguments: argparse.Namespace, budget: Budget) -> str:
     """Return -o, or a name made of model, tokens and precision."""
     if arguments.output is None:
         return f"{Path(arguments.model).resolve().name}-{budget.tokens}-{arguments.precision}"
-    if not arguments.output.strip():
-        raise InvalidInputError("-o is empty; expected a folder to write the bundle to")
     return str(arguments.output)
 
 

@@ -8,6 +8,7 @@ upstream model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -15,18 +16,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vzip.export import selections
 from vzip.export.architecture import ProjectorConfig, TowerConfig, VisionConfig
 from vzip.export.budget import Budget, Merge
-from vzip.export.visionzip import apply_plan, cls_scores, make_plan
+from vzip.export.visionzip import Plan, apply_plan, cls_scores, received_scores
 from vzip.runtime.preprocess import Preprocessing
 
 GraphInput = Literal["image", "pixel_values"]
 Weights = Mapping[str, Tensor]
 
+
+def _tanh_gelu(x: Tensor) -> Tensor:
+    """SigLIP's GELU, without the Pow that the exporter makes of torch's.
+
+    A square beyond FP16's range is infinite, and so is the tanh's argument: no NaN comes of it.
+    """
+    return 0.5 * x * (1.0 + torch.tanh((2 / math.pi) ** 0.5 * x * (1.0 + 0.044715 * x * x)))
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # CLIP's
     "gelu": functional.gelu,
-    "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": _tanh_gelu,
 }
 
 
@@ -74,24 +85,27 @@ class PatchEmbedding(nn.Module):
         self.stride = config.patch_size
         self.graph_input = graph_input
         kernel = weights["tower.embeddings.patch_embedding.weight"]  # [D, 3, p, p]
+        bias = weights.get("tower.embeddings.patch_embedding.bias")  # [D], SigLIP's
         mean = torch.tensor(preprocessing.mean, dtype=torch.float64)
         std = torch.tensor(preprocessing.std, dtype=torch.float64)
         # pixel_values = (image * rescale - mean) / std = image * scale + shift, per channel.
         scale, shift = preprocessing.rescale_factor / std, -mean / std
         self.folded = graph_input == "image" and dtype == torch.float32
-        bias = None
         if self.folded:
             wide = kernel.double()
-            bias = _parameter((wide * shift.view(1, 3, 1, 1)).sum(dim=(1, 2, 3)), dtype)
+            shifted = (wide * shift.view(1, 3, 1, 1)).sum(dim=(1, 2, 3))
+            bias = shifted if bias is None else shifted + bias.double()
             kernel = wide * scale.view(1, 3, 1, 1)
         elif graph_input == "image":
             # Folded FP16 weights would be near 1e-4, where FP16 has few bits left.
             self.scale = _parameter(scale.view(1, 3, 1, 1), torch.float32)
             self.shift = _parameter(shift.view(1, 3, 1, 1), torch.float32)
         self.kernel = _parameter(kernel, dtype)
-        self.bias = bias
+        self.bias = None if bias is None else _parameter(bias, dtype)
+        self.cls_token = config.cls_token
         positions = weights["tower.embeddings.position_embedding.weight"].float().clone()  # [S, D]
-        positions[0] += weights["tower.embeddings.class_embedding"].float()
+        if config.cls_token:
+            positions[0] += weights["tower.embeddings.class_embedding"].float()
         self.positions = _parameter(positions.unsqueeze(0), dtype)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -101,7 +115,7 @@ class PatchEmbedding(nn.Module):
             image: uint8 [B, H, W, 3] RGB, or float32 [B, 3, H, W] as the processor makes it.
 
         Returns:
-            [B, S, D], CLS first.
+            [B, S, D], CLS first where the tower has one.
         """
         pixels = image
         if self.graph_input == "image":
@@ -112,8 +126,10 @@ class PatchEmbedding(nn.Module):
         pixels = pixels.to(self.kernel.dtype)
         patches = functional.conv2d(pixels, self.kernel, self.bias, stride=self.stride)
         patches = patches.flatten(2).transpose(1, 2)  # [B, N, D]
-        # A row of zeros in front becomes CLS by what is added to it: no shape of the batch is read.
-        return functional.pad(patches, (0, 0, 1, 0)) + self.positions
+        if self.cls_token:
+            # A row of zeros becomes CLS by what is added to it: no shape of the batch is read.
+            patches = functional.pad(patches, (0, 0, 1, 0))
+        return patches + self.positions
 
 
 class Layer(nn.Module):
@@ -157,16 +173,23 @@ class Layer(nn.Module):
 
 
 class Projector(nn.Module):
-    """Linear, GELU, Linear: tower features to the LLM's embeddings."""
+    """(LayerNorm,) Linear, GELU, Linear: tower features to the LLM's embeddings."""
 
     def __init__(self, config: ProjectorConfig, weights: Weights, dtype: torch.dtype) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
+        self.norm = (
+            None
+            if config.norm_eps is None
+            else LayerNorm(weights, "projector.projector_layernorm", config.norm_eps, dtype)
+        )
         self.linear_1 = Linear(weights, "projector.linear_1", dtype)
         self.linear_2 = Linear(weights, "projector.linear_2", dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, K, D] → [B, K, L]."""
+        """[B, K, F] → [B, K, L]."""
+        if self.norm is not None:
+            x = self.norm(x)
         embeds: Tensor = self.linear_2(self.activation(self.linear_1(x)))
         return embeds
 
@@ -175,12 +198,13 @@ class Encoder(nn.Module):
     """The whole graph.
 
     Args:
-        config: Architecture, feature layer and preprocessing.
+        config: Architecture, feature layers and preprocessing.
         weights: Canonical names → tensors, any floating dtype; each is read once.
         budget: Tokens that leave the graph.
         merge: How contextual tokens are formed.
         graph_input: What `forward` takes.
         dtype: torch.float32 or torch.float16, of weights, activations and `image_embeds`.
+        selection: A name of `vzip.export.selections`.
     """
 
     def __init__(
@@ -192,19 +216,29 @@ class Encoder(nn.Module):
         merge: Merge,
         graph_input: GraphInput,
         dtype: torch.dtype,
+        selection: str = selections.DEFAULT,
     ) -> None:
         super().__init__()
-        budget.check_fits(config.tower.tokens, tower_has_cls=config.tower.cls_token)
+        tower = config.tower
+        budget.check_fits(config.tokens, tower_has_cls=tower.cls_token)
         self.budget = budget
         self.merge: Merge = merge
-        tower = config.tower
+        self.selection = selections.get(selection)
+        self.states = config.states
+        self.cls_token = tower.cls_token
         self.heads, self.head_width = tower.num_heads, tower.hidden_size // tower.num_heads
         self.embedding = PatchEmbedding(tower, weights, config.preprocessing, graph_input, dtype)
-        self.pre_norm = LayerNorm(weights, "tower.pre_layrnorm", tower.layer_norm_eps, dtype)
+        self.pre_norm = (
+            LayerNorm(weights, "tower.pre_layrnorm", tower.layer_norm_eps, dtype)
+            if tower.kind == "clip"
+            else None
+        )
         self.layers = nn.ModuleList(
             Layer(tower, weights, index, dtype) for index in range(config.layers_run)
         )
         self.projector = Projector(config.projector, weights, dtype)
+        pooling = None if config.pool == 1 else _parameter(_pooling(tower.grid), torch.float32)
+        self.pooling = pooling  # [S, patches], the selection's tokens from the tower's
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Encode a batch of images.
@@ -213,21 +247,91 @@ class Encoder(nn.Module):
             image: uint8 [B, H, W, 3], or float32 [B, 3, H, W].
 
         Returns:
-            `image_embeds` [B, K, L], `kept_indices` int64 [B, dominant] ascending (0 = CLS), and
-            `token_weights` float32 [B, K, S], which the graph holds but does not output.
+            `image_embeds` [B, K, L], `kept_indices` int64 [B, dominant] ascending (0 = CLS, where
+            there is one), and `token_weights` float32 [B, K, S], which the graph holds but does
+            not output.
         """
-        hidden = self.pre_norm(self.embedding(image))
+        hidden = self.embedding(image)
+        if self.pre_norm is not None:
+            hidden = self.pre_norm(hidden)
         queries = keys = hidden
-        for layer in self.layers:
+        passed: dict[int, Tensor] = {}
+        for state, layer in enumerate(self.layers, start=1):
             hidden, queries, keys = layer(hidden)
-        # The scores: one row of QKᵀ in FP32, apart from the layer's own attention, whose softmax
-        # keeps a single consumer and so stays fusable.
+            passed[state] = hidden
+        # Several layers' features side by side; scores and keys are the deepest one's.
+        features = [passed[state] for state in self.states]
+        selected = features[0] if len(features) == 1 else torch.cat(features, dim=-1)  # [B, S, F]
         split_keys = _split_heads(keys.float(), self.heads)  # [B, H, S, d]
-        cls_query = _split_heads(queries[:, :1].float(), self.heads)  # [B, H, 1, d]
-        logits = torch.matmul(cls_query * self.head_width**-0.5, split_keys.transpose(2, 3))
-        scores = cls_scores(torch.softmax(logits, dim=-1).squeeze(2))  # [B, N]
-        plan = make_plan(scores, split_keys, self.budget, merge=self.merge)
-        return self.projector(apply_plan(plan, hidden)), plan.kept, plan.token_weights
+        plan = self.selection.plan(
+            selections.Signals(
+                keys=self._pooled(split_keys),
+                cls_token=self.cls_token,
+                attention_scores=lambda: self._attention_scores(queries, split_keys),
+            ),
+            self.budget,
+            self.merge,
+        )
+        return self._embeds(plan, selected), plan.kept, plan.token_weights
+
+    def _attention_scores(self, queries: Tensor, split_keys: Tensor) -> Tensor:
+        """Score patches by attention, in FP32 and apart from the layer's own.
+
+        That layer's softmax keeps a single consumer and so stays fusable.
+
+        Args:
+            queries: [B, S, D], q_proj's output before any scaling.
+            split_keys: float32 [B, H, S, d].
+
+        Returns:
+            float32 [B, N].
+        """
+        # CLS is one row of QKᵀ. Without it every query counts.
+        asking = queries[:, :1] if self.cls_token else queries
+        split_queries = _split_heads(asking.float(), self.heads) * self.head_width**-0.5
+        attention = torch.softmax(torch.matmul(split_queries, split_keys.transpose(2, 3)), dim=-1)
+        if self.cls_token:
+            return cls_scores(attention.squeeze(2))
+        return self._pooled(received_scores(attention).unsqueeze(-1)).squeeze(-1)
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        """[…, tower tokens, n] → […, S, n], where the selection's tokens are pooled ones."""
+        return x if self.pooling is None else torch.matmul(self.pooling, x)
+
+    def _embeds(self, plan: Plan, features: Tensor) -> Tensor:
+        """[B, tower tokens, F] → [B, K, L].
+
+        The projector sees K tokens, unless the LLM was trained with pooled ones: those are pooled
+        behind the projector, so it has to see all.
+        """
+        if self.pooling is None:
+            projected: Tensor = self.projector(apply_plan(plan, features))
+            return projected
+        weights = torch.matmul(plan.token_weights, self.pooling)  # [B, K, tower tokens]
+        return apply_plan(Plan(plan.kept, weights), self.projector(features))
+
+
+def _pooling(grid: tuple[int, int]) -> Tensor:
+    """Return the matrix of LLaVA-OneVision's pooling of a frame, [pooled, patches].
+
+    Bilinear interpolation to half the rows and columns, rounded up, with the centres of the outer
+    pixels half a pixel inside (``align_corners=False``); no antialiasing.
+    """
+    rows, columns = (_halved(length) for length in grid)
+    return torch.kron(rows, columns)
+
+
+def _halved(length: int) -> Tensor:
+    """Return the weights [(length + 1) // 2, length] of one axis."""
+    count = (length + 1) // 2
+    place = (torch.arange(count, dtype=torch.float64) + 0.5) * (length / count) - 0.5
+    low = place.floor()
+    matrix = torch.zeros(count, length, dtype=torch.float64)
+    for row in range(count):
+        share = float(place[row] - low[row])
+        for index, weight in ((int(low[row]), 1 - share), (int(low[row]) + 1, share)):
+            matrix[row, min(max(index, 0), length - 1)] += weight
+    return matrix
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from onnx_ir.passes import Sequential, common
 
 from vzip.export import passes
-from vzip.export.encoder import Encoder, GraphInput
+from vzip.export.encoder import Encoder, GraphInput, LayerNorm
 from vzip.runtime.errors import ExportError
 from vzip.runtime.manifest import DATA_FILE, MODEL_FILE, TOKEN_WEIGHTS
 
@@ -93,7 +93,8 @@ def trace(encoder: Encoder, options: GraphOptions, *, image_size: int) -> ir.Mod
         common.RemoveUnusedNodesPass(),
         passes.Promises(
             opset=options.opset,
-            layers=len(encoder.layers),
+            softmaxes=len(encoder.layers) + encoder.selection.uses_attention,
+            norms=sum(isinstance(module, LayerNorm) for module in encoder.modules()),
             half=encoder.projector.linear_1.weight.dtype == torch.float16,
         ),
     )

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vzip.export import oracle
+from vzip.export import oracle, selections
 from vzip.export.reference import Features, projector, tower_features
 from vzip.export.weights import VisionWeights
 from vzip.runtime.backends import open_backend
@@ -118,7 +118,9 @@ class Reference:
         self._preprocessing = weights.config.preprocessing
         self._inputs = np.stack([tower_image(image, self._preprocessing) for image in loaded])
         self._features = tower_features(weights, [np.asarray(image) for image in loaded])
-        self._projector = projector(weights)
+        # Pooled tokens are projected already.
+        pooled = weights.config.pool > 1
+        self._projector = torch.nn.Identity() if pooled else projector(weights)
 
     def compare(self, bundle: Bundle) -> Parity:
         """Run a bundle's graph on the images and judge what it gives.
@@ -134,7 +136,7 @@ class Reference:
         outputs = _run(bundle, self._inputs, self._preprocessing)
         judged = [
             _judge(features, output, bundle.manifest, self._projector, margin=gate.margin)
-            for features, output in zip(self._features, outputs, strict=True)
+            for features, output in zip(self._ranked(bundle.manifest), outputs, strict=True)
         ]
         return _verdict(judged, gate)
 
@@ -147,7 +149,8 @@ class Reference:
         """
         selection = manifest.selection
         embeds, kept = [], []
-        for features in self._features:
+        ranked = self._ranked(manifest)
+        for features in ranked:
             tokens, chosen = oracle.compress(
                 features.hidden,
                 features.keys,
@@ -160,7 +163,7 @@ class Reference:
             with torch.no_grad():
                 embeds.append(self._projector(torch.from_numpy(tokens[0]).float()).numpy())
             kept.append(chosen[0])
-        scores = np.concatenate([features.scores for features in self._features])
+        scores = np.concatenate([features.scores for features in ranked])
         # Uncompressed: photographs and floats hardly shrink.
         np.savez(
             path,
@@ -169,6 +172,12 @@ class Reference:
             scores=scores.astype(np.float32),
             embeds=np.stack(embeds),
         )
+
+    def _ranked(self, manifest: Manifest) -> list[Features]:
+        """Return the features with the scores that the graph's selection goes by."""
+        chosen = manifest.selection
+        ranking, kept = selections.get(chosen.method).ranking, chosen.dominant - chosen.cls_token
+        return [replace(each, scores=ranking(each.scores, kept)) for each in self._features]
 
 
 def _graph_input(images: NDArray[np.uint8], prep: Preprocessing, manifest: Manifest) -> Array:

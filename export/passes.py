@@ -150,8 +150,8 @@ class Anonymise(common.ClearMetadataAndDocStringPass):
 class Promises(ir.passes.InPlacePass):
     """No edit: check what `docs/bundle.md` promises of every graph."""
 
-    def __init__(self, *, opset: int, layers: int, half: bool) -> None:
-        self.opset, self.layers, self.half = opset, layers, half
+    def __init__(self, *, opset: int, softmaxes: int, norms: int, half: bool) -> None:
+        self.opset, self.softmaxes, self.norms, self.half = opset, softmaxes, norms, half
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Leave the model as it is."""
@@ -168,11 +168,14 @@ class Promises(ir.passes.InPlacePass):
             for value in node.outputs:
                 self._check_shape(value)
         norms = sum(node.op_type == "LayerNormalization" for node in model.graph)
-        if norms != 2 * self.layers + 1:
-            _fail(f"{norms} LayerNormalization; expected two for each of {self.layers} layers + 1")
+        if norms != self.norms:
+            _fail(f"{norms} LayerNormalization; expected {self.norms}, one a norm of the model")
         softmaxes = [node for node in model.graph if node.op_type == "Softmax"]
-        if len(softmaxes) != self.layers + 1:
-            _fail(f"{len(softmaxes)} Softmax; expected one a layer and one for the scores")
+        if len(softmaxes) != self.softmaxes:
+            _fail(
+                f"{len(softmaxes)} Softmax; expected {self.softmaxes}, one a layer and one for the "
+                "scores where they come from attention"
+            )
         for node in softmaxes:
             if len(node.outputs[0].uses()) != 1:
                 _fail(f"{node.name}: a second consumer of the softmax breaks fused attention")

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
-from vzip.export import parity
-from vzip.export.architecture import VisionConfig
+from vzip.export import parity, selections
+from vzip.export.architecture import NEWLINE, Media, VisionConfig
 from vzip.export.budget import Budget, Merge
 from vzip.export.checkpoint import Checkpoint, read_projector, read_vision, vision_config
 from vzip.export.encoder import Encoder
@@ -42,12 +43,26 @@ class WeightSource:
         revision: Commit, branch or tag of a hub repository.
         seed: Draw random weights from this seed instead of reading the checkpoint's.
         projector: A file with a tuned projector that replaces the checkpoint's.
+        media: "image" or "video", for models that see the two in different ways; None for the
+            family's own choice.
     """
 
     model: str
     revision: str | None = None
     seed: int | None = None
     projector: Path | None = None
+    media: Media | None = None
+
+    def config(self) -> VisionConfig:
+        """Read the architecture alone, which is quick.
+
+        Raises:
+            CheckpointError: The model can't be found or isn't known.
+            InvalidInputError: The model doesn't take the media asked for.
+        """
+        if self.seed is not None:
+            return vision_config(self.model, revision=self.revision, media=self.media)
+        return Checkpoint.open(self.model, revision=self.revision).vision(self.media)
 
     def load(self) -> tuple[VisionWeights, form.Model]:
         """Read or draw the weights.
@@ -59,14 +74,14 @@ class WeightSource:
             CheckpointError: They can't be found or don't fit.
         """
         if self.seed is not None:
-            config = vision_config(self.model, revision=self.revision)
+            config = self.config()
             # FP16 whatever the precision, as published checkpoints are: both precisions of a graph
             # then have the same weights, and an FP16 graph loses none of them.
             weights = random_vision(config, self.seed, dtype=torch.float16)
             model_id, revision = locate(self.model).model_id, self.revision
         else:
             checkpoint = Checkpoint.open(self.model, revision=self.revision)
-            weights = read_vision(checkpoint)
+            weights = read_vision(checkpoint, self.media)
             model_id, revision = checkpoint.model_id, checkpoint.revision
         digest = None
         if self.projector is not None:
@@ -84,12 +99,36 @@ class WeightSource:
         )
 
 
+@dataclass(frozen=True)
+class Method:
+    """Which tokens leave the graph, and in which order the LLM gets those of tiles.
+
+    Attributes:
+        budget: How many, of an image, a tile or a frame.
+        merge: How contextual tokens are formed.
+        selection: A name of `vzip.export.selections`.
+        tiles: Order of a tiled image's tokens, see `form.Tiling`.
+    """
+
+    budget: Budget
+    merge: Merge = "average"
+    selection: str = selections.DEFAULT
+    tiles: Literal["reference", "newline"] = "reference"
+
+    def tiled(self, config: VisionConfig) -> VisionConfig:
+        """Return the architecture with the order asked for."""
+        if config.tiling is None:
+            return config
+        return dataclasses.replace(
+            config, tiling=dataclasses.replace(config.tiling, order=self.tiles)
+        )
+
+
 def export_bundle(
     source: WeightSource,
     output: Path,
     *,
-    budget: Budget,
-    merge: Merge,
+    method: Method,
     precision: Precision,
     options: GraphOptions,
     check_images: Sequence[ImageSource],
@@ -100,8 +139,7 @@ def export_bundle(
     Args:
         source: The weights.
         output: The folder to create, or a bundle to replace.
-        budget: Tokens that leave the graph.
-        merge: How contextual tokens are formed.
+        method: Which tokens leave the graph.
         precision: Of weights and activations; scores and the plan are FP32 in either.
         options: The graph's interface.
         check_images: Images for the parity check; none leaves it out.
@@ -117,7 +155,7 @@ def export_bundle(
     with bundle_writer(output) as writer:
         step("reading weights")
         weights, model = source.load()
-        config = weights.config
+        config = method.tiled(weights.config)
         reference = None
         if check_images:
             step("running the untouched model")
@@ -126,19 +164,21 @@ def export_bundle(
         encoder = Encoder(
             config,
             weights.tensors,
-            budget=budget,
-            merge=merge,
+            budget=method.budget,
+            merge=method.merge,
             graph_input=options.graph_input,
             dtype=DTYPES[precision],
+            selection=method.selection,
         )
+        if config.newline:
+            newline = weights.tensors[NEWLINE].float().numpy()
+            np.save(writer.folder / form.NEWLINE_FILE, newline, allow_pickle=False)
         del weights  # each of these is half a gigabyte or more for a ViT-L
         graph = trace(encoder, options, image_size=config.tower.image_size)
         step("writing the graph")
         save(graph, writer.folder)
         del encoder, graph
-        manifest = describe(
-            config, model, budget=budget, merge=merge, precision=precision, options=options
-        )
+        manifest = describe(config, model, method=method, precision=precision, options=options)
         if reference is not None:
             step("comparing the graph with it")
             result = reference.compare(writer.stage(manifest))
@@ -158,13 +198,12 @@ def describe(
     config: VisionConfig,
     model: form.Model,
     *,
-    budget: Budget,
-    merge: Merge,
+    method: Method,
     precision: Precision,
     options: GraphOptions,
 ) -> form.Manifest:
     """Return the manifest of a graph, without files and parity."""
-    tower = config.tower
+    tower, budget = config.tower, method.budget
     batch: int | Literal["batch"] = "batch" if options.dynamic_batch else options.batch
     side = tower.image_size
     if options.graph_input == "image":
@@ -174,9 +213,11 @@ def describe(
     return form.Manifest(
         model=model,
         selection=form.Selection(
-            "visionzip", budget.dominant, budget.contextual, merge, budget.cls_token
+            method.selection, budget.dominant, budget.contextual, method.merge, budget.cls_token
         ),
-        tower=form.Tower(tower.tokens, tower.grid, tower.cls_token, side, tower.patch_size),
+        tower=form.Tower(
+            config.tokens, config.grid, tower.cls_token, side, tower.patch_size, config.pool
+        ),
         inputs=(graph_input,),
         outputs=(
             form.Tensor(
@@ -188,7 +229,9 @@ def describe(
         ),
         batch=form.Batch(options.batch, options.dynamic_batch),
         preprocessing=config.preprocessing,
-        llm=form.Llm(config.llm_hidden_size, config.image_token_id),
+        llm=form.Llm(config.llm_hidden_size, config.image_token_id, config.video_token_id),
+        tiling=config.tiling,
+        media=config.takes,
         precision=precision,
         opset=options.opset,
         versions={

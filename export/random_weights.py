@@ -12,7 +12,7 @@ import math
 import numpy as np
 import torch
 
-from vzip.export.architecture import Shape, VisionConfig, tensor_shapes
+from vzip.export.architecture import NEWLINE, Shape, VisionConfig, tensor_shapes
 from vzip.export.weights import VisionWeights
 from vzip.runtime.errors import InvalidInputError
 
@@ -57,6 +57,8 @@ def _generator(seed: int, name: str) -> np.random.Generator:
 
 def _distribution(name: str, shape: Shape, layers: int) -> tuple[float, float]:
     """Mean and standard deviation of a tensor's values."""
+    if name == NEWLINE:
+        return 0.0, shape[0] ** -0.5  # the size of an LLM's embeddings, as transformers draws it
     module, kind = name.rsplit(".", 1)
     if module.endswith(("layrnorm", "layernorm", "layer_norm1", "layer_norm2")):
         return (1.0, 0.1) if kind == "weight" else (0.0, 0.1)

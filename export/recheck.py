@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vzip.export import parity
+from vzip.export.architecture import Media
 from vzip.export.pipeline import WeightSource
 from vzip.runtime.bundle import Bundle, read_bundle, update_manifest
 from vzip.runtime.errors import CheckpointError
@@ -42,7 +43,8 @@ def check_bundle(
             f"{path} was made with the model's own projector, and {projector} was given; "
             "leave out --projector"
         )
-    weights, found = WeightSource(model.id, model.revision, model.seed, projector).load()
+    media: Media = "image" if "image" in bundle.manifest.media else "video"
+    weights, found = WeightSource(model.id, model.revision, model.seed, projector, media).load()
     if found.projector != model.projector:
         raise CheckpointError(
             f"the projector {projector} has SHA-256 {str(found.projector)[:12]}…; expected "

@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from vzip.export.architecture import NEWLINE
 from vzip.runtime.errors import CheckpointError
 
 
@@ -38,17 +39,24 @@ class Part:
         return self.renamed.get(prefix, {}).get(module, module) + dot + rest
 
 
-TOWER = Part(
-    canonical="tower.",
-    prefixes=(
-        "vision_tower.vision_model.",  # llava-hf as published
-        "model.vision_tower.vision_model.",  # transformers from 4.52
-        "vision_tower.",  # transformers 5
-        "model.vision_tower.",  # transformers 5, its own names
-        "model.vision_tower.vision_tower.vision_model.",  # original LLaVA, a copy
-        "model.vision_tower.vision_tower.",  # the same, made by transformers 5
-    ),
-)
+def tower_part(module: str) -> Part:
+    """Return the tower in a model's own checkpoint.
+
+    Args:
+        module: Its name there, see `VisionConfig.tower_module`.
+    """
+    return Part(
+        canonical="tower.",
+        prefixes=(
+            f"{module}.vision_model.",  # as published
+            f"model.{module}.vision_model.",  # transformers from 4.52
+            f"{module}.",  # transformers 5
+            f"model.{module}.",  # transformers 5, its own names
+            f"model.{module}.{module}.vision_model.",  # original LLaVA, a copy
+            f"model.{module}.{module}.",  # the same, made by transformers 5
+        ),
+    )
+
 
 STANDALONE_TOWER = Part(
     canonical="tower.",
@@ -77,6 +85,9 @@ STANDALONE_PROJECTOR = Part(
     renamed=PROJECTOR.renamed,
 )
 """A projector in a file of its own, such as ``mm_projector.bin``."""
+
+NEWLINE_EMBEDDING = Part(canonical=NEWLINE, prefixes=(NEWLINE, f"model.{NEWLINE}"))
+"""The one tensor that is called like its part."""
 
 
 def resolve(

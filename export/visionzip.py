@@ -15,7 +15,7 @@ data-dependent shape, so the same code is traced into the ONNX graph.
 
 from __future__ import annotations
 
-from typing import NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ from torch.nn import functional
 
 from vzip.export.budget import Budget, Merge
 from vzip.runtime.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 # Cosines of FP32 keys carry rounding of about 1e-7, and a matrix product may round equal columns
 # differently. Targets closer than this to the best one tie, and the first of them wins.
@@ -66,6 +70,18 @@ def received_scores(attention: Tensor) -> Tensor:
     """
     heads_and_queries = attention.shape[1] * attention.shape[2]
     return attention.float().sum(dim=(1, 2)) * (1.0 / heads_and_queries)
+
+
+def fixed_scores(scores: NDArray[np.float64], keys: Tensor) -> Tensor:
+    """Return the same scores [N] for every image of a batch: float32 [B, N].
+
+    Args:
+        scores: One per patch, exact in FP32.
+        keys: [B, H, S, d], for the batch alone.
+    """
+    row = torch.tensor(scores, dtype=torch.float32)
+    zeros = keys[:, :1, :1, :1].squeeze(3).squeeze(2).float() * 0.0  # [B, 1], without reading B
+    return row + zeros
 
 
 def make_plan(scores: Tensor, keys: Tensor, budget: Budget, *, merge: Merge = "average") -> Plan:

@@ -10,13 +10,18 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
+import io
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final
+from tokenize import TokenError
+from typing import TYPE_CHECKING, BinaryIO, Final
+
+import numpy as np
 
 from vzip.runtime import atomic
 from vzip.runtime.engine_record import (
@@ -34,12 +39,16 @@ from vzip.runtime.manifest import (
     FORMAT,
     MANIFEST_FILE,
     MODEL_FILE,
+    NEWLINE_FILE,
     REFERENCE_FILE,
     FileEntry,
     Manifest,
     Scalar,
 )
 from vzip.runtime.onnx_wire import external_tensors
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = [
     "Bundle",
@@ -55,6 +64,9 @@ __all__ = [
 LARGEST_MANIFEST: Final = 2**20
 """Bytes of manifest.json that are read at most; ours have three thousand."""
 
+_LARGEST_NPY_HEADER = 10_000  # bytes; numpy believes no longer one either
+# The header is a literal of Python's, and these are what reading one can end in.
+_NPY_ERRORS = (ValueError, TypeError, SyntaxError, MemoryError, RecursionError, TokenError)
 _CHUNK = 2**20
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -91,6 +103,29 @@ class Bundle:
         with _naming(self.path):
             return _check_files(self.path, self.manifest, verify=verify)
 
+    def newline(self) -> NDArray[np.float32]:
+        """Return the LLM's embedding that ends a row, float32 [L], after checking its digest.
+
+        Raises:
+            BundleError: The bundle has none; the file differs from the manifest, or is no finite
+                float32 [L].
+        """
+        width = self.manifest.llm.hidden_size
+        with _naming(self.path):
+            entry = self.manifest.files.get(NEWLINE_FILE)
+            if entry is None:
+                raise _no_newline("it was asked for")
+            most = 4 * width + _LARGEST_NPY_HEADER
+            if entry.bytes > most:
+                raise BundleError(
+                    f"{NEWLINE_FILE} has {entry.bytes} bytes, expected at most {most} for float32 "
+                    f"[{width}]; it is of another model: export the bundle again"
+                )
+            with _open_plain(self.path / NEWLINE_FILE) as file:
+                data = file.read(most + 1)
+            _check_digest(NEWLINE_FILE, hashlib.sha256(data).hexdigest(), entry)
+            return _parse_newline(data, width)
+
 
 def read_bundle(path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
     """Read the manifest of the bundle in the folder `path` and check its files against it.
@@ -124,8 +159,8 @@ class BundleWriter:
     """A bundle in the making, in a hidden folder that nobody reads; see `bundle_writer`.
 
     Attributes:
-        folder: Where ``model.onnx`` and, if there are any, ``model.onnx.data`` and
-            ``reference.npz`` are to be put.
+        folder: Where ``model.onnx`` and, if there are any, ``model.onnx.data``,
+            ``reference.npz`` and ``image_newline.npy`` are to be put.
     """
 
     def __init__(self, staged: atomic.StagedFolder) -> None:
@@ -150,8 +185,8 @@ class BundleWriter:
             found = sorted(entry.name for entry in self.folder.iterdir())
             if MODEL_FILE not in found or not set(found) <= set(FILES):
                 raise BundleError(
-                    f"holds {found}, expected {MODEL_FILE} and perhaps {DATA_FILE} and "
-                    f"{REFERENCE_FILE}; "
+                    f"holds {found}, expected {MODEL_FILE} and perhaps {DATA_FILE}, "
+                    f"{REFERENCE_FILE} and {NEWLINE_FILE}; "
                     "the exporter left other files or wrote none: this is a defect of the exporter"
                 )
             files = {name: _digest(self.folder / name) for name in found}
@@ -283,8 +318,11 @@ def add_engine(bundle: Bundle, name: str, record: EngineRecord, plan: bytes | me
                 waiting.unlink(missing_ok=True)
             raise
         atomic.rename_file(waiting, folder / f"{name}{ENGINE_SUFFIX}")
-        for left in folder.glob(f".{name}.*{ENGINE_SUFFIX}"):  # by a writer that was killed
-            left.unlink(missing_ok=True)
+        # Left by a writer that was killed. In full: the name `x` also begins that of `x.y`.
+        waits = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{16}}{re.escape(ENGINE_SUFFIX)}")
+        for left in folder.iterdir():
+            if waits.fullmatch(left.name):
+                left.unlink(missing_ok=True)
     return Bundle(bundle.path, manifest)
 
 
@@ -302,8 +340,13 @@ def open_engine(bundle: Bundle, name: str) -> Iterator[BinaryIO]:
     with _naming(folder):
         if folder.is_symlink():
             raise _not_plain(folder, "a symbolic link")
-        path = waiting if waiting.exists() else folder / f"{name}{ENGINE_SUFFIX}"
-        file = _open_plain(path)
+        try:
+            file = _open_plain(waiting)
+        except BundleError as error:
+            # Mostly it waits no more; a writer may rename it at this very moment.
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            file = _open_plain(folder / f"{name}{ENGINE_SUFFIX}")
     with file:
         yield file
 
@@ -407,6 +450,7 @@ def _check_files(folder: Path, manifest: Manifest, *, verify: bool) -> bytes:
             f"manifest.json: 'files' lacks {MODEL_FILE}; the file was edited or made by another "
             "tool: export the bundle again"
         )
+    _check_newline(manifest)
     for name, entry in manifest.files.items():
         with _open_plain(folder / name) as file:
             size = os.fstat(file.fileno()).st_size
@@ -423,6 +467,52 @@ def _check_files(folder: Path, manifest: Manifest, *, verify: bool) -> bytes:
         _check_digest(MODEL_FILE, hashlib.sha256(model).hexdigest(), manifest.files[MODEL_FILE])
     _check_external(model, manifest)
     return model
+
+
+def _check_newline(manifest: Manifest) -> None:
+    """Refuse a bundle whose tokens take a newline embedding that it doesn't have."""
+    if NEWLINE_FILE in manifest.files:
+        return
+    if manifest.tiling is not None and manifest.tiling.order == "newline":
+        raise _no_newline("'tiling.order' is 'newline'")
+    if manifest.tower.pool == 2:
+        raise _no_newline("'tower.pool' is 2, and one ends a clip")
+
+
+def _no_newline(why: str) -> BundleError:
+    """Return the error for a newline embedding that isn't there."""
+    return BundleError(
+        f"manifest.json: 'files' lacks {NEWLINE_FILE}, expected it, since {why}; the model has no "
+        "newline embedding, or the file was edited: export the bundle again"
+    )
+
+
+def _parse_newline(data: bytes, width: int) -> NDArray[np.float32]:
+    """Return the array in a file of NumPy's format, float32 [width]."""
+    try:
+        file = io.BytesIO(data)
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("another version")
+        # What the header says is compared before memory is taken for it.
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    except _NPY_ERRORS as error:
+        raise BundleError(
+            f"{NEWLINE_FILE} is no file in NumPy's format 1.0, expected float32 [{width}]; "
+            "it was made by another tool: export the bundle again"
+        ) from error
+    left = len(data) - file.tell()
+    if (shape, dtype, left) != ((width,), np.dtype("<f4"), 4 * width):
+        raise BundleError(
+            f"{NEWLINE_FILE} holds {dtype} {list(shape)} in {left} bytes, expected float32 "
+            f"[{width}] in {4 * width}; it is of another model: export the bundle again"
+        )
+    newline = np.frombuffer(data, dtype, offset=file.tell()).astype(np.float32)
+    if not np.isfinite(newline).all():
+        raise BundleError(
+            f"{NEWLINE_FILE} has numbers that are NaN or infinite, expected finite ones; "
+            "the checkpoint is damaged: export the bundle from a sound one"
+        )
+    return newline
 
 
 def _check_digest(name: str, got: str, entry: FileEntry) -> None:

@@ -39,6 +39,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "check": Command(
             "vzip.export.cli:check_main", "compare a bundle with the untouched PyTorch model"
         ),
+        "models": Command("vzip.export.models_cli:models_main", "list the models that have a name"),
         "targets": Command(
             "vzip.export.targets:targets_main", "list the machines that an export can be made for"
         ),
@@ -51,7 +52,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "inspect": Command(
             "vzip.export.build_cli:inspect_main", "print what a graph or an engine consists of"
         ),
-        "ask": Command("vzip.runtime.commands:ask", "answer one question about an image"),
+        "ask": Command("vzip.runtime.commands:ask", "answer one question about an image or a clip"),
         "chat": Command("vzip.runtime.commands:chat", "answer questions until end of input"),
         "show": Command("vzip.runtime.commands:show", "draw which patches of an image are kept"),
     }

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from vzip.runtime.console import emit
 from vzip.runtime.errors import CheckpointError, InvalidInputError
+from vzip.runtime.frames import DEFAULT_FRAMES
 from vzip.runtime.handoff import (
     DEFAULT_MAX_NEW_TOKENS,
     ImageTokens,
@@ -23,14 +24,17 @@ if TYPE_CHECKING:
     from vzip.runtime.handoff import Conversation
 
 
+_SHOWN = "an image file, a video file, or a folder with a video's frames as images"
+
+
 def ask(argv: Sequence[str], *, prog: str) -> int:
     """Run ``vzip ask``: print the answer to one question, and nothing else, on stdout."""
-    parser = _parser(prog, "Answer one question about an image.")
+    parser = _parser(prog, "Answer one question about an image or a video.", _SHOWN)
     parser.add_argument("question", metavar="QUESTION", help="the question, in quotes")
     _add_llm(parser)
     arguments = parser.parse_args(argv)
     check_question("ask", arguments.question)
-    check_max_new_tokens("ask", arguments.max_new_tokens)
+    _check_llm_options("ask", arguments)
     conversation = _conversation(arguments)
     emit(conversation.ask(arguments.question, max_new_tokens=arguments.max_new_tokens))
     return 0
@@ -40,12 +44,13 @@ def chat(argv: Sequence[str], *, prog: str) -> int:
     """Run ``vzip chat``: a question per line of stdin, its answer on stdout as it is made."""
     parser = _parser(
         prog,
-        "Answer questions about an image, one per line of standard input, until it ends. "
-        "The image is encoded once, and every question sees the ones before it.",
+        "Answer questions about an image or a video, one per line of standard input, until it "
+        "ends. It is encoded once, and every question sees the ones before it.",
+        _SHOWN,
     )
     _add_llm(parser)
     arguments = parser.parse_args(argv)
-    check_max_new_tokens("chat", arguments.max_new_tokens)
+    _check_llm_options("chat", arguments)
     if sys.stdin is None:
         raise InvalidInputError(
             "chat: standard input is closed, so there are no questions; start it without '<&-'"
@@ -61,6 +66,7 @@ def show(argv: Sequence[str], *, prog: str) -> int:
     parser = _parser(
         prog,
         "Draw which patches of an image are kept (clear), merged (tinted by group) and dimmed.",
+        "an image file",
     )
     parser.add_argument(
         "-o", "--output", metavar="FILE.png", type=Path, required=True, help="the picture to write"
@@ -72,9 +78,15 @@ def show(argv: Sequence[str], *, prog: str) -> int:
     from vzip.runtime.encoder import VisionEncoder
     from vzip.runtime.images import load_image
     from vzip.runtime.overlay import overlay
+    from vzip.runtime.video import is_video
 
+    if is_video(arguments.image):
+        raise InvalidInputError(
+            f"show: '{arguments.image}' is a video or a folder, but one image is drawn; take a "
+            "frame out of it"
+        )
     image = load_image(arguments.image)
-    with VisionEncoder.open(arguments.bundle, backend=arguments.backend) as encoder:
+    with VisionEncoder.open(arguments.bundle, arguments.backend, arguments.engine) as encoder:
         manifest = encoder.manifest
         tokens = encoder.encode([image])
         groups = None
@@ -108,25 +120,36 @@ def show(argv: Sequence[str], *, prog: str) -> int:
     return 0
 
 
-def _parser(prog: str, description: str) -> argparse.ArgumentParser:
+def _parser(prog: str, description: str, shown: str) -> argparse.ArgumentParser:
     """Return a parser with what all three commands take."""
     # No abbreviations: a new option would change what an old script says.
     parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument(
         "bundle", metavar="BUNDLE", type=Path, help="the folder that 'vzip export' wrote"
     )
-    parser.add_argument("image", metavar="IMAGE", type=Path, help="an image file")
+    parser.add_argument("image", metavar="IMAGE", type=Path, help=shown)
     parser.add_argument(
         "--backend",
         default="auto",
         metavar="NAME",
         help="what runs the vision encoder (default: auto, the best that is installed)",
     )
+    parser.add_argument(
+        "--engine",
+        metavar="NAME",
+        help="which of the bundle's TensorRT engines is run (default: the only one that fits)",
+    )
     return parser
 
 
 def _add_llm(parser: argparse.ArgumentParser) -> None:
     """Add what ask and chat take beyond that."""
+    parser.add_argument(
+        "--frames",
+        type=int,
+        metavar="N",
+        help=f"most frames of a video, evenly spaced (default: {DEFAULT_FRAMES})",
+    )
     parser.add_argument(
         "--llm",
         metavar="MODEL",
@@ -142,24 +165,43 @@ def _add_llm(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _check_llm_options(command: str, arguments: argparse.Namespace) -> None:
+    """Refuse numbers that make no sense, before any work is done."""
+    check_max_new_tokens(command, arguments.max_new_tokens)
+    if arguments.frames is not None and arguments.frames < 1:
+        raise InvalidInputError(
+            f"{command}: got --frames {arguments.frames}; it takes 1 or more frames of a video"
+        )
+
+
 def _conversation(arguments: argparse.Namespace) -> Conversation:
-    """Encode the image and load the LLM; what fails fast comes first."""
+    """Encode the image or video and load the LLM; what fails fast comes first."""
     from vzip.runtime.encoder import VisionEncoder
     from vzip.runtime.handoff.transformers import TransformersLLM
     from vzip.runtime.images import load_image
     from vzip.runtime.models import locate
+    from vzip.runtime.video import is_video, sample_frames
 
     if arguments.llm is not None:
         locate(arguments.llm)
-    image = load_image(arguments.image)
-    with VisionEncoder.open(arguments.bundle, backend=arguments.backend) as encoder:
+    video = is_video(arguments.image)
+    if arguments.frames is not None and not video:
+        raise InvalidInputError(
+            f"got --frames for '{arguments.image}', which is no video that is known here; leave "
+            "the option out for an image, and give a video or a folder of frames otherwise"
+        )
+    if video:
+        shown = sample_frames(arguments.image, arguments.frames or DEFAULT_FRAMES)
+    else:
+        shown = [load_image(arguments.image)]
+    with VisionEncoder.open(arguments.bundle, arguments.backend, arguments.engine) as encoder:
         tokens = ImageTokens.of(encoder.manifest)
         model, revision = _llm(encoder.manifest, arguments.llm)
-        embeds = encoder.encode([image]).embeds[0]
+        embeds = encoder.video_embeds(shown) if video else encoder.image_embeds(shown[0])
     # The vision encoder is closed by now: its memory is the LLM's.
     _quiet()
     llm = TransformersLLM.open(model, tokens=tokens, revision=revision)
-    return llm.conversation(embeds)
+    return llm.conversation(embeds, frames=len(shown) if video else None)
 
 
 def _answer(conversation: Conversation, question: str, max_new_tokens: int) -> None:

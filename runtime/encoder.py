@@ -18,8 +18,9 @@ from vzip.runtime.backends import AUTO, Backend, DeviceBackend, open_backend
 from vzip.runtime.bundle import Bundle, read_bundle
 from vzip.runtime.errors import BackendError, InvalidInputError
 from vzip.runtime.images import ImageSource, load_image
-from vzip.runtime.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS, Manifest, Tensor
+from vzip.runtime.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS, Manifest, Media, Tensor
 from vzip.runtime.preprocess import pixel_values, tower_image
+from vzip.runtime.tiles import arrange, arrange_rows, cut, newline_row
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -153,9 +154,74 @@ class VisionEncoder:
             raise InvalidInputError("got an empty list of images, expected at least one image")
         preprocessing = self.manifest.preprocessing
         pixels = np.stack([tower_image(load_image(each), preprocessing) for each in sources])
-        if self.manifest.input.name == "image":
-            return self._encode_chunks(pixels, on_device)
-        return self._encode_chunks(pixel_values(pixels, preprocessing), on_device)
+        return self._encode_pixels(pixels, on_device)
+
+    def image_embeds(self, image: ImageSource) -> Array:
+        """Return all that the language model gets for one image.
+
+        Where the bundle cuts images into tiles (`Manifest.tiling`), all tiles go through the graph
+        in as few calls as its batch allows. Their tokens are those of the base tile as they are,
+        then those of the others in the order that the manifest names: see `vzip.runtime.tiles`.
+
+        Args:
+            image: As for `encode`.
+
+        Returns:
+            float32 or float16 [n, L]. Without tiles n is K.
+
+        Raises:
+            InvalidInputError: The bundle takes no images, or the image can't be used.
+            BundleError: The newline embedding that the order takes is damaged.
+            BackendError: As for `encode`.
+        """
+        self._usable()
+        self._check_media("image")
+        tiling, tower = self.manifest.tiling, self.manifest.tower
+        if tiling is None:
+            tokens = self.encode([image])
+            return tokens.embeds.reshape(tokens.embeds.shape[1:])  # [1, K, L] → [K, L]
+        newline = self.bundle.newline() if tiling.order == "newline" else None
+        tiles = cut(load_image(image), self.manifest.preprocessing, tiling)
+        tokens = self._encode_pixels(tiles.images, on_device=False)
+        grid, embeds, kept = tiles.grid, tokens.embeds[1:], tokens.kept[1:]
+        cells, cls_token = tower.grid, tower.cls_token
+        others = (
+            arrange(embeds, kept, grid, patches=cells, cls_token=cls_token)
+            if newline is None
+            else arrange_rows(
+                embeds, kept, grid, newline, tiles.size, patches=cells, cls_token=cls_token
+            )
+        )
+        return np.concatenate([tokens.embeds[0], others])
+
+    def video_embeds(self, frames: Sequence[ImageSource]) -> Array:
+        """Return all that the language model gets for a clip.
+
+        Args:
+            frames: A list or tuple of frames in time order, each an image as `encode` takes it:
+                what `vzip.runtime.video.sample_frames` returns.
+
+        Returns:
+            float32 or float16 [n, L]: the K tokens of frame 0, then those of frame 1, …; where the
+            manifest's `tower.pool` is 2 (LLaVA-OneVision), the newline embedding ends the clip.
+
+        Raises:
+            InvalidInputError: The bundle takes no videos; not a list of frames, or an empty one; a
+                frame can't be used.
+            BundleError: The newline embedding is damaged.
+            BackendError: As for `encode`.
+        """
+        self._usable()
+        self._check_media("video")
+        if not isinstance(frames, (list, tuple)):
+            raise InvalidInputError(
+                f"got {type(frames).__name__}, expected a list of frames in time order; take them "
+                "from a file with vzip.runtime.video's sample_frames"
+            )
+        newline = self.bundle.newline() if self.manifest.tower.pool == 2 else None
+        embeds = self.encode(frames).embeds  # [frames, K, L]
+        tokens = embeds.reshape(-1, embeds.shape[-1])
+        return tokens if newline is None else np.concatenate([tokens, newline_row(newline, tokens)])
 
     def run(self, array: Array, *, on_device: bool = False) -> CompressedTokens:
         """Return the compressed tokens of an array that is exactly what the graph takes.
@@ -197,6 +263,20 @@ class VisionEncoder:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _check_media(self, media: Media) -> None:
+        """Refuse what the bundle wasn't made for."""
+        if media not in self.manifest.media:
+            raise InvalidInputError(
+                f"got {'an image' if media == 'image' else 'a video'}, but this bundle takes "
+                f"{' and '.join(self.manifest.media)} alone; export another with --media {media}"
+            )
+
+    def _encode_pixels(self, pixels: NDArray[np.uint8], on_device: bool) -> CompressedTokens:
+        """Run images of the tower's resolution, uint8 [B, H, W, 3], as the graph takes them."""
+        if self.manifest.input.name == "image":
+            return self._encode_chunks(pixels, on_device)
+        return self._encode_chunks(pixel_values(pixels, self.manifest.preprocessing), on_device)
 
     def _encode_chunks(self, array: Array, on_device: bool) -> CompressedTokens:
         """Run an array of any number of images in as many calls as its batch needs."""
@@ -360,8 +440,11 @@ def check_outputs(manifest: Manifest, backend: str, outputs: dict[str, Array], c
 def _finite(array: Array) -> bool:
     """Return whether all numbers of an array [B, K, L] are finite."""
     if array.dtype == np.float16:  # isfinite converts halves one by one: 18 times slower
-        bits = array.view(np.uint16)
-        return all(bool((row & 0x7C00).max() < 0x7C00) for row in bits)
+        # Infinity and NaN begin at 0x7C00 with a plus sign, at 0xFC00 with a minus.
+        plus, both = array.view(np.int16), array.view(np.uint16)
+        return all(
+            bool(p.max() < 0x7C00 and b.max() < 0xFC00) for p, b in zip(plus, both, strict=True)
+        )
     return all(bool(np.isfinite(row).all()) for row in array)  # row by row stays in the cache
 
 

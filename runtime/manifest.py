@@ -24,7 +24,8 @@ MANIFEST_FILE: Final = "manifest.json"
 MODEL_FILE: Final = "model.onnx"
 DATA_FILE: Final = "model.onnx.data"
 REFERENCE_FILE: Final = "reference.npz"
-FILES: Final = (MODEL_FILE, DATA_FILE, REFERENCE_FILE)
+NEWLINE_FILE: Final = "image_newline.npy"
+FILES: Final = (MODEL_FILE, DATA_FILE, REFERENCE_FILE, NEWLINE_FILE)
 
 TOKEN_ORDER: Final = "dominant ascending, contextual in target order"  # noqa: S105 - no password
 """The one order of `image_embeds` in schema 1: kept tower tokens by ascending index (CLS, where it
@@ -37,6 +38,7 @@ TOKEN_WEIGHTS: Final = "token_weights"  # noqa: S105 - no password
 """A value inside the graph, float32 [B, K, S]: weight of tower token s in output token k."""
 
 Dimension = int | Literal["batch"]
+Media = Literal["image", "video"]
 Scalar = checks.Scalar
 
 _OBJECT_DEPTH_ERROR = "nested more deeply than any manifest"
@@ -81,21 +83,21 @@ class Selection:
     """How tower tokens become `tokens` output tokens.
 
     Attributes:
-        method: ``visionzip``.
+        method: ``visionzip``, or the name of another selection in `vzip.export.selections`.
         dominant: Number of tower tokens kept as they are, CLS included where it is kept.
         contextual: Number of tokens merged from the rest.
         merge: ``average`` (the paper) or ``sum`` (the published code).
         cls_token: Whether CLS is kept, as one of `dominant`.
     """
 
-    method: Literal["visionzip"]
+    method: str
     dominant: int
     contextual: int
     merge: Literal["average", "sum"]
     cls_token: bool
 
     def __post_init__(self) -> None:
-        checks.choice("selection.method", self.method, ("visionzip",))
+        checks.text("selection.method", self.method)
         checks.integer("selection.dominant", self.dominant, low=1)
         checks.integer("selection.contextual", self.contextual, low=1)
         checks.choice("selection.merge", self.merge, ("average", "sum"))
@@ -112,11 +114,14 @@ class Tower:
     """The vision tower before compression.
 
     Attributes:
-        tokens: S, the tower's tokens, CLS included.
-        grid: Rows and columns of patches.
+        tokens: S, the tokens that are selected from, CLS included.
+        grid: Rows and columns of the tokens that are selected from: patches, or with `pool` 2
+            pooled ones.
         cls_token: Whether token 0 is a CLS token.
         image_size: Side of the square input image, in pixels.
         patch_size: Side of a patch, in pixels.
+        pool: 2 where the language model gets tokens that are pooled 2×2 (LLaVA-OneVision's video
+            frames), else 1.
     """
 
     tokens: int
@@ -124,16 +129,51 @@ class Tower:
     cls_token: bool
     image_size: int
     patch_size: int
+    pool: int = 1
 
     def __post_init__(self) -> None:
         checks.integer("tower.image_size", self.image_size, low=1, high=2**16)
         checks.integer("tower.patch_size", self.patch_size, low=1, high=self.image_size)
         checks.boolean("tower.cls_token", self.cls_token)
-        side = self.image_size // self.patch_size  # 384 / 14 leaves a margin that no patch sees
+        checks.integer("tower.pool", self.pool, low=1, high=1 if self.cls_token else 2)
+        # 384 / 14 leaves a margin that no patch sees; pooling rounds up.
+        side = -(-(self.image_size // self.patch_size) // self.pool)
         if not isinstance(self.grid, tuple) or self.grid != (side, side):
-            raise checks.refuse("tower.grid", self.grid, f"{[side, side]} = image_size/patch_size")
+            raise checks.refuse(
+                "tower.grid", self.grid, f"{[side, side]} = image_size/patch_size/pool"
+            )
         tokens = side * side + self.cls_token
         checks.integer("tower.tokens", self.tokens, low=tokens, high=tokens)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a large image is cut into tiles, each of which the graph takes as an image.
+
+    Attributes:
+        pinpoints: The resolutions that tiles may make up, as (height, width) in pixels, in the
+            checkpoint's order (the first of equally good ones is taken).
+        order: ``reference``: the published code's order, without newlines, padding included.
+            ``newline``: rows of patches end with the LLM's newline embedding, as it was trained,
+            and patches of the padding are left out. See `vzip.runtime.tiles`.
+    """
+
+    pinpoints: tuple[tuple[int, int], ...]
+    order: Literal["reference", "newline"] = "reference"
+
+    def __post_init__(self) -> None:
+        checks.choice("tiling.order", self.order, ("reference", "newline"))
+        if not isinstance(self.pinpoints, tuple) or not self.pinpoints:
+            raise checks.refuse("tiling.pinpoints", self.pinpoints, "a list of [height, width]")
+        for pair in self.pinpoints:
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise checks.refuse("tiling.pinpoints", pair, "[height, width]")
+            for side in pair:
+                checks.integer("tiling.pinpoints", side, low=1, high=2**16)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return {"pinpoints": [list(pair) for pair in self.pinpoints], "order": self.order}
 
 
 @dataclass(frozen=True)
@@ -187,15 +227,19 @@ class Llm:
     Attributes:
         hidden_size: L, width of its embeddings.
         image_token_id: Id of the placeholder that image tokens replace in the prompt.
+        video_token_id: Id of the placeholder of a video; None where the model has none of its own.
     """
 
     hidden_size: int
     image_token_id: int
+    video_token_id: int | None = None
 
     def __post_init__(self) -> None:
         checks.integer("llm.hidden_size", self.hidden_size, low=1)
         # Original LLaVA's placeholder is -200: no entry of any vocabulary.
         checks.integer("llm.image_token_id", self.image_token_id, low=-(2**31))
+        if self.video_token_id is not None:
+            checks.integer("llm.video_token_id", self.video_token_id, low=0)
 
 
 @dataclass(frozen=True)
@@ -229,6 +273,9 @@ class Manifest:
         outputs: ``image_embeds`` [B, K, L] and ``kept_indices`` int64 [B, dominant], in this order.
         batch: How many images one call takes.
         preprocessing: From a picture to the tower's input.
+        tiling: How large images are cut into tiles; None where they are not.
+        media: What the bundle takes: ``image``, ``video`` (frames, each an image to the graph), or
+            both.
         llm: The language model that the projector projects to.
         precision: Precision of the tower's weights and activations.
         opset: ONNX opset of the graph.
@@ -253,6 +300,8 @@ class Manifest:
     engines: Mapping[str, EngineRecord] = field(default_factory=dict)
     parity: Mapping[str, Scalar] | None = None
     token_order: str = TOKEN_ORDER
+    tiling: Tiling | None = None
+    media: tuple[Media, ...] = ("image", "video")
 
     def __post_init__(self) -> None:
         _check_records(self)
@@ -261,6 +310,7 @@ class Manifest:
         checks.choice("precision", self.precision, ("fp32", "fp16"))
         checks.integer("opset", self.opset, low=17, high=18)
         _check_tensors(self)
+        _check_media(self)
         for package, version in self.versions.items():
             checks.text(f"versions.{package}", version)
         for name, entry in self.files.items():
@@ -305,6 +355,8 @@ class Manifest:
             "outputs": [{**vars(each), "shape": list(each.shape)} for each in self.outputs],
             "batch": dict(vars(self.batch)),
             "preprocessing": self.preprocessing.to_json(),
+            "tiling": None if self.tiling is None else self.tiling.to_json(),
+            "media": list(self.media),
             "llm": dict(vars(self.llm)),
             "precision": self.precision,
             "opset": self.opset,
@@ -354,6 +406,8 @@ class Manifest:
             outputs=_tensors("outputs", top["outputs"]),
             batch=Batch(**_record("batch", top["batch"], Batch)),
             preprocessing=_preprocessing(top["preprocessing"]),
+            tiling=_tiling(top["tiling"]),
+            media=_any({"media": _as_tuple(top["media"])})["media"],
             llm=Llm(**_record("llm", top["llm"], Llm)),
             precision=precision,
             opset=opset,
@@ -389,8 +443,8 @@ class Manifest:
 
 _TOP_KEYS = (
     *("format", "schema_version", "model", "selection", "tower", "token_order", "inputs"),
-    *("outputs", "batch", "preprocessing", "llm", "precision", "opset", "files", "engines"),
-    *("parity", "versions"),
+    *("outputs", "batch", "preprocessing", "tiling", "media", "llm", "precision", "opset"),
+    *("files", "engines", "parity", "versions"),
 )
 
 
@@ -430,6 +484,17 @@ def _preprocessing(value: object) -> Preprocessing:
         return Preprocessing.from_json(value)
     except InvalidInputError as error:
         raise BundleError(f"manifest.json: 'preprocessing': {error}") from error
+
+
+def _tiling(value: object) -> Tiling | None:
+    """Return the tiling that a JSON value describes."""
+    if value is None:
+        return None
+    record = _record("tiling", value, Tiling)
+    pinpoints = _as_tuple(record["pinpoints"])
+    if isinstance(pinpoints, tuple):
+        pinpoints = tuple(_as_tuple(pair) for pair in pinpoints)
+    return Tiling(**{**record, "pinpoints": pinpoints})
 
 
 def _check_version(value: object) -> None:
@@ -479,6 +544,25 @@ def _check_records(manifest: Manifest) -> None:
         value = getattr(manifest, name)
         if not isinstance(value, record):
             raise checks.refuse(name, value, f"a {record.__name__}")
+
+
+def _check_media(manifest: Manifest) -> None:
+    """Refuse unknown media, and a tiling that doesn't go with tower, media and files."""
+    media, tiling = manifest.media, manifest.tiling
+    if media not in (("image",), ("video",), ("image", "video")):
+        raise checks.refuse("media", media, "['image'], ['video'] or ['image', 'video']")
+    if tiling is None:
+        return
+    if not isinstance(tiling, Tiling):
+        raise checks.refuse("tiling", tiling, "a Tiling")
+    if "image" not in media:
+        raise checks.refuse("tiling", tiling.order, "null, since the bundle takes no image")
+    side = manifest.tower.image_size
+    for height, width in tiling.pinpoints:
+        if height % side or width % side:
+            raise checks.refuse(
+                "tiling.pinpoints", [height, width], f"multiples of the tower's image_size {side}"
+            )
 
 
 def _check_budget(selection: Selection, tower: Tower) -> None:

@@ -20,6 +20,17 @@ ALIASES: Mapping[str, str] = MappingProxyType(
         DEMO: "vzip.runtime.demo",  # the package that carries the demo model
         "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
         "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
+        "bakllava": "llava-hf/bakLlava-v1-hf",
+        "vip-llava-7b": "llava-hf/vip-llava-7b-hf",
+        "vip-llava-13b": "llava-hf/vip-llava-13b-hf",
+        "llava-next-vicuna-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",
+        "llava-next-vicuna-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
+        "llava-next-mistral-7b": "llava-hf/llava-v1.6-mistral-7b-hf",
+        "video-llava-7b": "LanguageBind/Video-LLaVA-7B-hf",
+        "llava-onevision-0.5b": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
+        "llava-onevision-7b": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+        "llava-interleave-0.5b": "llava-hf/llava-interleave-qwen-0.5b-hf",
+        "llava-interleave-7b": "llava-hf/llava-interleave-qwen-7b-hf",
     }
 )
 """Alias → hub id; that of the demo model → the package that holds its folder."""

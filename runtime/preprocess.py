@@ -1,13 +1,16 @@
 """From an RGB image to the tower's pixels, bit for bit as transformers' Pillow processors do it.
 
-The reference is transformers 5 with the Pillow backend: `CLIPImageProcessorPil` for `resize_crop`,
-`LlavaImageProcessorPil(do_pad=True)` for `pad_square` (original LLaVA's `image_aspect_ratio: pad`).
+The reference is transformers 5 with the Pillow backend: `CLIPImageProcessorPil` and, for frames,
+`VideoLlavaImageProcessor` for `resize_crop`; `LlavaImageProcessorPil(do_pad=True)` for `pad_square`
+(original LLaVA's `image_aspect_ratio: pad`); `SiglipImageProcessorPil`, and the base tile of
+`LlavaNextImageProcessorPil` and `LlavaOnevisionImageProcessorPil`, for `stretch`.
 `tests/parity/test_preprocess_parity.py` compares every byte. Numpy and Pillow are all it takes.
 
 Two stages, because a graph may hold the second one itself:
 
-1. `tower_image`: (pad to a square with the mean colour,) resize the short edge with Pillow's
-   antialiased bicubic, crop the centre. uint8 [H, W, 3].
+1. `tower_image`, uint8 [H, W, 3], with Pillow's antialiased bicubic: (pad to a square with the mean
+   colour,) resize the short edge, crop the centre; or resize both edges, whatever becomes of the
+   proportions.
 2. `pixel_values`: rescale, subtract the mean, divide by the deviation. float32 [B, 3, H, W].
 """
 
@@ -25,7 +28,7 @@ from vzip.runtime.errors import InvalidInputError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Mode = Literal["resize_crop", "pad_square"]
+Mode = Literal["resize_crop", "pad_square", "stretch"]
 
 MAX_IMAGE_SIZE = 4096
 """Largest resolution of a tower that is believed: a larger one in a file is damage."""
@@ -45,8 +48,9 @@ class Preprocessing:
 
     Args:
         image_size: Height and width of the tower's input, in pixels (`crop_size`).
-        mode: `resize_crop` or `pad_square`.
-        shortest_edge: What the short edge is resized to, in pixels, before the crop.
+        mode: `resize_crop`, `pad_square` or `stretch`.
+        shortest_edge: What the short edge is resized to, in pixels, before the crop. `stretch`
+            crops nothing: there it is `image_size`.
         resample: The filter; Pillow's antialiased bicubic is the one these families use.
         mean: Of red, green, blue, on the scale from 0 to 1.
         std: Of red, green, blue, on the same scale.
@@ -71,6 +75,12 @@ class Preprocessing:
                 raise _field_error(name, value, f"an integer from 1 to {MAX_IMAGE_SIZE}")
         if self.mode not in get_args(Mode):
             raise _field_error("mode", self.mode, " or ".join(map(repr, get_args(Mode))))
+        if self.mode == "stretch" and self.shortest_edge != self.image_size:
+            raise _field_error(
+                "shortest_edge",
+                self.shortest_edge,
+                f"image_size {self.image_size}, since 'stretch' crops nothing",
+            )
         if self.resample != "bicubic":
             raise _field_error("resample", self.resample, "'bicubic'")
         # Within 0 … 1: times 255 the mean is the colour that a picture is padded with.
@@ -146,7 +156,9 @@ def tower_image(image: Image.Image, prep: Preprocessing) -> NDArray[np.uint8]:
             f"got an image of {image.width}×{image.height} pixels, expected at least 1×1; it is "
             "empty: make it again"
         )
-    if prep.mode == "pad_square" and image.width != image.height:
+    if prep.mode == "stretch":
+        resized = image.resize((prep.image_size, prep.image_size), Image.Resampling.BICUBIC)
+    elif prep.mode == "pad_square" and image.width != image.height:
         resized = _resize_padded(image, prep)
     else:
         resized = _resize_short_edge(image, prep.shortest_edge)

@@ -1,18 +1,52 @@
 """One file per checkpoint family; what in a ``config.json`` decides between them.
 
-A family is a class with three functions, registered by decorator. To add one: a file here with the
-class, and its import in `_known`.
+A family is a class registered by decorator. To add one: a file here with the class, and nothing
+else; `_known` finds it. What families share is in `configs` and `processors`.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import pkgutil
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
-from vzip.export.architecture import VisionConfig
-from vzip.runtime.errors import CheckpointError
+from vzip.export.architecture import Media, VisionConfig
+from vzip.runtime.errors import CheckpointError, InvalidInputError
 
 Config = Mapping[str, Any]
+Unit = Literal["image", "tile", "frame"]
+
+
+@dataclass(frozen=True)
+class View:
+    """How a family's LLM sees images, or videos.
+
+    Attributes:
+        unit: What a budget counts the tokens of.
+        pool: As `VisionConfig.pool`.
+    """
+
+    unit: Unit
+    pool: Literal[1, 2] = 1
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a hub repository is known to hold.
+
+    Attributes:
+        config: Its ``config.json``, as far as the vision side goes.
+        preprocessor: Its ``preprocessor_config.json``, likewise.
+        budgets: Those that the paper gives for it, dominant + contextual of a unit, as they stand
+            in ``vzip models``; empty where it gives none.
+    """
+
+    config: Config
+    preprocessor: Config
+    budgets: str = ""
 
 
 class Family(Protocol):
@@ -20,12 +54,13 @@ class Family(Protocol):
 
     Attributes:
         claimed_by: What in a configuration makes it this family's, as it stands in error messages.
-        published: Hub id → that repository's ``config.json`` and ``preprocessor_config.json`` as
-            published, for `--weights random` without a hub.
+        media: What a graph can be made for; the family's own choice comes first.
+        published: Hub id → what that repository holds, for `--weights random` without a hub.
     """
 
     claimed_by: str
-    published: Mapping[str, tuple[Config, Config]]
+    media: Mapping[Media, View]
+    published: Mapping[str, Published]
 
     def claims(self, config: Config) -> bool:
         """Say whether a configuration is this family's, from its keys alone."""
@@ -36,9 +71,9 @@ class Family(Protocol):
         ...
 
     def describe(
-        self, config: Config, preprocessor: Config | None, tower: Config | None
+        self, config: Config, preprocessor: Config | None, tower: Config | None, media: Media
     ) -> VisionConfig:
-        """Read the numbers; see `describe`."""
+        """Read the numbers; see `describe`. `media` is one of this family's."""
         ...
 
 
@@ -56,50 +91,20 @@ def register(name: str) -> Callable[[type[Family]], type[Family]]:
     return add
 
 
-def names() -> tuple[str, ...]:
-    """Return the names of all families."""
-    return tuple(_known())
+def families() -> Mapping[str, Family]:
+    """Return name → family of all there are."""
+    return _known()
 
 
-def describe(
-    config: Config, preprocessor: Config | None, *, tower: Config | None = None
-) -> VisionConfig:
-    """Read a vision side's numbers from the files of a checkpoint.
-
-    Args:
-        config: Its ``config.json``.
-        preprocessor: The image processor's settings (``preprocessor_config.json``, or the part
-            ``image_processor`` of ``processor_config.json``), None where the checkpoint has none.
-        tower: ``config.json`` of the tower's checkpoint, where `tower_reference` names one.
-
-    Returns:
-        The architecture, feature layer and preprocessing.
+def family_of(config: Config) -> tuple[str, Family]:
+    """Return the family of a configuration and its name.
 
     Raises:
-        CheckpointError: No family knows the configuration, or it holds something that vzip can't
-            compute exactly.
+        CheckpointError: There is none; the message says which there are, and what decided.
     """
-    return _of(config).describe(config, preprocessor, tower)
-
-
-def tower_reference(config: Config) -> str | None:
-    """Return the folder or hub id of the checkpoint that a model's tower comes from, or None."""
-    return _of(config).tower_reference(config)
-
-
-def published(hub_id: str) -> VisionConfig | None:
-    """Return the architecture that a hub repository is known to hold, without asking the hub."""
-    for family in _known().values():
-        if hub_id in family.published:
-            config, preprocessor = family.published[hub_id]
-            return family.describe(config, preprocessor, None)
-    return None
-
-
-def _of(config: Config) -> Family:
-    for family in _known().values():
+    for name, family in _known().items():
         if family.claims(config):
-            return family
+            return name, family
     got = {key: config.get(key) for key in ("model_type", "architectures") if key in config}
     keys = sorted(key for key in config if key.startswith("mm_") or key == "vision_config")
     known = "; ".join(f"{name} ({family.claimed_by})" for name, family in _known().items())
@@ -109,7 +114,79 @@ def _of(config: Config) -> Family:
     )
 
 
-def _known() -> Mapping[str, Family]:
-    from vzip.export.families import llava  # noqa: F401 - imported for its registrations
+def describe(
+    config: Config,
+    preprocessor: Config | None,
+    *,
+    tower: Config | None = None,
+    media: Media | None = None,
+) -> VisionConfig:
+    """Read a vision side's numbers from the files of a checkpoint.
 
+    Args:
+        config: Its ``config.json``.
+        preprocessor: The settings of its image processor, or for video those of its video processor
+            where it has one: ``preprocessor_config.json`` and the like. None where there are none.
+        tower: ``config.json`` of the tower's checkpoint, where `tower_reference` names one.
+        media: What the graph is made for; None for the family's own choice.
+
+    Returns:
+        The architecture, feature layers and preprocessing.
+
+    Raises:
+        CheckpointError: No family knows the configuration, or it holds something that vzip can't
+            compute exactly.
+        InvalidInputError: The family has no graph for `media`.
+    """
+    family = family_of(config)[1]
+    return family.describe(config, preprocessor, tower, chosen_media(config, media))
+
+
+def tower_reference(config: Config) -> str | None:
+    """Return the folder or hub id of the checkpoint that a model's tower comes from, or None."""
+    return family_of(config)[1].tower_reference(config)
+
+
+def chosen_media(config: Config, media: Media | None) -> Media:
+    """Return what a graph is made for: `media`, or without one the family's own choice.
+
+    Raises:
+        CheckpointError: No family knows the configuration.
+        InvalidInputError: The family has no graph for `media`.
+    """
+    name, family = family_of(config)
+    return _chosen(name, family, media)
+
+
+def published(hub_id: str, media: Media | None = None) -> VisionConfig | None:
+    """Return the architecture that a hub repository is known to hold, without asking the hub.
+
+    Raises:
+        InvalidInputError: Its family has no graph for `media`.
+    """
+    for name, family in _known().items():
+        if hub_id in family.published:
+            known = family.published[hub_id]
+            chosen = _chosen(name, family, media)
+            return family.describe(known.config, known.preprocessor, None, chosen)
+    return None
+
+
+def _chosen(name: str, family: Family, media: Media | None) -> Media:
+    if media is None:
+        return next(iter(family.media))
+    if media not in family.media:
+        raise InvalidInputError(
+            f"media is '{media}', and the family '{name}' has a graph for "
+            f"{' and '.join(family.media)} alone, expected "
+            f"{' or '.join(repr(each) for each in family.media)}; its towers see the frames of a "
+            "clip as images: leave media out"
+        )
+    return media
+
+
+@functools.cache
+def _known() -> Mapping[str, Family]:
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
     return _REGISTRY

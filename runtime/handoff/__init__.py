@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
@@ -25,7 +25,7 @@ DEFAULT_MAX_NEW_TOKENS = 256
 
 
 class Conversation(Protocol):
-    """Questions about one image, each of which sees the turns before it."""
+    """Questions about one image or video, each of which sees the turns before it."""
 
     def stream(
         self, question: str, *, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
@@ -39,26 +39,37 @@ class Conversation(Protocol):
 
 
 class LLM(Protocol):
-    """An LLM engine that takes one image's tokens and text.
+    """An LLM engine that takes the tokens of one image or video and text.
 
-    `embeds` is always one image's rows, float32 or float16 [K, L], in the bundle's token order:
-    ``tokens.embeds[0]`` of a `CompressedTokens`.
+    `embeds` is float32 or float16 [n, L], in the bundle's token order: what
+    `VisionEncoder.image_embeds` gives of an image, with `frames` None; or what `video_embeds` gives
+    of a video, with `frames` the number of its frames.
     """
 
     name: str
 
-    def conversation(self, embeds: Embeds) -> Conversation:
-        """Begin a conversation about one image."""
+    def conversation(self, embeds: Embeds, *, frames: int | None = None) -> Conversation:
+        """Begin a conversation about one image or video."""
         ...
 
     def stream(
-        self, embeds: Embeds, question: str, *, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+        self,
+        embeds: Embeds,
+        question: str,
+        *,
+        frames: int | None = None,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     ) -> Iterator[str]:
         """Answer one question, piece by piece."""
         ...
 
     def ask(
-        self, embeds: Embeds, question: str, *, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+        self,
+        embeds: Embeds,
+        question: str,
+        *,
+        frames: int | None = None,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     ) -> str:
         """Answer one question."""
         ...
@@ -66,17 +77,23 @@ class LLM(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ImageTokens:
-    """What a bundle says about the tokens that it makes of one image.
+    """What a bundle says about the tokens that it makes of one image or video.
 
     Attributes:
-        count: K, rows per image.
+        count: Rows per image; None where they depend on its size, because it is cut into tiles.
         hidden_size: L, width of a row.
         image_token_id: Id of the placeholder in the text whose embedding a row replaces.
+        video_token_id: Id of that of a video; None where the LLM has none of its own.
+        frame_count: Rows per frame of a video; None for any number.
+        closing: Rows behind those of a video's last frame.
     """
 
-    count: int
+    count: int | None
     hidden_size: int
     image_token_id: int
+    video_token_id: int | None = None
+    frame_count: int | None = None
+    closing: int = 0
 
     @classmethod
     def of(cls, manifest: Manifest) -> ImageTokens:
@@ -92,13 +109,32 @@ class ImageTokens:
                 "measure speed and can't answer questions; export it again from a checkpoint, "
                 "without --weights random"
             )
+        tokens = manifest.selection.dominant + manifest.selection.contextual
         return cls(
-            count=manifest.selection.dominant + manifest.selection.contextual,
+            count=tokens if manifest.tiling is None else None,
             hidden_size=manifest.llm.hidden_size,
             image_token_id=manifest.llm.image_token_id,
+            video_token_id=manifest.llm.video_token_id,
+            frame_count=tokens,
+            # LLaVA-OneVision ends a video, whose frames it pools, with its newline embedding.
+            closing=1 if manifest.tower.pool == 2 else 0,
         )
 
-    def check_llm(self, engine: str, *, model: str, hidden_size: int, image_token_id: int) -> None:
+    def rows(self, frames: int | None) -> int | None:
+        """Return how many rows one image, or a video of so many frames, has; None for any."""
+        if frames is None:
+            return self.count
+        return None if self.frame_count is None else frames * self.frame_count + self.closing
+
+    def check_llm(
+        self,
+        engine: str,
+        *,
+        model: str,
+        hidden_size: int,
+        image_token_id: int,
+        video_token_id: int | None = None,
+    ) -> None:
         """Check that the tokens are made for this LLM; before its weights are loaded.
 
         Args:
@@ -106,6 +142,7 @@ class ImageTokens:
             model: Where the LLM comes from, for the message.
             hidden_size: The LLM's width.
             image_token_id: Its placeholder's id.
+            video_token_id: That of a video; None if it has none.
 
         Raises:
             InvalidInputError: They are not.
@@ -121,6 +158,11 @@ class ImageTokens:
                 f"{engine}: the bundle's image token id is {self.image_token_id}, but that of the "
                 f"LLM {model!r} is {image_token_id}; {cure}"
             )
+        if self.video_token_id is not None and video_token_id != self.video_token_id:
+            raise InvalidInputError(
+                f"{engine}: the bundle's video token id is {self.video_token_id}, but that of the "
+                f"LLM {model!r} is {video_token_id}; {cure}"
+            )
 
 
 def check_embeds(
@@ -129,24 +171,27 @@ def check_embeds(
     *,
     hidden_size: int,
     count: int | None,
+    frames: int | None = None,
     largest: float = float("inf"),
 ) -> None:
-    """Check one image's tokens before they reach an engine.
+    """Check the tokens of one image or video before they reach an engine.
 
     Args:
         engine: The engine's name, for the message.
-        embeds: The tokens, float32 or float16 [K, L].
+        embeds: The tokens, float32 or float16 [n, L].
         hidden_size: L that the engine takes.
-        count: K that the bundle promises; ``None`` without a bundle.
+        count: n that the bundle promises; ``None`` without a bundle, or where it varies.
+        frames: Frames of the video; ``None`` for an image.
         largest: Largest magnitude that the engine's dtype can hold.
 
     Raises:
         InvalidInputError: They are no array, of another shape or dtype, or not finite.
     """
+    if frames is not None and (type(frames) is not int or frames < 1):
+        raise InvalidInputError(f"{engine}: got a video of {frames!r} frames; it takes 1 or more")
     rows = "K" if count is None else str(count)
-    takes = (
-        f"it takes one image's tokens as a float32 or float16 numpy array [{rows}, {hidden_size}]"
-    )
+    whose = "one image's tokens" if frames is None else f"the tokens of a video's {frames} frames"
+    takes = f"it takes {whose} as a float32 or float16 numpy array [{rows}, {hidden_size}]"
     if not isinstance(embeds, np.ndarray):
         raise InvalidInputError(f"{engine}: got {type(embeds).__name__}; {takes}")
     if embeds.dtype not in (np.float32, np.float16):
@@ -155,7 +200,7 @@ def check_embeds(
         embeds.shape[0] >= 1 if count is None else embeds.shape[0] == count
     )
     if not right_rows or embeds.shape[1] != hidden_size:
-        hint = ", such as tokens.embeds[0]" if embeds.ndim == 3 else ""
+        hint = ", such as tokens.embeds[0]" if embeds.ndim == 3 and frames is None else ""
         raise InvalidInputError(
             f"{engine}: got tokens of shape {list(embeds.shape)}; {takes}{hint}"
         )
@@ -182,7 +227,9 @@ def check_question(engine: str, question: str) -> None:
         InvalidInputError: It is empty, or text that has no UTF-8 form.
     """
     if not question.strip():
-        raise InvalidInputError(f"{engine}: the question is empty; ask something about the image")
+        raise InvalidInputError(
+            f"{engine}: the question is empty; ask something about what is shown"
+        )
     try:
         question.encode()
     except UnicodeEncodeError as error:
@@ -205,26 +252,33 @@ def check_max_new_tokens(engine: str, max_new_tokens: int) -> None:
 
 
 def check_placeholders(
-    engine: str, ids: Sequence[int], *, image_token: str, image_token_id: int, expected: int
+    engine: str,
+    ids: Sequence[int],
+    *,
+    kind: Literal["image", "video"],
+    token: str,
+    token_id: int,
+    expected: int,
 ) -> None:
-    """Check that a prompt has a place for every image and no other.
+    """Check that a prompt has a place for every image or video and no other.
 
     Args:
         engine: The engine's name, for the message.
         ids: The prompt's token ids.
-        image_token: The placeholder as text, for the message.
-        image_token_id: Its id.
+        kind: What the placeholder stands for, for the message.
+        token: The placeholder as text, for the message.
+        token_id: Its id.
         expected: How many placeholders there must be.
 
     Raises:
         InvalidInputError: There are more or fewer; mostly the question itself contains one.
     """
-    got = sum(1 for token in ids if token == image_token_id)
+    got = sum(1 for each in ids if each == token_id)
     if got != expected:
         raise InvalidInputError(
-            f"{engine}: the prompt has {got} image placeholders {image_token!r} (id "
-            f"{image_token_id}), but it takes {expected}; a question must not contain "
-            f"{image_token!r}, and the LLM's chat template must write it once per image"
+            f"{engine}: the prompt has {got} {kind} placeholders {token!r} (id {token_id}), but it "
+            f"takes {expected}; a question must not contain {token!r}, and the LLM's chat template "
+            f"must write it once per {kind}"
         )
 
 

@@ -1,17 +1,21 @@
-"""Compressed tokens into transformers' `LlavaForConditionalGeneration`.
+"""Compressed tokens into the LLaVAs of transformers, each with the class of its family.
 
-The image's tokens go in by ``inputs_embeds`` (any version of transformers): the prompt's token
-embeddings, with the rows of K image placeholders overwritten. The prompt is never expanded by
-`LlavaProcessor`, which always writes one placeholder per patch. A conversation keeps the KV cache,
-so that a later question costs neither vision nor a prefill of what came before it.
+The tokens go in by ``inputs_embeds`` (any version of transformers): the prompt's token embeddings,
+with the rows of as many placeholders overwritten. The prompt is never expanded by the family's
+processor, which always writes one placeholder per patch. A conversation keeps the KV cache, so that
+a later question costs neither vision nor a prefill of what came before it.
+
+An image has one placeholder in the chat template. A video has one of its own where the LLM knows
+videos; where it doesn't, its frames are images that follow each other, each with its placeholder.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
 
 from vzip.runtime.errors import (
     BackendError,
@@ -37,8 +41,29 @@ if TYPE_CHECKING:
 
 NAME = "transformers"
 
+CLASSES: Mapping[str, str] = MappingProxyType(
+    {
+        "llava": "LlavaForConditionalGeneration",
+        "vipllava": "VipLlavaForConditionalGeneration",
+        "llava_next": "LlavaNextForConditionalGeneration",
+        "video_llava": "VideoLlavaForConditionalGeneration",
+        "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+    }
+)
+"""A configuration's ``model_type`` → the class of transformers that runs it."""
+
+# Families, and their LLMs, that were trained with LLaVA-1.5's words; others need a chat template.
+_LLAVA_15_WORDS = {"llava": ("llama", "mistral"), "video_llava": ("llama",)}
+
+# Modules that are the bundle's business, and may be absent.
+_VISION = ("vision_tower", "image_tower", "video_tower", "multi_modal_projector", "image_newline")
+
+_Kind = Literal["image", "video"]
+
 # Stands for an answer while the chat template is asked what follows one.
 _ANSWER_MARK = "(the answer)"
+
+_MISTYPED_EOS = "<\\s>"
 
 
 class Prompts:
@@ -49,43 +74,69 @@ class Prompts:
 
     Args:
         tokenizer: The checkpoint's tokenizer.
-        image_token_id: Id of the image's placeholder.
+        image_token_id: Id of an image's placeholder.
         template: The chat template, in Jinja, or ``None``.
+        video_token_id: Id of a video's placeholder; ``None`` if the LLM has none.
 
     Raises:
         CheckpointError: The tokenizer has no such placeholder or no end-of-sequence token.
     """
 
-    def __init__(self, tokenizer: Any, image_token_id: int, template: str | None) -> None:
-        image_token = tokenizer.convert_ids_to_tokens(image_token_id)
-        if image_token is None or tokenizer.eos_token is None:
-            lacks = "end-of-sequence token" if image_token else f"token of id {image_token_id}"
-            raise CheckpointError(
-                f"{NAME}: the LLM's tokenizer has no {lacks}, which a LLaVA checkpoint has; the "
-                "tokenizer's files are another model's or incomplete: fetch the checkpoint again"
-            )
-        self.image_token_id = image_token_id
-        self.image_token: str = image_token
+    def __init__(
+        self,
+        tokenizer: Any,
+        image_token_id: int,
+        template: str | None,
+        video_token_id: int | None = None,
+    ) -> None:
+        # Kind → (text, id) of its placeholder.
+        self._placeholders: dict[_Kind, tuple[str, int]] = {}
+        for kind, token_id in _kinds(image_token_id, video_token_id):
+            token = tokenizer.convert_ids_to_tokens(token_id)
+            if token is None or tokenizer.eos_token is None:
+                lacks = "end-of-sequence token" if token else f"token of id {token_id}"
+                raise CheckpointError(
+                    f"{NAME}: the LLM's tokenizer has no {lacks}, which a LLaVA checkpoint has; "
+                    "the tokenizer's files are another model's or incomplete: fetch the checkpoint "
+                    "again"
+                )
+            self._placeholders[kind] = token, token_id
         self.eos_id = int(tokenizer.eos_token_id)
         self._tokenizer = tokenizer
         self._template = template
 
-    def first(self, question: str) -> list[int]:
-        """Return the first turn's ids, with one placeholder for the image.
+    @property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        """Ids of all placeholders."""
+        return tuple(token_id for _, token_id in self._placeholders.values())
+
+    def places(self, frames: int | None) -> tuple[int, int]:
+        """Return the placeholder's id, and how many of them the first turn has.
+
+        Args:
+            frames: Frames of the video; ``None`` for an image.
+        """
+        kind, count = self._media(frames)
+        return self._placeholders[kind][1], count
+
+    def first(self, question: str, frames: int | None = None) -> list[int]:
+        """Return the first turn's ids, with the placeholders that `places` counts.
 
         Raises:
-            InvalidInputError: The prompt does not have exactly one placeholder.
+            InvalidInputError: The prompt has more or fewer placeholders.
         """
+        kind, count = self._media(frames)
         if self._template is None:
-            text = f"USER: {self.image_token}\n{question} ASSISTANT:"
+            places = count * (self._placeholders[kind][0] + "\n")
+            text = f"USER: {places}{question} ASSISTANT:"
         else:
-            text = self._render([_user(question, image=True)])
+            text = self._render([_user(question, count * [kind])])
         bos = self._tokenizer.bos_token
         # A template may write the beginning-of-sequence token itself; once is right.
         written = bos is not None and text.startswith(bos)
-        return self._checked(self._encode(text, special=not written), images=1)
+        return self._checked(self._encode(text, special=not written), {kind: count})
 
-    def later(self, question: str) -> list[int]:
+    def later(self, question: str, frames: int | None = None) -> list[int]:
         """Return the ids of a later turn, which follow the end-of-sequence token of the answer.
 
         Raises:
@@ -95,10 +146,11 @@ class Prompts:
         if self._template is None:
             text = f"USER: {question} ASSISTANT:"
         else:
+            kind, count = self._media(frames)
             turns = [
-                _user("(the question)", image=True),
+                _user("(the question)", count * [kind]),
                 {"role": "assistant", "content": [{"type": "text", "text": _ANSWER_MARK}]},
-                _user(question, image=False),
+                _user(question, []),
             ]
             _, mark, text = self._render(turns).partition(_ANSWER_MARK)
             if not mark:
@@ -107,12 +159,14 @@ class Prompts:
                     "one question only; use 'vzip ask', or repair chat_template.jinja"
                 )
             # The answer ends with eos, whether the template writes it (then what follows it is
-            # meant, white space included) or not (published LLaVA-1.5: a blank in its place).
-            text = text.lstrip().removeprefix(eos)
+            # meant, white space included), mistypes it (llava-hf's LLaVA-NeXT with Mistral) or
+            # leaves it out (published LLaVA-1.5: a blank in its place).
+            text = text.lstrip()
+            text = text.removeprefix(eos if text.startswith(eos) else _MISTYPED_EOS)
         # Encoded as it stands in the whole conversation: a word after a special token can be
         # another id than the same word at the beginning of a text.
         ids = self._encode(eos + text, special=False)
-        return self._checked(ids[1:], images=0)
+        return self._checked(ids[1:], {})
 
     def decode(self, ids: list[int]) -> str:
         """Return an answer's text, without special tokens and white space around it."""
@@ -132,24 +186,38 @@ class Prompts:
         ids: list[int] = self._tokenizer(text, add_special_tokens=special, verbose=False).input_ids
         return ids
 
-    def _checked(self, ids: list[int], *, images: int) -> list[int]:
-        check_placeholders(
-            NAME,
-            ids,
-            image_token=self.image_token,
-            image_token_id=self.image_token_id,
-            expected=images,
-        )
+    def _media(self, frames: int | None) -> tuple[_Kind, int]:
+        """Return what stands in the first turn, and how often."""
+        if frames is None:
+            return "image", 1
+        return ("video", 1) if "video" in self._placeholders else ("image", frames)
+
+    def _checked(self, ids: list[int], expected: Mapping[_Kind, int]) -> list[int]:
+        for kind, (token, token_id) in self._placeholders.items():
+            check_placeholders(
+                NAME,
+                ids,
+                kind=kind,
+                token=token,
+                token_id=token_id,
+                expected=expected.get(kind, 0),
+            )
         return ids
 
 
-def _user(question: str, *, image: bool) -> dict[str, Any]:
-    content: list[dict[str, str]] = [{"type": "image"}] if image else []
+def _kinds(image_token_id: int, video_token_id: int | None) -> list[tuple[_Kind, int]]:
+    """Return the kinds of placeholders that an LLM has, and their ids."""
+    kinds: list[tuple[_Kind, int]] = [("image", image_token_id)]
+    return kinds if video_token_id is None else [*kinds, ("video", video_token_id)]
+
+
+def _user(question: str, media: Sequence[_Kind]) -> dict[str, Any]:
+    content: list[dict[str, str]] = [{"type": kind} for kind in media]
     return {"role": "user", "content": [*content, {"type": "text", "text": question}]}
 
 
 class TransformersConversation:
-    """Questions about one image; the KV cache of all turns is kept between them.
+    """Questions about one image or video; the KV cache of all turns is kept between them.
 
     Decoding is greedy: the most probable token each time, until an end-of-sequence token or
     `max_new_tokens`. An answer cut short by that limit, or by the caller who stops reading it, is
@@ -158,11 +226,12 @@ class TransformersConversation:
     Made by `TransformersLLM.conversation`.
     """
 
-    def __init__(self, llm: TransformersLLM, image: torch.Tensor) -> None:
+    def __init__(self, llm: TransformersLLM, image: torch.Tensor, frames: int | None) -> None:
         from transformers import DynamicCache
 
         self._llm = llm
-        self._image = image  # [K, L], the LLM's dtype
+        self._image = image  # [n, L], the LLM's dtype
+        self._frames = frames
         self._cache: Any = DynamicCache()
         self._ids: list[int] = []  # what the cache holds
         self._next: int | None = None  # predicted, and not in the cache yet
@@ -171,7 +240,7 @@ class TransformersConversation:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """Ids of all tokens in the KV cache, the K placeholders of the image among them."""
+        """Ids of all tokens in the KV cache, among them a placeholder for each row."""
         return tuple(self._ids)
 
     def ask(self, question: str, *, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS) -> str:
@@ -212,11 +281,11 @@ class TransformersConversation:
                 ids.append(self._next)
             if self._next not in self._llm.eos_ids:
                 ids.append(prompts.eos_id)
-            ids += prompts.later(question.strip())
+            ids += prompts.later(question.strip(), self._frames)
         else:
-            for token in prompts.first(question.strip()):
-                count = self._image.shape[0] if token == prompts.image_token_id else 1
-                ids += [token] * count
+            placeholder, places = prompts.places(self._frames)
+            for token in prompts.first(question.strip(), self._frames):
+                ids += [token] * (len(self._image) // places if token == placeholder else 1)
         check_context(
             NAME,
             cached=len(self._ids),
@@ -253,9 +322,11 @@ class TransformersConversation:
 
     def _feed(self, ids: list[int]) -> int:
         """Put tokens into the cache and return the most probable next one."""
+        # Only the first prompt has places for it: a placeholder that the LLM says is a mere word.
+        image = None if self._ids else self._image
         self._intact = False  # until the cache is whole again
         self._next = None
-        self._next = self._llm.step(ids, self._cache, self._image)
+        self._next = self._llm.step(ids, self._cache, image)
         self._ids += ids
         self._intact = True
         return self._next
@@ -280,10 +351,10 @@ class TransformersLLM:
         """Take a model that is already in memory; `open` is for those that are not.
 
         Args:
-            model: A `LlavaForConditionalGeneration`.
+            model: A model of one of `CLASSES`.
             tokenizer: Its tokenizer.
             template: Its chat template, or ``None`` for LLaVA-1.5's prompt.
-            tokens: What the bundle says about its tokens; ``None`` to take any K.
+            tokens: What the bundle says about its tokens; ``None`` to take any number.
 
         Raises:
             InvalidInputError: The bundle's tokens are not made for this LLM.
@@ -295,7 +366,8 @@ class TransformersLLM:
             _check_config(config, tokens, str(config.name_or_path or "given"))
         self._model = model.eval()
         self._tokens = tokens
-        self.prompts = Prompts(tokenizer, int(config.image_token_id), template)
+        image, video = _placeholder_ids(config)
+        self.prompts = Prompts(tokenizer, image, template, video)
         ends = model.generation_config.eos_token_id
         listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
         self.eos_ids = frozenset({self.prompts.eos_id, *map(int, listed)})
@@ -327,8 +399,8 @@ class TransformersLLM:
 
         Raises:
             MissingDependencyError: torch or transformers is not installed.
-            CheckpointError: The checkpoint was not found, is incomplete, or is no LLaVA of
-                transformers.
+            CheckpointError: The checkpoint was not found, is incomplete, is no LLaVA of
+                transformers, or lacks the chat template that its family needs.
             InvalidInputError: The bundle's tokens are not made for this LLM.
         """
         try:
@@ -345,13 +417,18 @@ class TransformersLLM:
                 folder, local_files_only=True
             )
         _check_architecture(config, str(model))
+        template = processor.get("chat_template") or tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template["default"]
+        if template is None:
+            _check_words(config, str(model))
         if tokens is not None:
             _check_config(config, tokens, str(model))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         folder = _fetch(model, revision, ("*.json", "*.jinja", "*.model", "*.safetensors"))
         with _reading(model):
-            llava, report = transformers.LlavaForConditionalGeneration.from_pretrained(
+            llava, report = getattr(transformers, CLASSES[config.model_type]).from_pretrained(
                 folder,
                 dtype="auto" if dtype == "auto" else getattr(torch, dtype),
                 use_safetensors=True,
@@ -361,9 +438,7 @@ class TransformersLLM:
         # Tower and projector are the bundle's business; a hole in the LLM would be filled with
         # random numbers.
         lost = sorted(
-            key
-            for key in report["missing_keys"]
-            if "vision_tower" not in key and "multi_modal_projector" not in key
+            key for key in report["missing_keys"] if not any(part in key for part in _VISION)
         )
         if lost:
             raise CheckpointError(
@@ -373,19 +448,21 @@ class TransformersLLM:
             )
         if dtype == "auto" and device == "cpu" and llava.dtype == torch.float16:
             llava = llava.float()
-        template = processor.get("chat_template") or tokenizer.chat_template
-        if isinstance(template, dict):
-            template = template["default"]
         return cls(llava.to(device), tokenizer, template=template, tokens=tokens)
 
-    def conversation(self, embeds: Embeds) -> TransformersConversation:
-        """Begin a conversation about one image.
+    def conversation(
+        self, embeds: Embeds, *, frames: int | None = None
+    ) -> TransformersConversation:
+        """Begin a conversation about one image or video.
 
         Args:
-            embeds: The image's tokens, float32 or float16 [K, L], in the bundle's order.
+            embeds: Its tokens, float32 or float16 [n, L], in the bundle's order: what
+                `VisionEncoder.image_embeds` or `video_embeds` returned.
+            frames: How many frames the video has; ``None`` for an image.
 
         Raises:
-            InvalidInputError: They are of another shape or dtype, or not finite.
+            InvalidInputError: They are of another shape or dtype, not finite, or don't divide into
+                frames where the LLM takes those as images.
         """
         import torch
 
@@ -394,31 +471,51 @@ class TransformersLLM:
             NAME,
             embeds,
             hidden_size=self.hidden_size,
-            count=None if self._tokens is None else self._tokens.count,
+            count=None if self._tokens is None else self._tokens.rows(frames),
+            frames=frames,
             largest=torch.finfo(dtype).max,
         )
+        _, places = self.prompts.places(frames)
+        if len(embeds) % places:
+            raise InvalidInputError(
+                f"{NAME}: got {len(embeds)} tokens of {places} frames, each of which is an image "
+                "to this LLM; it takes as many of every frame, without a closing token"
+            )
         # A copy, in the LLM's dtype: assigning to the embeddings would cast without saying so.
-        return TransformersConversation(self, torch.tensor(embeds).to(self._model.device, dtype))
+        image = torch.tensor(embeds).to(self._model.device, dtype)
+        return TransformersConversation(self, image, frames)
 
     def stream(
-        self, embeds: Embeds, question: str, *, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+        self,
+        embeds: Embeds,
+        question: str,
+        *,
+        frames: int | None = None,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     ) -> Iterator[str]:
         """Answer one question piece by piece; see `conversation` and its `stream`."""
-        return self.conversation(embeds).stream(question, max_new_tokens=max_new_tokens)
+        conversation = self.conversation(embeds, frames=frames)
+        return conversation.stream(question, max_new_tokens=max_new_tokens)
 
     def ask(
-        self, embeds: Embeds, question: str, *, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+        self,
+        embeds: Embeds,
+        question: str,
+        *,
+        frames: int | None = None,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     ) -> str:
         """Answer one question; see `conversation` and its `stream`."""
-        return self.conversation(embeds).ask(question, max_new_tokens=max_new_tokens)
+        conversation = self.conversation(embeds, frames=frames)
+        return conversation.ask(question, max_new_tokens=max_new_tokens)
 
-    def step(self, ids: list[int], cache: Any, image: torch.Tensor) -> int:
+    def step(self, ids: list[int], cache: Any, image: torch.Tensor | None) -> int:
         """Run the LLM over new tokens.
 
         Args:
-            ids: Their ids, [n]; at a placeholder stands a row of the image, in order.
-            cache: The KV cache of the tokens before them, which grows by n.
-            image: The image's tokens [K, L].
+            ids: Their ids, [m]; at a placeholder stands a row of `image`, in order.
+            cache: The KV cache of the tokens before them, which grows by m.
+            image: Tokens of the image or video [n, L]; ``None`` where nothing is to be replaced.
 
         Returns:
             The most probable next id; the lower one of equals.
@@ -429,10 +526,13 @@ class TransformersLLM:
         import torch
 
         with torch.inference_mode():
-            new = torch.tensor([ids], device=self._model.device)  # [1, n]
-            embeds = self._model.get_input_embeddings()(new)  # [1, n, L]
-            places = new == self.prompts.image_token_id
-            if places.any():
+            new = torch.tensor([ids], device=self._model.device)  # [1, m]
+            if image is None:
+                embeds = self._model.get_input_embeddings()(new)  # [1, m, L]
+            else:
+                places = torch.isin(new, new.new_tensor(self.prompts.placeholder_ids))
+                # A placeholder need not have a row of its own in the LLM's embeddings.
+                embeds = self._model.get_input_embeddings()(new.masked_fill(places, 0))
                 embeds[places] = image
             try:
                 result = self._model(
@@ -455,22 +555,42 @@ class TransformersLLM:
 
 def _check_config(config: Any, tokens: ImageTokens, model: str) -> None:
     """Compare an LLM's configuration with what the bundle says."""
+    image, video = _placeholder_ids(config)
     tokens.check_llm(
         NAME,
         model=model,
         hidden_size=int(config.get_text_config().hidden_size),
-        image_token_id=int(config.image_token_id),
+        image_token_id=image,
+        video_token_id=video,
     )
+
+
+def _placeholder_ids(config: Any) -> tuple[int, int | None]:
+    """Return the ids of an image's and a video's placeholder; None if there is none of a video."""
+    video = getattr(config, "video_token_index", None)
+    return int(config.image_token_index), None if video is None else int(video)
 
 
 def _check_architecture(config: Any, model: str) -> None:
     """Refuse what is not a LLaVA in transformers' layout."""
     architectures = config.architectures or []
-    if config.model_type != "llava" or "LlavaForConditionalGeneration" not in architectures:
+    if CLASSES.get(config.model_type) not in architectures:
         raise CheckpointError(
             f"{NAME}: {model!r} is a {config.model_type!r} model ({', '.join(architectures)}), "
-            "but this engine takes a LlavaForConditionalGeneration; for a checkpoint in the "
+            f"but this engine takes a {', '.join(CLASSES.values())}; for a checkpoint in the "
             "original LLaVA layout give its llava-hf twin, such as --llm llava-1.5-7b"
+        )
+
+
+def _check_words(config: Any, model: str) -> None:
+    """Refuse an LLM without a chat template that was not trained with LLaVA-1.5's words."""
+    text = config.get_text_config().model_type
+    if text not in _LLAVA_15_WORDS.get(config.model_type, ()):
+        raise CheckpointError(
+            f"{NAME}: {model!r} has no chat template, which a {config.model_type!r} model with a "
+            f"{text!r} LLM needs; without it the LLM would be asked in words that it was not "
+            "trained with: fetch chat_template.json or chat_template.jinja of the published "
+            "checkpoint"
         )
 
 

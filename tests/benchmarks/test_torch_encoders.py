@@ -12,7 +12,7 @@ from benchmarks.torch_encoders import Ceiling, Published, Sdpa, TorchEncoder, fl
 from vzip.export.budget import split_tokens
 from vzip.export.checkpoint import vision_config
 from vzip.export.onnx_graph import GraphOptions
-from vzip.export.pipeline import WeightSource, describe
+from vzip.export.pipeline import Method, WeightSource, describe
 from vzip.runtime.manifest import EMBEDS, KEPT
 
 
@@ -27,8 +27,7 @@ def manifest(demo, **options):
     return describe(
         weights.config,
         model,
-        budget=split_tokens(43),
-        merge=settings["merge"],
+        method=Method(split_tokens(43), settings["merge"]),
         precision=settings["precision"],
         options=GraphOptions(batch=settings["batch"]),
     )

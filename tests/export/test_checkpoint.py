@@ -8,11 +8,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from layouts import LAYOUTS, TOWER_FOLDER, model_state, write_layout
+from layouts import (
+    FAMILIES,
+    LAYOUTS,
+    TINY,
+    TOWER_FOLDER,
+    layouts_of,
+    model_state,
+    upstream_model,
+    write_layout,
+)
 from vzip.export import checkpoint as module
 from vzip.export.architecture import needed_tensors, tensor_shapes
 from vzip.export.checkpoint import Checkpoint, read_projector, read_vision, vision_config
-from vzip.runtime.errors import CheckpointError
+from vzip.runtime.errors import CheckpointError, InvalidInputError
 
 SHARDED = tuple(name for name in LAYOUTS if "single" not in name and "file" not in name)
 LAST_LAYER = "tower.encoder.layers.3."
@@ -47,6 +56,118 @@ def test_every_layout_gives_the_same_tensors(name: str, llm: Any, tmp_path: Path
     assert set(weights.tensors) == set(expected)
     for key, tensor in weights.tensors.items():
         assert torch.equal(tensor, expected[key]), key
+
+
+OTHERS = tuple(family for family in FAMILIES if family != "llava")
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [(family, name) for family in OTHERS for name in layouts_of(family)]
+)
+def test_every_layout_of_the_other_families(family: str, name: str, tmp_path: Path) -> None:
+    expected = write_layout(name, tmp_path, seed=5, family=family)
+    weights = read_vision(Checkpoint.open(tmp_path))
+    assert list(weights.tensors) == list(tensor_shapes(weights.config))
+    for key, tensor in weights.tensors.items():
+        assert torch.equal(tensor, expected[key]), key
+    # The other tower of Video-LLaVA is all that is left over.
+    left = {key.partition(".")[0] for key in set(expected) - set(weights.tensors)}
+    assert left == ({"image_tower"} if family == "video-llava" else set())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_upstream_model_has_the_weights_that_are_written(family: str, tmp_path: Path) -> None:
+    """So what is compared with it was not mixed up in writing: names by hand, not `layouts`'."""
+    write_layout("llava-hf", tmp_path, seed=3, family=family)
+    weights = read_vision(Checkpoint.open(tmp_path))
+    model = upstream_model(family, 3).model
+    tower = getattr(model, weights.config.tower_module).state_dict()
+    projector = model.multi_modal_projector.state_dict()
+    compared = 0
+    for key, tensor in weights.tensors.items():
+        part, _, name = key.partition(".")
+        if part == "image_newline":
+            assert torch.equal(tensor, model.image_newline)
+        else:
+            assert torch.equal(tensor, {"tower": tower, "projector": projector}[part].pop(name))
+        compared += 1
+    assert compared == len(weights.tensors)
+    assert not projector
+    assert not [name for name in tower if not name.startswith("head.")]
+
+
+@pytest.mark.parametrize("name", layouts_of("video-llava"))
+def test_media_says_which_tower_is_read(name: str, tmp_path: Path) -> None:
+    written = write_layout(name, tmp_path, family="video-llava")
+    checkpoint = Checkpoint.open(tmp_path)
+    image, video = read_vision(checkpoint, "image"), read_vision(checkpoint, "video")
+    assert (image.config.tower_module, video.config.tower_module) == ("image_tower", "video_tower")
+    for key, tensor in image.tensors.items():
+        module = key.replace("tower.", "image_tower.", 1) if key.startswith("tower.") else key
+        assert torch.equal(tensor, written[module])
+    assert not torch.equal(image.tensors[Q0], video.tensors[Q0])
+    assert torch.equal(
+        image.tensors["projector.linear_1.weight"], video.tensors["projector.linear_1.weight"]
+    )
+
+
+def test_onevisions_views_have_the_same_tensors(tmp_path: Path) -> None:
+    write_layout("llava-hf", tmp_path, family="llava-onevision")
+    checkpoint = Checkpoint.open(tmp_path)
+    image, video = read_vision(checkpoint), read_vision(checkpoint, "video")
+    assert (image.config.pool, video.config.pool) == (1, 2)
+    assert list(image.tensors) == list(video.tensors)
+    assert all(torch.equal(image.tensors[key], video.tensors[key]) for key in image.tensors)
+
+
+def test_media_that_a_family_has_no_graph_for(tmp_path: Path) -> None:
+    write_layout("llava-hf", tmp_path)
+    with pytest.raises(InvalidInputError, match="media is 'video', and the family 'llava' has a"):
+        read_vision(Checkpoint.open(tmp_path), "video")
+    with pytest.raises(InvalidInputError, match="media is 'video', and the family 'llava' has a"):
+        vision_config(tmp_path, media="video")
+
+
+@pytest.mark.parametrize("family", ["llava-next", "llava-onevision"])
+@pytest.mark.parametrize("name", ["llava-hf", "transformers-5-model"])
+def test_a_missing_newline_embedding(name: str, family: str, tmp_path: Path) -> None:
+    write_layout(name, tmp_path, family=family, keep=lambda key: key != "image_newline")
+    text = message(tmp_path)
+    assert text.startswith("tensor 'image_newline' is not in ")
+    assert "looked for image_newline, model.image_newline; similar" in text
+
+
+def test_a_missing_layer_norm_of_vip_llava(tmp_path: Path) -> None:
+    key = "projector.projector_layernorm.weight"
+    write_layout("llava-hf", tmp_path, family="vip-llava", keep=lambda other: other != key)
+    assert f"tensor '{key}' is not in " in message(tmp_path)
+
+
+def test_a_missing_tower_of_video_llava(tmp_path: Path) -> None:
+    write_layout(
+        "llava-hf",
+        tmp_path,
+        family="video-llava",
+        keep=lambda key: not key.startswith("tower."),
+    )
+    text = message(tmp_path)
+    assert "looked for video_tower.vision_model.embeddings." in text
+    read_vision(Checkpoint.open(tmp_path), "image")
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_transformers_own_saving_of_the_other_families_reads(family: str, tmp_path: Path) -> None:
+    model = upstream_model(family, 2)
+    expected = write_layout("llava-hf", tmp_path / "written", seed=2, family=family)
+    for original_format in (True, False):
+        folder = tmp_path / str(original_format)
+        model.save_pretrained(folder, save_original_format=original_format)
+        processor = dict(TINY[family].processor)
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+        weights = read_vision(Checkpoint.open(folder))
+        assert list(weights.tensors) == list(tensor_shapes(weights.config))
+        assert all(torch.equal(tensor, expected[k]) for k, tensor in weights.tensors.items())
+        assert weights.config == read_vision(Checkpoint.open(tmp_path / "written")).config
 
 
 def test_canonical_names_are_those_of_transformers(tmp_path: Path) -> None:
@@ -267,12 +388,13 @@ def test_a_broken_configuration(tmp_path: Path) -> None:
 
 
 def test_an_unknown_family_says_which_there_are_and_what_decided(tmp_path: Path) -> None:
-    write_layout("llava-hf", tmp_path, change={"model_type": "llava_next"})
+    write_layout("llava-hf", tmp_path, change={"model_type": "qwen2_vl"})
     text = message(tmp_path)
-    assert (
-        "{'model_type': 'llava_next', 'architectures': ['LlavaForConditionalGeneration']}" in text
-    )
+    assert "{'model_type': 'qwen2_vl', 'architectures': ['LlavaForConditionalGeneration']}" in text
+    assert "the vision keys ['vision_config'], which no family of vzip knows" in text
     assert "llava (model_type 'llava' with a vision_config); llava-original (" in text
+    for model_type in ("vipllava", "llava_next", "video_llava", "llava_onevision"):
+        assert f"(model_type '{model_type}')" in text
 
 
 def test_a_revision_of_a_local_folder(tmp_path: Path) -> None:
@@ -300,13 +422,13 @@ def test_nested_settings_come_before_the_older_file(tmp_path: Path) -> None:
     nested = json.loads((tmp_path / "processor_config.json").read_text())["image_processor"]
     older = nested | {"image_mean": [0.1, 0.2, 0.3]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(older))
-    assert Checkpoint.open(tmp_path).vision.preprocessing.mean == tuple(nested["image_mean"])
+    assert Checkpoint.open(tmp_path).vision().preprocessing.mean == tuple(nested["image_mean"])
 
 
 def test_a_processor_without_image_settings_leaves_the_older_file(tmp_path: Path) -> None:
     write_layout("llava-hf", tmp_path)
     (tmp_path / "processor_config.json").write_text('{"processor_class": "LlavaProcessor"}')
-    assert Checkpoint.open(tmp_path).vision.preprocessing.image_size == 32
+    assert Checkpoint.open(tmp_path).vision().preprocessing.image_size == 32
 
 
 def test_no_settings_is_an_error_for_hugging_faces_form(tmp_path: Path) -> None:
@@ -317,7 +439,7 @@ def test_no_settings_is_an_error_for_hugging_faces_form(tmp_path: Path) -> None:
 
 def test_original_takes_its_towers_settings(tmp_path: Path) -> None:
     write_layout("original", tmp_path)
-    preprocessing = Checkpoint.open(tmp_path).vision.preprocessing
+    preprocessing = Checkpoint.open(tmp_path).vision().preprocessing
     assert (preprocessing.mode, preprocessing.image_size) == ("pad_square", 32)
     (tmp_path / TOWER_FOLDER / "preprocessor_config.json").unlink()
     assert f"{TOWER_FOLDER} has no preprocessor_config.json" in message(tmp_path)
@@ -328,10 +450,44 @@ def test_originals_own_settings_come_first(tmp_path: Path) -> None:
     settings = json.loads((tmp_path / TOWER_FOLDER / "preprocessor_config.json").read_text())
     own = settings | {"image_mean": [0.1, 0.2, 0.3]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(own))
-    assert Checkpoint.open(tmp_path).vision.preprocessing.mean == (0.1, 0.2, 0.3)
+    assert Checkpoint.open(tmp_path).vision().preprocessing.mean == (0.1, 0.2, 0.3)
+
+
+def test_video_has_settings_of_its_own(tmp_path: Path) -> None:
+    write_layout("transformers-5", tmp_path, family="llava-onevision")
+    file = tmp_path / "processor_config.json"
+    saved = json.loads(file.read_text())
+
+    def mean(media: Any) -> tuple[float, ...]:
+        return Checkpoint.open(tmp_path).vision(media).preprocessing.mean
+
+    edit_json(file, video_processor=saved["video_processor"] | {"image_mean": [0.1, 0.2, 0.3]})
+    assert (mean("video"), mean("image")) == ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
+    # A file of its own comes after the part, and before the image processor's settings.
+    own = saved["video_processor"] | {"image_mean": [0.4, 0.5, 0.6]}
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(own))
+    assert mean("video") == (0.1, 0.2, 0.3)
+    edit_json(file, video_processor=None)
+    assert (mean("video"), mean("image")) == ((0.4, 0.5, 0.6), (0.5, 0.5, 0.5))
+    (tmp_path / "video_preprocessor_config.json").unlink()
+    assert mean("video") == (0.5, 0.5, 0.5)
 
 
 # Original LLaVA's tower
+
+
+def test_original_llava_next_is_refused_before_its_tower_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(module.HubFolder, "open", forbidden)
+    write_layout("original", tmp_path, change={"image_aspect_ratio": "anyres"})
+    (tmp_path / TOWER_FOLDER).rename(tmp_path / "elsewhere")
+    text = message(tmp_path)
+    assert "image_aspect_ratio = 'anyres', expected 'pad', 'square' or none" in text
+    assert "such as llava-hf/llava-v1.6-vicuna-7b-hf" in text
 
 
 def test_a_tower_beside_the_working_directory(
@@ -374,6 +530,8 @@ def test_aliases_need_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.preprocessing.image_size == config.preprocessing.shortest_edge == 336
     assert vision_config("llava-hf/llava-1.5-7b-hf") == config
     assert vision_config("llava-1.5-13b").llm_hidden_size == 5120
+    assert vision_config("video-llava-7b").tower_module == "video_tower"
+    assert vision_config("video-llava-7b", media="image").tower_module == "image_tower"
     with pytest.raises(AssertionError, match="the hub was asked"):
         vision_config("llava-1.5-7b", revision="main")  # another revision may differ
     with pytest.raises(AssertionError, match="the hub was asked"):
@@ -404,7 +562,7 @@ def test_a_folder_needs_only_its_configuration(tmp_path: Path) -> None:
 )
 def test_a_projector_reads_under_any_name(names: str, suffix: str, tmp_path: Path) -> None:
     write_layout("llava-hf", tmp_path)
-    config = Checkpoint.open(tmp_path).vision.projector
+    config = Checkpoint.open(tmp_path).vision().projector
     numbers = ("0", "2") if "mm_projector" in names else ("1", "2")
     first, second = (names.format(number) for number in numbers)
     state = {
@@ -424,7 +582,7 @@ def test_a_projector_reads_under_any_name(names: str, suffix: str, tmp_path: Pat
 
 def test_projector_faults(tmp_path: Path) -> None:
     write_layout("llava-hf", tmp_path)
-    config = Checkpoint.open(tmp_path).vision.projector
+    config = Checkpoint.open(tmp_path).vision().projector
     file = tmp_path / "tuned.safetensors"
     with pytest.raises(CheckpointError, match=r"tuned\.safetensors does not exist; check the path"):
         read_projector(file, config)

@@ -25,7 +25,7 @@ from layouts import CONFIG, write_layout
 from vzip.export import cli
 from vzip.export.budget import Budget
 from vzip.runtime.atomic import is_temporary
-from vzip.runtime.bundle import read_bundle
+from vzip.runtime.bundle import Bundle, read_bundle
 from vzip.runtime.cli import main
 from vzip.runtime.encoder import VisionEncoder
 
@@ -129,7 +129,7 @@ def test_a_folder_without_a_checkpoint(refused: Callable[..., str], tmp_path: Pa
         ("", "config.json"),
         ("{}", "model_type"),
         (json.dumps(CONFIG | {"model_type": "bert"}), "bert"),
-        (json.dumps(CONFIG | {"vision_feature_layer": [-2, -5]}), "vision_feature_layer"),
+        (json.dumps(CONFIG | {"vision_feature_layer": [-2, 0]}), "feature_layer is 0, expected"),
         (json.dumps(CONFIG | {"text_config": {"model_type": "llama", "hidden_size": 64}}), "shape"),
     ],
 )
@@ -212,6 +212,11 @@ def in_place(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
         (["--seed", "x", "--weights", "random"], "invalid int value: 'x'"),
         (["--weights", "none"], "invalid choice: 'none'"),
         (["--merge", "max"], "invalid choice: 'max'"),
+        (["--selection", "best"], "invalid choice: 'best'"),
+        (["--tiles", "rows"], "invalid choice: 'rows'"),
+        (["--tiles", "newline"], "cuts no tiles here; leave it out"),
+        (["--media", "audio"], "invalid choice: 'audio'"),
+        (["--media", "video"], "video"),
         (["--precision", "int8"], "int8"),
         (["--input", "jpeg"], "invalid choice: 'jpeg'"),
         (["--opset", "16"], "16"),
@@ -236,6 +241,47 @@ def test_options_that_make_no_sense(
 def test_an_abbreviated_help_is_no_help(refused: Callable[..., str]) -> None:
     assert "unrecognized arguments: --he" in refused("--model", "x", "--he")
     assert "unrecognized arguments: --he" in refused("x", "--he", command="check")
+
+
+# What a model decides where nothing is said
+
+
+def family_bundle(family: str, place: Path, *options: str) -> Bundle:
+    """Export a tiny random model of a family."""
+    write_layout("llava-hf-single", place / family, family=family)
+    arguments = ["--model", str(place / family), "--no-check", "-o", str(place / "bundle")]
+    assert main(["export", *arguments, *options]) == 0
+    return read_bundle(place / "bundle")
+
+
+def test_a_tower_without_cls_keeps_none(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = family_bundle("llava-siglip", place, "--tokens", "16").manifest
+    assert not manifest.selection.cls_token
+    assert "without CLS" in capsys.readouterr().err
+
+
+def test_all_tiles_go_in_one_call(place: Path) -> None:
+    manifest = family_bundle("llava-next", place, "--tokens", "16", "--tiles", "newline").manifest
+    assert manifest.tiling is not None
+    assert manifest.tiling.order == "newline"
+    side = manifest.tower.image_size
+    most = max(height * width // side**2 for height, width in manifest.tiling.pinpoints)
+    assert (manifest.batch.max, manifest.batch.dynamic) == (1 + most, True)
+
+
+def test_a_target_with_little_memory_takes_fewer(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vzip.export.targets.Target.largest_batch", lambda *_: 2)
+    manifest = family_bundle("llava-next", place, "--tokens", "16", "--target", "t4").manifest
+    assert (manifest.batch.max, manifest.batch.dynamic) == (2, True)
+
+
+def test_frames_have_the_papers_budget(place: Path) -> None:
+    manifest = family_bundle("video-llava", place).manifest
+    assert manifest.media == ("video",)
+    assert manifest.selection.tokens == 17
+    assert (manifest.batch.max, manifest.batch.dynamic) == (8, True)
 
 
 # A projector of one's own

@@ -198,7 +198,7 @@ def test_a_download_that_fails(
     ("kind", "expected"),
     [
         (errors.GatedRepoError, "owner/llava is gated: ask for access at https://"),
-        (errors.RepositoryNotFoundError, "has no repository 'owner/llava', or it is private, and there is no local folder of that name; the aliases are demo"),  # noqa: E501 - the message
+        (errors.RepositoryNotFoundError, "has no repository 'owner/llava', or it is private, and there is no local folder of that name; did you mean 'bakllava'? the aliases are demo"),  # noqa: E501 - the message
         (errors.RevisionNotFoundError, "owner/llava has no revision 'v9', expected a branch, tag"),
         (errors.RemoteEntryNotFoundError, "owner/llava has no config.json, expected in a checkp"),
     ],

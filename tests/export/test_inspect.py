@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,11 +15,12 @@ from vzip.export.budget import Budget
 from vzip.export.engine import BuildRequest, build_engine
 from vzip.export.engine_layers import inspect_engine
 from vzip.export.onnx_graph import GraphOptions
-from vzip.export.pipeline import WeightSource, export_bundle
+from vzip.export.pipeline import Method, WeightSource, export_bundle
 from vzip.export.trt_api import load_stack
 from vzip.runtime import cuda
 from vzip.runtime.bundle import Bundle
 from vzip.runtime.cli import main
+from vzip.runtime.errors import BackendError
 
 # Of the tiny checkpoint: 64 patches of 4 x 4, width 32, MLP 64, 3 of 4 layers, 16 tokens, LLM 48.
 S, D, M, LAYERS, K, L = 65, 32, 64, 3, 16, 48
@@ -31,8 +33,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export_bundle(
         WeightSource(str(folder / "tiny")),
         folder / "bundle",
-        budget=Budget(12, 4),
-        merge="average",
+        method=Method(Budget(12, 4)),
         precision="fp16",
         options=GraphOptions(batch=2),
         check_images=(),
@@ -121,3 +122,31 @@ def test_layers_and_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
     assert layers.precisions() == {"Half": 4}
     assert layers.layers[0] == ("conv", "kgen", "Half")
     assert layers.memory == 2**20
+
+
+def test_a_tensorrt_that_cant_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_tensorrt.install(monkeypatch, fake_tensorrt.make("10.3", gpu=False))
+    monkeypatch.setattr(cuda, "load", lambda: None)
+    with pytest.raises(BackendError, match=r"10\.3\.0\.30 can't be started .* driver is too old"):
+        inspect_engine(load_stack("tensorrt"), memoryview(b"ftrt and so on"))
+
+
+def test_an_engine_is_inspected_without_the_packages_of_the_export(tiny_bundle: Path) -> None:
+    """As on a Jetson: numpy, Pillow and TensorRT are all there is."""
+    build_engine(tiny_bundle, BuildRequest(rtx="sm89", name="ada"), say=lambda _: None)
+    code = (
+        "import sys\n"
+        "for name in ('onnx', 'onnxscript', 'onnxruntime', 'torch', 'transformers', 'tqdm'):\n"
+        "    sys.modules[name] = None\n"
+        "from vzip.runtime.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", code, "inspect", str(tiny_bundle)]
+    done = subprocess.run(
+        [*command, "--engine", "ada"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "proof: not proven" in done.stdout
+    graph = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert graph.returncode == 2
+    assert "needs the package 'onnx'" in graph.stderr

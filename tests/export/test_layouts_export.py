@@ -1,4 +1,7 @@
-"""Every layout of a checkpoint, without the LLM's shards, becomes the same graph."""
+"""Every layout of LLaVA, without the LLM's shards, becomes the same graph.
+
+The other families' layouts are in `test_family_graphs.py`.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from layouts import IMAGE_TOKEN, LAYOUTS, model_state, write_layout
+from layouts import IMAGE_TOKEN, LAYOUTS, upstream_model, write_layout
 from vzip.export.budget import Budget
 from vzip.export.onnx_graph import GraphOptions
 from vzip.export.pictures import reference_images
-from vzip.export.pipeline import WeightSource, export_bundle
+from vzip.export.pipeline import Method, WeightSource, export_bundle
 from vzip.runtime.bundle import Bundle, read_bundle
 from vzip.runtime.encoder import VisionEncoder
 from vzip.runtime.images import load_image
@@ -41,8 +44,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
         return export_bundle(
             WeightSource(str(folder / "model")),
             folder / "bundle",
-            budget=BUDGET,
-            merge="average",
+            method=Method(BUDGET),
             precision="fp32",
             options=GraphOptions(),
             check_images=IMAGES,
@@ -90,12 +92,7 @@ def test_manifests_differ_where_the_models_do(export: Export, name: str) -> None
 @pytest.mark.parametrize("name", [BASE, "original"])
 def test_dominant_tokens_are_those_of_the_untouched_model(export: Export, name: str) -> None:
     """From the image file on, without our oracle or anything of `parity.py`."""
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
-
-    from layouts import CONFIG
-
-    model = LlavaForConditionalGeneration(LlavaConfig.from_dict(CONFIG)).eval()
-    model.load_state_dict(dict(model_state(0)), strict=True)
+    model = upstream_model("llava")
     bundle = export(name)
     with VisionEncoder.open(bundle.path, backend="onnxruntime") as encoder:
         tokens = encoder.encode(list(IMAGES))

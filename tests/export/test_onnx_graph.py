@@ -614,7 +614,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], ir.Model]
 
 
 def promises(**change: Any) -> passes.Promises:
-    return passes.Promises(**{"opset": 18, "layers": LAYERS, "half": True} | change)
+    return passes.Promises(
+        **{"opset": 18, "softmaxes": LAYERS + 1, "norms": 2 * LAYERS + 1, "half": True} | change
+    )
 
 
 def first(graph_model: ir.Model, op: str) -> ir.Node:
@@ -672,14 +674,14 @@ def test_promises_refuse_wide_weights_in_a_half_graph(finished: Callable[[], ir.
 def test_promises_refuse_a_missing_norm(finished: Callable[[], ir.Model]) -> None:
     broken = finished()
     first(broken, "LayerNormalization").op_type = "Add"
-    refuses(promises(), broken, "4 LayerNormalization; expected two for each of 2 layers + 1")
+    refuses(promises(), broken, "4 LayerNormalization; expected 5, one a norm of the model")
 
 
 def test_promises_refuse_a_missing_or_another_softmax(finished: Callable[[], ir.Model]) -> None:
     broken = finished()
     first(broken, "Softmax").op_type = "Sigmoid"
-    refuses(promises(), broken, "2 Softmax; expected one a layer and one for the scores")
-    refuses(promises(layers=1), finished(), "5 LayerNormalization; expected two for each of 1 la")
+    refuses(promises(), broken, "2 Softmax; expected 3, one a layer and one for the scores")
+    refuses(promises(softmaxes=2), finished(), "3 Softmax; expected 2")
 
 
 def test_promises_refuse_another_opset_or_domain(finished: Callable[[], ir.Model]) -> None:

@@ -23,7 +23,7 @@ from vzip.export.encoder import Encoder
 from vzip.export.onnx_graph import GraphOptions, save, trace
 from vzip.export.parity import Parity, Reference
 from vzip.export.pictures import reference_images
-from vzip.export.pipeline import DTYPES, WeightSource, describe, export_bundle
+from vzip.export.pipeline import DTYPES, Method, WeightSource, describe, export_bundle
 from vzip.export.weights import VisionWeights
 from vzip.runtime.bundle import Bundle, bundle_writer, read_bundle
 from vzip.runtime.cli import main
@@ -41,6 +41,12 @@ DEFAULTS: Mapping[str, Any] = {
     "precision": "fp32",
     "options": GraphOptions(),
 }
+
+
+def as_method(options: dict[str, Any]) -> dict[str, Any]:
+    """Return keyword arguments of `describe` and `export_bundle`."""
+    rest = {name: value for name, value in options.items() if name not in ("budget", "merge")}
+    return {**rest, "method": Method(options["budget"], options["merge"])}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +89,7 @@ def export(room: Path, weights: VisionWeights) -> Exporter:
             _, model = WeightSource(str(room / "seed0")).load()
             with bundle_writer(room / f"bundle{len(made)}") as writer:
                 save(graph, writer.folder)
-                made[name] = writer.publish(describe(source.config, model, **chosen))
+                made[name] = writer.publish(describe(source.config, model, **as_method(chosen)))
         return made[name]
 
     return exported
@@ -231,7 +237,7 @@ def wrong_eps(weights: VisionWeights, room: Path) -> VisionWeights:
 
 def one_layer_more(weights: VisionWeights, room: Path) -> VisionWeights:
     return dataclasses.replace(
-        weights, config=dataclasses.replace(weights.config, feature_layer=-1)
+        weights, config=dataclasses.replace(weights.config, feature_layers=(-1,))
     )
 
 
@@ -517,7 +523,7 @@ def test_an_export_that_fails_its_check_writes_nothing(
         export_bundle(
             WeightSource(str(room / "seed0")),
             tmp_path / "bundle",
-            **DEFAULTS,
+            **as_method(DEFAULTS),
             check_images=IMAGES[:2],
             step=lambda _: None,
         )

@@ -17,7 +17,7 @@ from vzip.export.budget import Budget
 from vzip.export.engine_proof import load_reference
 from vzip.export.onnx_graph import GraphOptions
 from vzip.export.pictures import reference_images
-from vzip.export.pipeline import WeightSource, export_bundle
+from vzip.export.pipeline import Method, WeightSource, export_bundle
 from vzip.export.proof import Proof, Reference, prove, read_reference
 from vzip.runtime.backends import open_backend
 from vzip.runtime.bundle import Bundle, read_bundle
@@ -274,8 +274,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def export(checkpoint: Path, folder: Path, **change: Any) -> Bundle:
     options: dict[str, Any] = {
-        "budget": Budget(12, 4),
-        "merge": "average",
+        "method": Method(Budget(12, 4)),
         "precision": "fp32",
         "options": GraphOptions(batch=4, dynamic_batch=True),
         "check_images": reference_images(),
@@ -288,7 +287,7 @@ def export(checkpoint: Path, folder: Path, **change: Any) -> Bundle:
     "change",
     [
         {},
-        {"merge": "sum", "budget": Budget(12, 4, cls_token=False)},
+        {"method": Method(Budget(12, 4, cls_token=False), "sum")},
         {"precision": "fp16"},
         {"options": GraphOptions(graph_input="pixel_values", batch=2, opset=17)},
     ],

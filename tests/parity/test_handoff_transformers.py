@@ -15,18 +15,9 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from tokenizers import (
-    AddedToken,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from tests.parity.tiny_llm import IMAGE, SPECIAL, make_tokenizer
 from vzip.runtime import VisionEncoder
 from vzip.runtime.cli import main
 from vzip.runtime.errors import BackendError, CheckpointError, InvalidInputError
@@ -34,9 +25,6 @@ from vzip.runtime.handoff import ImageTokens
 from vzip.runtime.handoff.transformers import Prompts, TransformersLLM
 
 TINY_BUNDLE = Path(__file__).parents[1] / "data" / "tiny_bundle"
-SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
-IMAGE = SPECIAL.index("<image>")
-CORPUS = ["USER: what is the shape? ASSISTANT: it is a red circle", "\nis there a 7 below it?"]
 PATCHES, WIDTH = 16, 64
 QUESTIONS = ("what is it?", "is it red?", "and the 7?")
 
@@ -59,52 +47,6 @@ CLOSED = PUBLISHED.replace(
 )
 WITH_BOS = "{{ '<s>' }}" + CLOSED
 TEMPLATES = {"none": None, "published": PUBLISHED, "closed": CLOSED, "with BOS": WITH_BOS}
-
-
-def make_tokenizer(kind: str = "bytes") -> transformers.PreTrainedTokenizerFast:
-    """A small tokenizer.
-
-    Args:
-        kind: "bytes"; "llama", which puts a mark before every piece of text between special
-            tokens; or "first", which puts it before the first piece alone (Llama's newer form).
-    """
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    if kind == "bytes":
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    elif kind == "first":
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-        tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
-        alphabet = []
-    else:
-        tokenizer.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        )
-        # Llama's vocabulary has no entry that goes on beyond a word.
-        tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-        tokenizer.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        )
-        alphabet = []
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=[AddedToken(text, special=True, normalized=False) for text in SPECIAL],
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS * 4, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
 
 
 def make_model(
@@ -698,6 +640,35 @@ def test_ask_and_chat_answer_from_a_bundle(bundle, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(QUESTIONS)))
     assert main(["chat", *arguments, "--max-new-tokens", "9"]) == 0
     assert capsys.readouterr().out == "".join(answer + "\n" for answer in answers)
+
+
+def test_ask_answers_about_a_folder_of_frames(bundle, tmp_path, monkeypatch, capsys):
+    """Frames are images to this LLM: a placeholder each, in time order."""
+    frames = [Image.effect_noise((40, 30), 90).convert("RGB") for _ in range(3)]
+    (tmp_path / "frames").mkdir()
+    for index, frame in enumerate(frames):
+        frame.save(tmp_path / "frames" / f"{index + 9}.png")
+    with VisionEncoder.open(bundle.folder) as encoder:
+        expected = np.concatenate([encoder.encode([frame]).embeds[0] for frame in frames])
+    answer = TransformersLLM.open(bundle.llava).ask(
+        expected, QUESTIONS[0], frames=3, max_new_tokens=9
+    )
+    begun = []
+    begin = TransformersLLM.conversation
+
+    def conversation(self, embeds, *, frames=None):
+        begun.append((embeds, frames))
+        return begin(self, embeds, frames=frames)
+
+    monkeypatch.setattr(TransformersLLM, "conversation", conversation)
+    capsys.readouterr()
+    arguments = [str(bundle.folder), str(tmp_path / "frames"), QUESTIONS[0]]
+    assert main(["ask", *arguments, "--max-new-tokens", "9"]) == 0
+    assert capsys.readouterr() == (answer + "\n", "")
+    ((embeds, count),) = begun
+    assert count == 3
+    assert len(np.unique(expected, axis=0)) == len(expected), "no two frames are alike"
+    np.testing.assert_allclose(embeds, expected, rtol=0, atol=1e-5)
 
 
 def test_llm_names_another_place(bundle, capsys):

@@ -13,13 +13,16 @@ from PIL import Image
 from transformers.image_transforms import convert_to_rgb
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.video_llava.image_processing_video_llava import VideoLlavaImageProcessor
 
 from vzip.runtime.images import load_image
 from vzip.runtime.preprocess import Mode, Preprocessing, pixel_values, tower_image
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MODES: tuple[Mode, ...] = ("resize_crop", "pad_square")
+CROPPING: tuple[Mode, ...] = ("resize_crop", "pad_square")
+MODES: tuple[Mode, ...] = (*CROPPING, "stretch")
 
 # (width, height)
 ODD_SIZES = [
@@ -64,19 +67,21 @@ def preprocessing(mode: Mode, image_size: int, **changes: Any) -> Preprocessing:
 
 def processor(
     prep: Preprocessing, **changes: Any
-) -> CLIPImageProcessorPil | LlavaImageProcessorPil:
-    padded = prep.mode == "pad_square"
-    kind = LlavaImageProcessorPil if padded else CLIPImageProcessorPil
-    return kind(
-        size={"shortest_edge": prep.shortest_edge},
-        crop_size={"height": prep.image_size, "width": prep.image_size},
-        resample=Image.Resampling.BICUBIC,
-        image_mean=list(prep.mean),
-        image_std=list(prep.std),
-        rescale_factor=prep.rescale_factor,
-        **({"do_pad": True} if padded else {}),
+) -> CLIPImageProcessorPil | LlavaImageProcessorPil | SiglipImageProcessorPil:
+    square = {"height": prep.image_size, "width": prep.image_size}
+    common: dict[str, Any] = {
+        "resample": Image.Resampling.BICUBIC,
+        "image_mean": list(prep.mean),
+        "image_std": list(prep.std),
+        "rescale_factor": prep.rescale_factor,
         **changes,
-    )
+    }
+    if prep.mode == "stretch":
+        return SiglipImageProcessorPil(size=square, **common)
+    common |= {"size": {"shortest_edge": prep.shortest_edge}, "crop_size": square}
+    if prep.mode == "pad_square":
+        return LlavaImageProcessorPil(do_pad=True, **common)
+    return CLIPImageProcessorPil(**common)
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -131,7 +136,7 @@ def test_constant_images(value: int, mode: Mode) -> None:
     assert_equal_to_reference(image, preprocessing(mode, 224))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CROPPING)
 @pytest.mark.parametrize(
     ("shortest_edge", "image_size"),
     [(256, 224), (224, 336), (112, 225), (225, 112), (1, 7), (8, 1), (335, 336)],
@@ -164,7 +169,8 @@ def test_other_means_deviations_and_factors(mode: Mode) -> None:
 def test_any_size(
     *, width: int, height: int, image_size: int, shortest_edge: int | None, mode: Mode, seed: int
 ) -> None:
-    prep = preprocessing(mode, image_size, shortest_edge=shortest_edge or image_size)
+    edge = image_size if mode == "stretch" else shortest_edge or image_size
+    prep = preprocessing(mode, image_size, shortest_edge=edge)
     long, short = max(width, height), min(width, height)
     if mode == "resize_crop" and prep.shortest_edge * long // short > 20000:
         # The reference makes the whole strip: keep the test small, the cap has its own.
@@ -184,6 +190,24 @@ def test_batch_equals_its_images() -> None:
     reference = np.stack(processor(prep)(images)["pixel_values"])
     ours = pixel_values(np.stack([tower_image(image, prep) for image in images]), prep)
     assert np.array_equal(ours, reference)
+
+
+@pytest.mark.parametrize("size", [(224, 224), (640, 360), (361, 641), (97, 224), (1920, 1080)])
+def test_frames_of_a_video_equal_video_llavas(size: tuple[int, int]) -> None:
+    # Sizes of 1 or 3 pixels aren't compared: there it takes an edge for the colour channels.
+    prep = preprocessing("resize_crop", 224)
+    frames = [noise(*size, seed) for seed in range(3)]
+    upstream = VideoLlavaImageProcessor(
+        size={"shortest_edge": 224},
+        crop_size={"height": 224, "width": 224},
+        image_mean=list(CLIP_MEAN),
+        image_std=list(CLIP_STD),
+    )
+    reference = upstream(frames, return_legacy_image_output=False)["pixel_values"]
+    ours = pixel_values(np.stack([tower_image(frame, prep) for frame in frames]), prep)
+    for frame, expected in zip(ours, reference, strict=True):
+        assert expected.dtype == np.float32
+        assert np.array_equal(frame.view(np.uint32), np.ascontiguousarray(expected).view(np.uint32))
 
 
 def odd_mode_images() -> list[Image.Image]:

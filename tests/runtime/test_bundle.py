@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import json
 import os
 import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from vzip.runtime import atomic
@@ -21,7 +24,7 @@ from vzip.runtime.bundle import (
     update_manifest,
 )
 from vzip.runtime.errors import BundleError
-from vzip.runtime.manifest import Manifest
+from vzip.runtime.manifest import Manifest, Tiling
 
 FILES = ["manifest.json", "model.onnx", "model.onnx.data"]
 
@@ -530,3 +533,133 @@ def test_update_manifest_leaves_the_old_one_when_the_disk_is_full(
     monkeypatch.undo()
     assert read_bundle(tiny_bundle) == bundle
     assert names(tiny_bundle) == FILES
+
+
+# The newline embedding
+
+NEWLINE = np.arange(6, dtype=np.float32) - 2.5
+
+
+def npy(array: Any, version: tuple[int, int] = (1, 0)) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array(file, np.asarray(array), version)
+    return file.getvalue()
+
+
+def with_newline(target: Path, source: Path, data: bytes) -> Bundle:
+    """Publish another bundle's files and a newline embedding."""
+    return publish(
+        target, source, lambda writer: (writer.folder / "image_newline.npy").write_bytes(data)
+    )
+
+
+def test_reads_the_newline_embedding(tmp_path: Path, tiny_bundle: Path) -> None:
+    bundle = with_newline(tmp_path / "new", tiny_bundle, npy(NEWLINE))
+    assert sorted(bundle.manifest.files) == ["image_newline.npy", *FILES[1:]]
+    newline = bundle.newline()
+    assert newline.dtype == np.float32
+    assert np.array_equal(newline, NEWLINE)
+    assert np.array_equal(read_bundle(bundle.path).newline(), NEWLINE)
+    # It is one of the files that a bundle may be replaced with, and without.
+    assert with_newline(bundle.path, tiny_bundle, npy(2 * NEWLINE)).newline()[0] == -5
+    assert names(publish(bundle.path, tiny_bundle).path) == FILES
+
+
+def test_a_bundle_without_newline_says_so(tiny_bundle: Path) -> None:
+    with pytest.raises(
+        BundleError, match=r"'files' lacks image_newline\.npy, expected it, since it"
+    ):
+        read_bundle(tiny_bundle).newline()
+
+
+def test_the_newlines_digest_is_checked_whenever_it_is_read(
+    tmp_path: Path, tiny_bundle: Path
+) -> None:
+    bundle = with_newline(tmp_path / "new", tiny_bundle, npy(NEWLINE))
+    (bundle.path / "image_newline.npy").write_bytes(npy(-NEWLINE))
+    with pytest.raises(BundleError, match=r"image_newline\.npy has SHA-256 .*…, expected"):
+        read_bundle(bundle.path)
+    unverified = read_bundle(bundle.path, verify=False)
+    with pytest.raises(BundleError, match=r"image_newline\.npy has SHA-256 .*…, expected"):
+        unverified.newline()
+    (bundle.path / "image_newline.npy").unlink()
+    with pytest.raises(BundleError, match=r"image_newline\.npy can't be read"):
+        bundle.newline()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            npy(NEWLINE[:5]),
+            r"holds float32 \[5\] in 20 bytes, expected float32 \[6\] in 24; it is of",
+        ),
+        (npy(NEWLINE[None]), r"holds float32 \[1, 6\] in 24 bytes"),
+        (npy(NEWLINE.astype(np.float16)), r"holds float16 \[6\] in 12 bytes"),
+        (npy(NEWLINE.astype(">f4")), r"holds >f4 \[6\] in 24 bytes"),
+        (npy(NEWLINE)[:-4], r"holds float32 \[6\] in 20 bytes"),
+        (npy(NEWLINE) + b"more", r"holds float32 \[6\] in 28 bytes"),
+        (npy(np.array([None] * 6, object)), r"holds object \[6\]"),
+        (npy(NEWLINE, (2, 0)), r"is no file in NumPy's format 1\.0, expected float32 \[6\]"),
+        (b"no array", "is no file in NumPy's format"),
+        (npy(NEWLINE)[:9], "is no file in NumPy's format"),
+        (npy(NEWLINE).replace(b"'<f4'", b"[[[[["), "is no file in NumPy's format"),
+        (npy(NEWLINE).replace(b"{'descr'", b"{{[]: 1}"), "is no file in NumPy's format"),
+        (npy(NEWLINE).replace(b"(6,)", b"(~6)"), "is no file in NumPy's format"),
+        (npy(NEWLINE * np.inf), "has numbers that are NaN or infinite, expected finite ones"),
+        (npy(np.zeros(4000, np.float32)), "has 16128 bytes, expected at most 10024 for float32"),
+    ],
+)
+def test_refuses_a_newline_that_is_not_the_manifests(
+    tmp_path: Path, tiny_bundle: Path, data: bytes, message: str
+) -> None:
+    bundle = with_newline(tmp_path / "new", tiny_bundle, data)
+    with pytest.raises(BundleError, match=f"^{bundle.path}: image_newline.npy {message}"):
+        bundle.newline()
+
+
+def test_a_header_that_promises_more_than_there_is_takes_no_memory(
+    tmp_path: Path, tiny_bundle: Path
+) -> None:
+    data = npy(NEWLINE).replace(b"(6,), }" + 13 * b" ", b"(99999999999999,), }")
+    bundle = with_newline(tmp_path / "new", tiny_bundle, data)
+    with pytest.raises(BundleError, match=r"holds float32 \[99999999999999\] in 24 bytes"):
+        bundle.newline()
+
+
+def newline_rows(manifest: Manifest) -> Manifest:
+    preprocessing = dataclasses.replace(manifest.preprocessing, mode="stretch")
+    tiling = Tiling(((16, 32),), "newline")
+    return dataclasses.replace(manifest, preprocessing=preprocessing, tiling=tiling)
+
+
+def pooled(manifest: Manifest) -> Manifest:
+    tower = dataclasses.replace(manifest.tower, tokens=4, grid=(2, 2), cls_token=False, pool=2)
+    selection = dataclasses.replace(manifest.selection, dominant=2, contextual=1, cls_token=False)
+    embeds, kept = manifest.outputs
+    outputs = (
+        dataclasses.replace(embeds, shape=("batch", 3, 6)),
+        dataclasses.replace(kept, shape=("batch", 2)),
+    )
+    return dataclasses.replace(manifest, tower=tower, selection=selection, outputs=outputs)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (newline_rows, "'tiling.order' is 'newline'"),
+        (pooled, "'tower.pool' is 2, and one ends a clip"),
+    ],
+)
+def test_refuses_a_bundle_that_lacks_the_newline_that_its_tokens_take(
+    tmp_path: Path, tiny_bundle: Path, change: Callable[[Manifest], Manifest], why: str
+) -> None:
+    target = tmp_path / "new"
+    message = f"lacks image_newline.npy, expected it, since {why}; the model has no newline"
+    with pytest.raises(BundleError, match=message), bundle_writer(target) as writer:
+        writer.publish(change(fill(writer, tiny_bundle)))
+    with bundle_writer(target) as writer:
+        manifest = change(fill(writer, tiny_bundle))
+        (writer.folder / "image_newline.npy").write_bytes(npy(NEWLINE))
+        bundle = writer.publish(manifest)
+    assert np.array_equal(bundle.newline(), NEWLINE)

@@ -75,6 +75,34 @@ def test_adds_a_second_and_replaces_the_first(tiny_bundle: Path) -> None:
     assert names(tiny_bundle / "engines") == ["orin.plan", "thor.plan"]
 
 
+def test_a_name_that_begins_another_leaves_its_file_alone(tiny_bundle: Path) -> None:
+    bundle = add(read_bundle(tiny_bundle), OLD, name="x.y")
+    folder = tiny_bundle / "engines"
+    # As a writer leaves it that is killed between the manifest and the last rename.
+    digest = bundle.manifest.engines["x.y"].sha256
+    (folder / "x.y.plan").rename(folder / f".x.y.{digest[:16]}.plan")
+    bundle = add(bundle, NEW, name="x")
+    assert (read(bundle, "x"), read(bundle, "x.y")) == (NEW, OLD)
+
+
+def test_an_engine_that_is_renamed_while_it_is_opened(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = add(read_bundle(tiny_bundle), OLD)
+    final = tiny_bundle / "engines" / "orin.plan"
+    waiting = final.with_name(f".orin.{bundle.manifest.engines['orin'].sha256[:16]}.plan")
+    final.rename(waiting)
+    opened = os.open
+
+    def raced(path: str | Path, *arguments: int) -> int:
+        if Path(path) == waiting and waiting.exists():
+            waiting.rename(final)
+        return opened(path, *arguments)
+
+    monkeypatch.setattr(os, "open", raced)
+    assert read(bundle) == OLD
+
+
 def test_parity_numbers_leave_engines_alone(tiny_bundle: Path) -> None:
     bundle = add(read_bundle(tiny_bundle), OLD)
     assert update_manifest(bundle, parity={"passed": True}).manifest.engines

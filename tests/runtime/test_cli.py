@@ -326,6 +326,8 @@ def test_ask_passes_the_limit(conversation):
         (["ask", "b", "i", "\udcff?"], "not valid Unicode text (at character 0)"),
         (["ask", "b", "i", "what?", "--max-new-tokens", "0"], "limit of 0 new tokens"),
         (["chat", "b", "i", "--max-new-tokens", "-1"], "limit of -1 new tokens"),
+        (["ask", "b", "i", "what?", "--frames", "0"], "ask: got --frames 0; it takes 1 or more"),
+        (["chat", "b", "i", "--frames", "-3"], "chat: got --frames -3; it takes 1 or more"),
     ],
 )
 def test_what_can_be_refused_at_once_is(argv, text, capsys, monkeypatch):
@@ -341,6 +343,7 @@ def test_what_can_be_refused_at_once_is(argv, text, capsys, monkeypatch):
         (["ask", "b", "i", "q?", "--bakend", "x"], "unrecognized arguments: --bakend x"),
         (["ask", "b", "i", "q?", "--max-new", "5"], "unrecognized arguments: --max-new 5"),
         (["ask", "b", "i", "q?", "--max-new-tokens", "many"], "invalid int value: 'many'"),
+        (["show", "b", "i", "-o", "o.png", "--frames", "2"], "unrecognized arguments: --frames 2"),
         (["show", "b", "i"], "required: -o/--output"),
     ],
 )
@@ -437,6 +440,50 @@ def test_bad_input_is_one_line_and_leaves_nothing(command, fault, image, tmp_pat
 def test_an_llm_that_does_not_exist_is_refused(image, capsys):
     assert main(["ask", str(BUNDLE), str(image), "what?", "--llm", "./nowhere"]) == 2
     assert "'./nowhere' does not exist" in one_line(capsys)
+
+
+@pytest.mark.parametrize("command", ["ask", "chat"])
+def test_frames_of_an_image_are_refused(command, image, capsys):
+    last = ["what?"] if command == "ask" else []
+    assert main([command, str(BUNDLE), str(image), *last, "--frames", "4"]) == 2
+    assert "got --frames for '" in (line := one_line(capsys))
+    assert "which is no video that is known here; leave the option out" in line
+
+
+@pytest.mark.parametrize("fault", ["video broken", "folder empty", "frame broken"])
+def test_a_bad_video_is_one_line(fault, image, tmp_path, capsys):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    shown, text = folder, "is a folder without images"
+    if fault == "video broken":
+        shown, text = tmp_path / "clip.mp4", "clip.mp4' can't be decoded"
+        shown.write_bytes(b"\0\0\0\x18ftypisom" + b"x" * 500)
+    elif fault == "frame broken":
+        (folder / "frame7.png").write_bytes(image.read_bytes()[:300])
+        text = "frame7.png"
+    for argv in (["ask", "what?"], ["chat"]):
+        assert main([argv[0], str(BUNDLE), str(shown), *argv[1:]]) == 2
+        assert text in one_line(capsys)
+
+
+def test_an_engine_is_asked_for_by_name(image, tmp_path, capsys):
+    output = tmp_path / "overlay.png"
+    assert main(["show", str(BUNDLE), str(image), "-o", str(output), "--engine", "orin"]) == 2
+    assert "has no engine, expected one for this machine" in one_line(capsys)
+    mixed = ["--engine", "orin", "--backend", "onnxruntime"]
+    assert main(["show", str(BUNDLE), str(image), "-o", str(output), *mixed]) == 2
+    assert "expected backend='tensorrt'" in one_line(capsys)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("kind", ["video", "folder"])
+def test_show_refuses_what_is_no_image(kind, tmp_path, capsys):
+    shown = tmp_path
+    if kind == "video":
+        shown = tmp_path / "clip.mp4"
+        shown.write_bytes(b"\0\0\0\x18ftypisom" + b"x" * 500)
+    assert main(["show", str(BUNDLE), str(shown), "-o", str(tmp_path / "overlay.png")]) == 2
+    assert "is a video or a folder, but one image is drawn; take a frame" in one_line(capsys)
 
 
 def fake_manifest(model: str, revision: str | None) -> SimpleNamespace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import os
 import subprocess
 import sys
@@ -16,16 +17,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vzip.runtime import CompressedTokens, VisionEncoder, backends
+from vzip.runtime import CompressedTokens, VisionEncoder, backends, encoder
 from vzip.runtime.backends import BackendUnavailableError, open_backend
 from vzip.runtime.backends.onnxruntime import import_onnxruntime
-from vzip.runtime.bundle import Bundle, read_bundle, update_manifest
+from vzip.runtime.bundle import Bundle, bundle_writer, read_bundle, update_manifest
 from vzip.runtime.errors import (
     BackendError,
     BundleError,
     InvalidInputError,
     MissingDependencyError,
 )
+from vzip.runtime.manifest import Manifest, Tiling
+from vzip.runtime.tiles import arrange, arrange_rows, cut
 
 Arrays = dict[str, np.ndarray]
 
@@ -462,6 +465,310 @@ def test_tokens_have_a_short_description() -> None:
     assert repr(tokens) == "CompressedTokens(embeds float32 [1, 2, 3])"
 
 
+# Towers without CLS, and pooled ones
+
+
+def patches_alone(manifest: Manifest) -> Manifest:
+    """Return the manifest of a tower without CLS: 16 patches, 4 + 3 of them."""
+    return dataclasses.replace(
+        manifest,
+        tower=dataclasses.replace(manifest.tower, tokens=16, cls_token=False),
+        selection=dataclasses.replace(manifest.selection, cls_token=False),
+    )
+
+
+def pooled(manifest: Manifest) -> Manifest:
+    """Return the manifest of a tower whose 16 patches are pooled to 4 tokens: 2 + 1 of them."""
+    embeds, kept = manifest.outputs
+    extent = embeds.shape[0]
+    return dataclasses.replace(
+        manifest,
+        tower=dataclasses.replace(manifest.tower, tokens=4, grid=(2, 2), cls_token=False, pool=2),
+        selection=dataclasses.replace(
+            manifest.selection, dominant=2, contextual=1, cls_token=False
+        ),
+        outputs=(
+            dataclasses.replace(embeds, shape=(extent, 3, 6)),
+            dataclasses.replace(kept, shape=(extent, 2)),
+        ),
+    )
+
+
+def as_it_is(manifest: Manifest) -> Manifest:
+    return manifest
+
+
+class Marked(Fake):
+    """A backend whose tokens say which image they are of, and which of its tokens.
+
+    Row k of an image whose first number is m is (m, k, …), and what it keeps depends on m.
+    """
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
+        super().run(feeds)
+        (images,) = feeds.values()
+        selection, tower = self.manifest.selection, self.manifest.tower
+        marks = images.reshape(len(images), -1)[:, 0].astype(np.float64)
+        embeds = np.zeros((len(images), selection.tokens, 6), self.manifest.embeds.dtype)
+        embeds[..., 0] = marks[:, None]
+        embeds[..., 1] = np.arange(selection.tokens)
+        kept = np.zeros((len(images), selection.dominant), np.int64)
+        patches = selection.dominant - selection.cls_token
+        for row, mark in zip(kept, marks, strict=True):
+            chosen = (int(abs(mark) * 7) + 3 * np.arange(patches)) % math.prod(tower.grid)
+            row[int(selection.cls_token) :] = np.sort(chosen) + tower.cls_token
+        weights = np.zeros((len(images), selection.tokens, tower.tokens), np.float32)
+        weights[:, selection.dominant] = 0.5  # every token that isn't kept goes into the first
+        for weight, row in zip(weights, kept, strict=True):
+            weight[selection.dominant, row] = 0
+            weight[range(selection.dominant), row] = 1
+        outputs = {"image_embeds": embeds, "kept_indices": kept, "token_weights": weights}
+        self.spoil(outputs)
+        return outputs
+
+
+def marked(
+    folder: Path,
+    change: Callable[[Manifest], Manifest],
+    spoil: Callable[[Arrays], object] = lambda _: None,
+) -> VisionEncoder:
+    """Open a bundle under another manifest."""
+    bundle = Bundle(folder, change(read_bundle(folder).manifest))
+    return VisionEncoder(bundle, "fake", Marked(bundle, spoil))
+
+
+@pytest.mark.parametrize(("change", "tokens"), [(patches_alone, 16), (pooled, 4)])
+def test_patches_are_counted_from_0_where_there_is_no_cls_token(
+    tiny_bundle: Path,
+    golden: Arrays,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Manifest], Manifest],
+    tokens: int,
+) -> None:
+    with marked(tiny_bundle, change) as encoder:
+        again = fake_of(encoder)
+        monkeypatch.setattr("vzip.runtime.encoder.open_backend", lambda *_, **__: ("fake", again))
+        result = encoder.encode(list(golden["images"]))
+        assert result.groups.shape == (5, tokens)
+        for kept, groups in zip(result.kept, result.groups, strict=True):
+            assert [j for j in range(tokens) if groups[j] == -1] == kept.tolist()
+            assert set(groups.tolist()) == {-1, 0}
+    first = result.kept.shape[1]
+    for bad in ([*range(first - 1), tokens], [-1, *range(first - 1)], [0] * first):
+        spoil = set_kept(bad)
+        with (
+            marked(tiny_bundle, change, spoil) as encoder,
+            pytest.raises(BackendError, match=f"ascending tokens of 0 … {tokens - 1} without dupl"),
+        ):
+            encoder.encode(golden["images"][0])
+
+
+def test_a_token_without_a_group_is_noticed_where_there_is_no_cls_token(
+    tiny_bundle: Path, golden: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drop(outputs: Arrays) -> None:
+        outputs["token_weights"][:, 2, :] = 0
+
+    with marked(tiny_bundle, pooled, drop) as encoder:
+        again = fake_of(encoder)
+        monkeypatch.setattr("vzip.runtime.encoder.open_backend", lambda *_, **__: ("fake", again))
+        tokens = encoder.encode(golden["images"][0])
+        with pytest.raises(BackendError, match="expected each of the 2 that were not kept once"):
+            _ = tokens.groups
+
+
+# All that the language model gets
+
+NEWLINE = np.linspace(-3, 3, 6, dtype=np.float32)
+PINPOINTS = ((16, 32), (32, 16), (32, 32), (48, 16), (16, 48))
+
+
+def tiled(order: Any) -> Callable[[Manifest], Manifest]:
+    """Return how a manifest becomes that of a bundle with tiles."""
+
+    def change(manifest: Manifest) -> Manifest:
+        return dataclasses.replace(
+            manifest,
+            preprocessing=dataclasses.replace(manifest.preprocessing, mode="stretch"),
+            tiling=Tiling(PINPOINTS, order),
+        )
+
+    return change
+
+
+def with_newline(
+    target: Path, source: Path, change: Callable[[Manifest], Manifest], newline: Any = NEWLINE
+) -> Path:
+    """Publish a bundle under another manifest, with a newline embedding."""
+    bundle = read_bundle(source)
+    with bundle_writer(target) as writer:
+        for name in bundle.manifest.files:
+            (writer.folder / name).write_bytes((source / name).read_bytes())
+        np.save(writer.folder / "image_newline.npy", newline)
+        writer.publish(change(dataclasses.replace(bundle.manifest, files={})))
+    return target
+
+
+def picture(width: int, height: int) -> np.ndarray:
+    return np.random.default_rng(7).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def test_an_image_without_tiles_is_what_encode_gives(tiny_bundle: Path, golden: Arrays) -> None:
+    with VisionEncoder.open(tiny_bundle, backend="onnxruntime") as encoder:
+        embeds = encoder.image_embeds(golden["images"][1])
+        assert embeds.shape == (7, 6)
+        assert np.abs(embeds - golden["embeds"][1]).max() < 1e-5 * np.abs(golden["embeds"]).max()
+
+
+@pytest.mark.parametrize("order", ["reference", "newline"])
+@pytest.mark.parametrize("size", [(40, 33), (90, 20), (20, 90), (5, 8)])
+def test_an_image_with_tiles_is_the_base_tile_and_the_others_in_order(
+    tmp_path: Path, tiny_bundle: Path, size: tuple[int, int], order: str
+) -> None:
+    image = picture(*size)
+    bundle = with_newline(tmp_path / "tiled", tiny_bundle, tiled(order))
+    with VisionEncoder.open(bundle, backend="onnxruntime") as encoder:
+        manifest = encoder.manifest
+        assert manifest.tiling is not None
+        tiles = cut(Image.fromarray(image), manifest.preprocessing, manifest.tiling)
+        alone = [encoder.run(tile[None]) for tile in tiles.images]
+        embeds = np.concatenate([tokens.embeds for tokens in alone])
+        kept = np.concatenate([tokens.kept for tokens in alone])
+        others = (
+            arrange(embeds[1:], kept[1:], tiles.grid, patches=(4, 4))
+            if order == "reference"
+            else arrange_rows(embeds[1:], kept[1:], tiles.grid, NEWLINE, size[::-1], patches=(4, 4))
+        )
+        result = encoder.image_embeds(image)
+    assert result.dtype == np.float32
+    assert order == "newline" or len(result) == 7 * len(tiles.images)
+    assert result.shape == (7 + len(others), 6)
+    assert np.abs(result - np.concatenate([embeds[0], others])).max() < 1e-5
+
+
+@pytest.mark.parametrize("order", ["reference", "newline"])
+def test_tiles_of_a_tower_without_cls(tmp_path: Path, tiny_bundle: Path, order: str) -> None:
+    image = picture(40, 33)
+    folder = with_newline(
+        tmp_path / "tiled", tiny_bundle, lambda manifest: tiled(order)(patches_alone(manifest))
+    )
+    with marked(folder, as_it_is) as encoder:
+        result = encoder.image_embeds(image)
+        images = np.concatenate(fake_of(encoder).fed)
+        tokens = encoder.encode(list(images))
+    contextual = [row for tile in tokens.embeds[1:] for row in tile[4:]]
+    rows = []
+    # 2×2 tiles of 4×4 patches; the picture's 33 rows fill 6.6 of the 8, of which whole ones count.
+    for y in range(8) if order == "reference" else range(1, 7):
+        for x in range(8):
+            tile, patch = y // 4 * 2 + x // 4, y % 4 * 4 + x % 4
+            rows += list(tokens.embeds[1 + tile, :4][tokens.kept[1 + tile] == patch])
+        rows += [NEWLINE] * (order == "newline")
+    assert np.array_equal(result, np.stack([*tokens.embeds[0], *rows, *contextual]))
+
+
+def test_all_tiles_go_through_as_few_calls_as_the_batch_allows(
+    tiny_bundle: Path, tiny_static_bundle: Path
+) -> None:
+    with marked(tiny_bundle, tiled("reference")) as encoder:
+        assert encoder.image_embeds(picture(40, 33)).shape == (5 * 7, 6)
+        assert [len(fed) for fed in fake_of(encoder).fed] == [3, 2]
+        assert encoder.image_embeds(picture(32, 16)).shape == (3 * 7, 6)
+        assert [len(fed) for fed in fake_of(encoder).fed[2:]] == [3]
+    with marked(tiny_static_bundle, tiled("reference")) as encoder:
+        embeds = encoder.image_embeds(picture(40, 33))
+        assert (embeds.shape, embeds.dtype) == ((5 * 7, 6), np.float16)
+        assert [fed.shape for fed in fake_of(encoder).fed] == [(2, 3, 16, 16)] * 3
+
+
+def test_a_video_is_its_frames_in_time_order(tiny_bundle: Path, golden: Arrays) -> None:
+    with VisionEncoder.open(tiny_bundle, backend="onnxruntime") as encoder:
+        for frames in (list(golden["images"]), tuple(Image.fromarray(i) for i in golden["images"])):
+            embeds = encoder.video_embeds(frames)
+            assert embeds.shape == (5 * 7, 6)
+            expected = golden["embeds"].reshape(35, 6)
+            assert np.abs(embeds - expected).max() < 1e-5 * np.abs(expected).max()
+        assert encoder.video_embeds([golden["images"][0]]).shape == (7, 6)
+
+
+def test_a_newline_ends_a_video_of_pooled_tokens(
+    tmp_path: Path, tiny_bundle: Path, tiny_static_bundle: Path, golden: Arrays
+) -> None:
+    for source, dtype in ((tiny_bundle, np.float32), (tiny_static_bundle, np.float16)):
+        folder = with_newline(tmp_path / "pooled", source, pooled)
+        with marked(folder, as_it_is) as encoder:
+            frames = list(golden["images"])
+            embeds = encoder.video_embeds(frames)
+            assert embeds.dtype == dtype
+            assert np.array_equal(embeds[:15], encoder.encode(frames).embeds.reshape(15, 6))
+            assert np.array_equal(embeds[15:], NEWLINE.astype(dtype)[None])
+            # One image is no clip.
+            assert encoder.image_embeds(frames[0]).shape == (3, 6)
+
+
+def test_refuses_media_that_the_bundle_was_not_made_for(tiny_bundle: Path, golden: Arrays) -> None:
+    frames = list(golden["images"][:2])
+
+    def takes(*media: Any) -> Callable[[Manifest], Manifest]:
+        return lambda manifest: dataclasses.replace(manifest, media=media)
+
+    with marked(tiny_bundle, takes("image")) as encoder:
+        with pytest.raises(InvalidInputError, match="got a video, but this bundle takes image alo"):
+            encoder.video_embeds(frames)
+        assert not fake_of(encoder).fed
+        assert encoder.image_embeds(frames[0]).shape == (7, 6)
+    with marked(tiny_bundle, takes("video")) as encoder:
+        with pytest.raises(
+            InvalidInputError,
+            match="got an image, but this bundle takes video alone; export another with --media im",
+        ):
+            encoder.image_embeds(frames[0])
+        assert not fake_of(encoder).fed
+        assert encoder.video_embeds(frames).shape == (14, 6)
+
+
+def test_refuses_what_is_no_list_of_frames(tiny_bundle: Path, golden: Arrays) -> None:
+    array = golden["images"][0]
+    with marked(tiny_bundle, as_it_is) as encoder:
+        nothing: list[Any] = ["clip.mp4", b"clip", array, golden["images"], iter([array]), None]
+        for frames in nothing:
+            with pytest.raises(InvalidInputError, match="expected a list of frames in time order"):
+                encoder.video_embeds(frames)
+        with pytest.raises(InvalidInputError, match="got an empty list of images"):
+            encoder.video_embeds([])
+        with pytest.raises(InvalidInputError):
+            encoder.video_embeds([array, None])  # type: ignore[list-item]
+        with pytest.raises(InvalidInputError):
+            encoder.image_embeds([array])  # type: ignore[arg-type]
+        assert not fake_of(encoder).fed
+
+
+def test_a_damaged_newline_is_found_before_anything_runs(tmp_path: Path, tiny_bundle: Path) -> None:
+    def spoil(folder: Path) -> None:
+        path = folder / "image_newline.npy"
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+
+    tiles = with_newline(tmp_path / "tiled", tiny_bundle, tiled("newline"))
+    frames = with_newline(tmp_path / "pooled", tiny_bundle, pooled)
+    with marked(tiles, as_it_is) as images, marked(frames, as_it_is) as videos:
+        spoil(tiles)
+        spoil(frames)
+        with pytest.raises(BundleError, match=r"image_newline\.npy has SHA-256"):
+            images.image_embeds(picture(40, 33))
+        with pytest.raises(BundleError, match=r"image_newline\.npy has SHA-256"):
+            videos.video_embeds([picture(16, 16)])
+        assert not fake_of(images).fed
+        assert not fake_of(videos).fed
+
+
+def test_a_closed_encoder_encodes_neither_images_nor_videos(tiny_bundle: Path) -> None:
+    encoder = marked(tiny_bundle, tiled("reference"))
+    encoder.close()
+    for call in (encoder.image_embeds, encoder.video_embeds):
+        with pytest.raises(BackendError, match="the encoder is closed"):
+            call([])  # type: ignore[operator]
+
+
 # Importing
 
 
@@ -512,3 +819,13 @@ def test_names_that_the_runtime_has_not_are_an_error() -> None:
     with pytest.raises(AttributeError, match=r"module 'vzip\.runtime' has no attribute 'Decoder'"):
         _ = vzip.runtime.Decoder  # type: ignore[attr-defined]
     assert "VisionEncoder" in dir(vzip.runtime)
+
+
+def test_every_half_is_finite_or_not() -> None:
+    halves = np.arange(2**16, dtype=np.uint32).astype(np.uint16).view(np.float16)
+    for half in halves.reshape(-1, 1, 1, 1)[::7]:
+        assert encoder._finite(half) == bool(np.isfinite(half).all())
+    edges = np.array([0x7BFF, 0x7C00, 0x7C01, 0xFBFF, 0xFC00, 0xFC01, 0xFFFF, 0x8000], np.uint16)
+    for half in edges.view(np.float16):
+        row = np.array([[[half, 1.0, -1.0]]], np.float16)
+        assert encoder._finite(row) == bool(np.isfinite(half))

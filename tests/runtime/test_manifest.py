@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vzip.runtime.errors import BundleError
-from vzip.runtime.manifest import TOKEN_ORDER, FileEntry, Manifest, Selection, Tensor
+from vzip.runtime.manifest import TOKEN_ORDER, FileEntry, Manifest, Selection, Tensor, Tiling
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -45,7 +45,7 @@ def test_keys_are_those_of_the_specification() -> None:
         "schema_version": None,
         "model": ["id", "revision", "family", "weights", "seed", "projector"],
         "selection": ["method", "dominant", "contextual", "merge", "cls_token"],
-        "tower": ["tokens", "grid", "cls_token", "image_size", "patch_size"],
+        "tower": ["tokens", "grid", "cls_token", "image_size", "patch_size", "pool"],
         "token_order": None,
         "inputs": None,
         "outputs": None,
@@ -53,7 +53,9 @@ def test_keys_are_those_of_the_specification() -> None:
         "preprocessing": [
             *("image_size", "mode", "shortest_edge", "resample", "mean", "std", "rescale_factor")
         ],
-        "llm": ["hidden_size", "image_token_id"],
+        "tiling": None,
+        "media": None,
+        "llm": ["hidden_size", "image_token_id", "video_token_id"],
         "precision": None,
         "opset": None,
         "files": ["model.onnx", "model.onnx.data"],
@@ -63,6 +65,27 @@ def test_keys_are_those_of_the_specification() -> None:
     }
     assert list(values()["inputs"][0]) == ["name", "dtype", "shape"]
     assert list(values()["files"]["model.onnx"]) == ["sha256", "bytes"]
+
+
+def test_a_tiled_model_for_images_alone() -> None:
+    tiling = {"pinpoints": [[16, 32], [32, 16]], "order": "newline"}
+    tiled = changed("tiling", tiling)
+    manifest = Manifest.from_json(tiled)
+    assert manifest.tiling == Tiling(((16, 32), (32, 16)), "newline")
+    assert Manifest.from_bytes(manifest.to_bytes()) == manifest
+    assert manifest.to_json() == tiled
+    tiled["media"] = ["video"]
+    with pytest.raises(BundleError, match="expected null, since the bundle takes no image"):
+        Manifest.from_json(tiled)
+
+
+def test_a_tower_without_cls_may_be_pooled() -> None:
+    pooled = values()
+    pooled["selection"] |= {"cls_token": False, "dominant": 2, "contextual": 1}
+    pooled["tower"] |= {"cls_token": False, "patch_size": 3, "pool": 2, "grid": [3, 3], "tokens": 9}
+    pooled["outputs"][0]["shape"][1] = 3
+    pooled["outputs"][1]["shape"][1] = 2
+    assert Manifest.from_json(pooled).tower.tokens == 9  # 16 / 3 / 2, rounded down and up
 
 
 def test_fields_hold_what_the_file_says() -> None:
@@ -92,11 +115,7 @@ def test_fields_hold_what_the_file_says() -> None:
         ("model/projector", "abc", "'model.projector' is 'abc', expected 64 lower-case"),
         ("model/weights", "checkpoint", "'model.seed' is 20261121, expected null"),
         ("model/extra", 1, r"'model' has the unknown \['extra'\], expected exactly"),
-        (
-            "selection/method",
-            "random",
-            "'selection.method' is 'random', expected one of",
-        ),
+        ("selection/method", "", "'selection.method' is '', expected a printable text"),
         ("selection/dominant", 0, "'selection.dominant' is 0, expected an integer at least 1"),
         ("selection/dominant", True, "'selection.dominant' is True, expected an integer"),
         ("selection/dominant", 4.0, "'selection.dominant' is 4.0, expected an integer"),
@@ -114,6 +133,26 @@ def test_fields_hold_what_the_file_says() -> None:
         ("tower/cls_token", "yes", "'tower.cls_token' is 'yes', expected true or false"),
         ("tower/image_size", 0, "'tower.image_size' is 0, expected an integer from 1 to 65536"),
         ("tower/patch_size", 17, "'tower.patch_size' is 17, expected an integer from 1 to 16"),
+        ("tower/pool", 2, "'tower.pool' is 2, expected an integer from 1 to 1"),
+        ("media", [], r"'media' is \(\), expected \['image'\], \['video'\] or"),
+        ("media", ["video", "image"], r"'media' is \('video', 'image'\), expected"),
+        ("media", "image", "'media' is 'image', expected"),
+        ("tiling", [], r"'tiling' is \[\], expected an object"),
+        ("tiling", {"order": "newline"}, "'tiling' lacks"),
+        ("tiling", {"pinpoints": [], "order": "reference"}, "expected a list of"),
+        ("tiling", {"pinpoints": [[16]], "order": "reference"}, r"expected \[height, width\]"),
+        ("tiling", {"pinpoints": [[16, 0]], "order": "reference"}, "an integer from 1"),
+        (
+            "tiling",
+            {"pinpoints": [[16, 24]], "order": "reference"},
+            r"\[16, 24\], expected multiples of the tower's image_size 16",
+        ),
+        (
+            "tiling",
+            {"pinpoints": [[16, 32]], "order": "rows"},
+            "'tiling.order' is 'rows', expected one of 'reference', 'newline'",
+        ),
+        ("llm/video_token_id", -1, "'llm.video_token_id' is -1, expected an integer at least 0"),
         ("token_order", "by score", "'token_order' is 'by score', expected one of"),
         (
             "inputs",
@@ -150,7 +189,7 @@ def test_fields_hold_what_the_file_says() -> None:
         ("batch/max", 0, "'batch.max' is 0, expected an integer from 1 to 65536"),
         ("batch/dynamic", False, r"expected image uint8 \[3, 16, 16, 3\]"),
         ("preprocessing", [], r"'preprocessing' is \[\], expected an object"),
-        ("preprocessing/mode", "stretch", "'preprocessing': .*mode"),
+        ("preprocessing/mode", "squeeze", "'preprocessing': .*mode"),
         (
             "preprocessing/image_size",
             32,

@@ -22,6 +22,17 @@ def test_aliases_name_their_repositories(elsewhere: Path) -> None:
     assert {alias: locate(alias).hub_id for alias in ALIASES if alias != "demo"} == {
         "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
         "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
+        "bakllava": "llava-hf/bakLlava-v1-hf",
+        "vip-llava-7b": "llava-hf/vip-llava-7b-hf",
+        "vip-llava-13b": "llava-hf/vip-llava-13b-hf",
+        "llava-next-vicuna-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",
+        "llava-next-vicuna-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
+        "llava-next-mistral-7b": "llava-hf/llava-v1.6-mistral-7b-hf",
+        "video-llava-7b": "LanguageBind/Video-LLaVA-7B-hf",
+        "llava-onevision-0.5b": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
+        "llava-onevision-7b": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+        "llava-interleave-0.5b": "llava-hf/llava-interleave-qwen-0.5b-hf",
+        "llava-interleave-7b": "llava-hf/llava-interleave-qwen-7b-hf",
     }
     location = locate("llava-1.5-7b")
     assert (location.kind, location.folder, location.model_id) == ("hub", None, HF)
@@ -90,8 +101,8 @@ def test_a_mistyped_alias_gets_suggestions_and_the_list(elsewhere: Path) -> None
         locate("lava-1.5-7b")
     assert str(caught.value) == (
         "unknown model 'lava-1.5-7b', expected an alias, a local folder or a hub id (owner/name); "
-        "did you mean 'llava-1.5-7b' or 'llava-1.5-13b'? the aliases are demo, llava-1.5-7b, "
-        "llava-1.5-13b"
+        "did you mean 'llava-1.5-7b' or 'llava-1.5-13b'? "
+        f"the aliases are {', '.join(ALIASES)}"
     )
 
 

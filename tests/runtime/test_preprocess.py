@@ -43,6 +43,8 @@ def plain_tower_image(image: Image.Image, prep: Preprocessing) -> np.ndarray[Any
     """Make the whole square, resize it in one call, pad, crop: nothing clever."""
     array = np.asarray(image)
     height, width = array.shape[:2]
+    if prep.mode == "stretch":
+        return np.asarray(image.resize((prep.image_size,) * 2, Image.Resampling.BICUBIC))
     if prep.mode == "pad_square":
         side = max(height, width)
         square = np.empty((side, side, 3), np.uint8)
@@ -64,11 +66,12 @@ def plain_tower_image(image: Image.Image, prep: Preprocessing) -> np.ndarray[Any
     return array
 
 
+SIZES = [(1, 1), (56, 56), (1, 40), (40, 1), (90, 61), (61, 90), (30, 11), (55, 57), (3, 2500)]
+
+
 @pytest.mark.parametrize("mode", ["resize_crop", "pad_square"])
 @pytest.mark.parametrize(("shortest_edge", "image_size"), [(56, 56), (64, 56), (40, 57), (57, 40)])
-@pytest.mark.parametrize(
-    "size", [(1, 1), (56, 56), (1, 40), (40, 1), (90, 61), (61, 90), (30, 11), (55, 57), (3, 2500)]
-)
+@pytest.mark.parametrize("size", SIZES)
 def test_equals_the_plain_way(
     size: tuple[int, int], shortest_edge: int, image_size: int, mode: str
 ) -> None:
@@ -78,6 +81,33 @@ def test_equals_the_plain_way(
     assert result.flags.c_contiguous
     assert result.flags.writeable
     assert np.array_equal(result, plain_tower_image(noise(*size), prep))
+
+
+@pytest.mark.parametrize("size", [*SIZES, (10, 10000)])  # nothing grows beyond the square
+def test_stretching_equals_the_plain_way(size: tuple[int, int]) -> None:
+    prep = preprocessing(mode="stretch")
+    result = tower_image(noise(*size), prep)
+    assert result.shape == (56, 56, 3)
+    assert result.flags.c_contiguous
+    assert result.flags.writeable
+    assert np.array_equal(result, plain_tower_image(noise(*size), prep))
+
+
+def test_stretching_crops_and_pads_nothing() -> None:
+    striped = Image.new("RGB", (300, 40), "red")
+    striped.paste("blue", (0, 0, 20, 40))
+    striped.paste("lime", (280, 0, 300, 40))
+    seen = tower_image(striped, preprocessing(mode="stretch"))
+    assert (seen[:, 0] == (0, 0, 255)).all()
+    assert (seen[:, -1] == (0, 255, 0)).all()
+    assert (seen[:, 28] == (255, 0, 0)).all()
+
+
+def test_stretching_knows_no_other_edge_than_the_towers() -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        preprocessing(mode="stretch", shortest_edge=64)
+    message = "got shortest_edge = 64, expected image_size 56, since 'stretch' crops nothing"
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("size", [(7, 300), (300, 7)])
@@ -100,7 +130,7 @@ def test_padding_has_the_mean_colour() -> None:
 
 
 def test_the_image_is_left_alone() -> None:
-    for mode in ("resize_crop", "pad_square"):
+    for mode in ("resize_crop", "pad_square", "stretch"):
         image = noise(56, 56)
         before = np.asarray(image).copy()
         result = tower_image(image, preprocessing(mode=mode))
@@ -196,7 +226,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_json_round_trip_is_exact() -> None:
-    for mode in ("resize_crop", "pad_square"):
+    for mode in ("resize_crop", "pad_square", "stretch"):
         prep = preprocessing(mode=mode, mean=(1 / 3, 0.1, 2 / 7), rescale_factor=0.1 + 0.2)
         data = json.loads(json.dumps(prep.to_json()))
         assert set(data) == set(FIELDS)
@@ -235,8 +265,8 @@ def test_json_keys_are_strict() -> None:
         ("image_size", "336", "an integer from 1 to 4096"),
         ("shortest_edge", -1, "an integer from 1 to 4096"),
         ("shortest_edge", None, "an integer from 1 to 4096"),
-        ("mode", "anyres", "'resize_crop' or 'pad_square'"),
-        ("mode", [], "'resize_crop' or 'pad_square'"),
+        ("mode", "anyres", "'resize_crop' or 'pad_square' or 'stretch'"),
+        ("mode", [], "'resize_crop' or 'pad_square' or 'stretch'"),
         ("resample", "bilinear", "'bicubic'"),
         ("resample", 3, "'bicubic'"),
         ("mean", [0.5, 0.5], "three numbers from 0 to 1"),

@@ -1,0 +1,43 @@
+"""What an export takes where the user says nothing and the model decides."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from vzip.export.architecture import VisionConfig
+from vzip.export.budget import Budget
+
+IMAGE_TOKENS = 64  # the paper's smallest budget for LLaVA-1.5: 54 + 10 of 576
+FRAME_TOKENS = 17  # the paper's for Video-LLaVA: 136 for 8 frames
+FRAMES = 8
+# OneVision cuts a picture into up to 36 tiles; more than these are run in several calls.
+MOST_TILES = 10
+
+
+class Batch(NamedTuple):
+    """How many images a call takes: exactly `size`, or 1 to `size` where it is dynamic."""
+
+    size: int
+    dynamic: bool
+
+
+def tokens(config: VisionConfig) -> int:
+    """Return K, the tokens of an image, a tile or a frame."""
+    return FRAME_TOKENS if config.media == "video" else IMAGE_TOKENS
+
+
+def batch(config: VisionConfig) -> Batch:
+    """Return the batch: all tiles or frames of an input in one call, or one image."""
+    if config.media == "video":
+        return Batch(FRAMES, dynamic=True)
+    if config.tiling is None:
+        return Batch(1, dynamic=False)
+    side = config.tower.image_size
+    tiles = max(height * width // side**2 for height, width in config.tiling.pinpoints)
+    return Batch(min(1 + tiles, MOST_TILES), dynamic=True)
+
+
+def keeps_cls(budget: Budget, config: VisionConfig) -> Budget:
+    """Return a budget that keeps CLS only where the tower has one."""
+    cls_token = budget.cls_token and config.tower.cls_token
+    return Budget(budget.dominant, budget.contextual, cls_token)
