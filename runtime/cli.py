@@ -54,6 +54,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         ),
         "ask": Command("vzip.runtime.commands:ask", "answer one question about an image or a clip"),
         "chat": Command("vzip.runtime.commands:chat", "answer questions until end of input"),
+        "encode": Command("vzip.runtime.encode_cli:main", "write the tokens of images to a file"),
         "show": Command("vzip.runtime.commands:show", "draw which patches of an image are kept"),
     }
 )
