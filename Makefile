@@ -56,7 +56,7 @@ test-pythons: .venv-3.10/ready .venv-3.13/ready
 .venv-3.13/ready: NUMPY := numpy>=2
 .venv-%/ready: pyproject.toml $(SOURCES)
 	test -x .venv-$*/bin/python || python$* -m venv .venv-$*
-	.venv-$*/bin/pip install $(PIP_QUIET) "$(NUMPY)" pytest '.[cpu]'
+	.venv-$*/bin/pip install $(PIP_QUIET) "$(NUMPY)" pytest '.[cpu,video]' 'opencv-python-headless>=4.10'
 	touch $@
 
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -206,9 +206,9 @@ def _export_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--tiles",
         choices=("reference", "newline"),
-        help="for models that cut images into tiles, the tokens' order: the published code's, or "
-        "with rows ended by newlines and without padding, as the LLM was trained (default: "
-        "reference)",
+        help="for models that cut images into tiles, the tokens' order: reference: the published "
+        "code's; newline: rows ended by newlines and patches of the padding left out, as the LLM "
+        "was trained (OneVision: up to nine tiles) (default: reference)",
     )
     parser.add_argument(
         "--target",
@@ -223,7 +223,8 @@ def _export_parser(prog: str) -> argparse.ArgumentParser:
         "--batch",
         type=int,
         metavar="N",
-        help="static batch (default: 1; for tiles and video open, up to those of one input)",
+        help="static batch (default: 1; for tiles and video open, up to those of one input, 10 at "
+        "most)",
     )
     batch.add_argument(
         "--max-batch", type=int, metavar="N", help="leave the batch axis open, up to N"
@@ -314,10 +315,14 @@ def _resolve_target(arguments: argparse.Namespace, batch: int) -> Choice:
 
 
 def _output(arguments: argparse.Namespace, budget: Budget) -> str:
-    """Return -o, or a name made of model, tokens and precision."""
-    if arguments.output is None:
-        return f"{Path(arguments.model).resolve().name}-{budget.tokens}-{arguments.precision}"
-    return str(arguments.output)
+    """Return -o, or a name made of model, tokens, precision and what else was asked for."""
+    if arguments.output is not None:
+        return str(arguments.output)
+    parts = [Path(arguments.model).resolve().name, str(budget.tokens), arguments.precision]
+    parts += [part for part in (arguments.media, arguments.tiles) if part is not None]
+    if arguments.selection != selections.DEFAULT:
+        parts.append(arguments.selection)
+    return "-".join(parts)
 
 
 def _require_export_packages(prog: str) -> None:

@@ -27,7 +27,7 @@ def tokens(config: VisionConfig) -> int:
 
 
 def batch(config: VisionConfig) -> Batch:
-    """Return the batch: all tiles or frames of an input in one call, or one image."""
+    """Return the batch: all tiles (up to `MOST_TILES`) or frames of one input, or one image."""
     if config.media == "video":
         return Batch(FRAMES, dynamic=True)
     if config.tiling is None:

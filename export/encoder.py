@@ -84,6 +84,7 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.stride = config.patch_size
         self.graph_input = graph_input
+        self.grid = config.grid
         kernel = weights["tower.embeddings.patch_embedding.weight"]  # [D, 3, p, p]
         bias = weights.get("tower.embeddings.patch_embedding.bias")  # [D], SigLIP's
         mean = torch.tensor(preprocessing.mean, dtype=torch.float64)
@@ -100,6 +101,11 @@ class PatchEmbedding(nn.Module):
             # Folded FP16 weights would be near 1e-4, where FP16 has few bits left.
             self.scale = _parameter(scale.view(1, 3, 1, 1), torch.float32)
             self.shift = _parameter(shift.view(1, 3, 1, 1), torch.float32)
+        # What a pixel of 0 is in `pixel_values`, and half of the step from it to one of 1.
+        black = shift if graph_input == "pixel_values" else torch.zeros(3, dtype=torch.float64)
+        step = scale if graph_input == "pixel_values" else torch.ones(3, dtype=torch.float64)
+        self.brighter: Tensor
+        self.register_buffer("brighter", (black + 0.5 * step).view(1, 3, 1, 1).float())
         self.kernel = _parameter(kernel, dtype)
         self.bias = None if bias is None else _parameter(bias, dtype)
         self.cls_token = config.cls_token
@@ -130,6 +136,24 @@ class PatchEmbedding(nn.Module):
             # A row of zeros becomes CLS by what is added to it: no shape of the batch is read.
             patches = functional.pad(patches, (0, 0, 1, 0))
         return patches + self.positions
+
+    def pictured(self, image: Tensor) -> Tensor:
+        """Tell patches that show something from those that are black all over, as padding is.
+
+        Args:
+            image: As for `forward`.
+
+        Returns:
+            float32 [B, N], 1 or 0.
+        """
+        pixels = image.float()
+        if self.graph_input == "image":
+            pixels = pixels.permute(0, 3, 1, 2)
+        (rows, columns), side = self.grid, self.stride
+        above = (pixels >= self.brighter).float()[:, :, : rows * side, : columns * side]
+        # [B, 3, rows, side, columns, side]
+        patches = torch.unflatten(torch.unflatten(above, 3, (columns, side)), 2, (rows, side))
+        return patches.amax(dim=(1, 3, 5)).flatten(1)
 
 
 class Layer(nn.Module):
@@ -225,6 +249,8 @@ class Encoder(nn.Module):
         self.merge: Merge = merge
         self.selection = selections.get(selection)
         self.states = config.states
+        # In rows ended by newlines patches of the padding are left out; none is to be kept then.
+        self.skips_padding = config.tiling is not None and config.tiling.order == "newline"
         self.cls_token = tower.cls_token
         self.heads, self.head_width = tower.num_heads, tower.hidden_size // tower.num_heads
         self.embedding = PatchEmbedding(tower, weights, config.preprocessing, graph_input, dtype)
@@ -263,14 +289,21 @@ class Encoder(nn.Module):
         features = [passed[state] for state in self.states]
         selected = features[0] if len(features) == 1 else torch.cat(features, dim=-1)  # [B, S, F]
         split_keys = _split_heads(keys.float(), self.heads)  # [B, H, S, d]
-        plan = self.selection.plan(
-            selections.Signals(
-                keys=self._pooled(split_keys),
-                cls_token=self.cls_token,
-                attention_scores=lambda: self._attention_scores(queries, split_keys),
-            ),
-            self.budget,
-            self.merge,
+
+        asked: list[bool] = []
+
+        def attention_scores() -> Tensor:
+            asked.append(True)
+            scores = self._attention_scores(queries, split_keys)
+            if not self.skips_padding:
+                return scores
+            pictured = self.embedding.pictured(image)
+            return scores * pictured + (pictured - 1.0)  # below all scores, which are above 0
+
+        signals = selections.Signals(self._pooled(split_keys), self.cls_token, attention_scores)
+        plan = self.selection.plan(signals, self.budget, self.merge)
+        assert bool(asked) == self.selection.uses_attention, (
+            "the selection's uses_attention is wrong"
         )
         return self._embeds(plan, selected), plan.kept, plan.token_weights
 

@@ -102,10 +102,21 @@ def _about(manifest: Manifest) -> Iterator[str]:
     yield f"model: {model.id}, {model.weights} weights, {precision}"
     yield (
         f"tokens: {manifest.tower.tokens} → {selection.tokens} = {selection.dominant} dominant + "
-        f"{selection.contextual} contextual ({selection.merge})"
+        f"{selection.contextual} contextual ({selection.merge}), selected by {selection.method}"
     )
+    yield f"takes: {'; '.join(_takes(manifest))}"
     yield f"inputs: {', '.join(map(str, manifest.inputs))}"
     yield f"outputs: {', '.join(map(str, manifest.outputs))}"
+
+
+def _takes(manifest: Manifest) -> Iterator[str]:
+    yield ", ".join(manifest.media)
+    tiling, pool = manifest.tiling, manifest.tower.pool
+    if tiling is not None:
+        count = len(tiling.pinpoints)
+        yield f"tiles: {tiling.order}, {count} resolution{'' if count == 1 else 's'}"
+    if pool != 1:
+        yield f"pooled {pool}x{pool}"
 
 
 def _load(bundle: Bundle) -> onnx.ModelProto:

@@ -25,7 +25,7 @@ class Row:
     """What is printed of one model.
 
     Attributes:
-        alias: What stands behind ``--model``.
+        alias: What stands behind ``--model``: the alias, or the hub id where there is none.
         place: The hub's repository, or where else it is.
         family: Name in `vzip.export.families`.
         tower: Its kind, patch size and image size, such as ``CLIP/14-336``.
@@ -66,12 +66,19 @@ def models_main(argv: Sequence[str], *, prog: str) -> int:
 
 
 def rows() -> list[Row]:
-    """Return what is known of every alias, in their order."""
-    return [_demo() if alias == DEMO else _published(alias, ALIASES[alias]) for alias in ALIASES]
+    """Return what is known of every alias, in their order, then of repositories without one."""
+    named = [_demo() if alias == DEMO else _published(alias, ALIASES[alias]) for alias in ALIASES]
+    others = [
+        hub_id
+        for family in families.families().values()
+        for hub_id in family.published
+        if hub_id not in ALIASES.values()
+    ]
+    return [*named, *(_published(hub_id, hub_id) for hub_id in others)]
 
 
 def table() -> str:
-    """Return the table, at most 100 columns wide, with its legend."""
+    """Return the table with its legend, at most 100 columns wide if every model has an alias."""
     models = rows()
     head = ("model", "family", "tower", "tokens", "budgets of the paper", "status")
     cells = [head, *((m.alias, m.family, m.tower, _first(m), m.budgets, m.status) for m in models)]
@@ -94,8 +101,9 @@ _LEGEND: Final = (
     "tokens: patches that the LLM gets without VisionZip; --tokens is a budget of the same unit.",
     "budgets: dominant + contextual, of the paper's experiments (arXiv 2412.04467); the LLM of",
     "LLaVA-NeXT gets them for the base tile and each other tile, that of Video-LLaVA for 8 frames.",
-    "status random: graph checked against transformers with tiny and full-size random weights;",
-    "  published weights not tried here. weights: comes with them, and its answers are measured.",
+    "status random: graph checked against transformers with tiny and full-size random weights (of",
+    "  7B and 13B twins one of the two at full size); published weights not tried here.",
+    "weights: comes with them, and its answers are measured.",
 )
 
 

@@ -177,12 +177,32 @@ class Reference:
         """Return the features with the scores that the graph's selection goes by."""
         chosen = manifest.selection
         ranking, kept = selections.get(chosen.method).ranking, chosen.dominant - chosen.cls_token
-        return [replace(each, scores=ranking(each.scores, kept)) for each in self._features]
+        scores = [each.scores for each in self._features]
+        if manifest.tiling is not None and manifest.tiling.order == "newline":
+            scores = [
+                np.where(_black(image, manifest), -1.0, score)
+                for image, score in zip(self._inputs, scores, strict=True)
+            ]
+        return [
+            replace(each, scores=ranking(score, kept))
+            for each, score in zip(self._features, scores, strict=True)
+        ]
 
 
 def _graph_input(images: NDArray[np.uint8], prep: Preprocessing, manifest: Manifest) -> Array:
     """Return images [n, H, W, 3] as the graph takes them."""
     return images if manifest.input.name == "image" else pixel_values(images, prep)
+
+
+def _black(image: NDArray[np.uint8], manifest: Manifest) -> NDArray[np.bool_]:
+    """Return [1, N]: which patches of an image [H, W, 3] are black all over."""
+    (rows, columns), side = manifest.tower.grid, manifest.tower.patch_size
+    black = [
+        not image[row * side : (row + 1) * side, column * side : (column + 1) * side].any()
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    return np.array([black])
 
 
 class _Output(NamedTuple):

@@ -80,8 +80,8 @@ def fixed_scores(scores: NDArray[np.float64], keys: Tensor) -> Tensor:
         keys: [B, H, S, d], for the batch alone.
     """
     row = torch.tensor(scores, dtype=torch.float32)
-    zeros = keys[:, :1, :1, :1].squeeze(3).squeeze(2).float() * 0.0  # [B, 1], without reading B
-    return row + zeros
+    one = keys[:, :1, :1, :1].squeeze(3).squeeze(2)  # [B, 1]
+    return row + one.float().clamp(min=0.0, max=0.0)  # zeros, without reading B
 
 
 def make_plan(scores: Tensor, keys: Tensor, budget: Budget, *, merge: Merge = "average") -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,8 @@ from vzip.runtime.handoff import (
 )
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from vzip.runtime.bundle import Manifest
     from vzip.runtime.handoff import Conversation
 
@@ -76,7 +79,6 @@ def show(argv: Sequence[str], *, prog: str) -> int:
 
     from vzip.runtime import atomic
     from vzip.runtime.encoder import VisionEncoder
-    from vzip.runtime.images import load_image
     from vzip.runtime.overlay import overlay
     from vzip.runtime.video import is_video
 
@@ -85,9 +87,11 @@ def show(argv: Sequence[str], *, prog: str) -> int:
             f"show: '{arguments.image}' is a video or a folder, but one image is drawn; take a "
             "frame out of it"
         )
-    image = load_image(arguments.image)
+    image = _image(arguments.image, more="")
     with VisionEncoder.open(arguments.bundle, arguments.backend, arguments.engine) as encoder:
         manifest = encoder.manifest
+        if manifest.tiling is not None:
+            _tell("show: this bundle cuts tiles; the base tile is drawn\n")
         tokens = encoder.encode([image])
         groups = None
         if encoder.backend == "tensorrt":
@@ -178,22 +182,16 @@ def _conversation(arguments: argparse.Namespace) -> Conversation:
     """Encode the image or video and load the LLM; what fails fast comes first."""
     from vzip.runtime.encoder import VisionEncoder
     from vzip.runtime.handoff.transformers import TransformersLLM
-    from vzip.runtime.images import load_image
     from vzip.runtime.models import locate
     from vzip.runtime.video import is_video, sample_frames
 
     if arguments.llm is not None:
         locate(arguments.llm)
     video = is_video(arguments.image)
-    if arguments.frames is not None and not video:
-        raise InvalidInputError(
-            f"got --frames for '{arguments.image}', which is no video that is known here; leave "
-            "the option out for an image, and give a video or a folder of frames otherwise"
-        )
-    if video:
+    if video or arguments.frames is not None:  # frames of anything else: it says what is wrong
         shown = sample_frames(arguments.image, arguments.frames or DEFAULT_FRAMES)
     else:
-        shown = [load_image(arguments.image)]
+        shown = [_image_of_conversation(arguments.image)]
     with VisionEncoder.open(arguments.bundle, arguments.backend, arguments.engine) as encoder:
         tokens = ImageTokens.of(encoder.manifest)
         model, revision = _llm(encoder.manifest, arguments.llm)
@@ -202,6 +200,47 @@ def _conversation(arguments: argparse.Namespace) -> Conversation:
     _quiet()
     llm = TransformersLLM.open(model, tokens=tokens, revision=revision)
     return llm.conversation(embeds, frames=len(shown) if video else None)
+
+
+def _image(path: Path, *, more: str) -> Image.Image:
+    """Return an image, and say that it has more than one frame where it has.
+
+    Args:
+        path: The image file.
+        more: What to say beyond that, if it is animated.
+    """
+    from vzip.runtime.images import load_image
+
+    image = load_image(path)
+    if _is_animated(path):
+        _tell(f"{path.name} is animated: its first frame is taken{more}\n")
+    return image
+
+
+def _image_of_conversation(path: Path) -> Image.Image:
+    """Return an image where a video would do as well, and say so."""
+    from vzip.runtime.video import CONTAINERS
+
+    try:
+        return _image(path, more="; give a folder of frames or a video for more")
+    except InvalidInputError as error:
+        if "is not in a format read here" not in str(error):
+            raise
+        raise InvalidInputError(
+            f"{error}, or, for a video, one of {', '.join(CONTAINERS)}"
+        ) from error
+
+
+def _is_animated(path: Path) -> bool:
+    """Return whether an image that `load_image` took has more frames than the one it gives."""
+    from PIL import Image, WebPImagePlugin  # noqa: F401  Pillow registers WebP when it is imported
+
+    # A phone's multi-picture JPEG has several pictures too, of which the first is the photo.
+    kinds = ("GIF", "PNG", "WEBP")
+    # On hostile bytes behind the first frame a decoder may raise anything.
+    with contextlib.suppress(Exception), Image.open(path) as picture:
+        return picture.format in kinds and getattr(picture, "is_animated", False)
+    return False
 
 
 def _answer(conversation: Conversation, question: str, max_new_tokens: int) -> None:

@@ -128,6 +128,9 @@ class VisionEncoder:
     ) -> CompressedTokens:
         """Return the compressed tokens of one or more images.
 
+        Where the bundle cuts images into tiles they are those of the base tile alone:
+        `image_embeds` gives all.
+
         More images than the graph takes are run in several calls. A graph with a static batch of B
         always runs B images: if fewer are left, the last one stands in for the missing ones and
         its copies' results are dropped.

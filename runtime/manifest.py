@@ -547,10 +547,12 @@ def _check_records(manifest: Manifest) -> None:
 
 
 def _check_media(manifest: Manifest) -> None:
-    """Refuse unknown media, and a tiling that doesn't go with tower, media and files."""
+    """Refuse unknown media, and pooling or a tiling that doesn't go with tower and media."""
     media, tiling = manifest.media, manifest.tiling
     if media not in (("image",), ("video",), ("image", "video")):
         raise checks.refuse("media", media, "['image'], ['video'] or ['image', 'video']")
+    if manifest.tower.pool == 2 and media != ("video",):
+        raise checks.refuse("media", media, "['video'], since tower.pool is 2")
     if tiling is None:
         return
     if not isinstance(tiling, Tiling):

@@ -1,7 +1,9 @@
 """One file per checkpoint family; what in a ``config.json`` decides between them.
 
-A family is a class registered by decorator. To add one: a file here with the class, and nothing
-else; `_known` finds it. What families share is in `configs` and `processors`.
+A family is a class registered by decorator. To add one: a file here with the class; `_known` finds
+it. An alias (`ALIASES` in `vzip.runtime.models`) and ``vzip ask`` (`CLASSES` in
+`vzip.runtime.handoff.transformers`) are one line each elsewhere. What families share is in
+`configs` and `processors`.
 """
 
 from __future__ import annotations

@@ -284,6 +284,21 @@ def test_frames_have_the_papers_budget(place: Path) -> None:
     assert (manifest.batch.max, manifest.batch.dynamic) == (8, True)
 
 
+def test_a_default_name_tells_variants_apart() -> None:
+    def name(*options: str) -> str:
+        parser = cli._export_parser("vzip-export")
+        arguments = parser.parse_args(["--model", "m", "--precision", "fp16", *options])
+        return cli._output(arguments, Budget(12, 4))
+
+    assert name() == "m-16-fp16"
+    assert name("--selection", "visionzip") == "m-16-fp16"
+    assert name("--selection", "uniform") == "m-16-fp16-uniform"
+    assert name("--tiles", "newline") == "m-16-fp16-newline"
+    every = ("--selection", "random", "--tiles", "reference", "--media", "image")
+    assert name(*every) == "m-16-fp16-image-reference-random"
+    assert name("-o", "here", *every) == "here"
+
+
 # A projector of one's own
 
 

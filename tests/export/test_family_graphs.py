@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
-from layouts import FAMILIES, LAYOUTS, upstream_model, write_layout
+from layouts import FAMILIES, LAYOUTS, TINY, upstream_model, write_layout
 from vzip.export import oracle, selections
 from vzip.export.architecture import Media, VisionConfig
 from vzip.export.budget import Budget, Merge
@@ -26,6 +27,7 @@ from vzip.export.pipeline import Method, WeightSource, export_bundle
 from vzip.runtime import VisionEncoder
 from vzip.runtime.bundle import Bundle
 from vzip.runtime.preprocess import pixel_values
+from vzip.runtime.tiles import cut
 
 PUBLISHED = [name for name in LAYOUTS if not name.startswith("original")]
 CASES: list[tuple[str, Media]] = [
@@ -262,5 +264,105 @@ def test_check_passes_for_both_precisions(
         assert ("image_newline.npy" in bundle.manifest.files) == newline
 
 
-def test_the_layouts_of_a_family_are_those_that_are_published() -> None:
-    assert len(PUBLISHED) >= 6
+SIZES = ((501, 333), (97, 300), (300, 40), (64, 64), (33, 200), (5, 5))  # width, height
+
+
+def picture(size: tuple[int, int]) -> Image.Image:
+    """Return noise without black, so that padding alone is black all over."""
+    rng = np.random.default_rng(sum(size))
+    return Image.fromarray(rng.integers(40, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def processor(family: str) -> Any:
+    """Return the family's own image processor with the tiny model's settings."""
+    from transformers.models.llava_next import image_processing_pil_llava_next as following
+    from transformers.models.llava_onevision import image_processing_pil_llava_onevision as one
+
+    settings = {k: v for k, v in TINY[family].processor.items() if k != "image_processor_type"}
+    if family == "llava-next":
+        return following.LlavaNextImageProcessorPil(**settings)
+    return one.LlavaOnevisionImageProcessorPil(**settings)
+
+
+def found_in_order(rows: NDArray[Any], whole: torch.Tensor) -> int:
+    """Return how many rows are met in `whole`, from the first on, each behind the one before."""
+    place, met = 0, 0
+    tolerance = TOLERANCE * float(whole.abs().max())
+    for row in rows:
+        far = (whole[place:] - torch.from_numpy(row)).abs().amax(dim=1) > tolerance
+        if bool(far.all()):
+            return met
+        place += int((~far).nonzero()[0]) + 1
+        met += 1
+    return met
+
+
+@pytest.mark.parametrize("family", ["llava-next", "llava-onevision"])
+def test_tiles_in_rows_are_what_the_model_itself_would_hand_on(
+    family: str, checkpoints: Any, tmp_path: Path
+) -> None:
+    folder = checkpoints(family, "llava-hf-single")
+    cls_token = has_cls(WeightSource(str(folder)).config())
+    budget = Budget(14 + cls_token, 3, cls_token)
+    method = Method(budget, tiles="newline")
+    bundle = export(folder, tmp_path / "b", "image", budget, method=method)
+    model, prepare = model_of(family).model, processor(family)
+    newline = model.image_newline.detach()
+    with VisionEncoder.open(bundle, backend="onnxruntime") as encoder:
+        for size in SIZES:
+            inputs = prepare(images=[picture(size)], return_tensors="pt")
+            with torch.no_grad():
+                pixels, sizes = inputs["pixel_values"], inputs["image_sizes"]
+                (whole,) = model.get_image_features(
+                    pixels, image_sizes=sizes, return_dict=True
+                ).pooler_output
+            got = encoder.image_embeds(picture(size))
+            base = bundle.manifest.tower.grid[0] ** 2
+            kept = got[int(cls_token) : budget.dominant]
+            assert found_in_order(kept, whole[:base]) == 14
+            behind = (pixels.shape[1] - 1) * (int(cls_token) + budget.contextual)
+            lines = got[budget.tokens : len(got) - behind]
+            assert found_in_order(lines, whole[base:]) == len(lines)
+            ends = int((torch.from_numpy(got) - newline).abs().amax(dim=1).lt(1e-6).sum())
+            assert ends == int((whole - newline).abs().amax(dim=1).lt(1e-6).sum())
+            # Padding takes no place in a budget as long as there is enough picture.
+            tiles = cut(picture(size), bundle.manifest.preprocessing, bundle.manifest.tiling)
+            assert not kept_black(encoder, tiles.images)
+
+
+def kept_black(encoder: VisionEncoder, images: NDArray[np.uint8]) -> int:
+    """Return how many patches are kept that are black all over, where others were to be had."""
+    manifest = encoder.manifest
+    (rows, columns), side = manifest.tower.grid, manifest.tower.patch_size
+    first, wasted = int(manifest.tower.cls_token), 0
+    for image in images:
+        kept = encoder.run(image[None]).kept[0]
+        patches = image[: rows * side, : columns * side].reshape(rows, side, columns, side * 3)
+        black = ~patches.any(axis=(1, 3)).ravel()
+        chosen = kept[kept >= first] - first
+        wasted += int(black[chosen].sum()) - max(0, len(chosen) - int((~black).sum()))
+    return wasted
+
+
+@pytest.mark.parametrize("graph_input", ["image", "pixel_values"])
+@pytest.mark.parametrize("order", ["newline", "reference"])
+def test_padding_is_kept_in_the_published_order_alone(
+    graph_input: Any, order: Any, checkpoints: Any, tmp_path: Path
+) -> None:
+    folder = checkpoints("llava-next", "llava-hf-single")
+    bundle = export(
+        folder,
+        tmp_path / "b",
+        "image",
+        Budget(15, 3),
+        method=Method(Budget(15, 3), tiles=order),
+        options=GraphOptions(graph_input, 3, dynamic_batch=True),
+    )
+    prep, (rows, columns) = bundle.manifest.preprocessing, bundle.manifest.tower.grid
+    image = images(1, prep.image_size)[0] // 2 + 100
+    image[: prep.image_size // 2] = 0
+    given = image[None] if graph_input == "image" else pixel_values(image[None], prep)
+    with VisionEncoder.open(bundle, backend="onnxruntime") as encoder:
+        patches = encoder.run(given).kept[0, 1:] - 1
+    in_the_dark = int((patches < rows * columns // 2).sum())
+    assert in_the_dark == 0 if order == "newline" else in_the_dark > 0

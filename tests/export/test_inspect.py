@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_tensorrt
 import pytest
@@ -14,6 +16,7 @@ from layouts import write_layout
 from vzip.export.budget import Budget
 from vzip.export.engine import BuildRequest, build_engine
 from vzip.export.engine_layers import inspect_engine
+from vzip.export.inspect import _takes
 from vzip.export.onnx_graph import GraphOptions
 from vzip.export.pipeline import Method, WeightSource, export_bundle
 from vzip.export.trt_api import load_stack
@@ -21,6 +24,7 @@ from vzip.runtime import cuda
 from vzip.runtime.bundle import Bundle
 from vzip.runtime.cli import main
 from vzip.runtime.errors import BackendError
+from vzip.runtime.manifest import Tiling
 
 # Of the tiny checkpoint: 64 patches of 4 x 4, width 32, MLP 64, 3 of 4 layers, 16 tokens, LLM 48.
 S, D, M, LAYERS, K, L = 65, 32, 64, 3, 16, 48
@@ -75,6 +79,19 @@ def test_a_graph(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     match = re.match(r"weights: ([\d.]+) MiB", weights)
     assert match is not None
     assert float(match[1]) == pytest.approx(size, abs=0.1)
+
+
+def test_what_it_selects_by_and_takes(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = inspected(bundle, capsys)
+    assert line(lines, "tokens").endswith("(average), selected by visionzip")
+    assert line(lines, "takes") == "takes: image, video"
+    manifest = bundle.manifest
+    tiles = Tiling(((32, 64), (64, 32)), "newline")
+    tiled = dataclasses.replace(manifest, media=("image",), tiling=tiles)
+    assert list(_takes(tiled)) == ["image", "tiles: newline, 2 resolutions"]
+    tower = SimpleNamespace(pool=2)
+    pooled = SimpleNamespace(media=("video",), tiling=None, tower=tower)
+    assert list(_takes(pooled)) == ["video", "pooled 2x2"]  # type: ignore[arg-type]
 
 
 def test_a_damaged_graph(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

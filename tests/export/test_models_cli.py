@@ -120,3 +120,15 @@ def test_it_is_among_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_published_repository_is_printed() -> None:
     places = {row.place for row in models_cli.rows()}
     assert {hub_id for each in families.families().values() for hub_id in each.published} < places
+
+
+def test_a_repository_without_an_alias_is_printed_by_its_id(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hub_id = ALIASES["vip-llava-13b"]
+    fewer = {alias: place for alias, place in ALIASES.items() if place != hub_id}
+    monkeypatch.setattr(models_cli, "ALIASES", fewer)
+    rows = models_cli.rows()
+    assert [row.alias for row in rows] == [*fewer, hub_id]
+    assert (rows[-1].place, rows[-1].family) == (hub_id, "vip-llava")
+    assert hub_id in models_cli.table()

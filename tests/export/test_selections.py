@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from layouts import write_layout
 from vzip.export import oracle, selections
 from vzip.export.budget import Budget
+from vzip.export.onnx_graph import GraphOptions
+from vzip.export.pictures import reference_images
+from vzip.export.pipeline import Method, WeightSource, export_bundle
 from vzip.export.selections import Signals
 from vzip.runtime.errors import InvalidInputError
 
@@ -119,4 +123,18 @@ def test_another_selection_is_one_file(tmp_path: Path, monkeypatch: pytest.Monke
     assert "first" in selections.names()
     plan = selections.get("first").plan(signals(), Budget(5, 2), "sum")
     assert plan.kept.tolist() == [[0, 1, 2, 3, 4]] * 2
+    folder = tmp_path / "tiny"
+    write_layout("llava-hf-single", folder)
+    bundle = export_bundle(
+        WeightSource(str(folder)),
+        tmp_path / "bundle",
+        method=Method(Budget(5, 2), selection="first"),
+        precision="fp32",
+        options=GraphOptions(),
+        check_images=reference_images()[:1],
+        step=lambda _: None,
+    )
+    assert bundle.manifest.selection.method == "first"
+    assert bundle.manifest.parity is not None
+    assert bundle.manifest.parity["kept_overlap"] == 1.0
     monkeypatch.delitem(sys.modules, "vzip.export.selections.first")

@@ -641,7 +641,9 @@ def pooled(manifest: Manifest) -> Manifest:
         dataclasses.replace(embeds, shape=("batch", 3, 6)),
         dataclasses.replace(kept, shape=("batch", 2)),
     )
-    return dataclasses.replace(manifest, tower=tower, selection=selection, outputs=outputs)
+    return dataclasses.replace(
+        manifest, tower=tower, selection=selection, outputs=outputs, media=("video",)
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import io
+import json
 import os
 import subprocess
 import sys
@@ -446,8 +447,50 @@ def test_an_llm_that_does_not_exist_is_refused(image, capsys):
 def test_frames_of_an_image_are_refused(command, image, capsys):
     last = ["what?"] if command == "ask" else []
     assert main([command, str(BUNDLE), str(image), *last, "--frames", "4"]) == 2
-    assert "got --frames for '" in (line := one_line(capsys))
-    assert "which is no video that is known here; leave the option out" in line
+    assert "image.png' is not a video that is known here" in one_line(capsys)
+
+
+@pytest.mark.parametrize("command", ["ask", "chat"])
+def test_a_video_that_is_not_there(command, tmp_path, capsys):
+    last = ["what?"] if command == "ask" else []
+    absent = tmp_path / "nope.mp4"
+    assert main([command, str(BUNDLE), str(absent), *last, "--frames", "4"]) == 2
+    assert f"the video '{absent}' does not exist" in one_line(capsys)
+
+
+def test_what_is_neither_image_nor_video(tmp_path, capsys):
+    (odd := tmp_path / "odd.mp4").write_bytes(b"neither of them")
+    video = "or, for a video, one of MP4, MOV, MKV, WebM, AVI"
+    assert main(["ask", str(BUNDLE), str(odd), "what?"]) == 2
+    assert video in (line := one_line(capsys))
+    assert "expected one of JPEG, PNG" in line
+    assert main(["show", str(BUNDLE), str(odd), "-o", str(tmp_path / "overlay.png")]) == 2
+    assert video not in one_line(capsys)
+
+
+def test_an_animation_is_its_first_frame_and_that_is_said(tmp_path, capsys):
+    first, second = (Image.new("RGB", (20, 20), colour) for colour in ("red", "blue"))
+    output = tmp_path / "overlay.png"
+    for suffix in ("gif", "webp", "png"):
+        path = tmp_path / f"a.{suffix}"
+        first.save(path, save_all=True, append_images=[second])
+        says = f"a.{suffix} is animated: its first frame is taken"
+        assert main(["show", str(BUNDLE), str(path), "-o", str(output)]) == 0
+        assert capsys.readouterr().err == f"{says}\n"
+        commands._image_of_conversation(path)
+        more = "give a folder of frames or a video for more"
+        assert capsys.readouterr().err == f"{says}; {more}\n"
+        first.save(path)
+        commands._image_of_conversation(path)
+        assert capsys.readouterr().err == ""
+
+
+def test_pictures_behind_a_photo_are_no_animation(tmp_path, capsys):
+    photo, depth = (Image.new("RGB", (20, 20), colour) for colour in ("red", "blue"))
+    path = tmp_path / "photo.jpg"
+    photo.save(path, format="MPO", save_all=True, append_images=[depth])
+    commands._image_of_conversation(path)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("fault", ["video broken", "folder empty", "frame broken"])
@@ -514,6 +557,16 @@ def test_show_writes_the_overlay_and_prints_its_path(image, tmp_path, capsys):
     output.write_text("old")
     assert main(["show", str(BUNDLE), str(image), "-o", str(output)]) == 0
     assert output.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_show_says_that_tiles_are_not_drawn(image, tmp_path, tiny_bundle, capsys):
+    manifest = tiny_bundle / "manifest.json"
+    values = json.loads(manifest.read_text())
+    values["tiling"] = {"pinpoints": [[16, 32]], "order": "reference"}
+    values["preprocessing"]["mode"] = "stretch"
+    manifest.write_text(json.dumps(values))
+    assert main(["show", str(tiny_bundle), str(image), "-o", str(tmp_path / "o.png")]) == 0
+    assert capsys.readouterr().err == "show: this bundle cuts tiles; the base tile is drawn\n"
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,12 @@ def test_a_tower_without_cls_may_be_pooled() -> None:
     pooled["tower"] |= {"cls_token": False, "patch_size": 3, "pool": 2, "grid": [3, 3], "tokens": 9}
     pooled["outputs"][0]["shape"][1] = 3
     pooled["outputs"][1]["shape"][1] = 2
+    pooled["media"] = ["video"]
     assert Manifest.from_json(pooled).tower.tokens == 9  # 16 / 3 / 2, rounded down and up
+    for media in (["image"], ["image", "video"]):
+        pooled["media"] = media
+        with pytest.raises(BundleError, match=r"expected \['video'\], since tower.pool is 2"):
+            Manifest.from_json(pooled)
 
 
 def test_fields_hold_what_the_file_says() -> None:

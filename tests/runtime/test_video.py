@@ -378,6 +378,9 @@ def test_a_stream_that_stops_in_a_frame_gives_the_frames_before_it(tmp_path):
     data = path.read_bytes()
     start = data.index(bytes(cut))
     path.write_bytes(data[: start + cut.size // 2])
+    if int(av.__version__.partition(".")[0]) < 18:  # its decoder gives up at the half frame
+        assert "can't be decoded" in refused(path)
+        return
     taken = sample_frames(path)
     for image, position in zip(taken, frame_positions(20, 8), strict=True):
         assert np.array_equal(np.asarray(image), everything[position])
