@@ -430,6 +430,7 @@ def test_so_many_images_that_a_header_can_t_name_them(
 
 CHILD = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 left = [int(sys.argv[1])]
 class counting:  # no function: Python 3.10's pathlib would bind it to an object
     def __init__(self, call):
