@@ -3,7 +3,11 @@
 
    Work is queued and runs when its stream is waited for, never earlier, so that a result that is
    read too soon is a wrong one. Captured work runs at each launch of the graph, with the addresses
-   that it was captured with. Copies are refused unless both ends lie within memory of their kind. */
+   that it was captured with. Copies are refused unless both ends lie within memory of their kind.
+   As with the real one, any thread may call anything: who waits for a stream whose work another
+   thread is running (cudaFree runs all there is) waits until that has ended. */
+#define _GNU_SOURCE
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -25,7 +29,14 @@ static int fail_after = -1, fail_code;
 static char calls[1 << 16];
 static int recording;
 
+/* Recursive: an engine's work asks for memory's bounds. */
+static pthread_mutex_t everything = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
+static void unlock(int *unused) { (void)unused; pthread_mutex_unlock(&everything); }
+#define LOCKED \
+  int locked __attribute__((cleanup(unlock), unused)) = pthread_mutex_lock(&everything)
+
 static int begin(const char *name) {
+  LOCKED;
   if (recording && strlen(calls) + strlen(name) + 2 < sizeof calls) {
     strcat(calls, name);
     strcat(calls, " ");
@@ -61,6 +72,7 @@ int fake_blocks(int kind) {
   return count;
 }
 int fake_within(const void *address, size_t size, int kind) {
+  LOCKED;
   const char *start = address;
   for (int i = 0; i < MAX_BLOCKS; i++)
     if (blocks[i].start && blocks[i].kind == kind && start >= blocks[i].start &&
@@ -77,11 +89,13 @@ static void run(graph_t *graph) {
   }
 }
 static void drain(stream_t *stream) {
+  LOCKED;
   graph_t now = stream->queue;
   stream->queue.count = 0;
   run(&now);
 }
 static int put(stream_t *stream, node_t node) {
+  LOCKED;
   graph_t *graph = stream->captured ? stream->captured : &stream->queue;
   if (graph->count == MAX_NODES) return last = 999;
   graph->nodes[graph->count++] = node;
@@ -95,6 +109,7 @@ int fake_capturing(stream_t *stream) { return stream->captured != 0; }
 void fake_break_capture(stream_t *stream) { stream->broken = 1; }
 
 static int allocate(void **out, size_t size, int kind) {
+  LOCKED;
   for (int i = 0; i < MAX_BLOCKS; i++)
     if (!blocks[i].start) {
       char *start = aligned_alloc(256, (size + 255) / 256 * 256);
@@ -106,6 +121,7 @@ static int allocate(void **out, size_t size, int kind) {
   return last = 2;
 }
 static int release(void *address, int kind) {
+  LOCKED;
   for (int i = 0; i < MAX_BLOCKS; i++)
     if (blocks[i].start == address && blocks[i].kind == kind) {
       for (int s = 0; s < 64; s++) if (streams[s]) drain(streams[s]); /* as cudaFree waits */
