@@ -214,16 +214,19 @@ def _nothing_at(stamp: int, stream: Any, name: str) -> InvalidInputError:
 
 def _image(frame: Any, name: str) -> Image.Image:
     """Return a decoded frame upright and in RGB."""
+    from av.sidedata.sidedata import Type
+
     if frame.is_corrupt:
         raise damaged(name, f"the frame at {frame.time:.2f} s is damaged")
     check_frame_size(frame.width, frame.height, name)
     image: Image.Image = frame.to_image()
-    for data in frame.side_data:
-        if data.type.name == "DISPLAYMATRIX":
-            matrix = np.frombuffer(bytes(data), np.int32).reshape(3, 3)
-            method = _method(matrix[:2, :2] / 65536, name)
-            return image if method is None else image.transpose(method)
-    return image
+    # By key: iterating gives the data before PyAV 19 and their types since.
+    data = frame.side_data.get(Type.DISPLAYMATRIX)
+    if data is None:
+        return image
+    matrix = np.frombuffer(bytes(data), np.int32).reshape(3, 3)
+    method = _method(matrix[:2, :2] / 65536, name)
+    return image if method is None else image.transpose(method)
 
 
 def _method(matrix: NDArray[np.floating], name: str) -> Image.Transpose | None:
