@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -580,5 +579,7 @@ def test_the_default_output_of_the_current_folder_has_its_name(
 ) -> None:
     (tmp_path / "my-llava").mkdir()
     monkeypatch.chdir(tmp_path / "my-llava")
-    arguments = argparse.Namespace(model=".", output=None, precision="fp16")
+    arguments = cli._export_parser("vzip export").parse_args(
+        ["--model", ".", "--precision", "fp16"]
+    )
     assert cli._output(arguments, Budget(54, 10)) == "my-llava-64-fp16"
