@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vzip.runtime.console import emit
-from vzip.runtime.errors import CheckpointError, InvalidInputError
+from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.frames import DEFAULT_FRAMES
 from vzip.runtime.handoff import (
     DEFAULT_MAX_NEW_TOKENS,
@@ -19,20 +19,20 @@ from vzip.runtime.handoff import (
     check_max_new_tokens,
     check_question,
 )
+from vzip.runtime.handoff.engines import ENGINES, own, parse
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from vzip.runtime.bundle import Manifest
     from vzip.runtime.handoff import Conversation
 
 
-_SHOWN = "an image file, a video file, or a folder with a video's frames as images"
+_SHOWN = "an image file or several, a video file, or a folder with a video's frames as images"
 
 
 def ask(argv: Sequence[str], *, prog: str) -> int:
     """Run ``vzip ask``: print the answer to one question, and nothing else, on stdout."""
-    parser = _parser(prog, "Answer one question about an image or a video.", _SHOWN)
+    parser = _parser(prog, "Answer one question about images or a video.", _SHOWN, "+")
     parser.add_argument("question", metavar="QUESTION", help="the question, in quotes")
     _add_llm(parser)
     arguments = parser.parse_args(argv)
@@ -47,9 +47,10 @@ def chat(argv: Sequence[str], *, prog: str) -> int:
     """Run ``vzip chat``: a question per line of stdin, its answer on stdout as it is made."""
     parser = _parser(
         prog,
-        "Answer questions about an image or a video, one per line of standard input, until it "
-        "ends. It is encoded once, and every question sees the ones before it.",
+        "Answer questions about images or a video, one per line of standard input, until it "
+        "ends. They are encoded once, and every question sees the ones before it.",
         _SHOWN,
+        "+",
     )
     _add_llm(parser)
     arguments = parser.parse_args(argv)
@@ -124,14 +125,17 @@ def show(argv: Sequence[str], *, prog: str) -> int:
     return 0
 
 
-def _parser(prog: str, description: str, shown: str) -> argparse.ArgumentParser:
-    """Return a parser with what all three commands take."""
+def _parser(
+    prog: str, description: str, shown: str, count: str | None = None
+) -> argparse.ArgumentParser:
+    """Return a parser with what all three commands take; `count` is argparse's ``nargs``."""
     # No abbreviations: a new option would change what an old script says.
     parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument(
         "bundle", metavar="BUNDLE", type=Path, help="the folder that 'vzip export' wrote"
     )
-    parser.add_argument("image", metavar="IMAGE", type=Path, help=shown)
+    name = "image" if count is None else "images"
+    parser.add_argument(name, metavar="IMAGE", type=Path, help=shown, nargs=count)
     parser.add_argument(
         "--backend",
         default="auto",
@@ -156,9 +160,10 @@ def _add_llm(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--llm",
-        metavar="MODEL",
-        help="the LLM, as an alias, a local folder or a hub id (default: that of the checkpoint "
-        "the bundle was exported from)",
+        metavar="LLM",
+        help="the LLM: a checkpoint's alias, folder or hub id, which transformers runs; or one of "
+        + ", ".join(f"{name}:{engine.where}" for name, engine in ENGINES.items())
+        + " (default: that of the checkpoint the bundle was exported from)",
     )
     parser.add_argument(
         "--max-new-tokens",
@@ -179,27 +184,33 @@ def _check_llm_options(command: str, arguments: argparse.Namespace) -> None:
 
 
 def _conversation(arguments: argparse.Namespace) -> Conversation:
-    """Encode the image or video and load the LLM; what fails fast comes first."""
+    """Encode the images or the video and open the LLM; what fails fast comes first."""
+    from vzip.runtime.bundle import read_bundle
     from vzip.runtime.encoder import VisionEncoder
-    from vzip.runtime.handoff.transformers import TransformersLLM
-    from vzip.runtime.models import locate
     from vzip.runtime.video import is_video, sample_frames
 
-    if arguments.llm is not None:
-        locate(arguments.llm)
-    video = is_video(arguments.image)
+    choice = None if arguments.llm is None else parse(arguments.llm)
+    paths: list[Path] = arguments.images
+    video = any(is_video(path) for path in paths)
     if video or arguments.frames is not None:  # frames of anything else: it says what is wrong
-        shown = sample_frames(arguments.image, arguments.frames or DEFAULT_FRAMES)
+        if len(paths) > 1:
+            raise InvalidInputError(
+                f"got {len(paths)} files and folders, expected one video or any number of images; "
+                "ask about one video at a time, or put its frames into one folder"
+            )
+        shown = sample_frames(paths[0], arguments.frames or DEFAULT_FRAMES)
     else:
-        shown = [_image_of_conversation(arguments.image)]
-    with VisionEncoder.open(arguments.bundle, arguments.backend, arguments.engine) as encoder:
-        tokens = ImageTokens.of(encoder.manifest)
-        model, revision = _llm(encoder.manifest, arguments.llm)
-        embeds = encoder.video_embeds(shown) if video else encoder.image_embeds(shown[0])
+        shown = [_image_of_conversation(path) for path in paths]
+    bundle = read_bundle(arguments.bundle, verify=False)  # backends verify what they run
+    with VisionEncoder.open(bundle, arguments.backend, arguments.engine) as encoder:
+        ImageTokens.of(bundle.manifest)
+        choice = choice or own(bundle)
+        embeds = (
+            encoder.video_embeds(shown) if video else [encoder.image_embeds(each) for each in shown]
+        )
     # The vision encoder is closed by now: its memory is the LLM's.
     _quiet()
-    llm = TransformersLLM.open(model, tokens=tokens, revision=revision)
-    return llm.conversation(embeds, frames=len(shown) if video else None)
+    return choice.open(bundle).conversation(embeds, frames=len(shown) if video else None)
 
 
 def _image(path: Path, *, more: str) -> Image.Image:
@@ -255,22 +266,6 @@ def _answer(conversation: Conversation, question: str, max_new_tokens: int) -> N
         if not sys.stdin.isatty():
             raise
         _tell(f"vzip: error: {error}\n")
-
-
-def _llm(manifest: Manifest, chosen: str | None) -> tuple[str, str | None]:
-    """Return model and revision of the LLM: the one given, or the one the bundle names."""
-    from vzip.runtime.models import locate
-
-    if chosen is not None:
-        return chosen, None
-    try:
-        locate(manifest.model.id)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"the bundle was exported from {manifest.model.id!r}, which is not here any more "
-            f"({error}); say where its LLM is with --llm"
-        ) from error
-    return manifest.model.id, manifest.model.revision
 
 
 def _quiet() -> None:

@@ -1,14 +1,15 @@
 """Compressed tokens into an LLM: what every engine offers, and the checks made before each call.
 
 One file per engine. The checks are here, above the engines, because several engines' own errors
-mislead and some crash on a wrong shape.
+mislead and some crash on a wrong shape. `prompts` holds the words around a question, `decoding` the
+conversation of the engines that run in this process, `engines` what ``--llm`` can name.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from vzip.runtime.bundle import Manifest
+    from vzip.runtime.handoff.prompts import Kind
 
     Embeds = npt.NDArray[np.floating]
 
@@ -25,7 +27,7 @@ DEFAULT_MAX_NEW_TOKENS = 256
 
 
 class Conversation(Protocol):
-    """Questions about one image or video, each of which sees the turns before it."""
+    """Questions about what is shown in the first turn; each of them sees the turns before it."""
 
     def stream(
         self, question: str, *, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
@@ -35,44 +37,73 @@ class Conversation(Protocol):
 
     def ask(self, question: str, *, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS) -> str:
         """Return the whole answer, without white space around it."""
-        ...
+        return "".join(self.stream(question, max_new_tokens=max_new_tokens)).strip()
 
 
 class LLM(Protocol):
-    """An LLM engine that takes the tokens of one image or video and text.
+    """An LLM engine that takes the tokens of images or a video and text.
 
     `embeds` is float32 or float16 [n, L], in the bundle's token order: what
-    `VisionEncoder.image_embeds` gives of an image, with `frames` None; or what `video_embeds` gives
-    of a video, with `frames` the number of its frames.
+    `VisionEncoder.image_embeds` gives of an image, or a list of those of several images, with
+    `frames` None; or what `video_embeds` gives of a video, with `frames` the number of its frames.
+
+    Attributes:
+        name: The engine's name.
     """
 
     name: str
 
-    def conversation(self, embeds: Embeds, *, frames: int | None = None) -> Conversation:
-        """Begin a conversation about one image or video."""
+    def conversation(
+        self, embeds: Embeds | Sequence[Embeds], *, frames: int | None = None
+    ) -> Conversation:
+        """Begin a conversation.
+
+        Args:
+            embeds: The tokens, of one image, several, or a video.
+            frames: How many frames the video has; ``None`` for images.
+
+        Raises:
+            InvalidInputError: They are of another shape or dtype, not finite, or don't divide into
+                frames where the LLM takes those as images.
+        """
         ...
 
     def stream(
         self,
-        embeds: Embeds,
+        embeds: Embeds | Sequence[Embeds],
         question: str,
         *,
         frames: int | None = None,
         max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     ) -> Iterator[str]:
-        """Answer one question, piece by piece."""
-        ...
+        """Answer one question piece by piece; see `conversation` and its `stream`."""
+        conversation = self.conversation(embeds, frames=frames)
+        return conversation.stream(question, max_new_tokens=max_new_tokens)
 
     def ask(
         self,
-        embeds: Embeds,
+        embeds: Embeds | Sequence[Embeds],
         question: str,
         *,
         frames: int | None = None,
         max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     ) -> str:
-        """Answer one question."""
-        ...
+        """Answer one question; see `conversation` and its `ask`."""
+        conversation = self.conversation(embeds, frames=frames)
+        return conversation.ask(question, max_new_tokens=max_new_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """What the first turn shows, checked.
+
+    Attributes:
+        kind: What a placeholder stands for.
+        parts: One array [n, L] for each placeholder, in order; copies, of the caller's dtype.
+    """
+
+    kind: Kind
+    parts: tuple[Embeds, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +251,67 @@ def check_embeds(
         )
 
 
+def check_shown(
+    engine: str,
+    embeds: Embeds | Sequence[Embeds],
+    *,
+    frames: int | None,
+    tokens: ImageTokens | None,
+    hidden_size: int,
+    takes_videos: bool,
+    largest: float = float("inf"),
+) -> Shown:
+    """Check the tokens that a conversation is about, and divide them among placeholders.
+
+    A video has a placeholder of its own where the LLM knows videos; where it doesn't, its frames
+    are images that follow each other.
+
+    Args:
+        engine: The engine's name, for messages.
+        embeds: float32 or float16 [n, L], or a list or tuple of them for several images.
+        frames: Frames of the video; ``None`` for images.
+        tokens: What the bundle says; ``None`` to take any number.
+        hidden_size: L that the LLM takes.
+        takes_videos: Whether the LLM has a placeholder for videos.
+        largest: Largest magnitude that the LLM's dtype can hold.
+
+    Returns:
+        Copies, so that the caller may go on using its arrays.
+
+    Raises:
+        InvalidInputError: Something is wrong with them; the message says which, if there are
+            several.
+    """
+    several = isinstance(embeds, (list, tuple))
+    if several and not embeds:
+        raise InvalidInputError(f"{engine}: got an empty list of images; it takes 1 or more")
+    if several and frames is not None:
+        raise InvalidInputError(
+            f"{engine}: got a list of {len(embeds)} arrays with frames={frames}; it takes a "
+            "video's tokens as one array, or a list of images without frames"
+        )
+    arrays = embeds if isinstance(embeds, (list, tuple)) else [embeds]
+    for number, each in enumerate(arrays):
+        check_embeds(
+            f"{engine}: image {number}" if several and len(arrays) > 1 else engine,
+            each,
+            hidden_size=hidden_size,
+            count=None if tokens is None else tokens.rows(frames),
+            frames=frames,
+            largest=largest,
+        )
+    if frames is None or takes_videos:
+        kind: Kind = "image" if frames is None else "video"
+        return Shown(kind, tuple(np.array(each) for each in arrays))
+    rows = len(arrays[0])
+    if rows % frames:
+        raise InvalidInputError(
+            f"{engine}: got {rows} tokens of {frames} frames, each of which is an image to this "
+            "LLM; it takes as many of every frame, without a closing token"
+        )
+    return Shown("image", tuple(np.array_split(np.array(arrays[0]), frames)))
+
+
 def check_question(engine: str, question: str) -> None:
     """Check a question before it is made into tokens.
 
@@ -248,37 +340,6 @@ def check_max_new_tokens(engine: str, max_new_tokens: int) -> None:
     if max_new_tokens < 1:
         raise InvalidInputError(
             f"{engine}: got a limit of {max_new_tokens} new tokens; it takes 1 or more"
-        )
-
-
-def check_placeholders(
-    engine: str,
-    ids: Sequence[int],
-    *,
-    kind: Literal["image", "video"],
-    token: str,
-    token_id: int,
-    expected: int,
-) -> None:
-    """Check that a prompt has a place for every image or video and no other.
-
-    Args:
-        engine: The engine's name, for the message.
-        ids: The prompt's token ids.
-        kind: What the placeholder stands for, for the message.
-        token: The placeholder as text, for the message.
-        token_id: Its id.
-        expected: How many placeholders there must be.
-
-    Raises:
-        InvalidInputError: There are more or fewer; mostly the question itself contains one.
-    """
-    got = sum(1 for each in ids if each == token_id)
-    if got != expected:
-        raise InvalidInputError(
-            f"{engine}: the prompt has {got} {kind} placeholders {token!r} (id {token_id}), but it "
-            f"takes {expected}; a question must not contain {token!r}, and the LLM's chat template "
-            f"must write it once per {kind}"
         )
 
 

@@ -20,6 +20,8 @@ from vzip.runtime.handoff import ImageTokens
 from vzip.runtime.handoff.transformers import TransformersLLM
 from vzip.runtime.video import sample_frames
 
+pytestmark = pytest.mark.engine
+
 SCENES = (3, 5)  # seeds
 LENGTH = 30
 

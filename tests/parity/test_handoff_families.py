@@ -16,8 +16,11 @@ from tests.parity.tiny_llm import IMAGE, SPECIAL, make_tokenizer
 from vzip.runtime.bundle import read_bundle
 from vzip.runtime.errors import CheckpointError, InvalidInputError
 from vzip.runtime.handoff import ImageTokens
-from vzip.runtime.handoff.transformers import CLASSES, Prompts, TransformersLLM
+from vzip.runtime.handoff.chat_template import make_prompts
+from vzip.runtime.handoff.transformers import CLASSES, TransformersLLM
 from vzip.runtime.manifest import Tiling
+
+pytestmark = pytest.mark.engine
 
 TINY_BUNDLE = Path(__file__).parents[1] / "data" / "tiny_bundle"
 WITH_VIDEO = (*SPECIAL, "<video>")
@@ -258,6 +261,49 @@ def test_turns_equal_a_forward_pass_of_embeddings_made_by_hand(tiny, frames):
     assert list(conversation.ids) == ids[: len(conversation.ids)]
 
 
+@pytest.mark.parametrize("form", ["inputs_embeds", "mm_encoder_outputs"])
+@pytest.mark.parametrize("frames", [None, 2])
+def test_generate_of_a_batch_gives_what_each_question_alone_does(tiny, frames, form):
+    embeds = [embeds_of(6, seed) for seed in range(2)]
+    expected = []
+    for each, question in zip(embeds, QUESTIONS, strict=True):
+        conversation = tiny.llm.conversation(each, frames=frames)
+        conversation.ask(question, max_new_tokens=6)
+        expected.append([*conversation.ids[-5:], conversation._next])
+    inputs = tiny.llm.generation_inputs(embeds, QUESTIONS, frames=frames, form=form)
+    kinds = inputs.get("mm_encoder_outputs", {"image": None})
+    assert set(kinds) == {
+        "video" if frames and tiny.family.videos and "input_ids" in inputs else "image"
+    }
+    made = tiny.model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    assert made[:, -6:].tolist() == expected
+    assert expected[0] != expected[1], "the test wants two answers"
+    made = tiny.model.generate(  # beams repeat the features of each question
+        **tiny.llm.generation_inputs(embeds, QUESTIONS, frames=frames, form=form),
+        max_new_tokens=4,
+        do_sample=False,
+        num_beams=2,
+    )
+    one = [
+        tiny.model.generate(
+            **tiny.llm.generation_inputs([each], [question], frames=frames),
+            max_new_tokens=4,
+            do_sample=False,
+            num_beams=2,
+        )
+        for each, question in zip(embeds, QUESTIONS, strict=True)
+    ]
+    assert made[:, -4:].tolist() == [row[0, -4:].tolist() for row in one]
+
+
+@pytest.mark.parametrize("tiny", ["vip-llava", "video-llava"], indirect=True)
+def test_encoder_outputs_of_different_length_are_refused_where_a_class_takes_one_tensor(tiny):
+    embeds = [embeds_of(6), embeds_of(4)]
+    with pytest.raises(InvalidInputError, match=r"images of \[6, 4\] tokens, .* as many of each"):
+        tiny.llm.generation_inputs(embeds, QUESTIONS, form="mm_encoder_outputs")
+    assert len(tiny.llm.ask_batch(embeds, QUESTIONS, max_new_tokens=2)) == 2
+
+
 def test_open_loads_each_family_by_its_class(tiny, tmp_path):
     tiny.model.save_pretrained(tmp_path)
     tiny.tokenizer.save_pretrained(tmp_path)
@@ -265,7 +311,7 @@ def test_open_loads_each_family_by_its_class(tiny, tmp_path):
         (tmp_path / "chat_template.jinja").write_text(tiny.family.template)
     promise = ImageTokens(None, WIDTH, IMAGE, VIDEO if tiny.family.videos else None)
     llm = TransformersLLM.open(tmp_path, tokens=promise, device="cpu")
-    assert type(llm._model) is type(tiny.model)
+    assert type(llm.model) is type(tiny.model)
     for count in (1, 9):
         assert llm.ask(embeds_of(count), "what?", max_new_tokens=6) == tiny.llm.ask(
             embeds_of(count), "what?", max_new_tokens=6
@@ -306,25 +352,23 @@ def test_a_family_that_speaks_other_words_needs_a_template(tiny, tmp_path):
 @pytest.mark.parametrize("tiny", ["video-llava", "onevision"], indirect=True)
 def test_a_video_and_an_image_have_placeholders_of_their_own(tiny):
     prompts = tiny.llm.prompts
-    assert prompts.places(None) == (IMAGE, 1)
-    assert prompts.places(8) == (VIDEO, 1)
-    image, video = prompts.first("why?"), prompts.first("why?", 8)
+    assert prompts.placeholders == {"image": IMAGE, "video": VIDEO}
+    image, video = prompts.first("why?"), prompts.first("why?", "video")
     assert (image.count(IMAGE), image.count(VIDEO)) == (1, 0)
     assert (video.count(IMAGE), video.count(VIDEO)) == (0, 1)
     for question in ("is <image> red?", "is <video> red?"):
-        for frames in (None, 8):
+        for kind in ("image", "video"):
             with pytest.raises(InvalidInputError, match="a question must not contain"):
-                prompts.first(question, frames)
-            with pytest.raises(InvalidInputError, match="a question must not contain"):
-                prompts.later(question, frames)
+                prompts.first(question, kind)
+        with pytest.raises(InvalidInputError, match="a question must not contain"):
+            prompts.later(question)
 
 
 @pytest.mark.parametrize("tiny", ["llava", "llava-next"], indirect=True)
 def test_frames_are_images_to_an_llm_that_knows_no_video(tiny):
     prompts = tiny.llm.prompts
-    assert prompts.places(3) == (IMAGE, 3)
-    assert prompts.first(QUESTIONS[0], 3) == prompt(tiny, "<image>\n<image>\n<image>")
-    assert prompts.later("why?", 3) == prompts.later("why?")
+    assert prompts.placeholders == {"image": IMAGE}
+    assert prompts.first(QUESTIONS[0], "image", 3) == prompt(tiny, "<image>\n<image>\n<image>")
     conversation = tiny.llm.conversation(embeds_of(15), frames=3)
     conversation.ask(QUESTIONS[0], max_new_tokens=1)
     runs = [
@@ -345,7 +389,7 @@ def test_an_end_that_a_template_mistypes_is_an_end():
         "{% else %}{{ ' ' + m['content'][0]['text'] + '<\\\\s> ' }}{% endif %}{% endfor %}"
     )
     tokenizer = make_tokenizer()
-    prompts = Prompts(tokenizer, IMAGE, template)
+    prompts = make_prompts(tokenizer, {"image": IMAGE}, template)
     rendered = tokenizer.apply_chat_template(
         [{"role": "assistant", "content": [{"type": "text", "text": "a"}]}],
         chat_template=template,
@@ -359,17 +403,15 @@ def test_an_end_that_a_template_mistypes_is_an_end():
 @pytest.mark.parametrize("tiny", ["video-llava"], indirect=True)
 def test_a_template_without_a_place_for_videos_is_refused(tiny):
     template = CHAT_ML.replace("'video'", "'film'")
-    prompts = Prompts(tiny.tokenizer, IMAGE, template, VIDEO)
+    prompts = make_prompts(tiny.tokenizer, {"image": IMAGE, "video": VIDEO}, template)
     assert prompts.first("why?").count(IMAGE) == 1
-    with pytest.raises(InvalidInputError) as caught:
-        prompts.first("why?", 8)
-    assert "has 0 video placeholders '<video>' (id 5), but it takes 1" in str(caught.value)
-    assert "must write it once per video" in str(caught.value)
+    with pytest.raises(CheckpointError, match="has no place for videos"):
+        prompts.first("why?", "video")
 
 
 def test_a_tokenizer_without_the_videos_placeholder_is_refused():
     with pytest.raises(CheckpointError, match="tokenizer has no token of id 9999"):
-        Prompts(make_tokenizer(), IMAGE, None, 9999)
+        make_prompts(make_tokenizer(), {"image": IMAGE, "video": 9999}, None)
 
 
 @pytest.mark.parametrize("frames", [0, -1, 2.0, True])

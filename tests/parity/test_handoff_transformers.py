@@ -22,7 +22,10 @@ from vzip.runtime import VisionEncoder
 from vzip.runtime.cli import main
 from vzip.runtime.errors import BackendError, CheckpointError, InvalidInputError
 from vzip.runtime.handoff import ImageTokens
-from vzip.runtime.handoff.transformers import Prompts, TransformersLLM
+from vzip.runtime.handoff.chat_template import make_prompts
+from vzip.runtime.handoff.transformers import TransformersLLM
+
+pytestmark = pytest.mark.engine
 
 TINY_BUNDLE = Path(__file__).parents[1] / "data" / "tiny_bundle"
 PATCHES, WIDTH = 16, 64
@@ -267,7 +270,7 @@ def test_float16_tokens_are_cast_to_the_llms_dtype(llava):
 @pytest.mark.parametrize("kind", ["bytes", "llama", "first"])
 def test_prompts_are_the_whole_conversations_ids(kind, template):
     tokenizer = make_tokenizer(kind)
-    prompts = Prompts(tokenizer, IMAGE, TEMPLATES[template])
+    prompts = make_prompts(tokenizer, {"image": IMAGE}, TEMPLATES[template])
     text = "USER: <image>\nwhat is it? ASSISTANT: a circle</s>USER: is it red? ASSISTANT:"
     written = template == "with BOS"
     ids = tokenizer("<s>" * written + text, add_special_tokens=not written).input_ids
@@ -294,35 +297,33 @@ def test_a_templates_white_space_after_the_end_of_a_turn_is_kept():
     )
     tokenizer = make_tokenizer()
     expected = tokenizer("\nred?</s>\n", add_special_tokens=False).input_ids
-    assert Prompts(tokenizer, IMAGE, template).later("red?") == expected
+    assert make_prompts(tokenizer, {"image": IMAGE}, template).later("red?") == expected
 
 
 @pytest.mark.parametrize(
-    ("template", "error", "text"),
+    ("template", "text"),
     [
-        (
-            "{{ messages[-1]['content'][-1]['text'] }}",
-            InvalidInputError,
-            "has 0 image placeholders",
-        ),
-        ("<image><image>", InvalidInputError, "has 2 image placeholders '<image>' (id 4)"),
+        ("{{ messages[-1]['content'][-1]['text'] }}", "has no place for images"),
+        ("<image><image>{{ messages[-1]['content'][-1]['text'] }}", "has no place for images"),
+        ("<image>", "writes a question 0 times"),
+        (2 * "{{ messages[-1]['content'][-1]['text'] }}", "writes a question 2 times"),
     ],
 )
-def test_a_template_without_one_place_for_the_image_is_refused(template, error, text):
-    with pytest.raises(error) as caught:
-        Prompts(make_tokenizer(), IMAGE, template).first("what?")
+def test_a_template_without_one_place_for_image_and_question_is_refused(template, text):
+    with pytest.raises(CheckpointError) as caught:
+        make_prompts(make_tokenizer(), {"image": IMAGE}, template).first("what?")
     assert text in str(caught.value)
 
 
 def test_a_template_that_drops_answers_is_refused():
     template = "USER: <image>\n{{ messages[-1]['content'][-1]['text'] }} ASSISTANT:"
     with pytest.raises(CheckpointError, match="drops the assistant's turns"):
-        Prompts(make_tokenizer(), IMAGE, template).later("what?")
+        make_prompts(make_tokenizer(), {"image": IMAGE}, template).later("what?")
 
 
 def test_a_tokenizer_without_the_placeholder_is_refused():
     with pytest.raises(CheckpointError, match="tokenizer has no token of id 9999"):
-        Prompts(make_tokenizer(), 9999, None)
+        make_prompts(make_tokenizer(), {"image": 9999}, None)
 
 
 def scripted(llava, monkeypatch, text: str) -> None:
@@ -509,7 +510,7 @@ def saved(tmp_path):
 def test_open_reads_a_folder_and_runs_float16_in_float32_on_a_cpu(saved):
     promise = ImageTokens(count=5, hidden_size=WIDTH, image_token_id=IMAGE)
     llm = TransformersLLM.open(saved.folder, tokens=promise, device="cpu")
-    assert llm._model.dtype == torch.float32
+    assert llm.model.dtype == torch.float32
     assert llm.context == 512
     expected = TransformersLLM(saved.model.float(), saved.tokenizer, template=None)
     embeds = image_embeds(5)
@@ -521,7 +522,7 @@ def test_open_reads_a_folder_and_runs_float16_in_float32_on_a_cpu(saved):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_open_takes_a_dtype(saved, dtype):
     llm = TransformersLLM.open(saved.folder, device="cpu", dtype=dtype)
-    assert llm._model.dtype == getattr(torch, dtype)
+    assert llm.model.dtype == getattr(torch, dtype)
 
 
 @pytest.mark.parametrize(

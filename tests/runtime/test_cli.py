@@ -529,21 +529,6 @@ def test_show_refuses_what_is_no_image(kind, tmp_path, capsys):
     assert "is a video or a folder, but one image is drawn; take a frame" in one_line(capsys)
 
 
-def fake_manifest(model: str, revision: str | None) -> SimpleNamespace:
-    return SimpleNamespace(model=SimpleNamespace(id=model, revision=revision))
-
-
-def test_the_llm_is_the_bundles_unless_another_is_given(tmp_path):
-    manifest = fake_manifest("llava-hf/llava-1.5-7b-hf", "abc")
-    assert commands._llm(manifest, None) == ("llava-hf/llava-1.5-7b-hf", "abc")
-    assert commands._llm(manifest, str(tmp_path)) == (str(tmp_path), None)
-
-
-def test_a_bundle_whose_checkpoint_is_gone_asks_for_llm():
-    with pytest.raises(VzipError, match=r"exported from '/gone/llava', which is not here .* --llm"):
-        commands._llm(fake_manifest("/gone/llava", None), None)
-
-
 def test_show_writes_the_overlay_and_prints_its_path(image, tmp_path, capsys):
     output = tmp_path / "new" / "overlay.PNG"
     output.parent.mkdir()
