@@ -15,8 +15,9 @@ PIP_QUIET := --quiet --disable-pip-version-check
 DEMO_BUNDLE := demo-bundle
 DEMO_PICTURE := runtime/demo/pictures/scene-1.jpg
 DEMO_QUESTION := "What digit is there?"
-# Two processes, a file each: what a small machine has cores for.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two processes, what a small machine has cores for. A file's tests stay together, for their fixtures'
+# sake, until one of the two has nothing left to do.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # ONNX Runtime 1.29 and newer sends telemetry when it is imported; vzip turns that off for itself.
 export ORT_DISABLE_TELEMETRY := 1

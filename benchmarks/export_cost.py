@@ -12,16 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
+from benchmarks.environment import environment
 from vzip.runtime.bundle import read_bundle
 
 RESULT = Path(__file__).parent / "results" / "export_cost.json"
@@ -55,26 +53,12 @@ def run(*extra: str) -> dict[str, float]:
         }
 
 
-def environment() -> dict[str, Any]:
-    """Return what the numbers depend on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = [line for line in lines if "model name" in line]
-    packages = ("torch", "onnx", "onnxscript", "onnxruntime", "transformers", "numpy")
-    return {
-        "processor": model[0].split(":")[1].strip() if model else platform.processor(),
-        "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
-    }
-
-
 def main() -> None:
     """Measure, print and store."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
-    where = environment()
+    where = environment("torch", "onnx", "onnxscript", "onnxruntime", "transformers", "numpy")
     kinds = {"with parity check": (), "without": ("--no-check",)}
     # In turn, so that a machine that drifts favours neither.
     runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}

@@ -124,12 +124,6 @@ def test_tiny(variant: Variant, checkpoint: Path, tmp_path: Path) -> None:
     check(*build(str(checkpoint), SIZES["tiny"], variant, tmp_path), variant)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", [each for each in EVERY if each not in FEW], ids=str)
-def test_tiny_all_others(variant: Variant, checkpoint: Path, tmp_path: Path) -> None:
-    check(*build(str(checkpoint), SIZES["tiny"], variant, tmp_path), variant)
-
-
 def demo(variant: Variant, folder: Path) -> None:
     check(*build("demo", Budget(36, 7), variant, folder), variant)
 
