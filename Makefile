@@ -22,7 +22,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 # ONNX Runtime 1.29 and newer sends telemetry when it is imported; vzip turns that off for itself.
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-fast test-engines test-pythons lint types format clean
+.PHONY: demo test test-fast test-engines engines test-pythons lint types format clean
 
 demo: $(VENV)/linked
 	$(BIN)/vzip export --model demo --tokens 43 -o $(DEMO_BUNDLE)
@@ -36,8 +36,10 @@ test: lint types
 test-fast: lint types
 	$(PYTEST) -m "not slow"
 
-test-engines: $(VENV)/linked $(VENV)/engines
+test-engines: $(VENV)/linked engines
 	VZIP_ENGINES=llama_cpp $(PYTEST) -m engine
+
+engines: $(VENV)/engines
 
 # Built for the machine's own CPU; of llama.cpp only the library is needed.
 $(VENV)/engines: $(VENV)/installed
@@ -60,6 +62,7 @@ format: $(VENV)/linked
 test-pythons: .venv-3.10/ready .venv-3.13/ready
 	for version in 3.10 3.13; do \
 	  VZIP_TEST_BACKENDS=onnxruntime .venv-$$version/bin/python -m pytest tests/runtime tests/contract \
+	    tests/handoff/test_chat_server.py \
 	    || exit 1; \
 	done
 

@@ -22,7 +22,9 @@ def build_main(argv: Sequence[str], *, prog: str) -> int:
     """
     arguments = _build_parser(prog).parse_args(argv)
     from vzip.export.engine import BuildRequest, build_engine
+    from vzip.export.engine_auto import AUTO, build_best
 
+    automatic = arguments.precision == AUTO
     request = BuildRequest(
         name=arguments.name,
         workspace_mib=arguments.workspace,
@@ -31,10 +33,20 @@ def build_main(argv: Sequence[str], *, prog: str) -> int:
         low_memory=arguments.low_memory,
         rtx=arguments.rtx,
         safer=arguments.safer,
+        precision=None if automatic else arguments.precision,
     )
-    result = build_engine(arguments.bundle, request, say=say)
-    if result.reused:
-        say(f"'{result.name}' is there already, the same in every respect; nothing was built")
+    if automatic:
+        result, built = build_best(arguments.bundle, request, say=say)
+    else:
+        result = build_engine(arguments.bundle, request, say=say)
+        built = [result]
+    for each in built:
+        if each.reused:
+            say(f"'{each.name}' is there already, the same in every respect; it was not built")
+    if automatic:
+        say(f"the fastest that agrees is '{result.name}'")
+    if (quantised := result.record.quantised) is not None:
+        say(f"to run it, open the bundle with --precision {quantised} (precision='{quantised}')")
     emit(str(result.path))
     return 0
 
@@ -110,6 +122,13 @@ def _build_parser(prog: str) -> argparse.ArgumentParser:
         "--safer",
         action="store_true",
         help="if the tokens differ from PyTorch's, try settings that are slower and safer",
+    )
+    parser.add_argument(
+        "--precision",
+        metavar="NAME",
+        help="build from the graph that 'vzip calibrate' made: int8 or fp8; or auto, which keeps "
+        "such an engine only if it runs faster on this machine and its tokens agree (default: the "
+        "bundle's own graph)",
     )
     parser.add_argument(
         "--rtx",

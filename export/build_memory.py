@@ -13,6 +13,7 @@ from typing import Final
 
 from vzip.runtime import sensors
 from vzip.runtime.manifest import DATA_FILE, MODEL_FILE, Manifest
+from vzip.runtime.precision_record import Quantised, data_file, graph_file
 
 MIB: Final = 2**20
 
@@ -67,7 +68,12 @@ class Estimate:
 
 
 def estimate(
-    manifest: Manifest, *, workspace_mib: int | None, low_memory: bool, gpu: bool
+    manifest: Manifest,
+    *,
+    workspace_mib: int | None,
+    low_memory: bool,
+    gpu: bool,
+    quantised: Quantised | None = None,
 ) -> Estimate:
     """Return what building an engine of a bundle will need.
 
@@ -76,10 +82,11 @@ def estimate(
         workspace_mib: Limit for tactics; None for the builder's own.
         low_memory: Whether cuBLAS and cuDNN are left out.
         gpu: Whether it is built on a GPU; ahead of time nothing runs on one.
+        quantised: Which of its quantised graphs is built from; None for its own.
     """
-    stored = sum(
-        entry.bytes for name, entry in manifest.files.items() if name in (MODEL_FILE, DATA_FILE)
-    )
+    own = (MODEL_FILE, DATA_FILE)
+    names = own if quantised is None else (graph_file(quantised), data_file(quantised))
+    stored = sum(entry.bytes for name, entry in manifest.files.items() if name in names)
     if not gpu:
         return Estimate(round(stored * COPIES_ON_HOST / MIB), 0, 0, INTERPRETER_MIB)
     return Estimate(

@@ -80,6 +80,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         ),
         check_images=() if arguments.no_check else reference_images(),
         step=lambda name: say(f"{name} …"),
+        with_llm=arguments.with_llm,
     )
     if bundle.manifest.parity is not None:
         say(describe_parity(bundle))
@@ -244,6 +245,12 @@ def _export_parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--projector", type=Path, metavar="FILE", help="a tuned projector")
     parser.add_argument(
+        "--with-llm",
+        action="store_true",
+        help="put the language model into the bundle too, in the same precision: 'vzip ask' then "
+        "runs it with ONNX Runtime on the CPU, without torch (for small models)",
+    )
+    parser.add_argument(
         "--no-check", action="store_true", help="skip the parity check against the PyTorch model"
     )
     parser.add_argument("-o", "--output", metavar="FOLDER", help="where the bundle goes")
@@ -259,6 +266,11 @@ def _check_options(arguments: argparse.Namespace) -> None:
         )
     if arguments.weights == "random":
         arguments.seed = arguments.seed or 0
+        if arguments.with_llm:
+            raise InvalidInputError(
+                "--with-llm and --weights random were both given; the answers of an LLM to random "
+                "tokens mean nothing: leave out one of the two"
+            )
     parts = (arguments.dominant, arguments.contextual)
     if arguments.tokens is not None and parts != (None, None):
         raise BudgetError(

@@ -8,6 +8,7 @@ upstream model.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Literal
@@ -277,6 +278,19 @@ class Encoder(nn.Module):
             there is one), and `token_weights` float32 [B, K, S], which the graph holds but does
             not output.
         """
+        features, signals = self.look(image)
+        return self.compress(features, signals, self.budget, self.merge)
+
+    def look(self, image: Tensor) -> tuple[Tensor, selections.Signals]:
+        """Run the tower alone.
+
+        Args:
+            image: As for `forward`.
+
+        Returns:
+            Features [B, tower tokens, F] that the projector is made for, and what a selection may
+            look at.
+        """
         hidden = self.embedding(image)
         if self.pre_norm is not None:
             hidden = self.pre_norm(hidden)
@@ -290,22 +304,43 @@ class Encoder(nn.Module):
         selected = features[0] if len(features) == 1 else torch.cat(features, dim=-1)  # [B, S, F]
         split_keys = _split_heads(keys.float(), self.heads)  # [B, H, S, d]
 
-        asked: list[bool] = []
-
         def attention_scores() -> Tensor:
-            asked.append(True)
             scores = self._attention_scores(queries, split_keys)
             if not self.skips_padding:
                 return scores
             pictured = self.embedding.pictured(image)
             return scores * pictured + (pictured - 1.0)  # below all scores, which are above 0
 
-        signals = selections.Signals(self._pooled(split_keys), self.cls_token, attention_scores)
-        plan = self.selection.plan(signals, self.budget, self.merge)
+        return selected, selections.Signals(
+            self._pooled(split_keys), self.cls_token, attention_scores
+        )
+
+    def compress(
+        self, features: Tensor, signals: selections.Signals, budget: Budget, merge: Merge
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Select, merge and project what `look` returned.
+
+        Args:
+            features: [B, tower tokens, F].
+            signals: Of the same images.
+            budget: Tokens that are left.
+            merge: How contextual tokens are formed.
+
+        Returns:
+            As `forward`.
+        """
+        asked: list[bool] = []
+
+        def attention_scores() -> Tensor:
+            asked.append(True)
+            return signals.attention_scores()
+
+        watched = dataclasses.replace(signals, attention_scores=attention_scores)
+        plan = self.selection.plan(watched, budget, merge)
         assert bool(asked) == self.selection.uses_attention, (
             "the selection's uses_attention is wrong"
         )
-        return self._embeds(plan, selected), plan.kept, plan.token_weights
+        return self._embeds(plan, features), plan.kept, plan.token_weights
 
     def _attention_scores(self, queries: Tensor, split_keys: Tensor) -> Tensor:
         """Score patches by attention, in FP32 and apart from the layer's own.

@@ -13,7 +13,7 @@ import errno
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -34,9 +34,11 @@ from vzip.runtime.engine_record import (
     check_name,
 )
 from vzip.runtime.errors import BackendError, BundleError, InvalidInputError, ParityError
-from vzip.runtime.manifest import MODEL_FILE, REFERENCE_FILE, Manifest
+from vzip.runtime.manifest import REFERENCE_FILE, Manifest, Scalar
+from vzip.runtime.precision_record import FP8_SM
 
 Say = Callable[[str], None]
+Keep = Callable[[Bundle, EngineRecord, memoryview], Mapping[str, Scalar] | None]
 
 LEVELS: Final = range(6)  # IBuilderConfig.builder_optimization_level, from 8.6 on
 SAFER_LEVEL: Final = 0
@@ -55,6 +57,7 @@ class BuildRequest:
         low_memory: Build with little memory, and refuse what can't fit.
         rtx: Compute capabilities to build for without a GPU, as the user wrote them.
         safer: After a failed proof, try the next safer way to build.
+        precision: Of the graph to build from: ``int8`` or ``fp8``, or None for the bundle's own.
     """
 
     name: str | None = None
@@ -64,6 +67,7 @@ class BuildRequest:
     low_memory: bool = False
     rtx: str | None = None
     safer: bool = False
+    precision: str | None = None
 
     def __post_init__(self) -> None:
         if self.name is not None:
@@ -138,20 +142,44 @@ def build_engine(path: str | os.PathLike[str], request: BuildRequest, *, say: Sa
             an option that doesn't fit. `ParityError` if the engine fails its proof; it is then not
             published, and what was there before is untouched.
     """
-    bundle = read_bundle(path)
+    result = build_if(path, request, lambda *_: {}, say=say)
+    assert result is not None
+    return result
+
+
+def build_if(
+    path: str | os.PathLike[str], request: BuildRequest, keep: Keep, *, say: Say
+) -> Result | None:
+    """Build an engine, and publish it if `keep` agrees; see `build_engine`.
+
+    Args:
+        path: The bundle.
+        request: What to build.
+        keep: Asked about an engine that was built and passed its proof, before it is published,
+            with the bundle, its record and the engine itself. Returns numbers that are recorded
+            with the proof, or None for an engine that is not to be kept. An engine that is reused
+            was kept before.
+        say: Told, in lines, what goes on.
+
+    Returns:
+        The engine; None if it was not kept.
+    """
+    bundle = read_bundle(path).at(request.precision)
     stack = installed_stack(ahead_of_time=request.rtx is not None)
     capabilities = () if request.rtx is None else capabilities_of(request.rtx, stack)
     tries = [first_settings(request, bundle.manifest, capabilities)]
-    outlook = _outlook(bundle.manifest, tries[0])
+    outlook = _outlook(bundle, tries[0])
     say(outlook.line)  # a machine without a GPU may ask for nothing else
     machine = Machine(None, capabilities, None) if capabilities else this_machine()
+    _check_fp8(bundle, stack, machine)
     if request.safer:
         tries += safer_settings(tries[0], stack, bundle.manifest)
-    name = request.name or _default_name(stack, machine)
+    name = request.name or _default_name(stack, machine, bundle)
     with build_lock(bundle, say):
-        bundle = read_bundle(path)  # whoever held the lock may have built this very engine
+        # Whoever held the lock may have built this very engine.
+        bundle = read_bundle(path).at(request.precision)
         for settings in tries:
-            wanted = _record(stack, machine, bundle.manifest, settings)
+            wanted = _record(stack, machine, bundle, settings)
             if (found := reusable(bundle, name, wanted)) is not None:
                 return Result(bundle, name, found, reused=True)
         say(f"building '{name}' with {stack} for {_describe(machine)}")
@@ -166,6 +194,11 @@ def build_engine(path: str | os.PathLike[str], request: BuildRequest, *, say: Sa
             say(f"settings: {_described_settings(settings, stack)}")
             record, plan = _build(stack, machine, bundle, settings, say)
             if record.proof is None or record.proof["passed"]:
+                numbers = keep(bundle, record, plan)
+                if numbers is None:
+                    return None
+                if record.proof is not None:
+                    record = dataclasses.replace(record, proof={**record.proof, **numbers})
                 return Result(add_engine(bundle, name, record, plan), name, record, reused=False)
             failures.append(f"{_described_settings(settings, stack)}: {record.proof}")
             del plan  # the next try needs the memory
@@ -263,7 +296,7 @@ def reusable(bundle: Bundle, name: str, wanted: EngineRecord) -> EngineRecord | 
 
 @contextlib.contextmanager
 def build_lock(bundle: Bundle, say: Say) -> Iterator[None]:
-    """Let one builder at a time work on a bundle; the lock ends with the process.
+    """Let one process at a time change a bundle; the lock ends with the process.
 
     Raises:
         BundleError: The folder can't be written, or its file system has no locks.
@@ -277,22 +310,22 @@ def build_lock(bundle: Bundle, say: Say) -> Iterator[None]:
         descriptor = os.open(folder / LOCK_FILE, flags, 0o644)
     except OSError as error:
         raise BundleError(
-            f"{folder}: can't be written ({error.strerror}), and an engine goes there; copy the "
-            "bundle to a folder that you may write to"
+            f"{folder}: can't be written ({error.strerror}), so the bundle can't be changed; copy "
+            "the bundle to a folder that you may write to"
         ) from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"another process builds an engine in {bundle.path}; waiting for it to end")
+            say(f"another process works on {bundle.path}; waiting for it to end")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     except OSError as error:
         if error.errno not in {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}:
             raise
         raise BundleError(
-            f"{folder}: its file system has no locks ({error.strerror}), so two builders could "
-            "spoil each other's work; copy the bundle to a local disk and build there"
+            f"{folder}: its file system has no locks ({error.strerror}), so two processes could "
+            "spoil each other's work; copy the bundle to a local disk and work on it there"
         ) from error
     finally:
         os.close(descriptor)
@@ -307,10 +340,11 @@ def _build(
     built = build(
         stack,
         bundle.read_model(),
-        bundle.path / MODEL_FILE,
+        bundle.weights_folder / bundle.graph_file,
         bundle.manifest,
         settings=settings,
         timing_cache=_read_cache(cache, say) if stack.can.timing_cache else b"",
+        quantised=bundle.quantised,
     )
     seconds = round(time.monotonic() - start, 1)
     for warning in built.warnings:
@@ -318,7 +352,7 @@ def _build(
     if built.timing_cache is not None:
         _write_cache(cache, built.timing_cache, say)
     record = dataclasses.replace(
-        _record(stack, machine, bundle.manifest, settings),
+        _record(stack, machine, bundle, settings),
         sha256=hashlib.sha256(built.plan).hexdigest(),
         bytes=built.plan.nbytes,
         seconds=seconds,
@@ -344,9 +378,26 @@ def _build(
     return dataclasses.replace(record, proof=proof.to_json()), built.plan
 
 
-def _record(stack: Stack, machine: Machine, manifest: Manifest, settings: Settings) -> EngineRecord:
+def _check_fp8(bundle: Bundle, stack: Stack, machine: Machine) -> None:
+    """Refuse FP8 where neither the GPU nor TensorRT computes in it.
+
+    Raises:
+        BackendError: They don't.
+    """
+    if bundle.quantised != "fp8":
+        return
+    slower = [sm for sm in machine.sm if int(sm) < FP8_SM]
+    if slower or not stack.can.strongly_typed:
+        found = f"SM {', '.join(slower)}" if slower else str(stack)
+        raise BackendError(
+            f"got precision 'fp8' for {found}, expected SM {FP8_SM} or newer and TensorRT 10 or "
+            "newer, as nothing else computes what the graph says in FP8; take --precision int8"
+        )
+
+
+def _record(stack: Stack, machine: Machine, bundle: Bundle, settings: Settings) -> EngineRecord:
     """Return the record of an engine that is still to be built: size and digest are no one's."""
-    batch = manifest.batch
+    batch = bundle.manifest.batch
     low = 1 if batch.dynamic else batch.max
     return EngineRecord(
         sha256="0" * 64,
@@ -356,9 +407,9 @@ def _record(stack: Stack, machine: Machine, manifest: Manifest, settings: Settin
         gpu=machine.gpu,
         sm=machine.sm,
         jetpack=machine.jetpack,
-        precision=manifest.precision,
+        precision=bundle.precision,
         batch=EngineBatch(low, settings.opt_batch, batch.max),
-        model_sha256=manifest.files[MODEL_FILE].sha256,
+        model_sha256=bundle.manifest.files[bundle.graph_file].sha256,
         settings=settings.to_json(stack),
         seconds=0.0,
         fused_attention=None,
@@ -366,16 +417,17 @@ def _record(stack: Stack, machine: Machine, manifest: Manifest, settings: Settin
     )
 
 
-def _outlook(manifest: Manifest, settings: Settings) -> build_memory.Outlook:
+def _outlook(bundle: Bundle, settings: Settings) -> build_memory.Outlook:
     return build_memory.compare(
         build_memory.estimate(
-            manifest,
+            bundle.manifest,
             workspace_mib=settings.workspace_mib,
             low_memory=settings.low_memory,
             gpu=not settings.capabilities,
+            quantised=bundle.quantised,
         ),
         sensors.memory(),
-        precision=manifest.precision,
+        precision=bundle.precision,
     )
 
 
@@ -401,9 +453,10 @@ def _write_cache(path: Path, content: bytes, say: Say) -> None:
         say(f"warning: {path} can't be written ({error.strerror}); the next build times anew")
 
 
-def _default_name(stack: Stack, machine: Machine) -> str:
+def _default_name(stack: Stack, machine: Machine, bundle: Bundle) -> str:
     kind = {"tensorrt": "trt", "tensorrt_rtx": "rtx"}[stack.name]
-    return "-".join([kind, *(f"sm{each}" for each in machine.sm)])
+    quantised = [] if bundle.quantised is None else [bundle.quantised]
+    return "-".join([kind, *(f"sm{each}" for each in machine.sm), *quantised])
 
 
 def _describe(machine: Machine) -> str:
@@ -430,6 +483,9 @@ def _fusion_line(fused: int | None, manifest: Manifest) -> str:
 def _failed(failures: list[str], request: BuildRequest, stack: Stack, bundle: Bundle) -> str:
     """Return the message about engines that all failed their proof."""
     cures = [] if request.safer else ["try --safer"]
+    if bundle.quantised is not None:
+        cures.append("build without --precision")
+        cures.append("calibrate with a higher --keep-agreement and --keep-cosine")
     if bundle.manifest.precision == "fp16":
         cures.append("export with --precision fp32")
     cures.append("another version of TensorRT")

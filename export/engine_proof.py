@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vzip.export.proof import Proof, Reference, prove, read_reference
 from vzip.runtime import atomic
@@ -17,6 +18,9 @@ from vzip.runtime.bundle import Bundle
 from vzip.runtime.engine_record import ENGINE_SUFFIX, ENGINES_FOLDER, EngineRecord
 from vzip.runtime.errors import BundleError
 from vzip.runtime.manifest import REFERENCE_FILE
+
+if TYPE_CHECKING:
+    from vzip.runtime.backends.tensorrt import TensorRt
 
 _NAME = "unproven"
 
@@ -36,19 +40,16 @@ def prove_engine(bundle: Bundle, record: EngineRecord, plan: memoryview) -> Proo
         BundleError: The reference is damaged.
         BackendError: The engine can't be loaded or run.
     """
-    from vzip.runtime.backends.tensorrt import TensorRt
-
     reference = load_reference(bundle)
     manifest = bundle.manifest
-    with staged(bundle, record, plan) as candidate, contextlib.ExitStack() as stack:
-        backend = TensorRt(candidate, engine=_NAME)
-        stack.callback(backend.close)
+    with open_staged(bundle, record, plan) as backend:
         sizes = sorted({record.batch.min, record.batch.max})
         return prove(
             lambda array: backend.run({manifest.input.name: array}),
             reference,
             manifest,
             [*sizes, *sizes],
+            record.quantised,
         )
 
 
@@ -74,6 +75,22 @@ def load_reference(bundle: Bundle) -> Reference:
 
 
 @contextlib.contextmanager
+def open_staged(bundle: Bundle, record: EngineRecord, plan: memoryview) -> Iterator[TensorRt]:
+    """Open an engine that isn't published yet with the runtime's own backend.
+
+    Raises:
+        BackendError: The engine can't be loaded.
+    """
+    from vzip.runtime.backends.tensorrt import TensorRt
+
+    with (
+        staged(bundle, record, plan) as candidate,
+        contextlib.closing(TensorRt(candidate, engine=_NAME)) as backend,
+    ):
+        yield backend
+
+
+@contextlib.contextmanager
 def staged(bundle: Bundle, record: EngineRecord, plan: memoryview) -> Iterator[Bundle]:
     """Put an engine where the runtime can open it and nobody else looks.
 
@@ -94,4 +111,4 @@ def staged(bundle: Bundle, record: EngineRecord, plan: memoryview) -> Iterator[B
                 f"{2 * record.bytes // 2**20 + 1} MiB. Nothing was left behind"
             ) from error
         manifest = dataclasses.replace(bundle.manifest, engines={_NAME: record})
-        yield Bundle(folder, manifest)
+        yield Bundle(folder, manifest, record.quantised)

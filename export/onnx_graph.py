@@ -71,7 +71,7 @@ def trace(encoder: Encoder, options: GraphOptions, *, image_size: int) -> ir.Mod
     )
     dtype = torch.uint8 if options.graph_input == "image" else torch.float32
     batch_axis = torch.export.Dim("batch", min=1, max=max(2, options.batch))
-    with _quiet_exporter(), torch.no_grad():
+    with quiet_exporter(), torch.no_grad():
         program = torch.onnx.export(
             encoder.eval(),
             (torch.zeros(shape, dtype=dtype),),
@@ -109,13 +109,15 @@ def trace(encoder: Encoder, options: GraphOptions, *, image_size: int) -> ir.Mod
     return result.model
 
 
-def save(model: ir.Model, folder: Path) -> None:
-    """Write `model.onnx` and `model.onnx.data` into `folder`, weights one tensor at a time."""
-    ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE, max_workers=1)
+def save(
+    model: ir.Model, folder: Path, *, graph: str = MODEL_FILE, weights: str = DATA_FILE
+) -> None:
+    """Write a graph and the file of its weights into `folder`, weights one tensor at a time."""
+    ir.save(model, folder / graph, external_data=weights, max_workers=1)
 
 
 @contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Hold back the exporter's warnings, none of which a user can act on.
 
     They are that torchvision is absent, and deprecations inside torch.

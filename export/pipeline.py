@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from vzip.export import parity, selections
+from vzip.export import llm, parity, selections
 from vzip.export.architecture import NEWLINE, Media, VisionConfig
 from vzip.export.budget import Budget, Merge
 from vzip.export.checkpoint import Checkpoint, read_projector, read_vision, vision_config
@@ -133,6 +133,7 @@ def export_bundle(
     options: GraphOptions,
     check_images: Sequence[ImageSource],
     step: Callable[[str], None],
+    with_llm: bool = False,
 ) -> Bundle:
     """Export one bundle; it appears at `output` whole, checked and published, or not at all.
 
@@ -144,6 +145,7 @@ def export_bundle(
         options: The graph's interface.
         check_images: Images for the parity check; none leaves it out.
         step: Told what begins.
+        with_llm: Put the language model into the bundle too, for ONNX Runtime.
 
     Returns:
         The published bundle.
@@ -153,6 +155,8 @@ def export_bundle(
             `ParityError` if the graph differs from the reference.
     """
     with bundle_writer(output) as writer:
+        if with_llm:
+            step(f"the LLM has {llm.plan(source.model, source.revision)}")
         step("reading weights")
         weights, model = source.load()
         config = method.tiled(weights.config)
@@ -190,6 +194,8 @@ def export_bundle(
                 )
             manifest = dataclasses.replace(manifest, parity=result.to_json())
             reference.write(writer.folder / form.REFERENCE_FILE, manifest)
+        if with_llm:
+            llm.add_llm(writer, manifest, model=source.model, revision=source.revision, step=step)
         step("publishing")
         return writer.publish(manifest)
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from vzip.runtime.errors import BundleError
 from vzip.runtime.manifest import EMBEDS, KEPT, REFERENCE_FILE, Manifest
+from vzip.runtime.precision_record import QUANTISED, Quantised
 
 Array = NDArray[Any]
 Run = Callable[[Array], Mapping[str, Array]]
@@ -49,11 +50,14 @@ class Gate:
     error: float
 
 
+QUANTISED_GATE: Final = Gate(margin=0.5, kept_overlap=0.85, cosine=0.9, contextual=0.95, error=0.3)
+
 GATES: Final[Mapping[str, Gate]] = {
     "fp32": Gate(margin=1e-3, kept_overlap=0.99, cosine=0.9999, contextual=0.999, error=1e-3),
     # FP16 moves scores by about a hundredth at worst. Engines known to be wrong had cosines of .14
     # to .65, right ones .9997 on average (`docs` of TensorRT-LLM issue 3223).
     "fp16": Gate(margin=5e-2, kept_overlap=0.85, cosine=0.99, contextual=0.98, error=0.1),
+    **dict.fromkeys(QUANTISED, QUANTISED_GATE),
 }
 
 
@@ -155,7 +159,13 @@ def read_reference(data: Any, manifest: Manifest) -> Reference:
     return Reference(**{name: found[name] for name in KEYS})
 
 
-def prove(run: Run, reference: Reference, manifest: Manifest, batches: Sequence[int]) -> Proof:
+def prove(
+    run: Run,
+    reference: Reference,
+    manifest: Manifest,
+    batches: Sequence[int],
+    quantised: Quantised | None = None,
+) -> Proof:
     """Run an engine on the reference pictures and judge what it gives.
 
     Args:
@@ -164,11 +174,12 @@ def prove(run: Run, reference: Reference, manifest: Manifest, batches: Sequence[
         manifest: Of the bundle.
         batches: Batch sizes to run, such as the smallest and the largest that the engine takes:
             some miscompiles show in one of them alone.
+        quantised: Which of the bundle's quantised graphs it was built from; None for its own.
 
     Returns:
         The numbers and the verdict. NaN and infinity fail.
     """
-    gate = GATES[manifest.precision]
+    gate = GATES[quantised or manifest.precision]
     images = len(reference.input)
     rows: list[tuple[int, Array, Array]] = []  # picture, embeds [K, L], kept [dominant]
     for size in batches:

@@ -18,6 +18,7 @@ from vzip.runtime import sensors
 from vzip.runtime.engine_file import HEADER_BYTES, header_fault
 from vzip.runtime.errors import BackendError, ExportError
 from vzip.runtime.manifest import Manifest, Scalar, Tensor
+from vzip.runtime.precision_record import Quantised
 
 # What a layer of a weakly typed network computes in, beyond what the graph says.
 Islands = Literal["graph", "norms", "all"]
@@ -100,17 +101,19 @@ def build(
     *,
     settings: Settings,
     timing_cache: bytes,
+    quantised: Quantised | None = None,
 ) -> Built:
     """Build an engine.
 
     Args:
         stack: The TensorRT to build with.
         model: The graph's bytes, already checked: these are parsed, not the file read again.
-        path: Where the graph lies; its external data lies beside it.
+        path: A name for the graph, in the folder in which its external data lies.
         manifest: Of the bundle, for what the parsed network must look like.
         settings: How to build.
         timing_cache: Of an earlier build, or empty. One that is damaged or from another machine is
             ignored with a warning.
+        quantised: Precision of the graph's linear layers, if it is not the bundle's own graph.
 
     Raises:
         ExportError: The parser doesn't take the graph, or the network differs from the manifest.
@@ -133,6 +136,8 @@ def build(
     _check_network(stack, network, manifest)
     config = builder.create_builder_config()
     _configure(stack, network, config, manifest, settings)
+    if quantised is not None and not stack.can.strongly_typed:
+        config.set_flag(stack.module.BuilderFlag.INT8)  # without it 8.6 takes no Q and DQ
     if manifest.batch.dynamic:
         _add_profile(builder, config, manifest, settings.opt_batch)
     cache, warnings = _use_cache(stack, config, messages, timing_cache)

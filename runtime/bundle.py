@@ -14,12 +14,12 @@ import io
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tokenize import TokenError
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import numpy as np
 
@@ -32,11 +32,14 @@ from vzip.runtime.engine_record import (
     EngineRecord,
     check_name,
 )
-from vzip.runtime.errors import BundleError
+from vzip.runtime.errors import BundleError, InvalidInputError
 from vzip.runtime.manifest import (
     DATA_FILE,
     FILES,
     FORMAT,
+    LLM_DATA_FILE,
+    LLM_FILE,
+    LLM_FILES,
     MANIFEST_FILE,
     MODEL_FILE,
     NEWLINE_FILE,
@@ -46,6 +49,15 @@ from vzip.runtime.manifest import (
     Scalar,
 )
 from vzip.runtime.onnx_wire import external_tensors
+from vzip.runtime.precision_record import (
+    QUANTISED,
+    QUANTISED_FILES,
+    Precision,
+    Quantised,
+    data_file,
+    files_of,
+    graph_file,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -68,6 +80,14 @@ _LARGEST_NPY_HEADER = 10_000  # bytes; numpy believes no longer one either
 # The header is a literal of Python's, and these are what reading one can end in.
 _NPY_ERRORS = (ValueError, TypeError, SyntaxError, MemoryError, RecursionError, TokenError)
 _CHUNK = 2**20
+WAITING_SUFFIX: Final = ".waiting"
+_WAITING = re.compile(rf"\.({'|'.join(QUANTISED)})\.[0-9a-f]{{16}}{re.escape(WAITING_SUFFIX)}")
+# Graph → where its weights lie.
+_GRAPHS: Final = {
+    MODEL_FILE: DATA_FILE,
+    LLM_FILE: LLM_DATA_FILE,
+    **{graph_file(each): data_file(each) for each in QUANTISED},
+}
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -79,20 +99,68 @@ class Bundle:
     Attributes:
         path: The folder.
         manifest: What manifest.json says.
+        quantised: Which of its quantised graphs `read_model` gives, and backends run; None for the
+            bundle's own graph.
     """
 
     path: Path
     manifest: Manifest
+    quantised: Quantised | None = None
+
+    @property
+    def precision(self) -> Precision:
+        """Precision of the graph that `read_model` gives."""
+        return self.quantised or self.manifest.precision
+
+    def at(self, precision: str | None) -> Bundle:
+        """Return this bundle with the graph of a precision; None for the bundle's own.
+
+        Raises:
+            InvalidInputError: The bundle has no graph of that precision.
+        """
+        if precision is None or precision == self.manifest.precision:
+            return dataclasses.replace(self, quantised=None)
+        for quantised in self.manifest.precisions:
+            if precision == quantised:
+                return dataclasses.replace(self, quantised=quantised)
+        there = ", ".join([self.manifest.precision, *self.manifest.precisions])
+        cure = (
+            f"make it with: vzip calibrate {self.path} --images FOLDER --precision {precision}"
+            if precision in QUANTISED
+            else "export the bundle with --precision fp32 or fp16, or calibrate it to int8 or fp8"
+        )
+        raise InvalidInputError(
+            f"got precision={precision!r}, expected one of this bundle's: {there}; {cure}"
+        )
+
+    @property
+    def graph_file(self) -> str:
+        """Name of the graph that `read_model` gives, a key of the manifest's `files`."""
+        return MODEL_FILE if self.quantised is None else graph_file(self.quantised)
 
     @property
     def data_path(self) -> Path | None:
         """The file of weights beside the graph; None where the graph holds them itself."""
-        return self.path / DATA_FILE if DATA_FILE in self.manifest.files else None
+        name = _GRAPHS[self.graph_file]
+        return _place(self.path, self.manifest, name) if name in self.manifest.files else None
+
+    @property
+    def weights_folder(self) -> Path:
+        """The folder in which the graph's external data lies."""
+        data = self.data_path
+        return self.path if data is None else data.parent
+
+    @property
+    def has_llm(self) -> bool:
+        """Whether the language model is in the bundle, for ONNX Runtime."""
+        return LLM_FILE in self.manifest.files
 
     def read_model(self, *, verify: bool = True) -> bytes:
         """Return the graph's bytes, after checking every file against the manifest again.
 
-        Sessions are made from these bytes, not from the path: what was checked is what runs.
+        Sessions are made from these bytes, not from the path: what was checked is what runs. Of the
+        language model's files the sizes alone are compared: `read_llm` is for who runs it. So are
+        those of quantised graphs; of one that is read itself, its own files alone are looked at.
 
         Args:
             verify: Whether SHA-256 digests are compared, or sizes and locations alone.
@@ -101,7 +169,52 @@ class Bundle:
             BundleError: A file is missing, no plain file, or differs from the manifest.
         """
         with _naming(self.path):
-            return _check_files(self.path, self.manifest, verify=verify)
+            if self.quantised is None:
+                leave = (*LLM_FILES, *QUANTISED_FILES)
+                _check_files(self.path, self.manifest, verify=verify, leave=leave)
+            else:
+                _check_quantised(self.path, self.manifest, self.quantised, verify=verify)
+            return _read_graph(self.path, self.manifest, self.graph_file, verify=verify)
+
+    def read_llm(self) -> bytes:
+        """Return the bytes of the language model's graph, after checking it and its weights.
+
+        Its other files are checked when they are opened, see `open_file`.
+
+        Raises:
+            BundleError: The bundle has no language model; or a file of it is missing, no plain
+                file, or differs from the manifest.
+        """
+        with _naming(self.path):
+            if not self.has_llm:
+                raise BundleError(
+                    f"manifest.json: 'files' lacks {LLM_FILE}, so there is no language model in "
+                    "this bundle; export it with --with-llm"
+                )
+            others = set(self.manifest.files) - {LLM_DATA_FILE}
+            _check_files(self.path, self.manifest, verify=True, leave=others)
+            return _read_graph(self.path, self.manifest, LLM_FILE, verify=True)
+
+    @contextmanager
+    def open_file(self, name: str) -> Iterator[BinaryIO]:
+        """Open one of the listed files, at its beginning, after checking size and digest.
+
+        Args:
+            name: A key of the manifest's `files`.
+
+        Raises:
+            BundleError: It is missing, no plain file, or differs from the manifest.
+        """
+        with _naming(self.path):
+            entry = self.manifest.files[name]
+            file = _open_listed(self.path, self.manifest, name)
+        with file:
+            with _naming(self.path):
+                found = _digest_of(file, name)
+                _check_size(name, found.bytes, entry)
+                _check_digest(name, found.sha256, entry)
+            file.seek(0)
+            yield file
 
     def newline(self) -> NDArray[np.float32]:
         """Return the LLM's embedding that ends a row, float32 [L], after checking its digest.
@@ -152,6 +265,7 @@ def read_bundle(path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
             )
         manifest = Manifest.from_bytes(data)
         _check_files(folder, manifest, verify=verify)
+        _check_graphs(folder, manifest, verify=verify)
     return Bundle(folder, manifest)
 
 
@@ -159,8 +273,8 @@ class BundleWriter:
     """A bundle in the making, in a hidden folder that nobody reads; see `bundle_writer`.
 
     Attributes:
-        folder: Where ``model.onnx`` and, if there are any, ``model.onnx.data``,
-            ``reference.npz`` and ``image_newline.npy`` are to be put.
+        folder: Where ``model.onnx`` and, if there are any, the other files that `docs/bundle.md`
+            names are to be put.
     """
 
     def __init__(self, staged: atomic.StagedFolder) -> None:
@@ -175,7 +289,8 @@ class BundleWriter:
         is checked before it replaces anything.
 
         Args:
-            manifest: The manifest; its `files` are replaced, and it has no engines any more.
+            manifest: The manifest; its `files` are replaced, and it has no engines and no
+                quantised graphs any more.
 
         Raises:
             BundleError: Files are missing, are there too many, or are not as a reader demands.
@@ -186,13 +301,14 @@ class BundleWriter:
             if MODEL_FILE not in found or not set(found) <= set(FILES):
                 raise BundleError(
                     f"holds {found}, expected {MODEL_FILE} and perhaps {DATA_FILE}, "
-                    f"{REFERENCE_FILE} and {NEWLINE_FILE}; "
+                    f"{REFERENCE_FILE}, {NEWLINE_FILE} and {', '.join(LLM_FILES)}; "
                     "the exporter left other files or wrote none: this is a defect of the exporter"
                 )
-            files = {name: _digest(self.folder / name) for name in found}
-            manifest = dataclasses.replace(manifest, files=files, engines={})
+            files = {name: file_entry(self.folder / name) for name in found}
+            manifest = dataclasses.replace(manifest, files=files, engines={}, precisions={})
             atomic.replace_file(self.folder / MANIFEST_FILE, manifest.to_bytes())
             _check_files(self.folder, manifest, verify=False)  # the digests were made just now
+            _check_graphs(self.folder, manifest, verify=False)
         return Bundle(self.folder, manifest)
 
     def publish(self, manifest: Manifest) -> Bundle:
@@ -209,7 +325,7 @@ class BundleWriter:
         """
         staged = self.stage(manifest)
         _check_replaceable(self._staged.target)
-        with _explaining(self._staged.target):
+        with explaining(self._staged.target):
             self._staged.commit()
         self.published = True
         return Bundle(self._staged.target, staged.manifest)
@@ -231,10 +347,10 @@ def bundle_writer(path: str | os.PathLike[str]) -> Iterator[BundleWriter]:
     """
     target = Path(path).absolute()
     _check_replaceable(target)
-    with _explaining(target):
+    with explaining(target):
         staged = atomic.StagedFolder(target)
     try:
-        with _explaining(target):
+        with explaining(target):
             writer = BundleWriter(staged)
             yield writer
         if not writer.published:
@@ -260,10 +376,10 @@ def update_manifest(bundle: Bundle, *, parity: Mapping[str, Scalar] | None) -> B
         BundleError: The bundle was replaced meanwhile, or its manifest can't be written.
     """
     manifest = dataclasses.replace(bundle.manifest, parity=parity)
-    _check_unchanged(bundle)
-    with _explaining(bundle.path):
+    check_unchanged(bundle)
+    with explaining(bundle.path):
         atomic.replace_file(bundle.path / MANIFEST_FILE, manifest.to_bytes())
-    return Bundle(bundle.path, manifest)
+    return dataclasses.replace(bundle, manifest=manifest)
 
 
 def add_engine(bundle: Bundle, name: str, record: EngineRecord, plan: bytes | memoryview) -> Bundle:
@@ -276,7 +392,8 @@ def add_engine(bundle: Bundle, name: str, record: EngineRecord, plan: bytes | me
     Args:
         bundle: The bundle; what lies on the disk must still be it.
         name: The engine's name; its file is ``engines/NAME.plan``.
-        record: What it is; digest and size must be those of `plan`.
+        record: What it is; digest and size must be those of `plan`, precision and graph those of
+            `bundle`.
         plan: The serialized engine.
 
     Returns:
@@ -293,24 +410,25 @@ def add_engine(bundle: Bundle, name: str, record: EngineRecord, plan: bytes | me
             f"{record.bytes} bytes {record.sha256[:12]}…, the engine has {found.bytes} "
             f"{found.sha256[:12]}…; they don't belong together: this is a defect of the builder"
         )
-    if record.model_sha256 != bundle.manifest.files[MODEL_FILE].sha256:
+    graph = bundle.graph_file
+    if record.model_sha256 != bundle.manifest.files[graph].sha256:
         raise BundleError(
-            f"{bundle.path}: the engine {check_name(name)!r} was built from a {MODEL_FILE} with "
+            f"{bundle.path}: the engine {check_name(name)!r} was built from a {graph} with "
             f"SHA-256 {record.model_sha256[:12]}…, the bundle's has "
-            f"{bundle.manifest.files[MODEL_FILE].sha256[:12]}…; another process replaced the "
+            f"{bundle.manifest.files[graph].sha256[:12]}…; another process replaced the "
             "bundle: build the engine again"
         )
     engines = {**bundle.manifest.engines, name: record}
     manifest = dataclasses.replace(bundle.manifest, engines=engines)
     folder = bundle.path / ENGINES_FOLDER
-    with _explaining(bundle.path):
+    with explaining(bundle.path):
         folder.mkdir(exist_ok=True)
         if folder.is_symlink():
             raise BundleError(f"{bundle.path}: {_not_plain(folder, 'a symbolic link')}")
         waiting = _waiting(folder, name, record)
         try:
             atomic.replace_file(waiting, plan)
-            _check_unchanged(bundle)
+            check_unchanged(bundle)
             atomic.replace_file(bundle.path / MANIFEST_FILE, manifest.to_bytes())
         except BaseException:
             # Flushing the folder may fail after the manifest took its place.
@@ -323,7 +441,7 @@ def add_engine(bundle: Bundle, name: str, record: EngineRecord, plan: bytes | me
         for left in folder.iterdir():
             if waits.fullmatch(left.name):
                 left.unlink(missing_ok=True)
-    return Bundle(bundle.path, manifest)
+    return dataclasses.replace(bundle, manifest=manifest)
 
 
 @contextmanager
@@ -356,7 +474,7 @@ def _waiting(folder: Path, name: str, record: EngineRecord) -> Path:
     return folder / f".{name}.{record.sha256[:16]}{ENGINE_SUFFIX}"
 
 
-def _check_unchanged(bundle: Bundle) -> None:
+def check_unchanged(bundle: Bundle) -> None:
     """Refuse to change a manifest that another process has changed."""
     if read_bundle(bundle.path, verify=False).manifest != bundle.manifest:
         raise BundleError(
@@ -375,7 +493,7 @@ def _naming(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _explaining(target: Path) -> Iterator[None]:
+def explaining(target: Path) -> Iterator[None]:
     """Turn the operating system's refusals into one line; other errors pass as they are."""
     try:
         yield
@@ -422,6 +540,41 @@ def _open_plain(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+def waiting_folder(folder: Path, manifest: Manifest, precision: Quantised) -> Path:
+    """Return where the files of a quantised graph wait for the manifest to speak of them.
+
+    The folder's name has a digest over theirs, so that no other graph is ever taken for this one.
+    """
+    listed = [f"{name} {manifest.files[name].sha256}" for name in files_of(precision)
+              if name in manifest.files]  # fmt: skip
+    digest = hashlib.sha256("\n".join(listed).encode()).hexdigest()
+    return folder / f".{precision}.{digest[:16]}{WAITING_SUFFIX}"
+
+
+def _place(folder: Path, manifest: Manifest, name: str) -> Path:
+    """Return where a listed file lies: mostly in the folder, or where it waits for its place."""
+    for precision in manifest.precisions:
+        if name in files_of(precision):
+            waiting = waiting_folder(folder, manifest, precision)
+            if waiting.is_symlink():
+                raise _not_plain(waiting, "a symbolic link")
+            if os.path.lexists(waiting / name):
+                return waiting / name
+    return folder / name
+
+
+def _open_listed(folder: Path, manifest: Manifest, name: str) -> BinaryIO:
+    """Open a file that the manifest lists, see `_open_plain`."""
+    path = _place(folder, manifest, name)
+    try:
+        return _open_plain(path)
+    except BundleError as error:
+        # A writer may let a file that waits take its place at this very moment.
+        if path.parent == folder or not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        return _open_plain(folder / name)
+
+
 def _not_plain(path: Path, found: str) -> BundleError:
     """Return the error for a name that could lead out of the bundle."""
     return BundleError(
@@ -430,43 +583,101 @@ def _not_plain(path: Path, found: str) -> BundleError:
     )
 
 
-def _digest(path: Path) -> FileEntry:
+def file_entry(path: Path) -> FileEntry:
     """Return digest and size of a file."""
+    with _open_plain(path) as file:
+        return _digest_of(file, path.name)
+
+
+def _digest_of(file: BinaryIO, name: str) -> FileEntry:
+    """Return digest and size of an open file."""
     digest, size, buffer = hashlib.sha256(), 0, bytearray(_CHUNK)
     view = memoryview(buffer)
-    with _open_plain(path) as file:
-        while count := file.readinto(buffer):  # type: ignore[attr-defined]
-            digest.update(view[:count])
-            size += count
+    while count := file.readinto(buffer):  # type: ignore[attr-defined]
+        digest.update(view[:count])
+        size += count
     if not size:
-        raise BundleError(f"{path.name} is empty, expected content; export the bundle again")
+        raise BundleError(f"{name} is empty, expected content; export the bundle again")
     return FileEntry(digest.hexdigest(), size)
 
 
-def _check_files(folder: Path, manifest: Manifest, *, verify: bool) -> bytes:
-    """Check every file against the manifest; return the bytes of the graph."""
+def _check_files(
+    folder: Path, manifest: Manifest, *, verify: bool, leave: Collection[str] = ()
+) -> None:
+    """Check which files there are, their sizes and, but for graphs, their digests.
+
+    Args:
+        folder: The bundle.
+        manifest: What its manifest.json says.
+        verify: Whether digests are compared.
+        leave: Files whose digests are not compared in any case.
+    """
     if MODEL_FILE not in manifest.files:
         raise BundleError(
             f"manifest.json: 'files' lacks {MODEL_FILE}; the file was edited or made by another "
             "tool: export the bundle again"
         )
     _check_newline(manifest)
-    for name, entry in manifest.files.items():
-        with _open_plain(folder / name) as file:
-            size = os.fstat(file.fileno()).st_size
-        if size != entry.bytes:
-            raise BundleError(
-                f"{name} has {size} bytes, expected {entry.bytes}; "
-                "it was truncated or replaced: copy it again, or export the bundle again"
-            )
-        if verify and name != MODEL_FILE:
-            _check_digest(name, _digest(folder / name).sha256, entry)
-    with _open_plain(folder / MODEL_FILE) as file:
+    _check_llm(manifest)
+    for name in manifest.files:
+        deep = verify and name not in _GRAPHS and name not in leave
+        _check_file(folder, manifest, name, verify=deep)
+
+
+def _check_quantised(
+    folder: Path, manifest: Manifest, precision: Quantised, *, verify: bool
+) -> None:
+    """Check the files of a quantised graph, and nothing else; its digest is left to the reader."""
+    for name in files_of(precision):
+        if name in manifest.files:
+            _check_file(folder, manifest, name, verify=verify and name not in _GRAPHS)
+
+
+def _check_file(folder: Path, manifest: Manifest, name: str, *, verify: bool) -> None:
+    """Check the size of a listed file and, where asked for, its digest."""
+    entry = manifest.files[name]
+    with _open_listed(folder, manifest, name) as file:
+        _check_size(name, os.fstat(file.fileno()).st_size, entry)
+        if verify:
+            _check_digest(name, _digest_of(file, name).sha256, entry)
+
+
+def _check_graphs(folder: Path, manifest: Manifest, *, verify: bool) -> None:
+    """Check the digests of graphs, and where their tensors lie."""
+    for graph in _GRAPHS:
+        if graph in manifest.files:
+            _read_graph(folder, manifest, graph, verify=verify)
+
+
+def _read_graph(folder: Path, manifest: Manifest, graph: str, *, verify: bool) -> bytes:
+    """Return the bytes of a graph, after checking them."""
+    with _open_listed(folder, manifest, graph) as file:
         model = file.read()
     if verify:
-        _check_digest(MODEL_FILE, hashlib.sha256(model).hexdigest(), manifest.files[MODEL_FILE])
-    _check_external(model, manifest)
+        _check_digest(graph, hashlib.sha256(model).hexdigest(), manifest.files[graph])
+    _check_external(model, graph, manifest)
     return model
+
+
+def _check_size(name: str, size: int, entry: FileEntry) -> None:
+    """Refuse a file of another size than at export."""
+    if size != entry.bytes:
+        raise BundleError(
+            f"{name} has {size} bytes, expected {entry.bytes}; "
+            "it was truncated or replaced: copy it again, or export the bundle again"
+        )
+
+
+def _check_llm(manifest: Manifest) -> None:
+    """Refuse a language model of which only a part is listed."""
+    listed = [name for name in LLM_FILES if name in manifest.files]
+    lost = [name for name in LLM_FILES if name not in listed and name != LLM_DATA_FILE]
+    if listed and lost:
+        raise BundleError(
+            f"manifest.json: 'files' has {', '.join(listed)} but lacks {', '.join(lost)}, expected "
+            "the whole language model or nothing of it; the file was edited: export the bundle "
+            "again"
+        )
 
 
 def _check_newline(manifest: Manifest) -> None:
@@ -487,19 +698,37 @@ def _no_newline(why: str) -> BundleError:
     )
 
 
-def _parse_newline(data: bytes, width: int) -> NDArray[np.float32]:
-    """Return the array in a file of NumPy's format, float32 [width]."""
+def npy_header(file: BinaryIO, name: str, expected: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return shape and dtype of the array in a file of NumPy's format; its numbers follow.
+
+    What the header says can be compared before memory is taken for it.
+
+    Args:
+        file: The file, at its beginning.
+        name: Its name, for messages.
+        expected: What it should hold, for messages.
+
+    Raises:
+        BundleError: It is no such file, or its array is in Fortran's order.
+    """
     try:
-        file = io.BytesIO(data)
         if np.lib.format.read_magic(file) != (1, 0):
             raise ValueError("another version")
-        # What the header says is compared before memory is taken for it.
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        if fortran and len(shape) > 1:
+            raise ValueError("another order")
     except _NPY_ERRORS as error:
         raise BundleError(
-            f"{NEWLINE_FILE} is no file in NumPy's format 1.0, expected float32 [{width}]; "
+            f"{name} is no file in NumPy's format 1.0, expected {expected}; "
             "it was made by another tool: export the bundle again"
         ) from error
+    return shape, dtype
+
+
+def _parse_newline(data: bytes, width: int) -> NDArray[np.float32]:
+    """Return the array in a file of NumPy's format, float32 [width]."""
+    file = io.BytesIO(data)
+    shape, dtype = npy_header(file, NEWLINE_FILE, f"float32 [{width}]")
     left = len(data) - file.tell()
     if (shape, dtype, left) != ((width,), np.dtype("<f4"), 4 * width):
         raise BundleError(
@@ -524,24 +753,25 @@ def _check_digest(name: str, got: str, entry: FileEntry) -> None:
         )
 
 
-def _check_external(model: bytes, manifest: Manifest) -> None:
-    """Refuse a graph that reads anything but the bundle's own file of weights."""
-    for tensor in external_tensors(model):
-        if tensor.location != DATA_FILE:
+def _check_external(model: bytes, graph: str, manifest: Manifest) -> None:
+    """Refuse a graph that reads anything but its own file of weights."""
+    data_file = _GRAPHS[graph]
+    for tensor in external_tensors(model, file=graph):
+        if tensor.location != data_file:
             raise BundleError(
-                f"model.onnx: the tensor {tensor.name!r} lies in {tensor.location!r}, expected "
-                f"{DATA_FILE!r}; a graph may not read other files: don't use this bundle"
+                f"{graph}: the tensor {tensor.name!r} lies in {tensor.location!r}, expected "
+                f"{data_file!r}; a graph may not read other files: don't use this bundle"
             )
-        if DATA_FILE not in manifest.files:
+        if data_file not in manifest.files:
             raise BundleError(
-                f"model.onnx: the tensor {tensor.name!r} lies in {DATA_FILE}, which the manifest "
+                f"{graph}: the tensor {tensor.name!r} lies in {data_file}, which the manifest "
                 "doesn't list; the bundle is incomplete: export it again"
             )
-        size = manifest.files[DATA_FILE].bytes
+        size = manifest.files[data_file].bytes
         if tensor.offset + tensor.length > size:
             raise BundleError(
-                f"model.onnx: the tensor {tensor.name!r} takes bytes {tensor.offset} to "
-                f"{tensor.offset + tensor.length} of {DATA_FILE}, which has {size}; "
+                f"{graph}: the tensor {tensor.name!r} takes bytes {tensor.offset} to "
+                f"{tensor.offset + tensor.length} of {data_file}, which has {size}; "
                 "the files don't belong together: export the bundle again"
             )
 
@@ -553,8 +783,9 @@ def _check_replaceable(target: Path) -> None:
     cure = "choose another folder with -o, or remove this one yourself"
     if target.is_symlink() or not target.is_dir():
         raise BundleError(f"{target}: is not a folder, expected a vzip bundle to replace; {cure}")
-    entries = [entry for entry in target.iterdir() if not atomic.is_temporary(entry)]
-    foreign = sorted({entry.name for entry in entries} - {*FILES, MANIFEST_FILE, ENGINES_FOLDER})
+    entries = [entry for entry in target.iterdir() if not _passing(entry)]
+    ours = {*FILES, *QUANTISED_FILES, MANIFEST_FILE, ENGINES_FOLDER}
+    foreign = sorted({entry.name for entry in entries} - ours)
     foreign += _foreign_engines(target / ENGINES_FOLDER)
     if foreign:
         raise BundleError(
@@ -564,6 +795,11 @@ def _check_replaceable(target: Path) -> None:
         raise BundleError(
             f"{target}: has no manifest of a vzip bundle, expected one to replace; {cure}"
         )
+
+
+def _passing(entry: Path) -> bool:
+    """Return whether an entry of a bundle's folder is a writer's, and nothing that would stay."""
+    return atomic.is_temporary(entry) or bool(_WAITING.fullmatch(entry.name))
 
 
 def _foreign_engines(folder: Path) -> list[str]:

@@ -39,6 +39,9 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "check": Command(
             "vzip.export.cli:check_main", "compare a bundle with the untouched PyTorch model"
         ),
+        "convert": Command(
+            "vzip.export.convert_cli:main", "write a checkpoint's language model as a GGUF"
+        ),
         "models": Command("vzip.export.models_cli:models_main", "list the models that have a name"),
         "targets": Command(
             "vzip.export.targets:targets_main", "list the machines that an export can be made for"

@@ -24,7 +24,9 @@ from vzip.runtime.handoff.engines import ENGINES, own, parse
 if TYPE_CHECKING:
     from PIL import Image
 
-    from vzip.runtime.handoff import Conversation
+    from vzip.runtime.bundle import Bundle
+    from vzip.runtime.encoder import VisionEncoder
+    from vzip.runtime.handoff import Conversation, Embeds
 
 
 _SHOWN = "an image file or several, a video file, or a folder with a video's frames as images"
@@ -35,7 +37,8 @@ def ask(argv: Sequence[str], *, prog: str) -> int:
     parser = _parser(prog, "Answer one question about images or a video.", _SHOWN, "+")
     parser.add_argument("question", metavar="QUESTION", help="the question, in quotes")
     _add_llm(parser)
-    arguments = parser.parse_args(argv)
+    # Several images, an option and the question: plain parse_args takes the last image for it.
+    arguments = parser.parse_intermixed_args(argv)
     check_question("ask", arguments.question)
     _check_llm_options("ask", arguments)
     conversation = _conversation(arguments)
@@ -53,7 +56,7 @@ def chat(argv: Sequence[str], *, prog: str) -> int:
         "+",
     )
     _add_llm(parser)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     _check_llm_options("chat", arguments)
     if sys.stdin is None:
         raise InvalidInputError(
@@ -80,6 +83,7 @@ def show(argv: Sequence[str], *, prog: str) -> int:
 
     from vzip.runtime import atomic
     from vzip.runtime.encoder import VisionEncoder
+    from vzip.runtime.images import load_image
     from vzip.runtime.overlay import overlay
     from vzip.runtime.video import is_video
 
@@ -88,8 +92,11 @@ def show(argv: Sequence[str], *, prog: str) -> int:
             f"show: '{arguments.image}' is a video or a folder, but one image is drawn; take a "
             "frame out of it"
         )
-    image = _image(arguments.image, more="")
-    with VisionEncoder.open(arguments.bundle, arguments.backend, arguments.engine) as encoder:
+    image = load_image(arguments.image)
+    _tell_if_animated(arguments.image)
+    with VisionEncoder.open(
+        arguments.bundle, arguments.backend, arguments.engine, arguments.precision
+    ) as encoder:
         manifest = encoder.manifest
         if manifest.tiling is not None:
             _tell("show: this bundle cuts tiles; the base tile is drawn\n")
@@ -147,6 +154,12 @@ def _parser(
         metavar="NAME",
         help="which of the bundle's TensorRT engines is run (default: the only one that fits)",
     )
+    parser.add_argument(
+        "--precision",
+        metavar="NAME",
+        help="int8 or fp8: run the graph that 'vzip calibrate' made, or an engine built from it "
+        "(default: the bundle's own)",
+    )
     return parser
 
 
@@ -159,11 +172,18 @@ def _add_llm(parser: argparse.ArgumentParser) -> None:
         help=f"most frames of a video, evenly spaced (default: {DEFAULT_FRAMES})",
     )
     parser.add_argument(
+        "--cache",
+        metavar="FOLDER",
+        type=Path,
+        help="keep the images' tokens there, and take them from there: a picture that was seen "
+        "before is not encoded again",
+    )
+    parser.add_argument(
         "--llm",
         metavar="LLM",
         help="the LLM: a checkpoint's alias, folder or hub id, which transformers runs; or one of "
         + ", ".join(f"{name}:{engine.where}" for name, engine in ENGINES.items())
-        + " (default: that of the checkpoint the bundle was exported from)",
+        + " (default: the bundle's own, or that of the checkpoint it was exported from)",
     )
     parser.add_argument(
         "--max-new-tokens",
@@ -192,54 +212,119 @@ def _conversation(arguments: argparse.Namespace) -> Conversation:
     choice = None if arguments.llm is None else parse(arguments.llm)
     paths: list[Path] = arguments.images
     video = any(is_video(path) for path in paths)
+    frames: list[Image.Image] = []
+    files: list[tuple[Path, bytes]] = []
+    if video and arguments.cache is not None:
+        raise InvalidInputError(
+            "got --cache and a video, expected images, whose tokens are what a cache holds; leave "
+            "--cache out"
+        )
     if video or arguments.frames is not None:  # frames of anything else: it says what is wrong
         if len(paths) > 1:
             raise InvalidInputError(
                 f"got {len(paths)} files and folders, expected one video or any number of images; "
                 "ask about one video at a time, or put its frames into one folder"
             )
-        shown = sample_frames(paths[0], arguments.frames or DEFAULT_FRAMES)
+        frames = sample_frames(paths[0], arguments.frames or DEFAULT_FRAMES)
     else:
-        shown = [_image_of_conversation(path) for path in paths]
-    bundle = read_bundle(arguments.bundle, verify=False)  # backends verify what they run
-    with VisionEncoder.open(bundle, arguments.backend, arguments.engine) as encoder:
+        files = [(path, _read(path)) for path in paths]
+    # Backends verify what they run.
+    bundle = read_bundle(arguments.bundle, verify=False).at(arguments.precision)
+    images = _Images(files, bundle, arguments.cache)
+    with contextlib.ExitStack() as stack:
+        encoder = None
+        if video or images.missing:
+            opened = VisionEncoder.open(bundle, arguments.backend, arguments.engine)
+            encoder = stack.enter_context(opened)
         ImageTokens.of(bundle.manifest)
         choice = choice or own(bundle)
-        embeds = (
-            encoder.video_embeds(shown) if video else [encoder.image_embeds(each) for each in shown]
-        )
+        embeds: Embeds | list[Embeds]
+        if encoder is not None and video:
+            embeds = encoder.video_embeds(frames)
+        else:
+            embeds = images.embeds(encoder)
     # The vision encoder is closed by now: its memory is the LLM's.
     _quiet()
-    return choice.open(bundle).conversation(embeds, frames=len(shown) if video else None)
+    return choice.open(bundle).conversation(embeds, frames=len(frames) if video else None)
 
 
-def _image(path: Path, *, more: str) -> Image.Image:
-    """Return an image, and say that it has more than one frame where it has.
+class _Images:
+    """The images of a command line, and what a cache holds of them already.
 
-    Args:
-        path: The image file.
-        more: What to say beyond that, if it is animated.
+    Attributes:
+        missing: SHA-256 → image, of those that must be encoded.
     """
+
+    def __init__(
+        self, files: Sequence[tuple[Path, bytes]], bundle: Bundle, folder: Path | None
+    ) -> None:
+        """Look the images up, and decode those that are in no cache.
+
+        Args:
+            files: Path and content of each.
+            bundle: The bundle whose tokens are wanted.
+            folder: That of the cache; None for none.
+        """
+        from vzip.runtime.token_cache import TokenCache, image_digest, origin_of
+
+        self.missing: dict[str, Image.Image] = {}
+        self._origin = origin_of(bundle.manifest, bundle.quantised)
+        self._cache = None if folder is None else TokenCache(folder)
+        self._digests = [image_digest(data) for _, data in files]
+        self._tokens: dict[str, Embeds] = {}
+        for digest, (path, data) in zip(self._digests, files, strict=True):
+            found = None
+            if self._cache is not None:
+                found = self._cache.get(digest, self._origin.fingerprint)
+            if found is not None:
+                self._tokens[digest] = found.tokens
+            elif digest not in self.missing:
+                self.missing[digest] = _decoded(path, data)
+            _tell_if_animated(path, "; give a folder of frames or a video for more")
+
+    def embeds(self, encoder: VisionEncoder | None) -> list[Embeds]:
+        """Return the tokens of all images in order; None will do if none is missing."""
+        from vzip.runtime.token_file import ImageTokens as Entry
+
+        for digest, image in self.missing.items():
+            assert encoder is not None
+            encoded = encoder.image_tokens(image)
+            self._tokens[digest] = encoded.embeds
+            if self._cache is not None:
+                self._cache.put(self._origin, Entry(digest, digest, *encoded))
+        return [self._tokens[digest] for digest in self._digests]
+
+
+def _read(path: Path) -> bytes:
+    """Return an image file's bytes: those that are hashed are those that are encoded."""
+    from vzip.runtime.token_cache import read_image
+
+    return read_image(path)
+
+
+def _decoded(path: Path, data: bytes) -> Image.Image:
+    """Return the image of a file's bytes; where a video would have done as well, say so."""
     from vzip.runtime.images import load_image
-
-    image = load_image(path)
-    if _is_animated(path):
-        _tell(f"{path.name} is animated: its first frame is taken{more}\n")
-    return image
-
-
-def _image_of_conversation(path: Path) -> Image.Image:
-    """Return an image where a video would do as well, and say so."""
     from vzip.runtime.video import CONTAINERS
 
     try:
-        return _image(path, more="; give a folder of frames or a video for more")
+        try:
+            return load_image(data)
+        except InvalidInputError:
+            load_image(path)  # says what is wrong, and of which file
+            raise
     except InvalidInputError as error:
         if "is not in a format read here" not in str(error):
             raise
         raise InvalidInputError(
             f"{error}, or, for a video, one of {', '.join(CONTAINERS)}"
         ) from error
+
+
+def _tell_if_animated(path: Path, more: str = "") -> None:
+    """Say that an image has more frames than the one that is taken, and `more` about it."""
+    if _is_animated(path):
+        _tell(f"{path.name} is animated: its first frame is taken{more}\n")
 
 
 def _is_animated(path: Path) -> bool:

@@ -59,6 +59,12 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         metavar="NAME",
         help="which of the bundle's TensorRT engines is run (default: the only one that fits)",
     )
+    parser.add_argument(
+        "--precision",
+        metavar="NAME",
+        help="int8 or fp8: run the graph that 'vzip calibrate' made, or an engine built from it "
+        "(default: the bundle's own)",
+    )
     arguments = parser.parse_args(argv)
     _check_options(arguments.output, arguments.shard_size)
     return _encode(arguments)
@@ -79,13 +85,14 @@ def _encode(arguments: argparse.Namespace) -> int:
 
     output: Path = arguments.output
     found = find_images(arguments.images, output)
-    bundle = read_bundle(arguments.bundle, verify=False)  # the encoder verifies what it runs
+    # The encoder verifies what it runs.
+    bundle = read_bundle(arguments.bundle, verify=False).at(arguments.precision)
     if "image" not in bundle.manifest.media:
         raise InvalidInputError(
             "encode: got images, but this bundle takes video alone; export another with "
             "--media image"
         )
-    origin = origin_of(bundle.manifest)
+    origin = origin_of(bundle.manifest, bundle.quantised)
     outputs = outputs_of(found.images, output, arguments.shard_size)
     check_origin(outputs, origin)
     with (

@@ -15,14 +15,13 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from vzip.runtime import atomic
+from vzip.runtime.encoder import EncodedImage
 from vzip.runtime.errors import InvalidInputError
-from vzip.runtime.images import load_image
-from vzip.runtime.tiles import arrange, arrange_rows, cut
 from vzip.runtime.token_cache import TokenCache, image_digest, read_image
 from vzip.runtime.token_file import (
     LARGEST_HEADER,
@@ -36,11 +35,7 @@ from vzip.runtime.token_file import (
 )
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from vzip.runtime.encoder import VisionEncoder
-
-    Array = NDArray[Any]
 
 _HEADER_PER_IMAGE = 450  # bytes at most, beside the name, which stands there three times
 
@@ -373,52 +368,25 @@ class _Writing:
 
 def encode_images(
     encoder: VisionEncoder, images: Sequence[bytes]
-) -> list[tuple[Array, NDArray[np.int64] | None] | InvalidInputError]:
-    """Return tokens [n, L] and kept indices of each image, or why it can't be used.
+) -> list[EncodedImage | InvalidInputError]:
+    """Return what the LLM gets for each image, or why it can't be used.
 
-    Kept indices are int64 [dominant], or [tiles, dominant] where the bundle cuts tiles; None where
-    they can't be told, see `_encode_tiles`.
+    Where the bundle cuts no tiles, all go through the graph in as few calls as its batch allows.
 
     Raises:
         BackendError: The graph failed.
     """
     try:
         if encoder.manifest.tiling is not None:
-            return [_encode_tiles(encoder, image) for image in images]
+            return [encoder.image_tokens(image) for image in images]
         tokens = encoder.encode(list(images))
-        return list(zip(tokens.embeds, tokens.kept, strict=True))
+        kept = tokens.kept[:, None]  # [B, dominant] → [B, 1 tile, dominant]
+        return [EncodedImage(*each) for each in zip(tokens.embeds, kept, strict=True)]
     except InvalidInputError as error:
         if len(images) == 1:
             return [error]
         middle = len(images) // 2  # the others of the batch are good, most likely
         return encode_images(encoder, images[:middle]) + encode_images(encoder, images[middle:])
-
-
-def _encode_tiles(encoder: VisionEncoder, image: bytes) -> tuple[Array, NDArray[np.int64] | None]:
-    """Return `encoder.image_embeds(image)` and the kept indices of its tiles, of one run.
-
-    Kept indices are None where preprocessing would change a tile that is encoded as an image.
-    """
-    manifest = encoder.manifest
-    if manifest.preprocessing.shortest_edge != manifest.preprocessing.image_size:
-        return encoder.image_embeds(image), None
-    tiling, tower = manifest.tiling, manifest.tower
-    assert tiling is not None
-    newline = encoder.bundle.newline() if tiling.order == "newline" else None
-    tiles = cut(load_image(image), manifest.preprocessing, tiling)
-    # Preprocessing leaves tiles as they are: they have the tower's resolution.
-    tokens = encoder.encode(list(tiles.images))
-    embeds, kept = tokens.embeds[1:], tokens.kept[1:]
-    others = (
-        arrange(embeds, kept, tiles.grid, patches=tower.grid, cls_token=tower.cls_token)
-        if newline is None
-        else arrange_rows(
-            *(embeds, kept, tiles.grid, newline, tiles.size),
-            patches=tower.grid,
-            cls_token=tower.cls_token,
-        )
-    )
-    return np.concatenate([tokens.embeds[0], others]), tokens.kept
 
 
 def _write_npy_header(file: BinaryIO, records: Sequence[Record]) -> None:

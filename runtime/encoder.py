@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -75,6 +75,19 @@ class CompressedTokens:
         return f"CompressedTokens(embeds {self.embeds.dtype} {list(self.embeds.shape)})"
 
 
+class EncodedImage(NamedTuple):
+    """All that the language model gets for one image, and what it was selected from.
+
+    Attributes:
+        embeds: float32 or float16 [n, L], in the order of `VisionEncoder.image_tokens`.
+        kept: int64 [tiles, dominant]: of each tile, as `CompressedTokens.kept`; the base tile is
+            first. A bundle that cuts no tiles has one.
+    """
+
+    embeds: Array
+    kept: NDArray[np.int64]
+
+
 class VisionEncoder:
     """A bundle, opened and ready to encode; made by `VisionEncoder.open`, a context manager.
 
@@ -84,12 +97,14 @@ class VisionEncoder:
         bundle: The bundle.
         manifest: The bundle's manifest.
         backend: Name of the backend that runs it.
+        precision: Precision of the graph or engine that it runs.
     """
 
     def __init__(self, bundle: Bundle, backend: str, opened: Backend) -> None:
         self.bundle = bundle
         self.manifest: Manifest = bundle.manifest
         self.backend = backend
+        self.precision = bundle.precision
         self._opened: Backend | None = opened
         self._for_groups: Backend | None = None
         self._lock = threading.Lock()
@@ -101,6 +116,7 @@ class VisionEncoder:
         bundle: str | os.PathLike[str] | Bundle,
         backend: str = AUTO,
         engine: str | None = None,
+        precision: str | None = None,
     ) -> VisionEncoder:
         """Check a bundle against its digests and open it.
 
@@ -110,16 +126,22 @@ class VisionEncoder:
                 that can be used here, which `backend` then names. ``tensorrt`` is the first, and
                 can be used where the bundle has an engine that fits this machine.
             engine: Name of the engine that TensorRT is to run; None for the only one that fits.
+            precision: ``int8`` or ``fp8`` for the graph that `vzip calibrate` put into the bundle,
+                and engines built from it; None for the bundle's own. A `Bundle.at` some precision
+                already stays there.
 
         Raises:
             BundleError: The bundle is damaged, or is none.
-            InvalidInputError: There is no backend or engine of that name.
+            InvalidInputError: There is no backend, engine or precision of that name; the engine is
+                of another precision.
             MissingDependencyError: A package that the backend asked for needs is not installed.
             BackendError: The backend can't be used here or can't take the graph; the engine
                 doesn't fit this machine, or several do.
         """
         if not isinstance(bundle, Bundle):
             bundle = read_bundle(bundle, verify=False)  # backends verify what they run
+        if precision is not None:
+            bundle = bundle.at(precision)
         name, opened = open_backend(backend, bundle, engine=engine)
         return cls(bundle, name, opened)
 
@@ -129,7 +151,7 @@ class VisionEncoder:
         """Return the compressed tokens of one or more images.
 
         Where the bundle cuts images into tiles they are those of the base tile alone:
-        `image_embeds` gives all.
+        `image_tokens` gives all.
 
         More images than the graph takes are run in several calls. A graph with a static batch of B
         always runs B images: if fewer are left, the last one stands in for the missing ones and
@@ -160,6 +182,10 @@ class VisionEncoder:
         return self._encode_pixels(pixels, on_device)
 
     def image_embeds(self, image: ImageSource) -> Array:
+        """Return the embeddings of `image_tokens` alone, float32 or float16 [n, L]."""
+        return self.image_tokens(image).embeds
+
+    def image_tokens(self, image: ImageSource) -> EncodedImage:
         """Return all that the language model gets for one image.
 
         Where the bundle cuts images into tiles (`Manifest.tiling`), all tiles go through the graph
@@ -170,7 +196,7 @@ class VisionEncoder:
             image: As for `encode`.
 
         Returns:
-            float32 or float16 [n, L]. Without tiles n is K.
+            Embeddings [n, L], n = K without tiles; and the kept indices of each tile.
 
         Raises:
             InvalidInputError: The bundle takes no images, or the image can't be used.
@@ -182,7 +208,8 @@ class VisionEncoder:
         tiling, tower = self.manifest.tiling, self.manifest.tower
         if tiling is None:
             tokens = self.encode([image])
-            return tokens.embeds.reshape(tokens.embeds.shape[1:])  # [1, K, L] → [K, L]
+            embeds = tokens.embeds.reshape(tokens.embeds.shape[1:])  # [1, K, L] → [K, L]
+            return EncodedImage(embeds, tokens.kept)
         newline = self.bundle.newline() if tiling.order == "newline" else None
         tiles = cut(load_image(image), self.manifest.preprocessing, tiling)
         tokens = self._encode_pixels(tiles.images, on_device=False)
@@ -195,7 +222,7 @@ class VisionEncoder:
                 embeds, kept, grid, newline, tiles.size, patches=cells, cls_token=cls_token
             )
         )
-        return np.concatenate([tokens.embeds[0], others])
+        return EncodedImage(np.concatenate([tokens.embeds[0], others]), tokens.kept)
 
     def video_embeds(self, frames: Sequence[ImageSource]) -> Array:
         """Return all that the language model gets for a clip.

@@ -14,7 +14,6 @@ from typing import Final
 from vzip.runtime.bundle import Bundle, open_engine
 from vzip.runtime.engine_record import EngineRecord
 from vzip.runtime.errors import BundleError
-from vzip.runtime.manifest import MODEL_FILE
 from vzip.runtime.trt_stack import TITLES
 
 HEADER_BYTES: Final = 28
@@ -47,12 +46,19 @@ def unfit(bundle: Bundle, name: str, machine: Machine | None = None) -> str | No
         name: Name of an engine that its manifest records.
         machine: What is there to run it; None leaves out what depends on that.
     """
-    record, model = bundle.manifest.engines[name], bundle.manifest.files[MODEL_FILE]
-    fault = None
+    record = bundle.manifest.engines[name]
+    if record.quantised != bundle.quantised:
+        return (
+            f"the engine {name!r} was built from the graph in {record.precision}, the bundle was "
+            f"opened with that in {bundle.precision}; open it with precision={record.precision!r} "
+            f"(--precision {record.precision}) to run this engine"
+        )
+    graph = bundle.graph_file
+    model, fault = bundle.manifest.files[graph], None
     if record.model_sha256 != model.sha256:
         fault = (
             f"was built from a graph with SHA-256 {record.model_sha256[:12]}…, the bundle's "
-            f"{MODEL_FILE} has {model.sha256[:12]}…"
+            f"{graph} has {model.sha256[:12]}…"
         )
     elif machine is None:
         pass
@@ -76,10 +82,13 @@ def unfit(bundle: Bundle, name: str, machine: Machine | None = None) -> str | No
 
 def rebuild_command(bundle: Bundle, record: EngineRecord, machine: Machine | None = None) -> str:
     """Return the command that makes an engine anew."""
+    command = f"vzip build {bundle.path}"
+    if record.quantised is not None:
+        command += f" --precision {record.precision}"
     if record.gpu is not None or record.stack == "tensorrt":
-        return f"vzip build {bundle.path}"
+        return command
     targets = record.sm if machine is None else (machine.sm,)
-    return f"vzip build {bundle.path} --rtx {','.join(f'sm{sm}' for sm in targets)}"
+    return f"{command} --rtx {','.join(f'sm{sm}' for sm in targets)}"
 
 
 def versions_agree(one: str, other: str) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from vzip.runtime import checks
+from vzip.runtime.precision_record import PRECISIONS, QUANTISED, Precision, Quantised
 
 ENGINES_FOLDER: Final = "engines"
 ENGINE_SUFFIX: Final = ".plan"
@@ -67,9 +68,9 @@ class EngineRecord:
         gpu: Name of the GPU it was built on; None if it was built ahead of time, without one.
         sm: Compute capabilities it runs on, such as ``87`` for 8.7.
         jetpack: JetPack of the machine that built it; None where there is none.
-        precision: Precision of weights and activations.
+        precision: Precision of the graph it was built from.
         batch: How many images one call takes.
-        model_sha256: Digest of the ``model.onnx`` it was built from.
+        model_sha256: Digest of the graph it was built from: ``model.onnx``, or a quantised one.
         settings: Settings of the builder, by name.
         seconds: How long the build took.
         fused_attention: Layers of fused attention that the inspector confirmed; None if it can't
@@ -85,7 +86,7 @@ class EngineRecord:
     gpu: str | None
     sm: tuple[str, ...]
     jetpack: str | None
-    precision: Literal["fp32", "fp16"]
+    precision: Precision
     batch: EngineBatch
     model_sha256: str
     settings: Mapping[str, checks.Scalar]
@@ -105,7 +106,7 @@ class EngineRecord:
             raise checks.refuse("engines.sm", self.sm, "a list of compute capabilities")
         for each in self.sm:
             _matching("engines.sm", each, _SM, "compute capabilities such as '87'")
-        checks.choice("engines.precision", self.precision, ("fp32", "fp16"))
+        checks.choice("engines.precision", self.precision, PRECISIONS)
         if not isinstance(self.batch, EngineBatch):
             raise checks.refuse("engines.batch", self.batch, "an EngineBatch")
         checks.digest("engines.model_sha256", self.model_sha256)
@@ -118,6 +119,11 @@ class EngineRecord:
         if self.proof is not None:
             _check_scalars("proof", self.proof)
             checks.boolean("engines.proof.passed", self.proof.get("passed"))
+
+    @property
+    def quantised(self) -> Quantised | None:
+        """Which of the bundle's quantised graphs it was built from; None for its own."""
+        return next((each for each in QUANTISED if each == self.precision), None)
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON values, in the order of `docs/bundle.md`."""

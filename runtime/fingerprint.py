@@ -3,7 +3,7 @@
 Tokens that were written down are of use only together with the bundle that made them. The
 fingerprint is what they are compared by: a digest over everything in the manifest that decides what
 the numbers are, and over nothing else. So it survives `vzip check`, `vzip build` and moving the
-folder, and changes with the weights, the selection, the preprocessing or the tiles.
+folder, and changes with the weights, the selection, the preprocessing, the tiles or the precision.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import json
 from typing import Final
 
 from vzip.runtime.manifest import DATA_FILE, MODEL_FILE, NEWLINE_FILE, Manifest
+from vzip.runtime.precision_record import Quantised, data_file, graph_file
 
 VERSION: Final = 1
 """Goes up when the runtime itself makes other tokens from the same bundle: another resampling, say.
 """
 
-_FILES = (MODEL_FILE, DATA_FILE, NEWLINE_FILE)  # reference.npz only judges
 _KEYS = ("selection", "tower", "token_order", "inputs", "outputs", "preprocessing", "tiling")
 
 
-def fingerprint(manifest: Manifest) -> str:
+def fingerprint(manifest: Manifest, quantised: Quantised | None = None) -> str:
     """Return the fingerprint of the bundle that has this manifest.
 
     It says nothing about which backend or engine ran the graph: those agree within what `vzip
@@ -30,14 +30,18 @@ def fingerprint(manifest: Manifest) -> str:
 
     Args:
         manifest: The manifest; its digests are believed, `VisionEncoder.open` compares them.
+        quantised: Which of its quantised graphs makes the tokens, as `Bundle.quantised` says.
 
     Returns:
         SHA-256, 64 lower-case hexadecimal digits.
     """
     value = manifest.to_json()
+    own = (MODEL_FILE, DATA_FILE)
+    graph = own if quantised is None else (graph_file(quantised), data_file(quantised))
+    names = (*graph, NEWLINE_FILE)  # reference.npz only judges
     parts = {
         "version": VERSION,
-        "files": {name: manifest.files[name].sha256 for name in _FILES if name in manifest.files},
+        "files": {name: manifest.files[name].sha256 for name in names if name in manifest.files},
         **{key: value[key] for key in _KEYS},
     }
     # Python writes the shortest text that gives a float back, on every platform.

@@ -16,6 +16,14 @@ from vzip.runtime import checks
 from vzip.runtime.engine_record import EngineRecord as EngineRecord  # noqa: PLC0414 - re-export
 from vzip.runtime.engine_record import check_name
 from vzip.runtime.errors import BundleError, InvalidInputError
+from vzip.runtime.precision_record import (
+    QUANTISED,
+    QUANTISED_FILES,
+    PrecisionRecord,
+    Quantised,
+    data_file,
+    files_of,
+)
 from vzip.runtime.preprocess import Preprocessing
 
 FORMAT: Final = "vzip-bundle"
@@ -25,7 +33,22 @@ MODEL_FILE: Final = "model.onnx"
 DATA_FILE: Final = "model.onnx.data"
 REFERENCE_FILE: Final = "reference.npz"
 NEWLINE_FILE: Final = "image_newline.npy"
-FILES: Final = (MODEL_FILE, DATA_FILE, REFERENCE_FILE, NEWLINE_FILE)
+LLM_FILE: Final = "llm.onnx"
+LLM_DATA_FILE: Final = "llm.onnx.data"
+LLM_EMBEDDINGS_FILE: Final = "llm_embeddings.npy"
+LLM_TOKENIZER_FILE: Final = "llm_tokenizer.json"
+LLM_SETTINGS_FILE: Final = "llm.json"
+LLM_FILES: Final = (
+    LLM_FILE,
+    LLM_DATA_FILE,
+    LLM_EMBEDDINGS_FILE,
+    LLM_TOKENIZER_FILE,
+    LLM_SETTINGS_FILE,
+)
+"""The language model, in bundles that were exported with it."""
+
+FILES: Final = (MODEL_FILE, DATA_FILE, REFERENCE_FILE, NEWLINE_FILE, *LLM_FILES)
+"""What an export writes; `QUANTISED_FILES` are added later, by `vzip calibrate`."""
 
 TOKEN_ORDER: Final = "dominant ascending, contextual in target order"  # noqa: S105 - no password
 """The one order of `image_embeds` in schema 1: kept tower tokens by ascending index (CLS, where it
@@ -277,8 +300,10 @@ class Manifest:
         media: What the bundle takes: ``image``, ``video`` (frames, each an image to the graph), or
             both.
         llm: The language model that the projector projects to.
-        precision: Precision of the tower's weights and activations.
+        precision: Precision of the tower's weights and activations, in the bundle's own graph.
         opset: ONNX opset of the graph.
+        precisions: Precision → record of the quantised graph of that precision;
+            `vzip.runtime.precision_writer` adds one.
         versions: Package → version the bundle was made with.
         files: File name → digest. Empty until `BundleWriter` has hashed the files.
         engines: Name → record of ``engines/NAME.plan``; `vzip.runtime.bundle.add_engine` adds one.
@@ -302,6 +327,7 @@ class Manifest:
     token_order: str = TOKEN_ORDER
     tiling: Tiling | None = None
     media: tuple[Media, ...] = ("image", "video")
+    precisions: Mapping[Quantised, PrecisionRecord] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_records(self)
@@ -314,9 +340,10 @@ class Manifest:
         for package, version in self.versions.items():
             checks.text(f"versions.{package}", version)
         for name, entry in self.files.items():
-            checks.choice("files", name, FILES)
+            checks.choice("files", name, (*FILES, *QUANTISED_FILES))
             if not isinstance(entry, FileEntry):
                 raise checks.refuse(f"files.{name}", entry, "a FileEntry")
+        _check_precisions(self)
         for name, engine in self.engines.items():
             check_name(name)
             if not isinstance(engine, EngineRecord):
@@ -360,11 +387,18 @@ class Manifest:
             "llm": dict(vars(self.llm)),
             "precision": self.precision,
             "opset": self.opset,
+            **self._precisions_to_json(),
             "files": {name: dict(vars(entry)) for name, entry in self.files.items()},
             "engines": {name: engine.to_json() for name, engine in self.engines.items()},
             "parity": None if self.parity is None else dict(self.parity),
             "versions": dict(self.versions),
         }
+
+    def _precisions_to_json(self) -> dict[str, Any]:
+        """Return the key `precisions`, which stands there only where there are any."""
+        if not self.precisions:
+            return {}
+        return {"precisions": {name: each.to_json() for name, each in self.precisions.items()}}
 
     def to_bytes(self) -> bytes:
         """Return the text of manifest.json, UTF-8 with a newline at the end."""
@@ -380,17 +414,24 @@ class Manifest:
                 a value out of range or in contradiction to another.
         """
         _check_version(value)
-        top = checks.mapping("manifest", value, _TOP_KEYS)
+        top = checks.mapping("manifest", value, _top_keys(value))
         tower = dict(checks.mapping("tower", top["tower"], _keys(Tower)))
         tower["grid"] = _as_tuple(tower["grid"])
         files, engines = top["files"], top["engines"]
+        precisions = top.get("precisions", {})
         if not isinstance(files, Mapping):
             raise checks.refuse("files", files, "an object")
         if not isinstance(engines, Mapping):
             raise checks.refuse("engines", engines, "an object")
+        if not isinstance(precisions, Mapping):
+            raise checks.refuse("precisions", precisions, "an object")
         entries: dict[str, Any] = {
             name: FileEntry(**_record(f"files.{name}", entry, FileEntry))
             for name, entry in files.items()
+        }
+        quantised: Any = {
+            name: PrecisionRecord.from_json(f"precisions.{name}", each)
+            for name, each in precisions.items()
         }
         versions: Any = top["versions"]
         parity: Any = top["parity"]
@@ -418,6 +459,7 @@ class Manifest:
             },
             parity=parity,
             versions=versions,
+            precisions=quantised,
         )
 
     @classmethod
@@ -446,6 +488,12 @@ _TOP_KEYS = (
     *("outputs", "batch", "preprocessing", "tiling", "media", "llm", "precision", "opset"),
     *("files", "engines", "parity", "versions"),
 )
+
+
+def _top_keys(value: object) -> tuple[str, ...]:
+    """Return the keys that a manifest must have; a bundle as exported has no `precisions`."""
+    added = isinstance(value, Mapping) and "precisions" in value
+    return (*_TOP_KEYS, "precisions") if added else _TOP_KEYS
 
 
 def _keys(record: type) -> tuple[str, ...]:
@@ -538,12 +586,29 @@ def _check_records(manifest: Manifest) -> None:
         ("files", Mapping),
         ("engines", Mapping),
         ("versions", Mapping),
+        ("precisions", Mapping),
         ("inputs", tuple),
         ("outputs", tuple),
     ):
         value = getattr(manifest, name)
         if not isinstance(value, record):
             raise checks.refuse(name, value, f"a {record.__name__}")
+
+
+def _check_precisions(manifest: Manifest) -> None:
+    """Refuse quantised graphs without record or without all of their files, and the reverse."""
+    for name, record in manifest.precisions.items():
+        checks.choice("precisions", name, QUANTISED)
+        if not isinstance(record, PrecisionRecord):
+            raise checks.refuse(f"precisions.{name}", record, "a PrecisionRecord")
+    for precision in QUANTISED:
+        needed = set(files_of(precision)) - {data_file(precision)}
+        listed = {*files_of(precision)} & set(manifest.files)
+        there = precision in manifest.precisions
+        if there and not needed <= listed:
+            raise checks.refuse("files", sorted(listed), f"also {sorted(needed - listed)}")
+        if listed and not there:
+            raise checks.refuse("precisions", sorted(manifest.precisions), f"also {precision!r}")
 
 
 def _check_media(manifest: Manifest) -> None:

@@ -61,13 +61,29 @@ class ExternalTensor:
     length: int
 
 
-def external_tensors(model: bytes) -> list[ExternalTensor]:
+class _MalformedError(Exception):
+    """Bytes that are no ONNX model; the file's name is put in front by who knows it."""
+
+
+def external_tensors(model: bytes, *, file: str = "model.onnx") -> list[ExternalTensor]:
     """Return every tensor of a serialised ModelProto whose data is external, in file order.
+
+    Args:
+        model: The bytes.
+        file: Where they come from, for messages.
 
     Raises:
         BundleError: The bytes are no ModelProto, or an external tensor is described in a way that
             two readers could understand differently (a key missing, twice or unknown).
     """
+    try:
+        return _walk(model)
+    except _MalformedError as error:
+        raise BundleError(f"{file}{error}") from error.__cause__
+
+
+def _walk(model: bytes) -> list[ExternalTensor]:
+    """Return every external tensor; see `external_tensors`."""
     found: list[ExternalTensor] = []
     pending = [("ModelProto", memoryview(model), 0)]
     seen_graph = False
@@ -116,10 +132,10 @@ def _varint(value: int) -> bytes:
     return bytes(digits)
 
 
-def _malformed(what: str) -> BundleError:
+def _malformed(what: str) -> _MalformedError:
     """Return the error for bytes that are no ONNX model."""
-    return BundleError(
-        f"model.onnx is malformed: {what}, expected an ONNX ModelProto; "
+    return _MalformedError(
+        f" is malformed: {what}, expected an ONNX ModelProto; "
         "the file is truncated or was edited: export the bundle again"
     )
 
@@ -200,8 +216,8 @@ def _external(data: memoryview) -> Iterator[ExternalTensor]:
     if keys != ["length", "location", "offset"] or not all(
         number.isascii() and number.isdigit() and len(number) < 20 for number in numbers
     ):
-        raise BundleError(
-            f"model.onnx: the external tensor {name!r} is described by {entries}, expected exactly "
+        raise _MalformedError(
+            f": the external tensor {name!r} is described by {entries}, expected exactly "
             "one each of location, offset and length, the last two in digits; the file was edited "
             "or made by another tool: export the bundle again"
         )

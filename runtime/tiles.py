@@ -46,15 +46,12 @@ class Tiles:
         images: uint8 [1 + rows·columns, side, side, 3], RGB: the base tile, then the canvas's tiles
             row by row.
         grid: Rows and columns of tiles in the canvas.
-        content: Top, left, bottom and right edge of the picture in the canvas, in pixels; bottom
-            and right are exclusive.
         size: Height and width of the picture before it was scaled, in pixels. Where padding ends
-            among patches follows from this: `content` is rounded to whole pixels already.
+            among patches follows from this: in the canvas it is rounded to whole pixels already.
     """
 
     images: NDArray[np.uint8]
     grid: tuple[int, int]
-    content: tuple[int, int, int, int]
     size: tuple[int, int]
 
 
@@ -90,7 +87,7 @@ def cut(image: Image.Image, prep: Preprocessing, tiling: Tiling) -> Tiles:
     canvas[top : top + height, left : left + width] = np.asarray(resized)
     tiles = canvas.reshape(rows, side, columns, side, 3).swapaxes(1, 2)  # [rows, columns, side, …]
     images = np.concatenate([base[None], tiles.reshape(rows * columns, side, side, 3)])
-    return Tiles(images, (rows, columns), (top, left, top + height, left + width), size)
+    return Tiles(images, (rows, columns), size)
 
 
 def arrange(

@@ -20,6 +20,7 @@ from vzip.runtime import atomic
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.fingerprint import fingerprint
 from vzip.runtime.images import MAX_ENCODED_BYTES, ImageSource, load_image
+from vzip.runtime.precision_record import Quantised
 from vzip.runtime.token_file import ImageTokens, Origin, TokenFile, to_bytes
 
 if TYPE_CHECKING:
@@ -171,10 +172,10 @@ def _entry(path: Path, image_sha256: str, bundle_fingerprint: str) -> ImageToken
     return image if mine else None
 
 
-def origin_of(manifest: Manifest) -> Origin:
-    """Return what tokens of a bundle have in common."""
+def origin_of(manifest: Manifest, quantised: Quantised | None = None) -> Origin:
+    """Return what tokens of a bundle have in common; `quantised` as `Bundle.quantised` says."""
     return Origin(
-        fingerprint=fingerprint(manifest),
+        fingerprint=fingerprint(manifest, quantised),
         model=manifest.model.id,
         token_order=manifest.token_order,
         hidden_size=manifest.llm.hidden_size,
@@ -239,10 +240,10 @@ def cached_image_embeds(encoder: VisionEncoder, image: ImageSource, cache: Token
     if isinstance(image, (str, Path)):
         # A text may be a URL or empty, which load_image explains.
         image = read_image(image) if Path(image).is_file() else load_image(image)
-    digest, origin = image_digest(image), origin_of(encoder.manifest)
+    digest, origin = image_digest(image), origin_of(encoder.manifest, encoder.bundle.quantised)
     found = cache.get(digest, origin.fingerprint)
     if found is not None:
         return found.tokens
-    tokens = encoder.image_embeds(image)
-    cache.put(origin, ImageTokens(digest, digest, tokens, None))
-    return tokens
+    encoded = encoder.image_tokens(image)
+    cache.put(origin, ImageTokens(digest, digest, *encoded))
+    return encoded.embeds

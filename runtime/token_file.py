@@ -69,21 +69,20 @@ class ImageTokens:
         name: The image's name, unique in its file.
         sha256: SHA-256 of the image: of the encoded file, as it lay on the disk.
         tokens: float32 or float16 [n, L], all that the language model gets for the image.
-        kept: int64 [dominant], or [tiles, dominant] where the bundle cuts tiles (the base tile
-            first): which tower tokens were kept; None where it was not recorded.
+        kept: int64 [tiles, dominant], which tower tokens were kept; the base tile is first. One
+            tile where the bundle cuts none.
     """
 
     name: str
     sha256: str
     tokens: Array
-    kept: NDArray[np.int64] | None
+    kept: NDArray[np.int64]
 
     @property
     def digest(self) -> str:
         """SHA-256 of the tokens' bytes and then those of the kept indices."""
         digest = hashlib.sha256(_raw(self.tokens))
-        if self.kept is not None:
-            digest.update(_raw(self.kept))
+        digest.update(_raw(self.kept))
         return digest.hexdigest()
 
 
@@ -97,7 +96,7 @@ class Record:
         digest: `ImageTokens.digest`.
         dtype: ``F32`` or ``F16``, of the tokens.
         shape: n and L.
-        kept: Shape of the kept indices; None where there are none.
+        kept: Shape of the kept indices.
     """
 
     name: str
@@ -105,7 +104,7 @@ class Record:
     digest: str
     dtype: str
     shape: tuple[int, ...]
-    kept: tuple[int, ...] | None
+    kept: tuple[int, ...]
 
 
 def record_of(image: ImageTokens) -> Record:
@@ -116,12 +115,11 @@ def record_of(image: ImageTokens) -> Record:
     """
     tokens, kept = image.tokens, image.kept
     right = tokens.ndim == 2 and tokens.dtype in (np.float32, np.float16)
-    if not right or (kept is not None and (kept.dtype != np.int64 or kept.ndim not in (1, 2))):
-        found = "nothing" if kept is None else f"{kept.dtype} {list(kept.shape)}"
+    if not right or kept.ndim != 2 or kept.dtype != np.int64:
         raise InvalidInputError(
-            f"got tokens {tokens.dtype} {list(tokens.shape)} and kept {found}, expected float32 or "
-            "float16 [n, L] and int64 [dominant] or [tiles, dominant]; give them as the encoder "
-            "returned them, one image at a time"
+            f"got tokens {tokens.dtype} {list(tokens.shape)} and kept {kept.dtype} "
+            f"{list(kept.shape)}, expected float32 or float16 [n, L] and int64 [tiles, dominant]; "
+            "give them as VisionEncoder.image_tokens returned them"
         )
     try:
         image.name.encode()
@@ -130,8 +128,7 @@ def record_of(image: ImageTokens) -> Record:
             f"got the image name {image.name!r}, expected Unicode text; rename the file"
         ) from error
     dtype = _NAMES[tokens.dtype.newbyteorder("<")]
-    shape = None if kept is None else kept.shape
-    return Record(image.name, image.sha256, image.digest, dtype, tokens.shape, shape)
+    return Record(image.name, image.sha256, image.digest, dtype, tokens.shape, kept.shape)
 
 
 def to_bytes(origin: Origin, images: Sequence[ImageTokens]) -> bytes:
@@ -142,7 +139,7 @@ def to_bytes(origin: Origin, images: Sequence[ImageTokens]) -> bytes:
             be longer than `LARGEST_HEADER`.
     """
     parts: list[bytes | memoryview] = [header(origin, [record_of(image) for image in images])]
-    parts += [_raw(image.kept) for image in images if image.kept is not None]
+    parts += [_raw(image.kept) for image in images]
     parts += [_raw(image.tokens) for image in images]
     return b"".join(parts)
 
@@ -164,7 +161,7 @@ def header(origin: Origin, records: Sequence[Record]) -> bytes:
         **{key: str(value) for key, value in vars(origin).items()},
         "images": json.dumps(entries, ensure_ascii=False, separators=(",", ":")),
     }
-    tensors = [(_KEPT + each.name, "I64", each.kept) for each in records if each.kept is not None]
+    tensors = [(_KEPT + each.name, "I64", each.kept) for each in records]
     tensors += [(_TOKENS + each.name, each.dtype, each.shape) for each in records]
     value: dict[str, object] = {_METADATA: metadata}
     place = 0
@@ -238,8 +235,8 @@ class TokenFile:
                 f"{self.path}: got the image name {name!r}, expected one of the "
                 f"{len(self.records)} in the file, such as {list(self.records)[:3]}"
             )
-        kept = None if record.kept is None else self._array(_KEPT + name)
-        image = ImageTokens(name, record.sha256, self._array(_TOKENS + name), kept)
+        tokens, kept = self._array(_TOKENS + name), self._array(_KEPT + name)
+        image = ImageTokens(name, record.sha256, tokens, kept)
         if image.digest != record.digest:
             raise self._malformed(f"the tokens of {name!r} are not those that were written")
         return image
@@ -326,14 +323,15 @@ class TokenFile:
         for entry in entries:
             name = entry["name"]
             dtype, shape, _ = left.pop(_TOKENS + name, ("", (), 0))
-            kept_dtype, kept, _ = left.pop(_KEPT + name, ("I64", None, 0))
+            kept_dtype, kept, _ = left.pop(_KEPT + name, ("", (), 0))
             if (
                 dtype not in ("F32", "F16")
                 or len(shape) != 2
                 or shape[1] != self.origin.hidden_size
-                or kept_dtype != "I64"
             ):
                 raise self._malformed(f"it has no tokens [n, L] for {name!r}")
+            if kept_dtype != "I64" or len(kept) != 2:
+                raise self._malformed(f"it has no kept indices [tiles, dominant] for {name!r}")
             records[name] = Record(**entry, dtype=dtype, shape=shape, kept=kept)
         if left:
             raise self._malformed(f"its list of images doesn't have {sorted(left)[0]!r}")
@@ -358,8 +356,7 @@ def write_tokens(file: BinaryIO, images: Iterable[ImageTokens]) -> None:
 def write_kept(file: BinaryIO, images: Iterable[ImageTokens]) -> None:
     """Write the kept indices of images behind a file's header."""
     for image in images:
-        if image.kept is not None:
-            file.write(_raw(image.kept))
+        file.write(_raw(image.kept))
 
 
 def _entries(text: str) -> list[dict[str, str]]:

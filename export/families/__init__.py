@@ -3,7 +3,7 @@
 A family is a class registered by decorator. To add one: a file here with the class; `_known` finds
 it. An alias (`ALIASES` in `vzip.runtime.models`) and ``vzip ask`` (`CLASSES` in
 `vzip.runtime.handoff.transformers`) are one line each elsewhere. What families share is in
-`configs` and `processors`.
+`HuggingFaceForm`, `configs` and `processors`.
 """
 
 from __future__ import annotations
@@ -55,14 +55,17 @@ class Family(Protocol):
     """What one family knows of its configurations.
 
     Attributes:
-        claimed_by: What in a configuration makes it this family's, as it stands in error messages.
         media: What a graph can be made for; the family's own choice comes first.
         published: Hub id → what that repository holds, for `--weights random` without a hub.
     """
 
-    claimed_by: str
     media: Mapping[Media, View]
     published: Mapping[str, Published]
+
+    @property
+    def claimed_by(self) -> str:
+        """What in a configuration makes it this family's, as it stands in error messages."""
+        ...
 
     def claims(self, config: Config) -> bool:
         """Say whether a configuration is this family's, from its keys alone."""
@@ -77,6 +80,29 @@ class Family(Protocol):
     ) -> VisionConfig:
         """Read the numbers; see `describe`. `media` is one of this family's."""
         ...
+
+
+class HuggingFaceForm:
+    """What families in Hugging Face's form have in common: one checkpoint holds all parts.
+
+    Attributes:
+        model_type: What ``model_type`` says in their configurations.
+    """
+
+    model_type: str
+
+    @property
+    def claimed_by(self) -> str:
+        """See `Family`."""
+        return f"model_type '{self.model_type}'"
+
+    def claims(self, config: Config) -> bool:
+        """Say whether the configuration names this family."""
+        return config.get("model_type") == self.model_type
+
+    def tower_reference(self, config: Config) -> str | None:  # noqa: ARG002 - the Protocol's
+        """Return None: the towers are in the checkpoint."""
+        return None
 
 
 _REGISTRY: dict[str, Family] = {}

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from vzip.export.architecture import FeatureStrategy, Media, ProjectorConfig, VisionConfig
-from vzip.export.families import Config, Published, View, configs, register
+from vzip.export.families import Config, HuggingFaceForm, Published, View, configs, register
 from vzip.export.families.known_parts import (
     CLIP_336,
     CLIP_PROCESSOR_336,
@@ -61,10 +61,10 @@ def _interleave(hidden_size: int) -> Published:
 
 
 @register("llava")
-class Llava:
+class Llava(HuggingFaceForm):
     """Hugging Face's form."""
 
-    claimed_by = "model_type 'llava' with a vision_config"
+    model_type = "llava"
     media: Mapping[Media, View] = {"image": View("image")}
     published: Mapping[str, Published] = {
         "llava-hf/llava-1.5-7b-hf": _clip(LLAMA_7B, _PAPER_BUDGETS),
@@ -74,13 +74,14 @@ class Llava:
         "llava-hf/llava-interleave-qwen-7b-hf": _interleave(4096),
     }
 
-    def claims(self, config: Config) -> bool:
-        """Say whether this is Hugging Face's form."""
-        return config.get("model_type") == "llava" and "vision_config" in config
+    @property
+    def claimed_by(self) -> str:
+        """See `Family`."""
+        return f"{super().claimed_by} with a vision_config"
 
-    def tower_reference(self, config: Config) -> str | None:  # noqa: ARG002 - the Protocol's
-        """Return None: the tower is in the checkpoint."""
-        return None
+    def claims(self, config: Config) -> bool:
+        """Say whether this is Hugging Face's form; the original code's may say 'llava' too."""
+        return super().claims(config) and "vision_config" in config
 
     def describe(
         self, config: Config, preprocessor: Config | None, tower: Config | None, media: Media

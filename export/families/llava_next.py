@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from vzip.export.architecture import Media, VisionConfig
-from vzip.export.families import Config, Published, View, configs, register
+from vzip.export.families import Config, HuggingFaceForm, Published, View, configs, register
 from vzip.export.families.known_parts import (
     CLIP_336,
     CLIP_PROCESSOR_336,
@@ -41,24 +41,16 @@ def _published(text_config: Config) -> Published:
 
 
 @register("llava-next")
-class LlavaNext:
+class LlavaNext(HuggingFaceForm):
     """Hugging Face's form."""
 
-    claimed_by = "model_type 'llava_next'"
+    model_type = "llava_next"
     media: Mapping[Media, View] = {"image": View("tile")}
     published: Mapping[str, Published] = {
         "llava-hf/llava-v1.6-vicuna-7b-hf": _published(LLAMA_7B),
         "llava-hf/llava-v1.6-vicuna-13b-hf": _published(LLAMA_13B),
         "llava-hf/llava-v1.6-mistral-7b-hf": _published(MISTRAL_7B),
     }
-
-    def claims(self, config: Config) -> bool:
-        """Say whether this is LLaVA-NeXT."""
-        return config.get("model_type") == "llava_next"
-
-    def tower_reference(self, config: Config) -> str | None:  # noqa: ARG002 - the Protocol's
-        """Return None: the tower is in the checkpoint."""
-        return None
 
     def describe(
         self, config: Config, preprocessor: Config | None, tower: Config | None, media: Media

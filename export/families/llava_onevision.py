@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from vzip.export.architecture import Media, VisionConfig
-from vzip.export.families import Config, Published, View, configs, register
+from vzip.export.families import Config, HuggingFaceForm, Published, View, configs, register
 from vzip.export.families.known_parts import SIGLIP_384, SIGLIP_PROCESSOR_384
 from vzip.export.families.processors import pinpoints, preprocessing
 
@@ -37,23 +37,15 @@ def _published(hidden_size: int) -> Published:
 
 
 @register("llava-onevision")
-class LlavaOnevision:
+class LlavaOnevision(HuggingFaceForm):
     """Hugging Face's form."""
 
-    claimed_by = "model_type 'llava_onevision'"
+    model_type = "llava_onevision"
     media: Mapping[Media, View] = {"image": View("tile"), "video": View("frame", pool=2)}
     published: Mapping[str, Published] = {
         "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": _published(896),
         "llava-hf/llava-onevision-qwen2-7b-ov-hf": _published(3584),
     }
-
-    def claims(self, config: Config) -> bool:
-        """Say whether this is LLaVA-OneVision."""
-        return config.get("model_type") == "llava_onevision"
-
-    def tower_reference(self, config: Config) -> str | None:  # noqa: ARG002 - the Protocol's
-        """Return None: the tower is in the checkpoint."""
-        return None
 
     def describe(
         self, config: Config, preprocessor: Config | None, tower: Config | None, media: Media

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from vzip.export.architecture import Media, VisionConfig
-from vzip.export.families import Config, Published, View, configs, register
+from vzip.export.families import Config, HuggingFaceForm, Published, View, configs, register
 from vzip.export.families.known_parts import CLIP_336, CLIP_PROCESSOR_336, LLAMA_7B
 from vzip.export.families.processors import preprocessing
 
@@ -34,20 +34,12 @@ _PUBLISHED = Published(
 
 
 @register("video-llava")
-class VideoLlava:
+class VideoLlava(HuggingFaceForm):
     """Hugging Face's form; the LLM gets a graph for each of the two towers."""
 
-    claimed_by = "model_type 'video_llava'"
+    model_type = "video_llava"
     media: Mapping[Media, View] = {"video": View("frame"), "image": View("image")}
     published: Mapping[str, Published] = {"LanguageBind/Video-LLaVA-7B-hf": _PUBLISHED}
-
-    def claims(self, config: Config) -> bool:
-        """Say whether this is Video-LLaVA."""
-        return config.get("model_type") == "video_llava"
-
-    def tower_reference(self, config: Config) -> str | None:  # noqa: ARG002 - the Protocol's
-        """Return None: both towers are in the checkpoint."""
-        return None
 
     def describe(
         self, config: Config, preprocessor: Config | None, tower: Config | None, media: Media

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from vzip.export.architecture import Media, VisionConfig
-from vzip.export.families import Config, Published, View, configs, register
+from vzip.export.families import Config, HuggingFaceForm, Published, View, configs, register
 from vzip.export.families.known_parts import CLIP_336, CLIP_PROCESSOR_336, LLAMA_7B, LLAMA_13B
 from vzip.export.families.processors import WHOLE, preprocessing
 
@@ -27,23 +27,15 @@ def _published(text_config: Config) -> Published:
 
 
 @register("vip-llava")
-class VipLlava:
+class VipLlava(HuggingFaceForm):
     """Hugging Face's form."""
 
-    claimed_by = "model_type 'vipllava'"
+    model_type = "vipllava"
     media: Mapping[Media, View] = {"image": View("image")}
     published: Mapping[str, Published] = {
         "llava-hf/vip-llava-7b-hf": _published(LLAMA_7B),
         "llava-hf/vip-llava-13b-hf": _published(LLAMA_13B),
     }
-
-    def claims(self, config: Config) -> bool:
-        """Say whether this is ViP-LLaVA."""
-        return config.get("model_type") == "vipllava"
-
-    def tower_reference(self, config: Config) -> str | None:  # noqa: ARG002 - the Protocol's
-        """Return None: the tower is in the checkpoint."""
-        return None
 
     def describe(
         self, config: Config, preprocessor: Config | None, tower: Config | None, media: Media

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from vzip.runtime.onnx_wire import with_output
 
 # Where external data lies when the session is made from bytes (ONNX Runtime 1.19 or newer).
 _FOLDER_KEY = "session.model_external_initializers_file_folder_path"
+_NO_INTEGERS_KEY = "session.disable_quant_qdq"
 _FATAL_ONLY = 4  # what it logs of errors, it raises as well
 
 
@@ -38,6 +40,65 @@ def import_onnxruntime(needed_for: str, extra: str) -> Any:
     return onnxruntime
 
 
+def open_session(
+    onnxruntime: Any,
+    graph: Callable[[], bytes],
+    folder: Path,
+    *,
+    name: str,
+    providers: tuple[str, ...],
+    extra: str,
+    fp8: bool = False,
+) -> Any:
+    """Return a session that runs on a device and nowhere else.
+
+    Args:
+        onnxruntime: The package.
+        graph: Gives the bytes of the graph; called when the device is known to be there.
+        folder: Where its external data lies.
+        name: Who asks, for messages.
+        providers: The device's execution provider first.
+        extra: The extra of this distribution that brings the package.
+        fp8: Whether the graph quantises to FP8.
+
+    Raises:
+        BackendUnavailableError: The device, or what runs on it, is absent.
+        BackendError: ONNX Runtime can't open the graph.
+    """
+    wanted = providers[0]
+    if wanted not in (available := onnxruntime.get_available_providers()):
+        raise BackendUnavailableError(
+            f"the installed onnxruntime has {available}, expected {wanted}; it is a build for "
+            f"other devices: pip uninstall onnxruntime, then pip install 'vzip[{extra}]'"
+        )
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = _FATAL_ONLY
+    options.add_session_config_entry(_FOLDER_KEY, str(folder))
+    if fp8:
+        # ONNX Runtime 1.31 makes integer MatMuls of these too, and then can't run them.
+        options.add_session_config_entry(_NO_INTEGERS_KEY, "1")
+    model = graph()
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=list(providers))
+    except Exception as error:  # ONNX Runtime's errors have no base class of their own
+        raise BackendError(
+            f"{name} can't open the graph: {first_line(error)}; memory is short, or it "
+            f"holds what version {onnxruntime.__version__} doesn't know: update onnxruntime, "
+            "or export with another --opset"
+        ) from error
+    session.disable_fallback()  # a session that failed is not to go on with other providers
+    if (active := session.get_providers())[0] != wanted:
+        # ONNX Runtime only logs it when a GPU can't be used, and goes on with the CPU.
+        raise BackendUnavailableError(
+            f"{name}: the session runs on {active}, expected {wanted}; the GPU, its "
+            "driver or the CUDA and cuDNN libraries can't be used: check nvidia-smi and "
+            "LD_LIBRARY_PATH, or take backend='onnxruntime'"
+        )
+    outlive_forks(session)
+    return session
+
+
 class _OnnxRuntime:
     """An ONNX Runtime session; subclasses say on which device."""
 
@@ -46,38 +107,22 @@ class _OnnxRuntime:
     extra: str
 
     def __init__(self, bundle: Bundle, extra_outputs: tuple[str, ...] = ()) -> None:
+        def graph() -> bytes:
+            model = bundle.read_model()
+            for output in extra_outputs:
+                model = with_output(model, output)
+            return model
+
         onnxruntime = import_onnxruntime(f"the backend '{self.name}'", self.extra)
-        wanted = self.providers[0]
-        if wanted not in (available := onnxruntime.get_available_providers()):
-            raise BackendUnavailableError(
-                f"the installed onnxruntime has {available}, expected {wanted}; it is a build for "
-                f"other devices: pip uninstall onnxruntime, then pip install 'vzip[{self.extra}]'"
-            )
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.log_severity_level = _FATAL_ONLY
-        options.add_session_config_entry(_FOLDER_KEY, str(bundle.path))
-        model = bundle.read_model()
-        for output in extra_outputs:
-            model = with_output(model, output)
-        try:
-            session = onnxruntime.InferenceSession(model, options, providers=list(self.providers))
-        except Exception as error:  # ONNX Runtime's errors have no base class of their own
-            raise BackendError(
-                f"{self.name} can't open the graph: {_first_line(error)}; memory is short, or it "
-                f"holds what version {onnxruntime.__version__} doesn't know: update onnxruntime, "
-                "or export with another --opset"
-            ) from error
-        session.disable_fallback()  # a session that failed is not to go on with other providers
-        if (active := session.get_providers())[0] != wanted:
-            # ONNX Runtime only logs it when a GPU can't be used, and goes on with the CPU.
-            raise BackendUnavailableError(
-                f"{self.name}: the session runs on {active}, expected {wanted}; the GPU, its "
-                "driver or the CUDA and cuDNN libraries can't be used: check nvidia-smi and "
-                "LD_LIBRARY_PATH, or take backend='onnxruntime'"
-            )
-        outlive_forks(session)
-        self._session: Any = session
+        self._session: Any = open_session(
+            onnxruntime,
+            graph,
+            bundle.weights_folder,
+            name=self.name,
+            providers=self.providers,
+            extra=self.extra,
+            fp8=bundle.quantised == "fp8",
+        )
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.generic]]:
         """See `Backend.run`."""
@@ -88,7 +133,7 @@ class _OnnxRuntime:
             results = session.run(None, dict(feeds))
         except Exception as error:  # as above
             raise BackendError(
-                f"{self.name} failed while running the graph: {_first_line(error)}; the next call "
+                f"{self.name} failed while running the graph: {first_line(error)}; the next call "
                 "may succeed if memory was short, otherwise check the bundle with vzip check"
             ) from error
         names = [output.name for output in session.get_outputs()]
@@ -115,6 +160,6 @@ class OnnxRuntimeCuda(_OnnxRuntime):
     extra = "gpu"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """Return the first line of a message, which is all that stands in ours."""
     return (str(error).splitlines() or [type(error).__name__])[0].strip()

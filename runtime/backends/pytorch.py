@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from vzip.runtime.bundle import Bundle
 from vzip.runtime.errors import BackendError, missing
-from vzip.runtime.manifest import DATA_FILE
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class PyTorch:
                 f"the graph has no value {sorted(unknown)}, expected it among its nodes' outputs; "
                 "it was made by another version: export the bundle again"
             )
-        weights = _weights(bundle.path)
+        weights = _weights(bundle.data_path)
         constants = {tensor.name: _tensor(tensor, weights) for tensor in graph.initializer}
         for node in graph.node:
             if node.op_type == "Constant":
@@ -155,10 +154,9 @@ def _plan(graph: Any, lasting: set[str], weights: NDArray[np.uint8]) -> tuple[_S
     return tuple(steps)
 
 
-def _weights(folder: Path) -> NDArray[np.uint8]:
+def _weights(path: Path | None) -> NDArray[np.uint8]:
     """Return the bytes of the external data, mapped rather than read; none if there is no file."""
-    path = folder / DATA_FILE
-    if not path.is_file():
+    if path is None:
         return np.empty(0, np.uint8)
     return np.memmap(path, np.uint8, mode="c")  # copy on write: PyTorch wants writable memory
 
@@ -166,10 +164,9 @@ def _weights(folder: Path) -> NDArray[np.uint8]:
 def _tensor(proto: Any, weights: NDArray[np.uint8]) -> Any:
     """Return the torch.Tensor that a TensorProto describes."""
     import onnx
-    import torch
 
     if proto.data_location != onnx.TensorProto.EXTERNAL:
-        return torch.tensor(onnx.numpy_helper.to_array(proto))
+        return _from_numpy(onnx.numpy_helper.to_array(proto).copy())
     place = {entry.key: entry.value for entry in proto.external_data}
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(proto.data_type))
     offset, length = int(place["offset"]), int(place["length"])
@@ -179,7 +176,16 @@ def _tensor(proto: Any, weights: NDArray[np.uint8]) -> Any:
             f"{list(proto.dims)}; the graph is damaged: export the bundle again"
         )
     array = weights[offset : offset + length].view(dtype).reshape(tuple(proto.dims))
-    return torch.from_numpy(np.require(array, requirements=["ALIGNED", "WRITEABLE"]))
+    return _from_numpy(np.require(array, requirements=["ALIGNED", "WRITEABLE"]))
+
+
+def _from_numpy(array: NDArray[Any]) -> Any:
+    """Return the torch.Tensor with an array's memory; PyTorch doesn't know onnx's types of FP8."""
+    import torch
+
+    if not array.dtype.name.startswith("float8"):
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(np.uint8)).view(getattr(torch, array.dtype.name))
 
 
 def _constant(node: Any, weights: NDArray[np.uint8]) -> Any:

@@ -440,7 +440,7 @@ def _load_cuda(bundle: Bundle) -> Cuda:
     if not bundle.manifest.engines:
         raise BackendUnavailableError(
             f"{bundle.path} has no engine, expected one for this machine; build it here with: "
-            f"vzip build {bundle.path}"
+            f"{_build_command(bundle)}"
         )
     try:
         return cuda_runtime.load()
@@ -448,12 +448,19 @@ def _load_cuda(bundle: Bundle) -> Cuda:
         raise BackendUnavailableError(f"the backend 'tensorrt' needs a GPU: {error}") from error
 
 
+def _build_command(bundle: Bundle) -> str:
+    """Return the command that builds an engine from the graph that the bundle was opened with."""
+    precision = "" if bundle.quantised is None else f" --precision {bundle.quantised}"
+    return f"vzip build {bundle.path}{precision}"
+
+
 def choose(bundle: Bundle, engine: str | None, cuda: Cuda) -> tuple[str, Machine, Any]:
     """Return the engine to run, what runs it, and the TensorRT module.
 
     Args:
         bundle: A bundle with engines.
-        engine: Name of the engine; None takes the only one that fits this machine.
+        engine: Name of the engine; None takes the only one that fits this machine, of those that
+            were built from the graph that the bundle was opened with.
         cuda: CUDA with a GPU.
 
     Raises:
@@ -464,13 +471,21 @@ def choose(bundle: Bundle, engine: str | None, cuda: Cuda) -> tuple[str, Machine
     if engine is not None and engine not in records:
         raise InvalidInputError(
             f"got engine={engine!r}, expected one of {', '.join(sorted(records)) or 'none'}; build "
-            f"it with: vzip build {bundle.path}"
+            f"it with: {_build_command(bundle)}"
+        )
+    names = [engine] if engine is not None else [
+        name for name, record in records.items() if record.quantised == bundle.quantised
+    ]  # fmt: skip
+    if not names:
+        raise BackendUnavailableError(
+            f"{bundle.path} has no engine in {bundle.precision}, expected one for this machine "
+            f"beside {', '.join(sorted(records))}; build it here with: {_build_command(bundle)}"
         )
     gpu, sm = cuda.device_name(), cuda.compute_capability()
     fitting: dict[str, tuple[Machine, Any]] = {}
     faults: list[str] = []
     absent: MissingDependencyError | None = None
-    for name in records if engine is None else [engine]:
+    for name in names:
         fault = unfit(bundle, name)
         if fault is None:
             stack = records[name].stack
@@ -491,9 +506,8 @@ def choose(bundle: Bundle, engine: str | None, cuda: Cuda) -> tuple[str, Machine
         if records[name].gpu not in {None, gpu}:
             _log.warning(
                 "the engine %r was tuned for and proven on %s, this is %s of the same SM: TensorRT "
-                "may run it slower, and nobody compared its tokens here; build it again: vzip "
-                "build %s",
-                *(name, records[name].gpu, gpu, bundle.path),
+                "may run it slower, and nobody compared its tokens here; build it again: %s",
+                *(name, records[name].gpu, gpu, _build_command(bundle)),
             )
         return name, machine, trt
     if fitting:

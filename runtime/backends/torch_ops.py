@@ -37,6 +37,7 @@ DTYPES: Final[dict[int, str]] = {
     10: "float16",
     11: "float64",
     16: "bfloat16",
+    17: "float8_e4m3fn",
 }
 
 OPERATORS: Final[dict[str, Operator]] = {}
@@ -480,6 +481,48 @@ def _gemm(inputs: list[Any], attributes: Attributes, _count: int) -> Result:
     right = right.T if attributes.get("transB", 0) else right
     product: Tensor = (left @ right) * attributes.get("alpha", 1.0)
     return product if bias is None else product + bias * attributes.get("beta", 1.0)
+
+
+# Quantisation
+
+
+@operator("QuantizeLinear")
+def _quantize(inputs: list[Any], attributes: Attributes, _count: int) -> Result:
+    import torch
+
+    scale, zero = _steps(inputs, attributes)
+    scaled = inputs[0] / scale
+    if zero.dtype == torch.float8_e4m3fn:
+        if not attributes.get("saturate", 1):
+            raise _unsupported("QuantizeLinear to FP8 without saturation")
+        largest = torch.finfo(zero.dtype).max  # PyTorch doesn't promise to saturate
+        return scaled.float().clamp(-largest, largest).to(zero.dtype)
+    if zero.dtype not in (torch.int8, torch.uint8):
+        raise _unsupported(f"QuantizeLinear to {zero.dtype}")
+    limits = torch.iinfo(zero.dtype)
+    return (scaled.round() + zero).clamp(limits.min, limits.max).to(zero.dtype)
+
+
+@operator("DequantizeLinear")
+def _dequantize(inputs: list[Any], attributes: Attributes, _count: int) -> Result:
+    import torch
+
+    scale, zero = _steps(inputs, attributes)
+    if zero.dtype not in (torch.int8, torch.uint8, torch.float8_e4m3fn):
+        raise _unsupported(f"DequantizeLinear from {zero.dtype}")
+    return (inputs[0].to(scale.dtype) - zero.to(scale.dtype)) * scale
+
+
+def _steps(inputs: list[Any], attributes: Attributes) -> tuple[Tensor, Tensor]:
+    """Return steps and zero points in a shape that goes with the first input."""
+    tensor, scale, zero = (*inputs, None)[:3]
+    if zero is None or scale.ndim > 1 or set(attributes) - {"axis", "saturate"}:
+        raise _unsupported("a quantisation by blocks, or without its zero points")
+    if not scale.ndim:
+        return scale, zero
+    shape = [1] * tensor.ndim
+    shape[attributes.get("axis", 1)] = -1
+    return scale.reshape(shape), zero.reshape(shape)
 
 
 @operator("Conv")

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from vzip.runtime.errors import CheckpointError, InvalidInputError
+from vzip.runtime.manifest import LLM_FILE
 from vzip.runtime.models import locate
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from vzip.runtime.handoff import LLM
 
 TRANSFORMERS: Final = "transformers"
+ONNXRUNTIME: Final = "onnxruntime"
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ ENGINES: Mapping[str, Engine] = MappingProxyType(
     {
         TRANSFORMERS: Engine("vzip.runtime.handoff.transformers", "MODEL"),
         "llama.cpp": Engine("vzip.runtime.handoff.llama_cpp", "FILE.gguf"),
-        "onnxruntime": Engine("vzip.runtime.handoff.onnxruntime", "FOLDER"),
+        ONNXRUNTIME: Engine("vzip.runtime.handoff.onnxruntime", "FOLDER"),
         "vllm": Engine("vzip.runtime.handoff.vllm", "URL", server=True),
         "sglang": Engine("vzip.runtime.handoff.sglang", "URL", server=True),
         "trtllm": Engine("vzip.runtime.handoff.tensorrt_llm", "URL", server=True),
@@ -111,11 +113,13 @@ def parse(text: str) -> Choice:
 
 
 def own(bundle: Bundle) -> Choice:
-    """Return the LLM of the checkpoint that a bundle was exported from.
+    """Return the LLM that is in the bundle; or else that of the checkpoint it was exported from.
 
     Raises:
-        CheckpointError: It is not there any more.
+        CheckpointError: The checkpoint is not there any more.
     """
+    if LLM_FILE in bundle.manifest.files:
+        return Choice(ONNXRUNTIME, str(bundle.path))
     model = bundle.manifest.model
     try:
         locate(model.id)

@@ -77,6 +77,7 @@ class TransformersLLM(GreedyLLM):
 
     Attributes:
         model: The model, of one of `CLASSES`.
+        tokenizer: Its tokenizer, as given.
         device: Where it is.
         dtype: torch's dtype of its embeddings.
     """
@@ -105,6 +106,7 @@ class TransformersLLM(GreedyLLM):
         if tokens is not None:
             _check_config(config, tokens, str(config.name_or_path or "given"))
         self.model = model.eval()
+        self.tokenizer = tokenizer
         self.tokens = tokens
         self.prompts = make_prompts(tokenizer, _placeholder_ids(config), template)
         self.dtype = model.get_input_embeddings().weight.dtype
@@ -475,11 +477,9 @@ def _fetch(model: str | Path, revision: str | None, patterns: tuple[str, ...]) -
 @contextlib.contextmanager
 def _reading(model: str | Path) -> Iterator[None]:
     """Turn the libraries' errors about a checkpoint's files into one of ours."""
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # of a damaged file the libraries raise anything
         raise CheckpointError(
             f"{NAME}: the LLM {str(model)!r} can't be loaded ({_first_line(error)}); give a whole "
             "llava-hf checkpoint with its tokenizer (--llm)"

@@ -102,7 +102,7 @@ def make(
     trt.BuilderFlag = enumeration(
         "BuilderFlag",
         ["TF32", "REFIT"]
-        + ["FP16", "OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRAINTS"] * weak
+        + ["FP16", "INT8", "OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRAINTS"] * weak
         + ["EDITABLE_TIMING_CACHE"] * ((major, minor) >= (10, 8)),
     )
     trt.TacticSource = enumeration(

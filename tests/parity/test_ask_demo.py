@@ -97,6 +97,45 @@ def test_its_pictures_are_answered(bundle, capsys):
     assert right >= 3, "it knows most digits"
 
 
+def test_two_pictures_at_once(bundle, tmp_path, monkeypatch, capsys):
+    """The LLM was trained on one, so what it says of two is no measure: it is what Python gets."""
+    one, two = sorted(demo.pictures().glob("*.jpg"))[:2]
+    question = "What digit is there?"
+    with VisionEncoder.open(bundle) as encoder:
+        embeds = [encoder.image_embeds(path) for path in (one, two)]
+    llm = TransformersLLM.open("demo")
+    shown = []
+    conversation = TransformersLLM.conversation
+
+    def watched(self, embeds, *, frames=None):
+        shown.append(embeds)
+        return conversation(self, embeds, frames=frames)
+
+    monkeypatch.setattr(TransformersLLM, "conversation", watched)
+    capsys.readouterr()
+    cache = tmp_path / "cache"
+    assert main(["ask", str(bundle), str(two), question, "--cache", str(cache)]) == 0
+    alone = capsys.readouterr().out
+    assert alone == llm.ask(embeds[1], question) + "\n"
+    expected = llm.ask(embeds, question) + "\n"
+    shown.clear()
+    for options in ([], ["--cache", str(cache)], ["--cache", str(cache)]):
+        assert main(["ask", str(bundle), str(one), str(two), question, *options]) == 0
+        assert capsys.readouterr() == (expected, "")
+        np.testing.assert_array_equal(shown[-1], embeds)
+    monkeypatch.setattr(VisionEncoder, "open", lambda *_: pytest.fail("all are in the cache"))
+    assert main(["ask", str(bundle), str(one), str(two), question, "--cache", str(cache)]) == 0
+    assert capsys.readouterr() == (expected, "")
+
+
+def test_a_clip_and_a_picture_are_refused(bundle, clips, capsys):
+    picture, clip = str(demo.pictures() / "scene-1.jpg"), str(next(iter(clips)))
+    capsys.readouterr()
+    for shown in ([picture, clip], [clip, picture], [clip, clip]):
+        assert main(["ask", str(bundle), *shown, "What digit is there?"]) == 2
+        assert "expected one video or any number of images" in capsys.readouterr().err
+
+
 def test_a_clip_is_answered(bundle, clips, monkeypatch, capsys):
     right = total = 0
     capsys.readouterr()

@@ -560,6 +560,17 @@ def test_a_damaged_checkpoint_is_refused(saved):
         TransformersLLM.open(saved.folder)
 
 
+@pytest.mark.parametrize("damage", [{"image_token_index": "four"}, {"text_config": 7}])
+def test_a_damaged_configuration_is_refused(saved, damage):
+    path = saved.folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    with pytest.raises(
+        CheckpointError, match=r"transformers: the LLM .* can't be loaded"
+    ) as caught:
+        TransformersLLM.open(saved.folder)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_checkpoint_without_weights_is_refused(saved):
     (saved.folder / "model.safetensors").unlink()
     with pytest.raises(

@@ -27,6 +27,11 @@ class Graph:
     model: bytes
     path: Path
 
+    @property
+    def data_path(self) -> Path | None:
+        path = self.path / "model.onnx.data"
+        return path if path.exists() else None
+
     def read_model(self) -> bytes:
         return self.model
 
@@ -72,6 +77,8 @@ def case(
 X = floats(2, 3, 4)
 POSITIVE = np.abs(X) + np.float32(0.1)
 TIES = ints(0, 3, 3, 8).astype(np.float32)
+WIDE, HALVES = X * 3, np.arange(-4, 4).astype(np.float32) + np.float32(0.5)
+STEPS, BYTES = np.abs(floats(4)) + np.float32(0.01), ints(-128, 128, 2, 3, 4).astype(np.int8)
 BOOLS, OTHERS = ints(0, 2, 2, 3) > 0, ints(0, 2, 2, 3) > 0
 MODULI = ints(1, 5, 2, 3) * (ints(0, 2, 2, 3) * 2 - 1)
 
@@ -224,6 +231,23 @@ CASES = [
     case("Gemm", floats(3, 4), floats(4, 2), floats(2)),
     case("Gemm", floats(4, 3), floats(2, 4), floats(3, 1), transA=1, transB=1, alpha=0.5, beta=2.0),
     case("Gemm", floats(3, 4), floats(4, 2), name="no bias"),
+    case("QuantizeLinear", WIDE, scalar(0.02, np.float32), scalar(0, np.int8), name="saturates"),
+    case("QuantizeLinear", HALVES, scalar(1, np.float32), scalar(0, np.int8), name="to even"),
+    case("QuantizeLinear", WIDE, scalar(0.05, np.float32), scalar(9, np.uint8), name="uint8"),
+    case("QuantizeLinear", WIDE, STEPS, ints(-3, 3, 4).astype(np.int8), axis=-1),
+    case("QuantizeLinear", X, STEPS[:3], np.zeros(3, np.int8), name="second axis"),
+    case("DequantizeLinear", BYTES, scalar(0.02, np.float32), scalar(3, np.int8)),
+    case("DequantizeLinear", BYTES, STEPS, np.zeros(4, np.int8), axis=-1),
+    case("DequantizeLinear", BYTES, STEPS[:3], ints(-3, 3, 3).astype(np.int8), name="second axis"),
+    case(
+        "DequantizeLinear",
+        BYTES,
+        STEPS.astype(np.float16),
+        np.zeros(4, np.int8),
+        axis=-1,
+        opset=19,
+        name="half",
+    ),
     case("Conv", floats(2, 3, 8, 8), floats(5, 3, 4, 4), strides=[4, 4], name="patches"),
     case("Conv", floats(2, 3, 9, 8), floats(5, 3, 4, 4), floats(5), strides=[4, 4], name="margin"),
     case("Conv", floats(1, 2, 7, 6), floats(4, 2, 3, 2), pads=[1, 0, 2, 1], dilations=[2, 1]),
@@ -279,6 +303,37 @@ def test_operator(tmp_path: Path, node: tuple[Any, ...]) -> None:
             np.testing.assert_allclose(each, want, rtol=tolerance, atol=tolerance)
         else:
             assert np.array_equal(each, want)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_fp8_saturates_and_rounds_to_even(tmp_path: Path, dtype: type) -> None:
+    # 17 and 19 lie between 16, 18 and 20; 448 is the largest, 2**-9 the smallest magnitude.
+    values = [0, 1.03, -17, 19, 448, 465, -600, 2.0**-9, 2.0**-10, 3 * 2.0**-11, np.inf]
+    x = np.array([*values, *np.linspace(-500, 500, 997)], dtype)
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    constants = [
+        numpy_helper.from_array(np.array(1, dtype), "step"),
+        helper.make_tensor("zero", TensorProto.FLOAT8E4M3FN, [], b"\0", raw=True),
+    ]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "step", "zero"], ["small"]),
+        helper.make_node("DequantizeLinear", ["small", "step", "zero"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "pair",
+        [helper.make_tensor_value_info("x", kind, x.shape)],
+        [helper.make_tensor_value_info("y", kind, x.shape)],
+        constants,
+    )
+    opset = helper.make_opsetid("", 19)
+    model = helper.make_model(graph, opset_imports=[opset], ir_version=9).SerializeToString()
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    (want,) = session.run(None, {"x": x})
+    (got,) = opened(model, tmp_path).run({"x": x}).values()
+    assert got.dtype == dtype
+    assert np.array_equal(got, want)
+    assert got[:11].tolist() == [0, 1, -16, 20, 448, 448, -448, 2.0**-9, 0, 2.0**-9, 448]
 
 
 def test_every_operator_has_a_case() -> None:

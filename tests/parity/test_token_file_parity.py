@@ -32,9 +32,9 @@ def images(dtype: type) -> list[ImageTokens]:
     return [
         ImageTokens(name, "s" * 64, rng.normal(size=(n, 5)).astype(dtype), kept)
         for name, n, kept in (
-            ("a.jpg", 3, np.array([0, 4, 9], np.int64)),
+            ("a.jpg", 3, np.array([[0, 4, 9]], np.int64)),
             ('sub/"quoted" \\ ü 字.png', 7, np.arange(6, dtype=np.int64).reshape(2, 3)),
-            ("none", 0, None),
+            ("none", 0, np.zeros((1, 0), np.int64)),
         )
     ]
 
@@ -44,12 +44,11 @@ def test_the_package_reads_what_we_write(tmp_path: Path, dtype: type) -> None:
     path = tmp_path / "t.safetensors"
     path.write_bytes(to_bytes(ORIGIN, images(dtype)))
     found = load_file(path)
-    assert len(found) == 5
+    assert len(found) == 6
     for each in images(dtype):
         assert found[f"tokens/{each.name}"].dtype == dtype
         np.testing.assert_array_equal(found[f"tokens/{each.name}"], each.tokens)
-        if each.kept is not None:
-            np.testing.assert_array_equal(found[f"kept/{each.name}"], each.kept)
+        np.testing.assert_array_equal(found[f"kept/{each.name}"], each.kept)
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
     assert metadata["fingerprint"] == ORIGIN.fingerprint
@@ -94,7 +93,8 @@ def test_the_largest_header_is_the_packages() -> None:
 
 
 def test_numpy_reads_an_array() -> None:
-    both = [ImageTokens(name, "s", np.full((2, 5), 3, np.float16), None) for name in "ab"]
+    tokens, kept = np.full((2, 5), 3, np.float16), np.zeros((1, 2), np.int64)
+    both = [ImageTokens(name, "s", tokens, kept) for name in "ab"]
     file = io.BytesIO()
     _write_npy_header(file, [record_of(each) for each in both])
     write_tokens(file, both)

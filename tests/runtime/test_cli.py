@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vzip.runtime import cli, commands, console
+from vzip.runtime import VisionEncoder, cli, commands, console
 from vzip.runtime.cli import COMMANDS, main
 from vzip.runtime.errors import InvalidInputError, MissingDependencyError, VzipError
 from vzip.runtime.handoff.transformers import TransformersLLM
@@ -356,6 +356,29 @@ def test_mistyped_arguments(argv, text, capsys):
     assert captured.err.splitlines()[-1].startswith(f"vzip {argv[0]}: error: ")
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["b", "1", "2", "3", "-q?", "--backend", "x"],
+        ["b", "1", "2", "3", "--backend", "x", "-q?"],
+        ["b", "1", "--backend", "x", "2", "3", "-q?"],
+        ["--backend", "x", "b", "1", "2", "3", "-q?"],
+    ],
+)
+@pytest.mark.parametrize("dash", [False, True])
+def test_options_may_stand_anywhere(argv, dash, conversation, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(commands, "_conversation", lambda each: seen.append(each) or conversation)
+    if dash and argv[-1] == "-q?":
+        argv = [*argv[:-1], "--", "-q?"]
+    else:
+        argv = ["q?" if each == "-q?" else each for each in argv]
+    assert main(["ask", *argv]) == 0
+    assert capsys.readouterr().out.strip("<->\n") == "q?"
+    assert (str(seen[0].bundle), seen[0].backend) == ("b", "x")
+    assert list(map(str, seen[0].images)) == ["1", "2", "3"]
+
+
 def test_chat_answers_each_line_as_it_is_made(conversation, monkeypatch):
     monkeypatch.setattr(sys, "stdin", Terminal("one?\n\n  \ntwo? \n三?", terminal=False))
     stdout, stderr = Terminal(terminal=False), Terminal(terminal=False)
@@ -468,29 +491,210 @@ def test_what_is_neither_image_nor_video(tmp_path, capsys):
     assert video not in one_line(capsys)
 
 
-def test_an_animation_is_its_first_frame_and_that_is_said(tmp_path, capsys):
+class Asked(list):
+    """The tokens that an LLM was given, call by call."""
+
+    def open(self, bundle):
+        return self
+
+    def conversation(self, embeds, *, frames):
+        assert frames is None
+        self.append(embeds)
+        return Conversation()
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    made = Asked()
+    monkeypatch.setattr(commands, "own", lambda bundle: made)
+    monkeypatch.setattr(commands.ImageTokens, "of", lambda manifest: None)  # its weights are random
+    return made
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Bundles whose graph was opened, and how many images each encoded."""
+    made = []
+
+    class Counted(VisionEncoder):
+        def __init__(self, bundle, backend, opened):
+            super().__init__(bundle, backend, opened)
+            made.append([bundle.path.name, 0])
+
+        def image_tokens(self, image):
+            made[-1][1] += 1
+            return super().image_tokens(image)
+
+    monkeypatch.setattr("vzip.runtime.encoder.VisionEncoder", Counted)
+    return made
+
+
+def noise(path, seed, **options):
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def ask(bundle, *argv):
+    return main(["ask", str(bundle), *map(str, argv), "what?"])
+
+
+def test_an_animation_is_its_first_frame_and_that_is_said(tmp_path, asked, opened, capsys):
     first, second = (Image.new("RGB", (20, 20), colour) for colour in ("red", "blue"))
     output = tmp_path / "overlay.png"
     for suffix in ("gif", "webp", "png"):
         path = tmp_path / f"a.{suffix}"
         first.save(path, save_all=True, append_images=[second])
         says = f"a.{suffix} is animated: its first frame is taken"
+        more = "give a folder of frames or a video for more"
         assert main(["show", str(BUNDLE), str(path), "-o", str(output)]) == 0
         assert capsys.readouterr().err == f"{says}\n"
-        commands._image_of_conversation(path)
-        more = "give a folder of frames or a video for more"
-        assert capsys.readouterr().err == f"{says}; {more}\n"
+        opened.clear()
+        for options in ([], ["--cache", tmp_path / "cache"], ["--cache", tmp_path / "cache"]):
+            assert ask(BUNDLE, path, *options) == 0
+            assert capsys.readouterr().err == f"{says}; {more}\n"
+        assert len(opened) == 2, "the last is from the cache"
         first.save(path)
-        commands._image_of_conversation(path)
+        assert ask(BUNDLE, path) == 0
         assert capsys.readouterr().err == ""
 
 
-def test_pictures_behind_a_photo_are_no_animation(tmp_path, capsys):
+def test_pictures_behind_a_photo_are_no_animation(tmp_path, asked, capsys):
     photo, depth = (Image.new("RGB", (20, 20), colour) for colour in ("red", "blue"))
     path = tmp_path / "photo.jpg"
     photo.save(path, format="MPO", save_all=True, append_images=[depth])
-    commands._image_of_conversation(path)
+    assert ask(BUNDLE, path) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_a_picture_in_the_cache_is_not_encoded(image, tmp_path, asked, opened, monkeypatch):
+    cache = tmp_path / "cache"
+    assert ask(BUNDLE, image) == 0
+    assert ask(BUNDLE, image, "--cache", cache) == 0
+    assert opened == [["tiny_bundle", 1]] * 2
+    assert ask(BUNDLE, image, "--cache", cache) == 0
+    twin = tmp_path / "another name.jpg"
+    twin.write_bytes(image.read_bytes())
+    assert ask(BUNDLE, twin, "--cache", cache) == 0
+    monkeypatch.setattr(sys, "stdin", io.StringIO("what?"))
+    assert main(["chat", str(BUNDLE), str(image), "--cache", str(cache)]) == 0
+    assert opened == [["tiny_bundle", 1]] * 2, "no graph was opened"
+    assert len(asked) == 5
+    for (tokens,) in asked:
+        assert tokens.dtype == np.float32
+        np.testing.assert_array_equal(tokens, asked[0][0])
+
+
+def test_of_several_pictures_those_that_lack_are_encoded(tmp_path, asked, opened):
+    one, two, three = (noise(tmp_path / f"{seed}.png", seed) for seed in (1, 2, 3))
+    cache = tmp_path / "cache"
+    assert ask(BUNDLE, two, "--cache", cache) == 0
+    assert ask(BUNDLE, one, two, three, one, "--cache", cache) == 0
+    assert ask(BUNDLE, one, two, three, one) == 0
+    assert opened == [["tiny_bundle", 1], ["tiny_bundle", 2], ["tiny_bundle", 3]]
+    assert len({tokens.tobytes() for tokens in asked[1]}) == 3
+    np.testing.assert_array_equal(asked[1], asked[2])
+    np.testing.assert_array_equal(asked[1][1], asked[0][0])
+
+
+def test_another_bundles_tokens_and_another_pictures_are_not_taken(image, tmp_path, asked, opened):
+    cache, other = tmp_path / "cache", BUNDLE.with_name("tiny_static_bundle")
+    assert ask(BUNDLE, image, "--cache", cache) == 0
+    assert ask(other, image, "--cache", cache) == 0
+    assert [tokens[0].dtype for tokens in asked] == [np.float32, np.float16]
+    assert ask(BUNDLE, noise(image, 9), "--cache", cache) == 0  # under the same path
+    assert ask(BUNDLE, image, "--cache", tmp_path / "other cache") == 0
+    assert [name for name, _ in opened] == [BUNDLE.name, other.name, BUNDLE.name, BUNDLE.name]
+    assert not np.array_equal(asked[2], asked[0])
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_the_same_pixels_turned_are_another_picture(tmp_path, asked, opened):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    cache = tmp_path / "cache"
+    upright = noise(tmp_path / "a.jpg", 1)
+    assert ask(BUNDLE, upright, "--cache", cache) == 0
+    assert ask(BUNDLE, noise(tmp_path / "b.jpg", 1, exif=turned), "--cache", cache) == 0
+    assert len(opened) == 2
+    assert not np.array_equal(asked[0], asked[1])
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "none"])
+def test_a_damaged_entry_is_encoded_again(damage, image, tmp_path, asked, opened):
+    cache = tmp_path / "cache"
+    assert ask(BUNDLE, image, "--cache", cache) == 0
+    (entry,) = cache.iterdir()
+    data = bytearray(entry.read_bytes())
+    if damage == "bit":
+        data[-5] ^= 4
+    entry.write_bytes(data[:-4] if damage == "cut" else data)
+    for _ in range(2):
+        assert ask(BUNDLE, image, "--cache", cache) == 0
+    assert len(opened) == (1 if damage == "none" else 2)
+    np.testing.assert_array_equal(asked[1], asked[0])
+    np.testing.assert_array_equal(asked[2], asked[0])
+
+
+@pytest.mark.parametrize("kind", ["video", "folder", "several"])
+@pytest.mark.parametrize("command", ["ask", "chat"])
+def test_a_cache_holds_no_videos(command, kind, image, tmp_path, capsys):
+    shown = [tmp_path]
+    if kind != "folder":
+        shown = [tmp_path / "clip.mp4"]
+        shown[0].write_bytes(b"\0\0\0\x18ftypisom" + b"x" * 500)
+    shown = [str(each) for each in (shown if kind != "several" else [image, *shown])]
+    last = ["what?"] if command == "ask" else []
+    cache = tmp_path / "cache"
+    assert main([command, "no bundle", *shown, *last, "--cache", str(cache)]) == 2
+    assert "got --cache and a video, expected images" in one_line(capsys)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("fault", ["absent", "broken", "text", "frames"])
+def test_a_bad_image_is_explained_with_a_cache_as_without(fault, image, tmp_path, capsys):
+    options = []
+    if fault == "absent":
+        image.unlink()
+    elif fault == "broken":
+        image.write_bytes(image.read_bytes()[:300])
+    elif fault == "text":
+        image.write_text("no picture")
+    else:
+        options = ["--frames", "2"]
+    assert ask(BUNDLE, image, *options) == 2
+    line = one_line(capsys)
+    assert f"'{image}'" in line
+    assert ask(BUNDLE, image, *options, "--cache", tmp_path / "cache") == 2
+    assert one_line(capsys) == line
+    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("place", ["image.png", "absent/cache"])
+def test_a_cache_that_can_t_be_made_is_one_line(place, image, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(VisionEncoder, "open", lambda *_: pytest.fail("too late"))
+    assert ask(BUNDLE, image, "--cache", tmp_path / place) == 2
+    assert one_line(capsys).startswith(f"{tmp_path / place}: no token cache can be made there")
+
+
+def test_a_cache_that_can_t_be_written_is_one_line(image, tmp_path, asked, capsys, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert ask(BUNDLE, image, "--cache", tmp_path / "cache") == 2
+    assert "cache: the token cache can't be written (No space left on" in one_line(capsys)
+    assert asked == []
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_video_is_asked_about_alone(order, image, tmp_path, capsys):
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(b"\0\0\0\x18ftypisom" + b"x" * 500)
+    shown = [image, clip][::order]
+    assert ask("no bundle", *shown) == 2
+    assert "got 2 files and folders, expected one video or any number of images" in one_line(capsys)
 
 
 @pytest.mark.parametrize("fault", ["video broken", "folder empty", "frame broken"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import signal
@@ -21,7 +20,6 @@ from vzip.runtime.bundle import read_bundle
 from vzip.runtime.cli import main
 from vzip.runtime.encode_job import work_store
 from vzip.runtime.fingerprint import fingerprint
-from vzip.runtime.manifest import Manifest
 from vzip.runtime.token_cache import origin_of
 from vzip.runtime.token_file import TokenFile
 
@@ -45,16 +43,15 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes of the batches that go through a graph."""
+    """How many images or tiles went through a graph in one go."""
     sizes: list[int] = []
-    encode = VisionEncoder.encode
+    encode = VisionEncoder._encode_pixels  # what images and tiles have in common
 
-    def counted(self: VisionEncoder, images: Any, **options: Any) -> Any:
-        result = encode(self, images, **options)
-        sizes.append(len(images))
-        return result
+    def counted(self: VisionEncoder, pixels: Any, on_device: bool) -> Any:
+        sizes.append(len(pixels))
+        return encode(self, pixels, on_device)
 
-    monkeypatch.setattr(VisionEncoder, "encode", counted)
+    monkeypatch.setattr(VisionEncoder, "_encode_pixels", counted)
     return sizes
 
 
@@ -66,7 +63,7 @@ def stderr(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
-def contents(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+def contents(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     with TokenFile.open(path) as file:
         images = [file.read(name) for name in file.records]
         return {each.name: (each.tokens, each.kept) for each in images}
@@ -92,7 +89,7 @@ def test_a_folder_becomes_a_file(tmp_path: Path, folder: Path, name: str, capsys
             expected = encoder.encode([folder / image])
             assert tokens.dtype == np.dtype(manifest.embeds.dtype)
             np.testing.assert_allclose(tokens, expected.embeds[0], rtol=1e-3, atol=1e-3)
-            np.testing.assert_array_equal(kept, expected.kept[0])
+            np.testing.assert_array_equal(kept, expected.kept)  # [1, dominant]
     with TokenFile.open(output) as file:
         assert file.origin == origin_of(manifest)
         assert file.origin.fingerprint == fingerprint(manifest)
@@ -156,29 +153,10 @@ def test_tiles_are_those_of_image_embeds(tmp_path: Path, tiny_bundle: Path, orde
     found = contents(output)
     with VisionEncoder.open(bundle, "onnxruntime") as encoder:
         for image in images:
-            tokens, kept = found[image.name]
-            np.testing.assert_array_equal(tokens, encoder.image_embeds(image))
-            base = encoder.encode([image]).kept[0]
-            assert kept is not None
-            assert kept.shape[0] > 1
-            assert kept.shape[1:] == base.shape
-            np.testing.assert_array_equal(kept[0], base)
-
-
-def test_tiles_that_preprocessing_would_crop_have_no_kept_indices(
-    tmp_path: Path, tiny_bundle: Path
-) -> None:
-    def change(manifest: Manifest) -> Manifest:
-        prep = dataclasses.replace(manifest.preprocessing, mode="resize_crop", shortest_edge=20)
-        return dataclasses.replace(tiled("reference")(manifest), preprocessing=prep)
-
-    bundle = with_newline(tmp_path / "tiled", tiny_bundle, change)
-    image, output = draw(tmp_path / "a.png", 0, (60, 90)), tmp_path / "t.safetensors"
-    assert encode(bundle, image, "-o", output) == 0
-    tokens, kept = contents(output)["a.png"]
-    assert kept is None
-    with VisionEncoder.open(bundle, "onnxruntime") as encoder:
-        np.testing.assert_array_equal(tokens, encoder.image_embeds(image))
+            expected = encoder.image_tokens(image)
+            assert len(expected.kept) > 1
+            for one, other in zip(found[image.name], expected, strict=True):
+                np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -616,8 +616,9 @@ def picture(width: int, height: int) -> np.ndarray:
 
 def test_an_image_without_tiles_is_what_encode_gives(tiny_bundle: Path, golden: Arrays) -> None:
     with VisionEncoder.open(tiny_bundle, backend="onnxruntime") as encoder:
-        embeds = encoder.image_embeds(golden["images"][1])
+        embeds, kept = encoder.image_tokens(golden["images"][1])
         assert embeds.shape == (7, 6)
+        assert np.array_equal(kept, golden["kept"][1:2])
         assert np.abs(embeds - golden["embeds"][1]).max() < 1e-5 * np.abs(golden["embeds"]).max()
 
 
@@ -640,7 +641,9 @@ def test_an_image_with_tiles_is_the_base_tile_and_the_others_in_order(
             if order == "reference"
             else arrange_rows(embeds[1:], kept[1:], tiles.grid, NEWLINE, size[::-1], patches=(4, 4))
         )
-        result = encoder.image_embeds(image)
+        result, chosen = encoder.image_tokens(image)
+        assert np.array_equal(encoder.image_embeds(image), result)
+    assert np.array_equal(chosen, kept)
     assert result.dtype == np.float32
     assert order == "newline" or len(result) == 7 * len(tiles.images)
     assert result.shape == (7 + len(others), 6)

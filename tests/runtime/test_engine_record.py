@@ -78,7 +78,7 @@ def test_refuses_names_that_are_no_part_of_a_file_name(name: str) -> None:
         ("sm", ["8.7"], "'engines.sm' is '8.7', expected compute capabilities such as '87'"),
         ("sm", [87], "'engines.sm' is 87, expected compute capabilities"),
         ("jetpack", 6.2, "'engines.jetpack' is 6.2, expected a printable text"),
-        ("precision", "int8", "'engines.precision' is 'int8', expected one of"),
+        ("precision", "int4", "'engines.precision' is 'int4', expected one of"),
         ("batch", [1, 2], r"'engines.orin-fp16.batch' is \[1, 2\], expected an object"),
         ("batch", {"min": 1, "max": 1}, r"'engines.orin-fp16.batch' lacks \['opt'\]"),
         ("batch", {"min": 0, "opt": 1, "max": 1}, "'engines.batch.min' is 0, expected"),

@@ -38,7 +38,7 @@ OTHER = dataclasses.replace(ORIGIN, fingerprint="cd" * 32)
 
 def entry(number: int, count: int = 4) -> ImageTokens:
     tokens = np.full((count, 6), number, np.float32)
-    return ImageTokens("any name", f"{number:064x}", tokens, np.arange(2, dtype=np.int64))
+    return ImageTokens("any name", f"{number:064x}", tokens, np.arange(2, dtype=np.int64)[None])
 
 
 def get(cache: TokenCache, number: int, origin: Origin = ORIGIN) -> ImageTokens | None:
@@ -122,7 +122,6 @@ def test_gives_back_what_was_put(tmp_path: Path) -> None:
     cache.put(ORIGIN, entry(1))
     found = get(TokenCache(tmp_path / "cache"), 1)
     assert found is not None
-    assert found.kept is not None
     np.testing.assert_array_equal(found.tokens, entry(1).tokens)
     np.testing.assert_array_equal(found.kept, entry(1).kept)
     assert get(cache, 2) is None
@@ -269,11 +268,12 @@ class Counting:
     """An encoder that counts."""
 
     def __init__(self, encoder: VisionEncoder) -> None:
-        self.manifest, self.calls, self._encoder = encoder.manifest, 0, encoder
+        self.manifest, self.bundle = encoder.manifest, encoder.bundle
+        self.calls, self._encoder = 0, encoder
 
-    def image_embeds(self, image: Any) -> Any:
+    def image_tokens(self, image: Any) -> Any:
         self.calls += 1
-        return self._encoder.image_embeds(image)
+        return self._encoder.image_tokens(image)
 
 
 def test_an_image_is_encoded_once(tmp_path: Path, tiny_bundle: Path) -> None:
@@ -287,6 +287,9 @@ def test_an_image_is_encoded_once(tmp_path: Path, tiny_bundle: Path) -> None:
         for source in (data, path, str(path)):
             np.testing.assert_array_equal(cached_image_embeds(encoder, source, cache), expected)
         assert encoder.calls == 1
+        stored = cache.get(image_digest(data), fingerprint(opened.manifest))
+        assert stored is not None
+        np.testing.assert_array_equal(stored.kept, opened.image_tokens(path).kept)
         decoded = Image.open(io.BytesIO(data))
         for pixels in (decoded, np.asarray(decoded)):
             np.testing.assert_array_equal(cached_image_embeds(encoder, pixels, cache), expected)

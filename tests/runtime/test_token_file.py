@@ -19,7 +19,7 @@ ORIGIN = Origin("ab" * 32, "tests/tiny", "an order", 6, -200)
 def image(name: str, count: int = 3, dtype: type = np.float32, seed: int = 0) -> ImageTokens:
     rng = np.random.default_rng(seed)
     tokens = rng.normal(size=(count, 6)).astype(dtype)
-    return ImageTokens(name, f"{seed:064x}", tokens, np.arange(4, dtype=np.int64) + seed)
+    return ImageTokens(name, f"{seed:064x}", tokens, np.arange(4, dtype=np.int64)[None] + seed)
 
 
 def split(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -35,13 +35,13 @@ def join(header: dict[str, Any] | bytes, body: bytes) -> bytes:
 def test_the_bytes_of_a_small_file() -> None:
     tokens = np.array([[1, 2]], np.float32)
     data = to_bytes(
-        Origin("f", "m", "o", 2, 7), [ImageTokens("a", "s", tokens, np.array([5], np.int64))]
+        Origin("f", "m", "o", 2, 7), [ImageTokens("a", "s", tokens, np.array([[5]], np.int64))]
     )
     header, body = split(data)
     assert body == bytes([5, 0, 0, 0, 0, 0, 0, 0]) + bytes([0, 0, 128, 63, 0, 0, 0, 64])
     metadata = header.pop("__metadata__")
     assert header == {
-        "kept/a": {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]},
+        "kept/a": {"dtype": "I64", "shape": [1, 1], "data_offsets": [0, 8]},
         "tokens/a": {"dtype": "F32", "shape": [1, 2], "data_offsets": [8, 16]},
     }
     (entry,) = json.loads(metadata.pop("images"))
@@ -62,7 +62,7 @@ def test_the_bytes_of_a_small_file() -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_what_was_written_is_read(tmp_path: Path, dtype: type) -> None:
     tiles = ImageTokens("ü/b c.jpg", "2" * 64, np.ones((5, 6), dtype), np.zeros((3, 4), np.int64))
-    bare = ImageTokens("none", "3" * 64, np.zeros((0, 6), dtype), None)
+    bare = ImageTokens("none", "3" * 64, np.zeros((0, 6), dtype), np.zeros((1, 0), np.int64))
     images = [image("a", 2, dtype), tiles, bare]
     path = tmp_path / "t.safetensors"
     path.write_bytes(to_bytes(ORIGIN, images))
@@ -74,32 +74,33 @@ def test_what_was_written_is_read(tmp_path: Path, dtype: type) -> None:
             assert (found.name, found.sha256) == (each.name, each.sha256)
             assert found.tokens.dtype == each.tokens.dtype
             np.testing.assert_array_equal(found.tokens, each.tokens)
-            assert (found.kept is None) == (each.kept is None)
-            if each.kept is not None:
-                np.testing.assert_array_equal(found.kept, each.kept)
-                assert found.kept.dtype == np.int64
+            assert found.kept.dtype == np.int64
+            np.testing.assert_array_equal(found.kept, each.kept)
         with pytest.raises(InvalidInputError, match=r"got the image name 'b', expected one of"):
             file.read("b")
 
 
 def test_arrays_in_any_memory_order_are_written_in_one(tmp_path: Path) -> None:
     tokens = np.arange(12, dtype=np.float32).reshape(6, 2).T
-    data = to_bytes(ORIGIN, [ImageTokens("a", "s", tokens, None)])
-    assert split(data)[1] == np.ascontiguousarray(tokens).tobytes()
+    kept = np.arange(12, dtype=np.int64).reshape(4, 3).T
+    data = to_bytes(ORIGIN, [ImageTokens("a", "s", tokens, kept)])
+    assert split(data)[1] == kept.tobytes("C") + tokens.tobytes("C")
 
 
 @pytest.mark.parametrize(
     ("tokens", "kept"),
     [
-        (np.zeros((1, 2, 6), np.float32), None),
-        (np.zeros((2, 6), np.float64), None),
-        (np.zeros((2, 6), ">f4"), None),
-        (np.zeros((2, 6), np.float32), np.zeros(3, np.int32)),
+        (np.zeros((1, 2, 6), np.float32), np.zeros((1, 3), np.int64)),
+        (np.zeros((2, 6), np.float64), np.zeros((1, 3), np.int64)),
+        (np.zeros((2, 6), ">f4"), np.zeros((1, 3), np.int64)),
+        (np.zeros((2, 6), np.float32), np.zeros((1, 3), np.int32)),
+        (np.zeros((2, 6), np.float32), np.zeros(3, np.int64)),
         (np.zeros((2, 6), np.float32), np.zeros((1, 1, 3), np.int64)),
     ],
 )
 def test_refuses_other_arrays(tokens: Any, kept: Any) -> None:
-    with pytest.raises(InvalidInputError, match=r"expected float32 or float16 \[n, L\]"):
+    text = r"expected float32 or float16 \[n, L\] and int64 \[tiles, dominant\]; give them as"
+    with pytest.raises(InvalidInputError, match=text):
         to_bytes(ORIGIN, [ImageTokens("a", "s", tokens, kept)])
 
 
@@ -136,6 +137,17 @@ def tensor(**values: object) -> Callable[[bytes], bytes]:
     return spoil(lambda header: header["tokens/a"].update(values))
 
 
+def kept(**values: object) -> Callable[[bytes], bytes]:
+    return spoil(lambda header: header["kept/a"].update(values))
+
+
+def without_kept(data: bytes) -> bytes:
+    header, body = split(data)
+    begin, end = header.pop("kept/a")["data_offsets"]
+    header["tokens/a"]["data_offsets"] = [begin, len(body) - end]
+    return join(header, body[end:])
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -164,6 +176,8 @@ def tensor(**values: object) -> Callable[[bytes], bytes]:
         (tensor(shape=[-3, -6]), "the tensor 'tokens/a' doesn't lie where"),
         (tensor(shape=[3, 7]), "the tensor 'tokens/a' doesn't lie where"),
         (tensor(shape=[18]), r"it has no tokens \[n, L\] for 'a'"),
+        (kept(shape=[4]), r"it has no kept indices \[tiles, dominant\] for 'a'"),
+        (without_kept, r"it has no kept indices \[tiles, dominant\] for 'a'"),
         (tensor(data_offsets=[0, 72]), "the tensor 'tokens/a' doesn't lie where"),
         (tensor(data_offsets=[32]), "the tensor 'tokens/a' can't be understood"),
     ],

@@ -1,0 +1,185 @@
+"""Compressed tokens in every LLM engine of this process: ``python -m benchmarks.handoff``.
+
+The demo model's tower and VisionZip make the tokens of held-out scenes, once; transformers,
+llama.cpp and ONNX Runtime answer the same questions about them. Counts the answers that equal
+transformers', and those that are right; and times the first token of a first question beside that
+of a second one about the same picture. The engines take turns, so that a drifting machine favours
+none. Writes ``benchmarks/results/handoff.json`` and the same as a table in Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.environment import environment
+from vzip.calibration.demo import accuracy
+from vzip.runtime import VisionEncoder
+from vzip.runtime.bundle import read_bundle
+from vzip.runtime.cli import main as vzip
+from vzip.runtime.handoff.engines import parse
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vzip.runtime.handoff import Embeds
+
+RESULTS = Path(__file__).parent / "results"
+TOKENS = 43
+REFERENCE = "transformers"
+PACKAGES = {
+    REFERENCE: ("transformers", "torch"),
+    "llama.cpp": ("llama_cpp_python",),
+    "onnxruntime": ("onnxruntime", "tokenizers"),
+}
+
+
+def prepare(folder: Path) -> tuple[Path, dict[str, str]]:
+    """Export the demo model with its LLM, and convert that for llama.cpp.
+
+    Returns:
+        The bundle, and what ``--llm`` says for each engine.
+    """
+    bundle, gguf = folder / "bundle", folder / "demo.gguf"
+    arguments = ["--model", "demo", "--tokens", str(TOKENS), "--with-llm", "-o", str(bundle)]
+    assert vzip(["export", *arguments]) == 0
+    assert vzip(["convert", "demo", "--gguf", str(gguf)]) == 0
+    return bundle, {
+        REFERENCE: f"{REFERENCE}:demo",
+        "llama.cpp": f"llama.cpp:{gguf}",
+        "onnxruntime": f"onnxruntime:{bundle}",
+    }
+
+
+def first_token_ms(conversation: Any, question: str) -> tuple[float, str]:
+    """Ask, and time the first piece of the answer.
+
+    Returns:
+        Milliseconds from the question to the first piece, and the whole answer.
+    """
+    start = time.perf_counter()
+    pieces = conversation.stream(question)
+    first = next(pieces, "")
+    taken = (time.perf_counter() - start) * 1000
+    return taken, (first + "".join(pieces)).strip()
+
+
+def measure(seed: int, count: int) -> dict[str, Any]:
+    """Ask every engine every question, and as a second turn the next question of the scene."""
+    where = environment("numpy")
+    held_out = accuracy.held_out(seed, count, painted=224)
+    with tempfile.TemporaryDirectory() as folder:
+        path, names = prepare(Path(folder))
+        bundle = read_bundle(path)
+        with VisionEncoder.open(bundle) as encoder:
+            embeds: list[Embeds] = []
+            encode_ms: list[float] = []
+            for picture in held_out.pictures:
+                start = time.perf_counter()
+                embeds.append(encoder.image_embeds(picture))
+                encode_ms.append((time.perf_counter() - start) * 1000)
+        llms = {engine: parse(text).open(bundle) for engine, text in names.items()}
+        answers: dict[str, list[str]] = {engine: [] for engine in llms}
+        second_answers: dict[str, list[str]] = {engine: [] for engine in llms}
+        first_ms: dict[str, list[float]] = {engine: [] for engine in llms}
+        second_ms: dict[str, list[float]] = {engine: [] for engine in llms}
+        right = []
+        for tokens, questions in zip(embeds, held_out.questions, strict=True):
+            for number, question in enumerate(questions):
+                right.append(question.answer)
+                following = questions[(number + 1) % len(questions)].text
+                for engine, llm in llms.items():
+                    conversation = llm.conversation(tokens)
+                    taken, answer = first_token_ms(conversation, question.text)
+                    first_ms[engine].append(taken)
+                    answers[engine].append(answer)
+                    taken, answer = first_token_ms(conversation, following)
+                    second_ms[engine].append(taken)
+                    second_answers[engine].append(answer)
+    rows = []
+    for engine in llms:
+        same = sum(a == b for a, b in zip(answers[engine], answers[REFERENCE], strict=True))
+        later = sum(
+            a == b for a, b in zip(second_answers[engine], second_answers[REFERENCE], strict=True)
+        )
+        rows.append(
+            {
+                "engine": engine,
+                "versions": {p: importlib.metadata.version(p) for p in PACKAGES[engine]},
+                "same_as_transformers": same,
+                "second_turn_same": later,
+                "right": sum(a == b for a, b in zip(answers[engine], right, strict=True)),
+                "first_token_ms": spread(first_ms[engine]),
+                "second_turn_first_token_ms": spread(second_ms[engine]),
+            }
+        )
+    return {
+        "seed": seed,
+        "scenes": count,
+        "questions": len(right),
+        "tokens": TOKENS,
+        "encode_ms": spread(encode_ms),
+        "rows": rows,
+        "environment": where,
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return median and 90th percentile."""
+    return {
+        "median": round(statistics.median(values), 2),
+        "p90": round(statistics.quantiles(values, n=10)[-1], 2),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result of `measure` as Markdown."""
+    total = result["questions"]
+    encode = result["encode_ms"]["median"]
+    lines = [
+        (
+            f"{total} held-out questions about {result['scenes']} scenes (seed {result['seed']}), "
+            f"the demo model, {result['tokens']} of 196 tokens, greedy; then another question "
+            f"about the same picture. Medians on {result['environment']['cores']} cores, "
+            f"{result['environment']['processor']}; encoding takes {encode:.1f} ms, once a picture."
+        ),
+        "",
+        (
+            "| engine | answers as transformers' | second turn's | right | first token, first turn "
+            "(encoded already) | with encoding | first token, second turn |"
+        ),
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        first = row["first_token_ms"]["median"]
+        lines.append(
+            f"| {row['engine']} | {row['same_as_transformers']} of {total} | "
+            f"{row['second_turn_same']} of {total} | {row['right'] / total:.1%} | {first:.1f} ms | "
+            f"{first + encode:.1f} ms | {row['second_turn_first_token_ms']['median']:.1f} ms |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=4711, help="of the test scenes")
+    parser.add_argument("--scenes", type=int, default=40)
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    result = measure(options.seed, options.scenes)
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "handoff.json").write_text(json.dumps(result, indent=1) + "\n")
+    (options.output / "handoff.md").write_text(table(result), encoding="utf-8")
+    print(table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

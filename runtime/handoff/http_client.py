@@ -1,0 +1,342 @@
+"""HTTP to a server that speaks OpenAI's chat protocol, with one-line errors; standard library only.
+
+Proxies are those that the environment names, but none for this machine's own addresses. No
+redirection is followed: it would lose the body, and might take the API key to another host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import io
+import ipaddress
+import json
+import os
+import socket
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from vzip.runtime.errors import BackendError, InvalidInputError, VzipError
+
+CALL_SECONDS: Final = 30.0
+"""Longest wait for what a server knows by itself; it tells soon that nobody is there."""
+
+ANSWER_SECONDS: Final = 600.0
+"""Longest wait for an answer's next piece: a request may stand in a queue."""
+
+_LONGEST_LINE: Final = 1 << 20  # characters of one event; an answer's piece has a few hundred
+_LONGEST_ERROR: Final = 1 << 16  # bytes that are read of an error's page
+_LONGEST_MESSAGE: Final = 400  # characters of the server's own words that are repeated
+
+# What FastAPI and the engines' own checks answer to a request that they don't take.
+_REFUSED: Final = (400, 413, 422)
+_ENDED_BY_ERROR: Final = ("abort", "error")
+
+
+class Client:
+    """Requests to one server, with its errors as ours.
+
+    Args:
+        name: The engine's name, for messages.
+        url: The server's address.
+        key_variable: Environment variable of its API key.
+
+    Raises:
+        InvalidInputError: The address or the key can't be one.
+    """
+
+    def __init__(self, name: str, url: str, key_variable: str) -> None:
+        self._name, self._key_variable = name, key_variable
+        self.url, host = _address(name, url)
+        scheme = urlsplit(self.url).scheme
+        # A proxy is for the network outside; who names this machine means this machine.
+        proxies = {} if _is_local(host) else urllib.request.getproxies()
+        self._proxied = scheme in proxies and not urllib.request.proxy_bypass(host)
+        self._opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler(proxies), _NoRedirects()
+        )
+        self._key = os.environ.get(key_variable, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise InvalidInputError(
+                f"{name}: the API key in {key_variable} holds characters that no HTTP header "
+                "takes; set it again, without line breaks"
+            )
+
+    def get(self, path: str) -> Any:
+        """Return what a path holds, as parsed JSON."""
+        return self._call(path, None)
+
+    def call(self, path: str, body: Mapping[str, Any]) -> Any:
+        """Send JSON that the server answers at once, and return its answer, parsed."""
+        return self._call(path, json.dumps(body).encode())
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Events:
+        """Send JSON, and return the events that answer it."""
+        data = json.dumps(body).encode()
+        with self._errors(ANSWER_SECONDS):
+            response = self._open(path, data, ANSWER_SECONDS)
+        return Events(self, response)
+
+    def _call(self, path: str, data: bytes | None) -> Any:
+        with self._errors(CALL_SECONDS), self._open(path, data, CALL_SECONDS) as response:
+            answer = response.read()
+        try:
+            return json.loads(answer)
+        except ValueError as error:
+            raise BackendError(
+                f"{self._name}: {self.url}{path} answered with {_kind(response)} that is not JSON; "
+                "it is no server of this engine: give the server's address, without a path"
+            ) from error
+
+    def broken(self, what: str) -> BackendError:
+        """Return the error for an answer that can't be used; `what` completes "the server …"."""
+        return BackendError(f"{self._name}: the server at {self.url} {what}")
+
+    def clean(self, text: str) -> str:
+        """Return the server's words on one line, of bounded length, without the API key."""
+        line = " ".join(text.split())
+        line = line.replace(self._key, "***") if self._key else line
+        return line if len(line) <= _LONGEST_MESSAGE else line[:_LONGEST_MESSAGE] + "…"
+
+    @contextlib.contextmanager
+    def _errors(self, seconds: float) -> Iterator[None]:
+        """Turn what goes wrong on the way into one of our errors."""
+        try:
+            yield
+        except urllib.error.HTTPError as error:
+            with error:
+                raise self._refusal(error) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise self.broken(self._trouble(error, seconds)) from error
+
+    def errors(self) -> contextlib.AbstractContextManager[None]:
+        """Do so while an answer is read."""
+        return self._errors(ANSWER_SECONDS)
+
+    def _open(self, path: str, data: bytes | None, seconds: float) -> http.client.HTTPResponse:
+        request = urllib.request.Request(self.url + path, data)  # noqa: S310  http(s), checked
+        if data is not None:
+            request.add_header("Content-Type", "application/json")
+        if self._key:
+            request.add_unredirected_header("Authorization", f"Bearer {self._key}")
+        response: http.client.HTTPResponse = self._opener.open(request, timeout=seconds)
+        return response
+
+    def _refusal(self, error: urllib.error.HTTPError) -> VzipError:
+        """Return the error for an HTTP status of 300 or more."""
+        try:
+            page = error.read(_LONGEST_ERROR)
+        except (OSError, http.client.HTTPException):
+            page = b""
+        words = self.clean(_server_words(page))
+        status = f"HTTP {error.code} {self.clean(str(error.reason))}".strip()
+        got = f"answered {status}" + (f": {words}" if words else "")
+        # rstrip: the server's words often end a sentence, and ours goes on.
+        got = got.rstrip(".; ")
+        if error.code in _REFUSED:
+            return InvalidInputError(f"{self._name}: the server at {self.url} {got}")
+        if error.code in (401, 403):
+            state = "holds another key" if self._key else "is not set"
+            cure = f"the environment variable {self._key_variable} {state}: set the server's key"
+        elif 300 <= error.code < 400:
+            where = self.clean(error.headers.get("Location", "another address"))
+            cure = f"it redirects to {where}, and requests with a body don't follow: give that"
+        elif error.code == 404 and not words.lower().startswith("the model"):
+            path = urlsplit(error.url or "").path
+            cure = f"it has no {path}: give the address of a server of this engine"
+        elif error.code in (429, 503):
+            cure = "it is busy or not ready yet: try again later"
+        else:
+            cure = "see the server's log"
+        return self.broken(f"{got}; {cure}")
+
+    def _trouble(self, error: Exception, seconds: float) -> str:
+        """Say what became of the connection; the words complete "the server at …"."""
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        by = " (through the proxy that the environment names)" if self._proxied else ""
+        match reason:
+            case ConnectionRefusedError():
+                said = f"refuses connections{by}; start it, or check the address and its port"
+            case socket.gaierror():
+                said = f"is at a host that is not known here{by}; check the address"
+            case TimeoutError():
+                said = (
+                    f"did not answer within {seconds:.0f} s{by}; check the address, and whether "
+                    "the server is busy or stuck"
+                )
+            case ssl.SSLCertVerificationError():
+                said = (
+                    f"has a certificate that is not trusted here ({reason.verify_message}); name "
+                    "that of its authority in the environment variable SSL_CERT_FILE"
+                )
+            case ssl.SSLError():
+                said = (
+                    f"does not speak TLS ({reason.reason}); if it has no certificate its address "
+                    "begins with http://"
+                )
+            case ConnectionError() | http.client.IncompleteRead():
+                said = f"closed the connection{by}; see its log"
+            case http.client.HTTPException():
+                said = (
+                    "answered with something that is not HTTP; check the port, and whether the "
+                    "address begins with https://"
+                )
+            case _:
+                said = f"can't be reached{by}: {self.clean(str(reason))}; check the address"
+        return said
+
+
+class Events:
+    """The server-sent events of one answer.
+
+    Format: https://html.spec.whatwg.org/multipage/server-sent-events.html
+    """
+
+    def __init__(self, client: Client, response: http.client.HTTPResponse) -> None:
+        self._client, self._response = client, response
+        # Reads what is there, and keeps the beginning of a character whose other bytes follow.
+        self._lines = io.TextIOWrapper(response, encoding="utf-8", newline=None)
+
+    def close(self) -> None:
+        """Drop the connection, whereupon the server stops making the answer."""
+        self._lines.close()
+
+    def pieces(self) -> Iterator[str]:
+        """Yield the answer's text as it comes; to its end, or raise."""
+        if self._response.headers.get_content_type() != "text/event-stream":
+            with self._client.errors():
+                page = self._response.read(_LONGEST_ERROR)
+            words = self._client.clean(_server_words(page)) or f"{_kind(self._response)}"
+            raise self._client.broken(
+                f"answered with no stream of events: {words}; see its log, and whether "
+                "the address is that of an OpenAI-compatible server"
+            )
+        ended = False
+        for data in self._data():
+            if data == "[DONE]":
+                return
+            piece, reason = self._read(data)
+            if reason in _ENDED_BY_ERROR:
+                raise self._client.broken(
+                    f"ended the answer with {reason!r}; ask again, and see its log"
+                )
+            ended = ended or reason is not None
+            if piece:
+                yield piece
+        if not ended:
+            raise self._client.broken("broke off in the middle of an answer; see its log")
+
+    def _read(self, data: str) -> tuple[str, str | None]:
+        """Return an event's text, and why the answer ends if it does."""
+        try:
+            event = json.loads(data)
+            if isinstance(event, dict) and (event.get("error") or event.get("object") == "error"):
+                words = self._client.clean(_server_words(data.encode()))
+                raise self._client.broken(f"failed while answering: {words}; see its log")
+            choices = event["choices"]
+            if not choices:  # what was used, at the end
+                return "", None
+            piece = choices[0]["delta"].get("content") or ""
+            reason = choices[0].get("finish_reason")
+            piece.encode()  # text that can be written, or this is no piece
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise self._client.broken(
+                f"sent an event that is no piece of an answer: {self._client.clean(data[:80])!r}; "
+                "it is no OpenAI-compatible server, or a proxy changed the answer"
+            ) from error
+        return piece, reason
+
+    def _data(self) -> Iterator[str]:
+        """Yield the data of each event; comments and other fields are passed over."""
+        data: list[str] = []
+        while True:
+            with self._client.errors():
+                try:
+                    line = self._lines.readline(_LONGEST_LINE)
+                except UnicodeDecodeError as error:
+                    raise self._client.broken(
+                        "sent an answer that is not UTF-8; it is no OpenAI-compatible server"
+                    ) from error
+            if len(line) == _LONGEST_LINE:
+                raise self._client.broken(
+                    f"sent a line of {_LONGEST_LINE} characters or more; it is no stream of events"
+                )
+            field, _, value = line.rstrip("\n").partition(":")
+            if field == "data":
+                data.append(value.removeprefix(" "))
+            if (not line or line == "\n") and data:
+                yield "\n".join(data)
+                data = []
+            if not line:
+                return
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows no redirection: it would lose the body, and might take the key to another host."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        """Leave it the error that it is."""
+
+
+def _address(name: str, url: str) -> tuple[str, str]:
+    """Return a server's address without ``/v1``, and its host.
+
+    Raises:
+        InvalidInputError: It is no address of a server.
+    """
+    text = url.strip()
+    example = "http://127.0.0.1:8000"
+    try:
+        parts = urlsplit(text)
+        host, _ = parts.hostname, parts.port
+    except ValueError:  # a port that is no number, a bracket without its twin
+        host = None
+    if "@" in text:
+        raise InvalidInputError(
+            f"{name}: the server's address holds a user name or password; give it without, such "
+            f"as {example}, and an API key in the environment"
+        )
+    plain = text.isascii() and text.isprintable() and " " not in text
+    if not host or not plain or parts.scheme not in ("http", "https"):
+        raise InvalidInputError(
+            f"{name}: got the address {text!r}, expected that of a server, such as {example}; "
+            "begin it with http:// or https://, and write a port as a number"
+        )
+    if parts.query or parts.fragment:
+        raise InvalidInputError(
+            f"{name}: got the address {text!r}, expected one without '?' and '#', such as {example}"
+        )
+    path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
+    return f"{parts.scheme}://{parts.netloc}{path}", host
+
+
+def _is_local(host: str) -> bool:
+    """Return whether a host is this machine: by name, or an address of it or of none (0.0.0.0)."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
+
+
+def _kind(response: http.client.HTTPResponse) -> str:
+    return str(response.headers.get_content_type())
+
+
+def _server_words(page: bytes) -> str:
+    """Return what a server says of an error, of the forms that the engines use; else nothing."""
+    try:
+        said = json.loads(page)
+    except ValueError:  # a proxy's page, or plain text
+        text = page.decode(errors="replace")
+        return "" if "<" in text else text
+    for key in ("error", "detail", "message", "msg"):
+        while isinstance(said, list) and said:  # FastAPI's list of what is wrong with the body
+            said = said[0]
+        if isinstance(said, dict) and key in said:
+            said = said[key]
+    return said if isinstance(said, str) else json.dumps(said)
