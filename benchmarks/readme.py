@@ -56,9 +56,17 @@ def export_cost(result: dict[str, Any]) -> str:
     )
 
 
+def handoff(result: dict[str, Any]) -> str:
+    """Return the table of the LLM engines that ran on this machine."""
+    from benchmarks.handoff import table
+
+    return table(result).rstrip("\n")
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo_accuracy": demo_accuracy,
     "export_cost": export_cost,
+    "handoff": handoff,
 }
 
 

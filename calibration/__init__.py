@@ -1,1 +1,1 @@
-"""What learns from representative data; so far, the demo model."""
+"""What learns from representative data: quantisation, projector, budgets, and the demo model."""

@@ -181,12 +181,34 @@ def right_answers(
     Returns:
         For each picture and question.
     """
+    projector = model.model.multi_modal_projector
+    parts = [projector(features[start : start + 32]) for start in range(0, len(features), 32)]
+    return right_with(model, packer, torch.cat(parts), questions)
+
+
+@torch.no_grad()
+def right_with(
+    model: LlavaForConditionalGeneration,
+    packer: dialogue.Packer,
+    embeds: torch.Tensor,
+    questions: Sequence[Sequence[scenes.Question]],
+) -> list[list[bool]]:
+    """As :func:`right_answers`, for pictures that went through the projector already.
+
+    Args:
+        model: The model, FP32.
+        packer: A packer for K image tokens.
+        embeds: float32 [B, K, L], what the language model gets.
+        questions: For each of the B pictures.
+
+    Returns:
+        For each picture and question.
+    """
     right: list[list[bool]] = []
     for start in range(0, len(questions), 32):
         asked = questions[start : start + 32]
         packed = packer.pack(asked, [True] * len(asked))
-        embeds = model.model.multi_modal_projector(features[start : start + 32])
-        logits, targets = answer_logits(model, embeds, packed)
+        logits, targets = answer_logits(model, embeds[start : start + 32], packed)
         hits = np.zeros(packed.targets.shape, bool)
         hits[packed.targets >= 0] = (logits.argmax(-1) == targets).numpy()
         for row, turns in enumerate(asked):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -114,7 +115,7 @@ def test_help_and_arguments_that_there_are_not(capsys: pytest.CaptureFixture[str
 
 def test_it_is_among_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-h"]) == 0
-    assert "  models   list the models that have a name" in capsys.readouterr().out
+    assert re.search(r"^  models +list the models that have a name$", capsys.readouterr().out, re.M)
 
 
 def test_every_published_repository_is_printed() -> None:

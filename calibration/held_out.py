@@ -1,0 +1,126 @@
+"""The demo model's accuracy: the only one that can be had without a data set and a large LLM."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vzip.calibration.demo import accuracy, dialogue
+from vzip.calibration.sweep_graph import Variant
+from vzip.export import visionzip
+from vzip.runtime import demo
+from vzip.runtime.errors import missing
+
+SEED: Final = 90210
+"""Of the scenes: one that training never saw, that of `benchmarks/demo_accuracy.py`."""
+
+SCENES: Final = 150
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of questions that get exactly the right answer.
+
+    Attributes:
+        share: From 0 to 1.
+        questions: How many were asked.
+    """
+
+    share: float
+    questions: int
+
+    @property
+    def error(self) -> float:
+        """Standard error of the share, as if questions were independent."""
+        return math.sqrt(self.share * (1 - self.share) / self.questions)
+
+
+class DemoQuestions:
+    """Scenes with digits that the demo model never saw, questions about them, and its LLM.
+
+    Args:
+        seed: Of the scenes and the questions.
+        scenes: How many.
+
+    Raises:
+        MissingDependencyError: The digits come from scikit-learn.
+    """
+
+    def __init__(self, seed: int = SEED, scenes: int = SCENES) -> None:
+        try:
+            import sklearn  # noqa: F401 - the digits are its data
+        except ImportError as error:
+            raise missing("sklearn", needed_for="the demo's questions", extra="demo") from error
+        import transformers
+
+        folder = demo.checkpoint()
+        self._model = transformers.AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=torch.float32
+        ).eval()
+        self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self._test = accuracy.held_out(seed, scenes, self._model.config.vision_config.image_size)
+        self.seed = seed
+
+    @property
+    def pictures(self) -> NDArray[np.uint8]:
+        """uint8 [B, side, side, 3], at the tower's resolution."""
+        return self._test.pictures
+
+    @cached_property
+    def _encoded(self) -> accuracy.Encoded:
+        """What the tower makes of them: once for all budgets."""
+        return accuracy.encode(self._model, self.pictures)
+
+    def uncompressed(self) -> Accuracy:
+        """Return the accuracy with all patches."""
+        return self._with_features(self._encoded.hidden[:, 1:])
+
+    def compressed(self, variant: Variant) -> Accuracy:
+        """Return the accuracy with VisionZip's tokens."""
+        budget = variant.budget
+        tokens, _ = visionzip.compress(
+            self._encoded.hidden,
+            self._encoded.keys,
+            self._encoded.cls_attention,
+            dominant=budget.dominant,
+            contextual=budget.contextual,
+            merge=variant.merge,
+            cls_token=budget.cls_token,
+        )
+        return self._with_features(tokens)
+
+    def answered(self, embeds: Array) -> Accuracy:
+        """Return the accuracy with what an encoder made of `pictures`.
+
+        Args:
+            embeds: [B, K, L], any floating dtype.
+        """
+        tokens = torch.from_numpy(np.ascontiguousarray(embeds, np.float32))
+        packer = self._packer(tokens.shape[1])
+        return self._share(accuracy.right_with(self._model, packer, tokens, self._test.questions))
+
+    def to_json(self) -> Mapping[str, int]:
+        """Return what was asked."""
+        count = sum(map(len, self._test.questions))
+        return {"seed": self.seed, "scenes": len(self.pictures), "questions": count}
+
+    def _with_features(self, tokens: torch.Tensor) -> Accuracy:
+        packer = self._packer(tokens.shape[1])
+        asked = self._test.questions
+        return self._share(accuracy.right_answers(self._model, packer, tokens, asked))
+
+    def _packer(self, count: int) -> dialogue.Packer:
+        return dialogue.Packer(self._tokenizer, self._model.config.image_token_id, count)
+
+    def _share(self, right: list[list[bool]]) -> Accuracy:
+        every = [answer for answers in right for answer in answers]
+        return Accuracy(float(np.mean(every)), len(every))

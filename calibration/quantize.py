@@ -1,0 +1,425 @@
+"""From a bundle and some images to a graph whose linear layers are quantised, and a report."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vzip.calibration import smooth
+from vzip.calibration.agreement import Agreement, compare
+from vzip.calibration.graph import Chain, Graph, Kind, Linear, Session
+from vzip.calibration.qdq import Setting, opset_of, quantised
+from vzip.calibration.ranges import Histograms, Peaks, thresholds
+from vzip.calibration.recipe import Recipe
+from vzip.calibration.samples import Samples
+from vzip.calibration.sensitivity import (
+    Effect,
+    Goal,
+    Judge,
+    Layers,
+    effects,
+    fewest,
+    ranking,
+    scores_name,
+)
+from vzip.runtime.bundle import Bundle
+from vzip.runtime.console import progress
+from vzip.runtime.errors import ParityError
+from vzip.runtime.manifest import EMBEDS, KEPT, Manifest
+
+Array = NDArray[Any]
+Say = Callable[[str], None]
+
+DECIDING = 8
+"""Images, of those calibrated on, by which layers are chosen to stay in high precision."""
+
+ALONE = 2
+"""Images, of these, on which each layer is quantised alone: a run for every layer."""
+
+_LARGEST_BATCH = 8  # of a graph with an open batch: what one layer makes of them is held at once
+_HEADROOM = 0.1  # of the way to 1: the images that decide are not those that judge
+_ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One linear layer, or q, k and v together.
+
+    Attributes:
+        name: Such as ``layers.3.qkv``.
+        kind: ``qkv``, ``out_proj``, ``fc1``, ``fc2`` or ``projector``.
+        range: Magnitude at which its input is clipped, after smoothing.
+        peak: Largest magnitude of its input, before.
+        smoothing: Largest ratio of two of its smoothing factors; null if it isn't smoothed.
+        effect: What quantising it alone costs; null if that was not measured.
+        quantised: Whether it is.
+        reason: Why not; null if it is.
+    """
+
+    name: str
+    kind: Kind
+    range: float
+    peak: float
+    smoothing: float | None
+    effect: Effect | None
+    quantised: bool
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done and what it gave.
+
+    Attributes:
+        recipe: How.
+        samples: `Samples.to_json` of all images.
+        calibrated: Images that ranges and layers were chosen by.
+        held_apart: Images that the agreement was measured on, and nothing else.
+        deciding: Images, of those calibrated on, that layers were chosen by.
+        rounds: How often the images held apart were looked at: more than once if a choice didn't
+            hold on them.
+        opset: Of the quantised graph.
+        layers: In the order in which they run.
+        agreement: Of the quantised graph with the bundle's own, on the images held apart.
+        unrefined: The same with every layer quantised, on the deciding images; null if nothing
+            asked for it.
+        seconds: That it took.
+        peak_bytes: Largest resident memory of the process.
+        threads: Processor cores of the machine, one thread on each.
+    """
+
+    recipe: Recipe
+    samples: Mapping[str, Any]
+    calibrated: int
+    held_apart: int
+    deciding: int
+    rounds: int
+    opset: int
+    layers: tuple[LayerReport, ...]
+    agreement: Agreement
+    unrefined: Agreement | None
+    seconds: float
+    peak_bytes: int
+    threads: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as values that `json` writes."""
+        return asdict(self)
+
+
+class Quantised:
+    """A quantised graph, not yet on disk.
+
+    Attributes:
+        report: What was done.
+        precision: ``int8`` or ``fp8``.
+        opset: Of the graph.
+    """
+
+    def __init__(self, graph: Graph, report: Report) -> None:
+        self.graph = graph
+        self.report = report
+        self.precision = report.recipe.precision
+        self.opset = graph.opset
+
+    @property
+    def file(self) -> str:
+        """Name of the graph's file; its weights are in the file of that name and ``.data``."""
+        return f"model.{self.precision}.onnx"
+
+    def save(self, folder: Path) -> None:
+        """Write the graph and its weights into a folder."""
+        self.graph.save(folder, self.file)
+
+
+def quantize(bundle: Bundle, samples: Samples, recipe: Recipe, *, step: Say) -> Quantised:
+    """Quantise the linear layers of a bundle's graph.
+
+    Args:
+        bundle: Whose own graph is read, whatever other precisions it holds.
+        samples: One in five is held apart to judge by.
+        recipe: How.
+        step: Told what begins.
+
+    Returns:
+        The graph and the report; nothing was written.
+
+    Raises:
+        BundleError: The bundle is damaged, or its graph is another exporter's.
+        InvalidInputError: An image changed since it was hashed.
+        BackendError: ONNX Runtime can't run the graph.
+        ParityError: The recipe's limits can't be kept; says what was reached.
+    """
+    started = time.monotonic()
+    calibrate, apart = samples.split()
+    work = _Work(bundle, recipe, calibrate, step)
+    settings = work.settings()
+    goal = Goal.of(recipe)
+    unrefined, found, order = None, dict[str, Effect](), list[str]()
+    if goal != Goal(None, None):
+        unrefined, found, order = work.effects(settings, goal)
+    step(f"running the bundle's own graph on {len(apart)} images held apart")
+    work.chain.close()
+    expected = _outputs(work.graph, bundle.manifest, apart)
+    aim, count, rounds = goal.nearer(_HEADROOM), 0, 0
+    while True:
+        rounds += 1
+        if unrefined is not None:
+            step("choosing the layers that stay in high precision")
+            count = work.choose(settings, order, aim, count)
+        high = frozenset(order[:count])
+        if len(high) == len(work.linears):
+            raise ParityError(_unreachable(recipe, unrefined))
+        chosen = {name: each for name, each in settings.items() if name not in high}
+        graph = quantised(work.graph, chosen, recipe.precision, work.opset)
+        step(f"judging {len(chosen)} quantised layers on the images held apart")
+        work.close()
+        agreement = compare(expected, _outputs(graph, bundle.manifest, apart), bundle.manifest)
+        if goal.met(agreement):
+            break
+        if rounds == _ROUNDS:
+            raise ParityError(_missed(recipe, agreement, rounds))
+        aim, count = aim.nearer(0.25), count + 1
+    report = Report(
+        recipe=recipe,
+        samples=samples.to_json(),
+        calibrated=len(calibrate),
+        held_apart=len(apart),
+        deciding=min(DECIDING, len(calibrate)) if unrefined else 0,
+        rounds=rounds,
+        opset=work.opset,
+        layers=tuple(work.report(each, settings[each.name], found, high) for each in work.linears),
+        agreement=agreement,
+        unrefined=unrefined,
+        seconds=round(time.monotonic() - started, 1),
+        peak_bytes=_peak_bytes(),
+        threads=os.cpu_count() or 1,
+    )
+    return Quantised(graph, report)
+
+
+class _Work:
+    """What the steps share."""
+
+    def __init__(self, bundle: Bundle, recipe: Recipe, calibrate: Samples, step: Say) -> None:
+        self.manifest, self.recipe, self.calibrate, self.step = (
+            bundle.manifest,
+            recipe,
+            calibrate,
+            step,
+        )
+        self.graph = Graph.read(bundle)
+        self.linears = self.graph.linears()
+        self.opset = opset_of(self.graph, recipe.precision)
+        self.scores = scores_name(self.graph)
+        observed = {linear.input for linear in self.linears}
+        self.chain = Chain(self.graph, {*observed, *([self.scores] if self.scores else [])})
+        self.stored: list[list[dict[str, Array]]] = []
+        self.counts: list[int] = []
+        self.peaks: dict[str, float] = {}
+        self._layers: Layers | None = None
+        self._judge: Judge | None = None
+
+    def settings(self) -> dict[str, Setting]:
+        """Look at the samples and say how each linear layer is to be quantised."""
+        self.step(f"calibrating on {len(self.calibrate)} images")
+        peaks = Peaks()
+        self._stream(peaks.see, keep=self.recipe.keep_agreement or self.recipe.keep_cosine)
+        divisors = {}
+        if self.recipe.smoothing is not None:
+            divisors = {
+                linear.input: self._factors(linear, peaks.channels[linear.input])
+                for linear in self.linears
+                if linear.norm is not None
+            }
+        limits = {
+            name: float((channels / divisors.get(name, np.float32(1))).max())
+            for name, channels in peaks.channels.items()
+        }
+        self.peaks = {name: float(channels.max()) for name, channels in peaks.channels.items()}
+        if self.recipe.method != "minmax":
+            self.step(f"counting magnitudes for {self.recipe.method}")
+            histograms = Histograms(limits, divisors)
+            self._stream(histograms.see, keep=None)
+            limits = thresholds(histograms, self.recipe.method, self.recipe.precision)
+        return {
+            linear.name: Setting(limits[linear.input], divisors.get(linear.input))
+            for linear in self.linears
+        }
+
+    def _factors(self, linear: Linear, channels: Array) -> NDArray[np.float32]:
+        assert linear.norm is not None
+        assert self.recipe.smoothing is not None
+        weights = [self.graph.array(name) for name in linear.weights]
+        found = smooth.factors(channels, weights, self.recipe.smoothing)
+        gamma, beta = (self.graph.array(name) for name in linear.norm)
+        return smooth.exactly(found, gamma, beta, weights)
+
+    def _stream(self, see: Callable[[str, Array], None], *, keep: float | None) -> None:
+        """Run the samples through the pieces and show what each linear layer gets."""
+        inputs = {linear.input for linear in self.linears}
+        batches = _batches(self.calibrate, self.manifest)
+        total = -(-len(self.calibrate) // _batch_size(self.manifest))
+        for values, count in progress(batches, desc="calibration", total=total, unit="batch"):
+            live, kept = dict(values), []
+            for place in range(len(self.chain)):
+                live = self.chain.live(live, place)
+                kept.append(live)
+                session = self.chain.session(place)
+                made = session.run(live)
+                for name in made.keys() & inputs:
+                    see(name, made[name][:count])
+                outputs = self.chain.pieces[place].outputs
+                live = {**live, **{name: made[name] for name in outputs}}
+            if keep is not None and sum(self.counts) < DECIDING:
+                self.stored.append(kept)
+                self.counts.append(min(count, DECIDING - sum(self.counts)))
+
+    def effects(
+        self, settings: Mapping[str, Setting], goal: Goal
+    ) -> tuple[Agreement, dict[str, Effect], list[str]]:
+        """Measure all layers together and each alone.
+
+        Returns:
+            The agreement with all quantised, the effects, and the layers, the worst first.
+        """
+        layers, judge = self._opened(settings)
+        self.step(f"running all {len(self.linears)} layers quantised on {sum(self.counts)} images")
+        first, _ = judge.compare(0, layers.all(self.linears, frozenset()))
+        few = self._judge_of(ALONE)
+        self.step(f"running each alone on {ALONE} images")
+        found = effects(few, self.chain, layers, self.linears)
+        return first, found, ranking(found, goal, first)
+
+    def choose(
+        self, settings: Mapping[str, Setting], order: Sequence[str], aim: Goal, least: int
+    ) -> int:
+        """Return how many of the first layers in `order` must stay as they are."""
+        layers, judge = self._opened(settings)
+
+        def reached(high: frozenset[str]) -> bool:
+            sessions = layers.all(self.linears, high)
+            return aim.met(judge.compare(0, sessions)[0])
+
+        return fewest(order, reached, least)
+
+    def _opened(self, settings: Mapping[str, Setting]) -> tuple[Layers, Judge]:
+        if self._layers is None:
+            self._layers = Layers(
+                self.chain, settings, self.recipe.precision, self.opset, self.scores
+            )
+        if self._judge is None:
+            self._judge = self._judge_of(DECIDING)
+        return self._layers, self._judge
+
+    def _judge_of(self, images: int) -> Judge:
+        """Return a judge by the first images of those that decide."""
+        stored, counts = [], list[int]()
+        for batch, count in zip(self.stored, self.counts, strict=True):
+            if (left := images - sum(counts)) > 0:
+                stored.append(batch)
+                counts.append(min(count, left))
+        return Judge(self.chain, stored, counts, self.scores, self.manifest)
+
+    def close(self) -> None:
+        """Free all sessions; they are opened again when needed."""
+        self._layers = None
+        self.chain.close()
+
+    def report(
+        self,
+        linear: Linear,
+        setting: Setting,
+        found: Mapping[str, Effect],
+        high: frozenset[str],
+    ) -> LayerReport:
+        """Return what the report says of a layer."""
+        factors, effect = setting.factors, found.get(linear.name)
+        reason = None
+        if linear.name in high and effect is not None:
+            reason = (
+                f"alone it leaves an overlap of {effect.kept_overlap:.4f}, a cosine of "
+                f"{effect.cosine:.6f} and moves scores by {effect.score_error:.4f} deviations"
+            )
+        return LayerReport(
+            name=linear.name,
+            kind=linear.kind,
+            range=setting.threshold,
+            peak=self.peaks[linear.input],
+            smoothing=None if factors is None else float(factors.max() / factors.min()),
+            effect=effect,
+            quantised=linear.name not in high,
+            reason=reason,
+        )
+
+
+def _batch_size(manifest: Manifest) -> int:
+    """Return how many images a call takes: the graph's own number, or few of an open batch."""
+    batch = manifest.batch
+    return min(batch.max, _LARGEST_BATCH) if batch.dynamic else batch.max
+
+
+def _batches(samples: Samples, manifest: Manifest) -> Any:
+    """Iterate the graph's inputs, and how many of their images count: the last one fills up."""
+    size = _batch_size(manifest)
+    for array in samples.batches(manifest, size):
+        count = len(array)
+        absent = 0 if manifest.batch.dynamic else size - count
+        filled = np.concatenate([array, np.repeat(array[-1:], absent, axis=0)])
+        yield {manifest.input.name: filled}, count
+
+
+def _outputs(graph: Graph, manifest: Manifest, samples: Samples) -> list[dict[str, Array]]:
+    """Run a whole graph on samples."""
+    session = Session(graph)
+    return [
+        {name: value[:count] for name, value in session.run(values, [EMBEDS, KEPT]).items()}
+        for values, count in _batches(samples, manifest)
+    ]
+
+
+def _asked(recipe: Recipe) -> str:
+    limits = (("overlap", recipe.keep_agreement), ("cosine", recipe.keep_cosine))
+    return " and ".join(f"a mean {name} of at least {x}" for name, x in limits if x is not None)
+
+
+def _unreachable(recipe: Recipe, unrefined: Agreement | None) -> str:
+    assert unrefined is not None
+    return (
+        f"no linear layer can be quantised to {recipe.precision} and keep {_asked(recipe)} (with "
+        f"all of them: overlap {unrefined.mean_overlap:.4f}, cosine {unrefined.mean_cosine:.6f}); "
+        "the limits leave no room for rounding, or ranges are wrong: lower the limits, give more "
+        "and more representative images, or take another --method"
+    )
+
+
+def _missed(recipe: Recipe, agreement: Agreement, rounds: int) -> str:
+    return (
+        f"on images held apart the {recipe.precision} graph reaches a mean overlap of "
+        f"{agreement.mean_overlap:.4f} and a mean cosine of {agreement.mean_cosine:.6f} after "
+        f"{rounds} rounds, expected {_asked(recipe)}; the samples differ too much from each "
+        "other: give more of them, or lower the limits"
+    )
+
+
+def _peak_bytes() -> int:
+    """Return the largest resident memory of this process.
+
+    Linux's own count for a process begins with what its parent had when it was forked, so where
+    there is one the memory's own high-water mark is taken.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,247 @@
+"""Encoders of several budgets that share one tower: its graph, and a small one behind for each.
+
+The tower is traced, held in memory and, for what is compared, run once for all budgets. An
+encoder's latency is that of both graphs, one after the other: what lies between them is copied
+once, a few megabytes, which is nothing beside the tower's work.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from onnx_ir.passes import common
+from torch import Tensor, nn
+
+from vzip.export import passes, selections
+from vzip.export.budget import Budget, Merge
+from vzip.export.encoder import Encoder
+from vzip.export.onnx_graph import quiet_exporter, save
+from vzip.export.weights import VisionWeights
+from vzip.runtime.backends.onnxruntime import import_onnxruntime, open_session
+from vzip.runtime.console import progress
+from vzip.runtime.errors import BackendError
+from vzip.runtime.manifest import MODEL_FILE
+
+Array = NDArray[Any]
+
+_FEATURES = ("features", "keys", "scores")
+
+ALL = "all"
+"""Name of the encoder that compresses nothing."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compress.
+
+    Attributes:
+        budget: Its tokens.
+        merge: How the contextual ones are formed.
+    """
+
+    budget: Budget
+    merge: Merge
+
+    @property
+    def name(self) -> str:
+        """What tells it from the others, such as ``64-average``."""
+        return f"{self.budget.tokens}-{self.merge}"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one image became.
+
+    Attributes:
+        everything: float32 [N, L], the embeddings of all patches, in raster order.
+        scores: float32 [N], by which patches are kept.
+        embeds: Variant's name → float32 [K, L].
+        weights: Variant's name → float32 [K, S], weight of tower token s in output token k.
+    """
+
+    everything: Array
+    scores: Array
+    embeds: dict[str, Array]
+    weights: dict[str, Array]
+
+
+class _Tower(nn.Module):
+    """uint8 [1, H, W, 3] → what a tail takes: features, keys and scores."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the tower."""
+        features, signals = self.encoder.look(image)
+        return features, signals.keys, signals.attention_scores()
+
+
+class _Tail(nn.Module):
+    """Select, merge and project as one variant does."""
+
+    def __init__(self, encoder: Encoder, variant: Variant) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.variant = variant
+
+    def forward(self, features: Tensor, keys: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """[1, tower tokens, F], [1, H, S, d] and [1, N] → [1, K, L] and [1, K, S]."""
+        signals = selections.Signals(keys, self.encoder.cls_token, lambda: scores)
+        embeds, _, weights = self.encoder.compress(
+            features, signals, self.variant.budget, self.variant.merge
+        )
+        return embeds, weights
+
+
+class _Everything(nn.Module):
+    """Project all patches, as the uncompressed model does."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[1, tower tokens, F] → [1, N, L]."""
+        encoder = self.encoder
+        if encoder.pooling is None:
+            projected: Tensor = encoder.projector(features[:, int(encoder.cls_token) :])
+            return projected
+        return torch.matmul(encoder.pooling, encoder.projector(features))
+
+
+class SweepSession:
+    """The graphs, opened; see `open_sweep`.
+
+    Attributes:
+        variants: What there is beside `ALL`.
+    """
+
+    def __init__(self, tower: Any, tails: Mapping[str, Any], variants: Sequence[Variant]) -> None:
+        self.variants = tuple(variants)
+        self._tower, self._tails = tower, tails
+
+    def see(self, image: Array) -> Seen:
+        """Run the tower once, and every variant behind it.
+
+        Args:
+            image: uint8 [H, W, 3], as the tower takes it.
+
+        Raises:
+            BackendError: A number isn't finite.
+        """
+        features = self._features(image[None])
+        tails = {each.name: self._tail(each.name, features) for each in self.variants}
+        seen = Seen(
+            self._tail(ALL, features)[0][0],
+            features["scores"][0],
+            {name: outputs[0][0] for name, outputs in tails.items()},
+            {name: outputs[1][0] for name, outputs in tails.items()},
+        )
+        for value in (seen.everything, seen.scores, *seen.embeds.values()):
+            if not np.isfinite(value).all():
+                raise BackendError(
+                    f"onnxruntime gave {int((~np.isfinite(value)).sum())} numbers that are NaN or "
+                    "infinite, expected finite ones; the checkpoint's weights are damaged, or "
+                    "overflow in FP32"
+                )
+        return seen
+
+    def encode(self, name: str, image: Array) -> Array:
+        """Run the encoder of one variant, or of `ALL`.
+
+        Args:
+            name: `Variant.name`, or `ALL`.
+            image: uint8 [1, H, W, 3].
+
+        Returns:
+            float32 [1, K, L].
+        """
+        return self._tail(name, self._features(image))[0]
+
+    def _features(self, image: Array) -> dict[str, Array]:
+        return dict(zip(_FEATURES, self._tower.run(_FEATURES, {"image": image}), strict=True))
+
+    def _tail(self, name: str, features: Mapping[str, Array]) -> list[Array]:
+        tail = self._tails[name]
+        names = [each.name for each in tail.get_inputs()]
+        outputs: list[Array] = tail.run(None, {each: features[each] for each in names})
+        return outputs
+
+
+def open_sweep(weights: VisionWeights, variants: Sequence[Variant]) -> SweepSession:
+    """Trace the graphs and open them on the CPU; no file of them stays.
+
+    Args:
+        weights: Of the model; each budget must fit its tower.
+        variants: At least one.
+
+    Raises:
+        BudgetError: A budget doesn't fit.
+        BackendError: ONNX Runtime can't open a graph.
+    """
+    onnxruntime = import_onnxruntime("vzip sweep", "cpu")
+    config = weights.config
+    for each in variants:
+        each.budget.check_fits(config.tokens, tower_has_cls=config.tower.cls_token)
+    encoder = Encoder(
+        config,
+        weights.tensors,
+        budget=variants[0].budget,
+        merge=variants[0].merge,
+        graph_input="image",
+        dtype=torch.float32,
+    )
+    side = config.tower.image_size
+    image = torch.zeros((1, side, side, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        features = _Tower(encoder)(image)
+
+    def opened(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> Any:
+        # Gone as soon as the session has read it: a tower is a gigabyte.
+        with tempfile.TemporaryDirectory(prefix="vzip-sweep-") as name:
+            folder = Path(name)
+            _trace(module, inputs, outputs, folder)
+            return open_session(
+                onnxruntime,
+                (folder / MODEL_FILE).read_bytes,
+                folder,
+                name="vzip sweep",
+                providers=("CPUExecutionProvider",),
+                extra="cpu",
+            )
+
+    between = dict(zip(_FEATURES, features, strict=True))
+    tower = opened(_Tower(encoder), {"image": image}, _FEATURES)
+    tails = {ALL: opened(_Everything(encoder), {"features": features[0]}, ["embeds"])}
+    for each in progress(variants, desc="tracing"):
+        tails[each.name] = opened(_Tail(encoder, each), between, ["embeds", "weights"])
+    return SweepSession(tower, tails, variants)
+
+
+def _trace(
+    module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], folder: Path
+) -> None:
+    """Write a module's graph, with the weights that it uses and no others."""
+    with quiet_exporter(), torch.no_grad():
+        program = torch.onnx.export(
+            module.eval(),
+            tuple(inputs.values()),
+            dynamo=True,
+            opset_version=18,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            optimize=True,
+            verbose=False,
+        )
+    assert program is not None
+    model = passes.PlainReshape()(program.model).model
+    save(common.RemoveUnusedNodesPass()(model).model, folder)

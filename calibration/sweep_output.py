@@ -1,0 +1,190 @@
+"""A sweep as a table in Markdown and as a plot."""
+
+from __future__ import annotations
+
+import importlib
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from vzip.runtime.errors import missing
+
+if TYPE_CHECKING:
+    from vzip.calibration.sweep import Row, Sweep
+    from vzip.calibration.sweep_advice import Advice
+
+_COLOURS = ("#1f6feb", "#d1572a", "#2c8a4b", "#8250df")
+_GREY = "#6b7280"
+
+
+def table(sweep: Sweep, advice: Advice | None) -> str:
+    """Return the sweep as Markdown: what was measured and how, the rows, the advice."""
+    llm, machine = sweep.llm, sweep.machine
+    per = "" if sweep.unit == "image" else f" per {sweep.unit}, {sweep.units} {sweep.unit}s"
+    dtype = f"{llm.dtype}{' (assumed)' if llm.dtype_assumed else ''}"
+    measured = (
+        f"Agreement on {sweep.images} images ({_code(sweep.source)}): of every patch's embedding "
+        "with that of the token that stands for it, cosines weighted by attention. Encoder: one "
+        f"{sweep.unit}, ONNX Runtime {machine['versions']['onnxruntime']}, FP32, median and "
+        f"distance of the quartiles of {sweep.everything.latency.calls} calls in turn, on "
+        f"{machine['cores']} cores ({machine['machine']}, load {machine['load']}). LLM: a "
+        f"{_code(llm.model_type)} with {llm.layers} layers and hidden size {llm.hidden_size}, "
+        f"{sweep.text_tokens} tokens of text beside the image's; prefill "
+        f"T(4nd² + 2n²d + 2ndm), predicted; KV cache in {dtype}, predicted."
+    )
+    lines = [f"# Budgets of {_code(sweep.model)}", "", measured, ""]
+    if sweep.questions is not None:
+        asked = sweep.questions
+        said = (
+            f"Accuracy on {asked['questions']} questions about {asked['scenes']} held-out scenes "
+            f"(seed {asked['seed']}) ± its standard error."
+        )
+        lines += [said, ""]
+    heading = [
+        f"tokens{per}",
+        "dominant + contextual",
+        "merge",
+        "agreement",
+        "attention kept",
+        *(["accuracy"] if sweep.questions is not None else []),
+        "encoder ms",
+        "LLM tokens",
+        "prefill GFLOP",
+        "KV cache",
+    ]
+    lines += [_line(heading), _line(["---"] * len(heading))]
+    lines += [_line(_cells(row, sweep)) for row in (sweep.everything, *sweep.rows)]
+    if advice is not None:
+        lines += ["", f"**{'Recommended' if advice.met else 'No budget meets it'}**: {advice.text}"]
+    return "\n".join(lines) + "\n"
+
+
+def plot(sweep: Sweep, advice: Advice | None, kind: Literal["svg", "png"]) -> bytes:
+    """Return the sweep as a picture of four panels.
+
+    Args:
+        sweep: With at least one row.
+        advice: Its row is marked.
+        kind: The file's format.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    matplotlib: Any = _matplotlib("matplotlib")
+    figure = _matplotlib("matplotlib.figure").Figure(figsize=(10, 6.8), layout="constrained")
+    _matplotlib("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    (kept, latency), (prefill, cache) = figure.subplots(2, 2, sharex=True)
+    everything = sweep.everything
+    by_merge = {row.merge: [r for r in sweep.rows if r.merge == row.merge] for row in sweep.rows}
+    for (merge, rows), colour in zip(by_merge.items(), _COLOURS, strict=False):
+        tokens = [row.tokens for row in rows]
+        label = f", {merge}" if len(by_merge) > 1 else ""
+        kept.plot(
+            tokens, [r.agreement for r in rows], "o-", color=colour, label=f"agreement{label}"
+        )
+        if everything.accuracy is not None:
+            errors = [row.accuracy_error for row in rows]
+            shares = [row.accuracy for row in rows]
+            style = {"color": colour, "capsize": 3, "label": f"accuracy{label}"}
+            kept.errorbar(tokens, shares, errors, fmt="s--", **style)
+        latency.errorbar(
+            tokens,
+            [row.latency.median_ms for row in rows],
+            [row.latency.iqr_ms / 2 for row in rows],
+            fmt="o-",
+            color=colour,
+            capsize=3,
+            label=merge,
+        )
+    single = next(iter(by_merge.values()))  # the LLM's cost doesn't depend on the merge
+    tokens = [row.tokens for row in single]
+    scale, unit = _unit(everything.kv_bytes)
+    prefill.plot(tokens, [row.prefill_flops / 1e9 for row in single], "o-", color=_COLOURS[2])
+    cache.plot(tokens, [row.kv_bytes / scale for row in single], "o-", color=_COLOURS[2])
+    if everything.accuracy is not None:
+        label = f"accuracy, all {everything.tokens} tokens"
+        kept.axhline(everything.accuracy, color=_GREY, linestyle=":", label=label)
+    for panel, value in (
+        (latency, everything.latency.median_ms),
+        (prefill, everything.prefill_flops / 1e9),
+        (cache, everything.kv_bytes / scale),
+    ):
+        panel.axhline(value, color=_GREY, linestyle=":", label=f"all {everything.tokens} tokens")
+        panel.set_ylim(bottom=0)
+    titles = (
+        (kept, "what is kept", "share"),
+        (latency, "encoder latency, measured", "ms (bars: quartile distance)"),
+        (prefill, "LLM prefill, predicted", "GFLOP"),
+        (cache, "KV cache, predicted", unit),
+    )
+    for panel, title, axis in titles:
+        panel.set_title(title, fontsize=11, loc="left")
+        panel.set_ylabel(axis)
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+        if advice is not None and advice.met:
+            panel.axvline(advice.row.tokens, color=_COLOURS[3], alpha=0.35, linewidth=6, zorder=0)
+        panel.legend(fontsize=8, frameon=False)
+    for panel in (prefill, cache):
+        panel.set_xlabel(f"tokens per {sweep.unit}")
+    # A `$` would begin a formula in a model's name.
+    name = sweep.model.rsplit("/", 1)[-1].replace("$", r"\$")
+    marked = f"; marked: {advice.row.name}" if advice is not None and advice.met else ""
+    figure.suptitle(f"Budgets of {name}{marked}", fontsize=12, x=0.01, ha="left")
+    data = io.BytesIO()
+    # The same sweep gives the same bytes.
+    with matplotlib.rc_context({"svg.hashsalt": "vzip"}):
+        metadata = {"Date": None} if kind == "svg" else {"Software": None}
+        figure.savefig(data, format=kind, dpi=120, metadata=metadata)
+    return data.getvalue()
+
+
+def _matplotlib(name: str) -> Any:
+    """Import a module of matplotlib; never pyplot, which would look for a display."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise missing("matplotlib", needed_for="the plot of a sweep", extra="report") from error
+
+
+def size(count: int) -> str:
+    """Return a number of bytes as one reads it."""
+    scale, unit = _unit(count)
+    return f"{count / scale:.1f} {unit}"
+
+
+def _unit(count: int) -> tuple[int, str]:
+    for scale, unit in ((2**30, "GiB"), (2**20, "MiB")):
+        if count >= scale:
+            return scale, unit
+    return 2**10, "KiB"
+
+
+def _cells(row: Row, sweep: Sweep) -> Sequence[str]:
+    everything = sweep.everything
+    split = "all patches" if row.dominant is None else f"{row.dominant} + {row.contextual}"
+    accuracy = []
+    if row.accuracy is not None and row.accuracy_error is not None:
+        accuracy = [f"{100 * row.accuracy:.1f} ± {100 * row.accuracy_error:.1f} %"]
+    flops = row.prefill_flops / 1e9
+    return [
+        str(row.tokens),
+        split,
+        row.merge or "",
+        f"{row.agreement:.4f}",
+        f"{row.attention_kept:.4f}",
+        *accuracy,
+        f"{row.latency.median_ms:.1f} ± {row.latency.iqr_ms:.1f}",
+        str(row.llm_tokens),
+        f"{flops:.4g} ({100 * row.prefill_flops / everything.prefill_flops:.0f} %)",
+        f"{size(row.kv_bytes)} ({100 * row.kv_bytes / everything.kv_bytes:.0f} %)",
+    ]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _code(text: str) -> str:
+    """Return text that Markdown shows as it is, in one line."""
+    return "`" + " ".join(text.replace("`", "'").split()) + "`"

@@ -1,0 +1,277 @@
+"""What a projector is tuned on: conversations about images, from LLaVA's JSON or the demo's scenes.
+
+Nothing is lost in silence: what can't be used is named, with the reason, and counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import numpy as np
+
+from vzip.runtime.errors import InvalidInputError, missing
+from vzip.runtime.images import MAX_ENCODED_BYTES
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from vzip.calibration.demo.scenes import Scene
+
+DEMO: Final = "demo"
+"""The data that stands for the demo's generator; a file of that name is ``./demo``."""
+
+DEMO_SCENES: Final = 4000
+"""How many scenes the demo's generator gives where no number is asked for."""
+
+IMAGE_MARK: Final = "<image>"
+"""What stands for the image in LLaVA's JSON, whatever the LLM's placeholder is."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question and the answer that is learned, without any prompt around them."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """A conversation about one image.
+
+    Attributes:
+        name: Its id and its place in the file.
+        image: What `Data.read` takes.
+        turns: At least one.
+    """
+
+    name: str
+    image: str
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A record that is not used, and why."""
+
+    name: str
+    reason: str
+
+
+class Data(Protocol):
+    """Where records and their images come from.
+
+    Attributes:
+        source: What it was opened from, for messages and reports.
+        records: Those that are well formed.
+        left_out: The others.
+    """
+
+    source: str
+    records: Sequence[Record]
+    left_out: Sequence[LeftOut]
+
+    def read(self, image: str) -> bytes | NDArray[np.uint8]:
+        """Return an encoded image, or pixels uint8 [H, W, 3].
+
+        Raises:
+            InvalidInputError: It can't be read.
+        """
+        ...
+
+
+def digest_of(image: bytes | NDArray[np.uint8]) -> str:
+    """Return the SHA-256 that an image goes by: of the encoded image, or of shape and pixels."""
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()
+    pixels = np.ascontiguousarray(image)
+    return hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+
+
+def choose(data: Data, count: int | None, seed: int) -> list[Record]:
+    """Choose records by a seed, in the order of the data.
+
+    Args:
+        data: The data.
+        count: How many; None for all.
+        seed: Which.
+
+    Raises:
+        InvalidInputError: There are not as many, or none at all.
+    """
+    found = len(data.records)
+    if found == 0 or (count is not None and not 1 <= count <= found):
+        reasons = f"; the first left out is {_line(data.left_out[0])}" if data.left_out else ""
+        wanted = "at least one" if count is None else f"{count} (--count)"
+        raise InvalidInputError(
+            f"{data.source} has {found} usable records and {len(data.left_out)} that are not, "
+            f"expected {wanted}{reasons}"
+        )
+    if count is None:
+        return list(data.records)
+    chosen = np.random.default_rng(seed).choice(found, count, replace=False)
+    return [data.records[place] for place in sorted(chosen.tolist())]
+
+
+class InstructionData:
+    """LLaVA's instruction JSON: a list of ``{id, image, conversations: [{from, value}, …]}``.
+
+    Args:
+        path: The JSON file.
+        folder: The folder that its images' names are relative to.
+
+    Raises:
+        InvalidInputError: The file can't be read or is no JSON list, or there is no such folder.
+    """
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        self.source = str(path)
+        if not folder.is_dir():
+            raise InvalidInputError(
+                f"the image folder {folder} does not exist, expected the folder that the images in "
+                f"{path} are relative to; check --images"
+            )
+        self._folder = folder
+        try:
+            entries = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InvalidInputError(
+                f"can't read the data {path} ({error.strerror}), expected LLaVA's instruction JSON "
+                f"or '{DEMO}'; check --data"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise InvalidInputError(
+                f"the data {path} is no valid JSON ({error}), expected LLaVA's instruction JSON; "
+                "it is damaged or of another format: JSON lines become a list with jq -s ."
+            ) from error
+        if not isinstance(entries, list):
+            raise InvalidInputError(
+                f"the data {path} holds a JSON {type(entries).__name__}, expected a list of "
+                "{id, image, conversations}; it is another file"
+            )
+        records, left_out = [], []
+        for place, entry in enumerate(entries):
+            name = _name(entry, place)
+            parsed = _parse(entry)
+            if isinstance(parsed, str):
+                left_out.append(LeftOut(name, parsed))
+            else:
+                records.append(Record(name, *parsed))
+        self.records: Sequence[Record] = records
+        self.left_out: Sequence[LeftOut] = left_out
+
+    def read(self, image: str) -> bytes:
+        """Return an encoded image; see `Data.read`."""
+        path = self._folder / image
+        try:
+            size = path.stat().st_size
+            if not path.is_file() or size > MAX_ENCODED_BYTES:
+                raise InvalidInputError(
+                    f"the image {image} is no file of at most {MAX_ENCODED_BYTES} bytes; expected "
+                    "a picture"
+                )
+            return path.read_bytes()
+        except (OSError, ValueError) as error:
+            if isinstance(error, InvalidInputError):
+                raise
+            raise InvalidInputError(
+                f"the image {image} can't be read in {self._folder} "
+                f"({getattr(error, 'strerror', None) or error}); expected a file; check --images"
+            ) from error
+
+
+class DemoData:
+    """Scenes of the demo's generator, each with one question of every kind as its conversation.
+
+    The handwritten digits are those that the demo model was trained with, never the held-out ones.
+
+    Args:
+        count: How many scenes.
+        seed: Of the scenes and the questions.
+        side: Side in pixels at which they are painted.
+
+    Raises:
+        MissingDependencyError: The digits come from scikit-learn.
+    """
+
+    left_out: Sequence[LeftOut] = ()
+
+    def __init__(self, count: int, seed: int, side: int) -> None:
+        try:
+            import sklearn  # noqa: F401  the scenes' handwritten digits
+        except ImportError as error:
+            raise missing("sklearn", needed_for="the demo's data", extra="demo") from error
+        from vzip.calibration.demo import scenes
+
+        if count < 1:
+            raise InvalidInputError(f"got {count} scenes (--count), expected at least 1")
+        self.source = DEMO
+        self._seed, self._side = seed, side
+        records = []
+        for number in range(count):
+            rng, scene = self._draw(number)
+            turns = tuple(Turn(each.text, each.answer) for each in scenes.ask(rng, scene))
+            records.append(Record(f"scene-{number}", str(number), turns))
+        self.records: Sequence[Record] = records
+
+    def read(self, image: str) -> NDArray[np.uint8]:
+        """Paint a scene."""
+        from vzip.calibration.demo import scenes
+
+        _, scene = self._draw(int(image))
+        return scenes.paint(scene, self._side)
+
+    def _draw(self, number: int) -> tuple[np.random.Generator, Scene]:
+        from vzip.calibration.demo import scenes
+
+        rng = np.random.default_rng([self._seed, number])
+        return rng, scenes.draw_scene(rng, "train")
+
+
+def _name(entry: Any, place: int) -> str:
+    known = entry.get("id") if isinstance(entry, dict) else None
+    return f"record {place}" if known is None else f"record {place} (id {str(known)[:60]})"
+
+
+def _parse(entry: Any) -> tuple[str, tuple[Turn, ...]] | str:
+    """Return an entry's image and turns, or why it can't be used."""
+    if not isinstance(entry, dict):
+        return f"is a JSON {type(entry).__name__}, expected an object"
+    image, said = entry.get("image"), entry.get("conversations")
+    if image is None:
+        return "has no image: text alone tells the projector nothing"
+    if not isinstance(image, str) or not image.strip() or "\0" in image:
+        return f"has the image {str(image)[:60]!r}, expected the name of one file"
+    if PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image).parts:
+        return f"has the image {image[:60]!r}, expected a name inside the image folder"
+    turns = _turns(said)
+    return turns if isinstance(turns, str) else (image, turns)
+
+
+def _turns(said: Any) -> tuple[Turn, ...] | str:
+    """Return the turns of a conversation, or what is wrong with it."""
+    if not isinstance(said, list) or not said or len(said) % 2:
+        return "has no conversations of questions and answers in turn"
+    texts = []
+    for place, each in enumerate(said):
+        speaker = ("human", "gpt")[place % 2]
+        value = each.get("value") if isinstance(each, dict) else None
+        if not isinstance(value, str) or each.get("from") != speaker:
+            return f"has no text from {speaker!r} at place {place} of its conversations"
+        texts.append(value)
+    marks = sum(text.count(IMAGE_MARK) for text in texts)
+    if marks != 1 or IMAGE_MARK not in texts[0]:
+        return f"has {marks} times {IMAGE_MARK}, expected it once, in the first question"
+    texts = [text.replace(IMAGE_MARK, "").strip() for text in texts]
+    if not all(texts):
+        return "has an empty question or answer"
+    return tuple(Turn(*pair) for pair in zip(texts[::2], texts[1::2], strict=True))
+
+
+def _line(left_out: LeftOut) -> str:
+    return f"{left_out.name}, which {left_out.reason}"

@@ -1,0 +1,358 @@
+"""`vzip report`: what is in the page, and that nothing can get out of it or into it."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from layouts import write_layout
+from tests.precisions import add_precision
+from vzip.calibration import report, report_cli, timing
+from vzip.calibration.agreement import Agreement
+from vzip.calibration.quantize import LayerReport, Report
+from vzip.calibration.recipe import Recipe
+from vzip.calibration.report import MOST_IMAGES, Savings, gather, parse_calibration
+from vzip.calibration.report_page import page
+from vzip.calibration.sensitivity import Effect
+from vzip.export.pictures import reference_images
+from vzip.runtime import VisionEncoder
+from vzip.runtime.bundle import Bundle, read_bundle
+from vzip.runtime.cli import main
+from vzip.runtime.encoder import CompressedTokens
+from vzip.runtime.errors import BackendError, BundleError, InvalidInputError
+from vzip.runtime.manifest import Manifest
+
+HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>'
+VOID = {"meta", "img", "br"}
+
+
+def calibration(**change: Any) -> dict[str, Any]:
+    """What `vzip calibrate` writes, as its own classes do."""
+    agreement = Agreement(12, 0.9731, 0.8642, 0.99873, 0.95124, 0.997, None, 0)
+    small, large = Effect(0.9911, 0.99912, 0.0517), Effect(0.8123, 0.9534, 0.9091)
+    why = "alone it leaves an overlap of 0.8123"
+    layers = (
+        LayerReport("layers.0.qkv", "qkv", 1.0, 2.0, 3.0, small, quantised=True, reason=None),
+        LayerReport("layers.3.fc2", "fc2", 1.0, 2.0, None, large, quantised=False, reason=why),
+    )
+    made = Report(
+        recipe=Recipe(), samples={"count": 64, "digest": "a" * 64}, calibrated=52, held_apart=12,
+        deciding=8, rounds=1, opset=18, layers=layers, agreement=agreement, unrefined=None,
+        seconds=3.0, peak_bytes=1, threads=2,
+    )  # fmt: skip
+    return json.loads(json.dumps(made.to_json())) | change
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "SECONDS", 0.01)
+
+
+@pytest.fixture
+def images() -> list[tuple[str, Any]]:
+    return [(path.name, lambda path=path: path) for path in reference_images()[:2]]
+
+
+class Page(HTMLParser):
+    """A strict reader: every element is closed, in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] != ["style"]:
+            self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).split())
+
+
+def assert_shut(text: str) -> Page:
+    """Assert that a page takes nothing from outside and runs nothing."""
+    read = Page(text)
+    known = {"alt", "charset", "class", "content", "http-equiv", "lang", "name", "open", "scope",
+             "src", "style"}  # fmt: skip
+    for tag, attributes in read.tags:
+        assert tag not in {"script", "link", "iframe", "object", "embed", "base", "form"}
+        assert set(attributes) <= known, (tag, attributes)
+        if "src" in attributes:
+            assert tag == "img"
+            assert (attributes["src"] or "").startswith("data:image/jpeg;base64,")
+        if "style" in attributes:
+            assert re.fullmatch(r"width:[\d.]+rem", attributes["style"] or "")
+    (style,) = re.findall(r"<style>(.*?)</style>", text, flags=re.DOTALL)
+    assert "url(" not in style
+    assert "@import" not in style
+    policy = {"http-equiv": "Content-Security-Policy"}.items()
+    (found,) = [attributes for _, attributes in read.tags if policy <= attributes.items()]
+    assert (found["content"] or "").startswith("default-src 'none'; img-src data:;")
+    return read
+
+
+def test_a_page_has_the_numbers_of_bundle_calibration_and_measurements(
+    tiny_bundle: Path, images: list[tuple[str, Any]]
+) -> None:
+    add_precision(tiny_bundle, "int8", json.dumps(calibration()))
+    content = gather(read_bundle(tiny_bundle), images, source="two", step=lambda _: None)
+    own, int8 = content.graphs
+    assert (own.precision, int8.precision) == ("fp32", "int8")
+    assert int8.agreement is not None
+    assert own.timing is not None
+    assert int8.timing is not None
+    read = assert_shut(page(content))
+    for word in (
+        "tests/tiny, 7 tokens", "4 dominant + 3 contextual (average), CLS among the dominant",
+        "0.9731", "0.8642", "0.998730", "0.951240", "52 images to calibrate on, 12 to judge by",
+        "layers.0.qkv qkv int8 0.9911 0.999120 0.0517",
+        "layers.3.fc2 fc2 fp32 0.8123 0.953400 0.9091",
+        "In fp32: layer why layers.3.fc2 alone it leaves an overlap of 0.8123",
+        "1 of 2 linear layers are quantised", f"{int8.agreement.mean_cosine:.6f}",
+        f"{own.timing.median_ms:.2f}", f"{int8.timing.p90_ms:.2f}",
+        f"int8: {100 * content.images[1].overlays['int8'][1]:.1f} % of fp32's kept tokens",
+        *(name for name, _ in images), *(entry.sha256 for entry in content.manifest.files.values()),
+    ):  # fmt: skip
+        assert word in read.words, word
+
+
+def test_what_is_shown_side_by_side_is_what_each_precision_keeps(
+    tiny_bundle: Path, images: list[tuple[str, Any]]
+) -> None:
+    bundle = add_precision(tiny_bundle, "int8", json.dumps(calibration()))
+    content = gather(read_bundle(tiny_bundle), images, source="two", step=lambda _: None)
+    paths = [read() for _, read in images]
+    with VisionEncoder.open(tiny_bundle, "onnxruntime") as encoder:
+        own = encoder.encode(paths)
+    with VisionEncoder.open(bundle, "onnxruntime") as encoder:
+        other = encoder.encode(paths)
+    for place, shown in enumerate(content.images):
+        share = len(set(own.kept[place]) & set(other.kept[place])) / own.kept.shape[1]
+        assert shown.overlays["int8"][1] == pytest.approx(share)
+        assert shown.overlays["fp32"][1] == 1
+    sources = [a["src"] or "" for tag, a in assert_shut(page(content)).tags if tag == "img"]
+    assert len(sources) == 2 * 3  # what the tower sees, FP32, INT8
+    for source in sources:
+        with Image.open(io.BytesIO(base64.b64decode(source.split(",", 1)[1]))) as picture:
+            assert picture.width == 420
+            assert len(source) < 150_000
+
+
+def encoded(manifest: Manifest, kept: list[int]) -> CompressedTokens:
+    """Tokens of one image of the golden bundle; all that isn't kept goes into the first group."""
+    groups = np.where(np.isin(np.arange(17), kept), -1, 0)
+    rest = np.flatnonzero(groups == 0)
+    groups[rest[:: len(rest) // 3][:3]] = range(3)
+    embeds = np.zeros((1, 7, manifest.llm.hidden_size), np.float32)
+    return CompressedTokens(embeds, np.array([kept]), lambda: groups[None])
+
+
+def test_a_precision_that_keeps_others_is_drawn_with_its_own(tiny_bundle: Path) -> None:
+    manifest = read_bundle(tiny_bundle).manifest
+    image = Image.new("RGB", (16, 16), "white")
+    tokens = {
+        "fp32": [encoded(manifest, [0, 1, 2, 3])],
+        "int8": [encoded(manifest, [0, 1, 2, 16])],
+        "fp8": [encoded(manifest, [0, 1, 2, 3])],
+    }
+    (shown,) = report._shown([("white", image)], tokens, manifest)
+    assert {name: share for name, (_, share) in shown.overlays.items()} == {
+        "fp32": 1.0, "int8": 0.75, "fp8": 1.0,
+    }  # fmt: skip
+    pictures = {name: picture for name, (picture, _) in shown.overlays.items()}
+    assert pictures["fp32"] == pictures["fp8"] != pictures["int8"]
+    with Image.open(io.BytesIO(pictures["int8"])) as picture:  # the last patch is clear
+        assert min(picture.getpixel((400, 400))) > 200 > max(picture.getpixel((280, 20)))
+
+
+def test_whatever_a_bundle_or_a_file_is_called_stays_text(
+    tiny_bundle: Path, images: list[tuple[str, Any]]
+) -> None:
+    hostile = calibration()
+    hostile["layers"][0]["name"] = hostile["layers"][1]["reason"] = "</table>" + HOSTILE
+    hostile["recipe"][HOSTILE] = HOSTILE
+    add_precision(tiny_bundle, "int8", json.dumps(hostile))
+    bundle = read_bundle(tiny_bundle)
+    manifest = dataclasses.replace(
+        bundle.manifest,
+        model=dataclasses.replace(bundle.manifest.model, id=HOSTILE, revision=HOSTILE),
+        versions={HOSTILE: HOSTILE},
+    )
+    changed = Bundle(bundle.path, manifest)
+    content = gather(changed, [(HOSTILE, images[0][1])], source=HOSTILE, step=lambda _: None)
+    text = page(dataclasses.replace(content, bundle=HOSTILE))
+    read = assert_shut(text)
+    assert "<script" not in text
+    assert read.words.count(HOSTILE) >= 10
+
+
+def test_what_is_not_there_says_how_to_get_it(
+    tiny_bundle: Path, images: list[tuple[str, Any]]
+) -> None:
+    bundle = read_bundle(tiny_bundle)
+    bundle = Bundle(bundle.path, dataclasses.replace(bundle.manifest, parity=None))
+    words = assert_shut(page(gather(bundle, images, source="two", step=lambda _: None))).words
+    assert "Not measured. vzip check BUNDLE compares the two." in words
+    assert "vzip calibrate BUNDLE --images FOLDER --precision int8" in words
+    assert "only the demo model, with its own weights, comes with questions" in words
+    assert "The language model's sizes can't be read here:" in words
+    assert "none; vzip build makes one" in words
+
+
+def test_a_precision_that_can_not_run_here_is_said_and_the_rest_goes_on(
+    tiny_bundle: Path, images: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_precision(tiny_bundle, "fp8", json.dumps(calibration()))
+    really = VisionEncoder.open
+
+    def opened(bundle: Any, backend: str, precision: str | None = None) -> VisionEncoder:
+        if precision == "fp8":
+            raise BackendError("no kernel for <E4M3> here")
+        return really(bundle, backend, precision=precision)
+
+    monkeypatch.setattr(VisionEncoder, "open", opened)
+    content = gather(read_bundle(tiny_bundle), images, source="two", step=lambda _: None)
+    assert (content.graphs[1].unusable, content.graphs[1].timing) == (
+        "no kernel for <E4M3> here", None,
+    )  # fmt: skip
+    read = assert_shut(page(content))
+    assert "fp8 was not run here: no kernel for <E4M3> here" in read.words
+    assert "0.9731" in read.words  # what its calibration found is there all the same
+
+
+def test_savings_are_those_of_the_checkpoints_language_model(
+    tiny_bundle: Path, images: list[tuple[str, Any]], tmp_path: Path
+) -> None:
+    write_layout("llava-hf-single", tmp_path / "model")
+    bundle = read_bundle(tiny_bundle)
+    model = dataclasses.replace(bundle.manifest.model, id=str(tmp_path / "model"))
+    changed = Bundle(bundle.path, dataclasses.replace(bundle.manifest, model=model))
+    content = gather(changed, images, source="two", step=lambda _: None)
+    assert isinstance(content.savings, Savings)
+    assert (content.savings.all_tokens, content.savings.tokens) == (64 + 16, 64 + 7)
+    words = assert_shut(page(content)).words
+    a_token = 2 * 2 * 4 * 12 * 2
+    assert f"this bundle 71 {content.savings.llm.prefill_flops(71) / 1e9:.4g} GFLOP" in words
+    assert f"{71 * a_token / 1024:.1f} KiB 89 %" in words
+    assert "−11 % KV cache, predicted" in words
+
+
+def test_accuracy_is_shown_with_all_tokens_beside_it(
+    tiny_bundle: Path, images: list[tuple[str, Any]]
+) -> None:
+    content = gather(read_bundle(tiny_bundle), images, source="two", step=lambda _: None)
+    graph = dataclasses.replace(content.graphs[0], accuracy=(0.8123, 0.0123))
+    asked = ({"seed": 90210, "scenes": 150, "questions": 1044}, (0.8765, 0.0101))
+    shown = dataclasses.replace(content, graphs=(graph,), questions=asked)
+    words = assert_shut(page(shown)).words
+    assert "1044 questions about 150 held-out scenes (seed 90210)" in words
+    assert "all tokens, untouched model 87.6 ± 1.0 %" in words
+    assert "7 tokens, fp32 81.2 ± 1.2 %" in words
+
+
+def test_only_the_demo_with_its_own_weights_is_asked(tiny_bundle: Path) -> None:
+    manifest = read_bundle(tiny_bundle).manifest
+    random = dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, id="demo"))
+    assert report._accuracies({}, random, lambda _: None) == ({}, None)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"layers": None}, "'layers' is no list"),
+    ({"layers": [{}]}, "KeyError: 'effect'"),
+    ({"layers": [{}] * 3000}, "'layers' is no list of at most 2000"),
+    ({"agreement": {"mean_overlap": 1}}, "'agreement' has no min_overlap"),
+    ({"calibrated": "many"}, "ValueError: invalid literal"),
+])  # fmt: skip
+def test_a_calibration_report_of_another_form_is_refused(
+    tiny_bundle: Path, images: list[tuple[str, Any]], change: dict[str, Any], message: str
+) -> None:
+    add_precision(tiny_bundle, "int8", json.dumps(calibration(**change)))
+    with pytest.raises(BundleError, match=r"calibration\.int8\.json is no report of vzip") as error:
+        gather(read_bundle(tiny_bundle), images, source="two", step=lambda _: None)
+    assert message in str(error.value)
+
+
+def test_a_calibration_without_limits_measured_no_layer_alone() -> None:
+    written = calibration()
+    for layer in written["layers"]:
+        layer["effect"] = None
+    assert [layer.overlap for layer in parse_calibration(written).layers] == [None, None]
+
+
+# The command
+
+
+@pytest.fixture
+def pictures_of(tmp_path: Path) -> Any:
+    def make(count: int) -> Path:
+        folder = tmp_path / "shown"
+        folder.mkdir()
+        for number in range(count):
+            small = np.random.default_rng(number).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+            Image.fromarray(small).resize((40, 40)).save(folder / f"{number}.png")
+        return folder
+
+    return make
+
+
+def test_the_command_writes_one_page(
+    tiny_static_bundle: Path, pictures_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "page.html"
+    arguments = [str(tiny_static_bundle), "--images", str(pictures_of(3)), "--count", "3"]
+    assert main(["report", *arguments, "-o", str(output)]) == 0
+    assert capsys.readouterr().out == f"{output}\n"
+    text = output.read_text(encoding="utf-8")
+    read = assert_shut(text)
+    assert sum(tag == "img" for tag, _ in read.tags) == 3 * 2
+    assert "Encoder, 2 images a call" in read.words
+    assert len(text) < 1_000_000
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_a_report_that_fails_leaves_the_old_one(
+    tiny_bundle: Path, pictures_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "page.html"
+    output.write_text("the old one")
+    count = str(MOST_IMAGES + 1)
+    arguments = [str(tiny_bundle), "--images", str(pictures_of(13)), "--count", count]
+    assert main(["report", *arguments, "-o", str(output)]) == 2
+    assert "got 13 images, expected 1 to 12" in capsys.readouterr().err
+    assert output.read_text() == "the old one"
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("page.pdf", "but the report is a web page; give a name ending in .html"),
+    ("absent/page.html", "does not exist; create it first"),
+    ("folder.html", "which is a folder; give a file in it"),
+])  # fmt: skip
+def test_an_output_that_can_not_be_written_is_refused_first(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(InvalidInputError, match=re.escape(message)):
+        report_cli._check_output(tmp_path / name)
