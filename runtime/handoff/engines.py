@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
@@ -90,7 +91,7 @@ def parse(text: str) -> Choice:
     """
     name, colon, where = text.partition(":")
     if not colon or name not in ENGINES:
-        if colon and "/" not in name and not where.startswith(("/", "\\")):
+        if colon and "/" not in name and not Path(text).exists():
             raise InvalidInputError(
                 f"--llm: got {text!r}, whose {name!r} is no engine, expected one of "
                 f"{', '.join(f'{each}:{engine.where}' for each, engine in ENGINES.items())}, or a "

@@ -49,12 +49,14 @@ def test_a_folder_whose_name_has_a_colon(tmp_path, monkeypatch):
     assert parse(f"{tmp_path}/a:b") == Choice("transformers", f"{tmp_path}/a:b")
     monkeypatch.chdir(tmp_path)
     assert parse("./a:b") == Choice("transformers", "./a:b")
+    assert parse("a:b") == Choice("transformers", "a:b")
 
 
 @pytest.mark.parametrize(
     ("text", "error", "says"),
     [
         ("llamacpp:m.gguf", InvalidInputError, "'llamacpp' is no engine, expected one of transfor"),
+        ("lama.cpp:/models/m.gguf", InvalidInputError, "'lama.cpp' is no engine, expected one"),
         ("vllm:", InvalidInputError, "expected vllm:URL; say what"),
         ("vllm:127.0.0.1:8000", InvalidInputError, "such as vllm:http://127.0.0.1:8000; give"),
         ("llama.cpp: ", InvalidInputError, "expected llama.cpp:FILE.gguf"),
