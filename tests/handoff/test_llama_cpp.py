@@ -137,16 +137,22 @@ def spread(ids: list[int], place: int, count: int) -> list[int]:
     return [token for each in ids for token in ([each] * count if each == place else [each])]
 
 
-@pytest.mark.parametrize("kind", ["fp16", "fp32"])
-def test_the_demo_answers_as_in_transformers(kind, llms, reference, asked):
-    """FP16 rounds activations too, and yet no answer differs; then FP32's can't either."""
-    total = 0
+@pytest.mark.parametrize(("kind", "most"), [("fp16", 2), ("fp32", 0)])
+def test_the_demo_answers_as_in_transformers(kind, most, llms, reference, asked):
+    """FP16 rounds activations too.
+
+    On the CPU this was made on no answer differs (1001 of 1001); but two tokens can be nearer to
+    each other than its rounding, which is another CPU's own.
+    """
+    total, differ = 0, []
     for each in asked:
         for question in each.questions:
             expected = reference.ask(each.embeds, question)
-            assert llms[kind].ask(each.embeds, question) == expected, question
+            answer = llms[kind].ask(each.embeds, question)
+            differ += [(question, answer, expected)] if answer != expected else []
             total += 1
     assert total >= ANSWERS
+    assert len(differ) <= most, differ
 
 
 # Of logits up to 14. In FP16 llama.cpp rounds activations, keys and values to half precision.
