@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vzip.runtime.console import emit
-from vzip.runtime.errors import BundleError, missing
+from vzip.runtime.errors import BundleError, require
 from vzip.runtime.manifest import DATA_FILE, MODEL_FILE, FileEntry
 from vzip.runtime.precision_record import QUANTISED, PrecisionRecord, files_of, report_file
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
             f"{bundle.path}: the folder is read-only for this user, and the quantised graph goes "
             "there; copy the bundle to a folder that you may write to"
         )
-    _import_packages()
+    require("ml_dtypes", "onnx", "onnxruntime", needed_for=f"'{prog}'", extra="export")
     from vzip.calibration.quantize import quantize
     from vzip.calibration.recipe import Recipe
     from vzip.calibration.samples import Samples
@@ -186,15 +186,6 @@ def _mib(bundle: Bundle, precision: str | None) -> str:
     names = (MODEL_FILE, DATA_FILE) if at.quantised is None else files_of(at.quantised)[:2]
     size = sum(files[name].bytes for name in names if name in files)
     return f"{size / 2**20:.1f}"
-
-
-def _import_packages() -> None:
-    """Say which package is missing, before any work is done."""
-    try:
-        import ml_dtypes  # noqa: F401
-        import onnx  # noqa: F401
-    except ImportError as error:
-        raise missing(error.name or "onnx", needed_for="vzip calibrate", extra="export") from error
 
 
 def number(text: str) -> float | None:

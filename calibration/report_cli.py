@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from vzip.runtime import atomic
 from vzip.runtime.console import emit
-from vzip.runtime.errors import InvalidInputError, missing
+from vzip.runtime.errors import InvalidInputError, require
 from vzip.runtime.models import DEMO
 
 if TYPE_CHECKING:
@@ -35,9 +34,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     arguments = _parser(prog).parse_args(argv)
     output: Path = arguments.output
     _check_output(output)
-    for package in ("torch", "transformers", "onnxruntime"):
-        if importlib.util.find_spec(package) is None:
-            raise missing(package, needed_for="'vzip report'", extra="export")
+    require("torch", "transformers", "onnxruntime", needed_for=f"'{prog}'", extra="export")
     from vzip.calibration.report import gather
     from vzip.calibration.report_page import page
     from vzip.runtime.bundle import read_bundle

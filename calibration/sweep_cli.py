@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -11,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from vzip.calibration.sweep_advice import Advice, Limits, advise
+from vzip.export import EXPORT_PACKAGES
 from vzip.export.budget import Merge, split_tokens
 from vzip.runtime import atomic
 from vzip.runtime.console import emit
-from vzip.runtime.errors import InvalidInputError, MissingDependencyError, missing
+from vzip.runtime.errors import InvalidInputError, MissingDependencyError, require
 from vzip.runtime.models import ALIASES, DEMO, locate
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     if arguments.text_tokens < 0:
         raise InvalidInputError(f"got --text-tokens {arguments.text_tokens}, expected 0 or more")
     _check_folder(arguments.output)
-    _require_packages()
+    require(*EXPORT_PACKAGES, needed_for=f"'{prog}'", extra="export")
     from vzip.calibration.sweep import sweep
 
     variants = _variants(arguments)
@@ -155,12 +155,6 @@ def _check_folder(folder: Path) -> None:
     """Refuse an output that is a file, before minutes of work."""
     if folder.exists() and not folder.is_dir():
         raise InvalidInputError(f"-o is '{folder}', which is a file; give a folder for the results")
-
-
-def _require_packages() -> None:
-    for package in ("torch", "transformers", "onnx", "onnxscript", "safetensors", "onnxruntime"):
-        if importlib.util.find_spec(package) is None:
-            raise missing(package, needed_for="'vzip sweep'", extra="export")
 
 
 def _numbers(text: str) -> list[int]:

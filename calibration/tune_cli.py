@@ -16,7 +16,7 @@ from vzip.calibration.tune_data import DEMO, DEMO_SCENES
 from vzip.export import selections
 from vzip.export.budget import Budget, Merge, split_tokens
 from vzip.runtime.console import emit
-from vzip.runtime.errors import BudgetError, InvalidInputError, missing
+from vzip.runtime.errors import BudgetError, InvalidInputError, require
 from vzip.runtime.models import ALIASES
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     output = _output(arguments.output)
     asked = _asked_budget(arguments)
     _check_data(arguments)
-    for package in ("torch", "transformers", "safetensors"):
-        _require(package, prog)
+    require("torch", "transformers", "safetensors", needed_for=f"'{prog}'", extra="export")
     from vzip.calibration.tune_features import Tower, check_tunable
     from vzip.calibration.tune_job import Job, run_of, tune_projector
     from vzip.calibration.tune_session import Session
@@ -268,11 +267,3 @@ def _recipe(arguments: argparse.Namespace, device: torch.device) -> Recipe:
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         given["dtype"] = "bf16" if fast else "fp32"
     return Recipe(**given)
-
-
-def _require(package: str, prog: str) -> None:
-    """Say in one line that the extra is not installed, before the first import fails in many."""
-    import importlib.util
-
-    if importlib.util.find_spec(package) is None:
-        raise missing(package, needed_for=f"'{prog}'", extra="export")

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from vzip.export import selections
+from vzip.export import EXPORT_PACKAGES, selections
 from vzip.export.budget import Budget, Merge, split_tokens
 from vzip.export.targets import Choice, find, resolve
 from vzip.runtime.console import emit, run_command
-from vzip.runtime.errors import BudgetError, InvalidInputError, missing
+from vzip.runtime.errors import BudgetError, InvalidInputError, require
 from vzip.runtime.models import ALIASES
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     """
     arguments = _export_parser(prog).parse_args(argv)
     _check_options(arguments)
-    _require_export_packages(prog)
+    require(*EXPORT_PACKAGES, needed_for=f"'{prog}'", extra="export")
     from vzip.export.onnx_graph import GraphOptions
     from vzip.export.pictures import reference_images
     from vzip.export.pipeline import Method, WeightSource, export_bundle
@@ -113,7 +113,7 @@ def check_main(argv: Sequence[str], *, prog: str) -> int:
         "--projector", type=Path, metavar="FILE", help="the tuned projector that it was made with"
     )
     arguments = parser.parse_args(argv)
-    _require_export_packages(prog)
+    require(*EXPORT_PACKAGES, needed_for=f"'{prog}'", extra="export")
     from vzip.export.pictures import reference_images
     from vzip.export.recheck import check_bundle
 
@@ -335,12 +335,3 @@ def _output(arguments: argparse.Namespace, budget: Budget) -> str:
     if arguments.selection != selections.DEFAULT:
         parts.append(arguments.selection)
     return "-".join(parts)
-
-
-def _require_export_packages(prog: str) -> None:
-    """Say in one line that the extra is not installed, before the first import fails in many."""
-    import importlib.util
-
-    for package in ("torch", "transformers", "onnx", "onnxscript", "safetensors", "onnxruntime"):
-        if importlib.util.find_spec(package) is None:
-            raise missing(package, needed_for=f"'{prog}'", extra="export")

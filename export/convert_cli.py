@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from vzip.runtime.console import emit
-from vzip.runtime.errors import InvalidInputError, missing
+from vzip.runtime.errors import InvalidInputError, require
 from vzip.runtime.models import ALIASES, locate
 
 
@@ -26,9 +25,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     arguments = _parser(prog).parse_args(argv)
     _check_output(arguments.gguf)
     locate(arguments.model)
-    for package in ("torch", "transformers", "safetensors", "gguf"):
-        if importlib.util.find_spec(package) is None:
-            raise missing(package, needed_for=f"'{prog}'", extra="export")
+    require("torch", "transformers", "safetensors", "gguf", needed_for=f"'{prog}'", extra="export")
     from vzip.export.gguf import convert
 
     convert(

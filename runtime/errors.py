@@ -7,6 +7,8 @@ ours and keeps its traceback.
 
 from __future__ import annotations
 
+import importlib.util
+
 
 class VzipError(Exception):
     """Base of every error that is the caller's to mend."""
@@ -59,3 +61,19 @@ def missing(package: str, *, needed_for: str, extra: str) -> MissingDependencyEr
         f"{needed_for} needs the package '{package}', which can't be imported here; "
         f"install it with: pip install 'vzip[{extra}]'"
     )
+
+
+def require(*packages: str, needed_for: str, extra: str) -> None:
+    """Say in one line that an extra is not installed, before the first import fails in many.
+
+    Args:
+        packages: Import names; none of them is imported.
+        needed_for: As for `missing`.
+        extra: As for `missing`.
+
+    Raises:
+        MissingDependencyError: One of them is not installed.
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise missing(package, needed_for=needed_for, extra=extra)

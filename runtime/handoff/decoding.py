@@ -75,8 +75,20 @@ class GreedyLLM(LLM):
         self, embeds: Embeds | Sequence[Embeds], *, frames: int | None = None
     ) -> GreedyConversation:
         """Begin a conversation; see `LLM.conversation`."""
-        shown = check_shown(
-            self.name,
+        return GreedyConversation(self, self.check(embeds, frames))
+
+    def check(
+        self, embeds: Embeds | Sequence[Embeds], frames: int | None, *, where: str | None = None
+    ) -> Shown:
+        """Check what is to be shown; see `vzip.runtime.handoff.check_shown`.
+
+        Args:
+            embeds: As for `conversation`.
+            frames: As for `conversation`.
+            where: What messages begin with; None for the engine's name.
+        """
+        return check_shown(
+            where or self.name,
             embeds,
             frames=frames,
             tokens=self.tokens,
@@ -84,7 +96,6 @@ class GreedyLLM(LLM):
             takes_videos="video" in self.prompts.placeholders,
             largest=self.largest,
         )
-        return GreedyConversation(self, shown)
 
 
 class GreedyConversation(Conversation):

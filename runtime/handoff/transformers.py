@@ -31,11 +31,9 @@ from vzip.runtime.errors import (
 from vzip.runtime.handoff import (
     DEFAULT_MAX_NEW_TOKENS,
     ImageTokens,
-    Shown,
     check_context,
     check_max_new_tokens,
     check_question,
-    check_shown,
 )
 from vzip.runtime.handoff.chat_template import make_prompts
 from vzip.runtime.handoff.decoding import GreedyLLM, expand
@@ -263,7 +261,7 @@ class TransformersLLM(GreedyLLM):
         for number, (each, question) in enumerate(zip(embeds, questions, strict=True)):
             engine = f"{NAME}: question {number}" if len(questions) > 1 else NAME
             check_question(engine, question)
-            shown = self._shown(each, frames, engine)
+            shown = self.check(each, frames, where=engine)
             all_shown.append(shown)
             prompts.append(expand(self.prompts, shown, question.strip()))
         longest = max(map(len, prompts))
@@ -334,17 +332,6 @@ class TransformersLLM(GreedyLLM):
         """Return an answer's ids up to its end."""
         ends = (place for place, token in enumerate(ids) if token in self.eos_ids)
         return ids[: next(ends, len(ids))]
-
-    def _shown(self, embeds: Embeds | Sequence[Embeds], frames: int | None, engine: str) -> Shown:
-        return check_shown(
-            engine,
-            embeds,
-            frames=frames,
-            tokens=self.tokens,
-            hidden_size=self.hidden_size,
-            takes_videos="video" in self.prompts.placeholders,
-            largest=self.largest,
-        )
 
     def _embeddings(self, ids: torch.Tensor, rows: Embeds | None) -> torch.Tensor:
         """Return [B, m, L] of ids [B, m], in which the placeholders' are `rows` [n, L]."""

@@ -283,7 +283,7 @@ def test_a_missing_package_is_named(
     monkeypatch.setitem(sys.modules, package, None)
     assert main(arguments_of(tiny_bundle, pictures)) == 2
     said = capsys.readouterr().err
-    assert f"vzip calibrate needs the package '{package}'" in said
+    assert f"'vzip calibrate' needs the package '{package}'" in said
     assert "vzip[export]" in said
 
 
