@@ -37,8 +37,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness
 from vzip.runtime import atomic
+from vzip.runtime.bench import timing
 from vzip.runtime.bundle import read_bundle
 from vzip.runtime.console import run_command
 from vzip.runtime.environment import environment, state
@@ -358,7 +358,7 @@ def _take_turns(
     One that fails is put among `failed` and left out from then on.
     """
     turns: dict[str, list[dict[str, list[float]]]] = {stack: [] for stack in opened}
-    calls = {stack: harness.calls_per_turn(about[stack]["warm_ms"]) for stack in opened}
+    calls = {stack: timing.calls_per_turn(about[stack]["warm_ms"]) for stack in opened}
     order = list(opened)
     states = []
     for number in range(rounds):
@@ -378,12 +378,12 @@ def _take_turns(
 
 
 def _summary(answers: Sequence[dict[str, list[float]]]) -> dict[str, Any]:
-    """Return `harness.summary` of one stack's turns, and medians of what else they timed.
+    """Return `timing.summary` of one stack's turns, and medians of what else they timed.
 
     ``host_ms`` is what a call costs beyond the GPU's time for its launch: checks, copies into and
     out of pinned memory, the launch itself, waiting, and the copy of the embeddings to the host.
     """
-    found = harness.summary([answer["ms"] for answer in answers])
+    found = timing.summary([answer["ms"] for answer in answers])
     for name in ("engine_ms", "on_device_ms"):
         every = [value for answer in answers for value in answer.get(name, ())]
         if every:

@@ -40,23 +40,23 @@ class Worker:
 
     def answer(self, request: Answer) -> Answer:
         """Do what is asked."""
-        from benchmarks import harness
+        from vzip.runtime.bench import timing
 
         if request["do"] == "open":
             return self._open()
         assert self.call is not None, "open comes first"
         calls = request["calls"]
-        found = {"ms": harness.turn(self.call, calls=calls)}
+        found = {"ms": timing.turn(self.call, calls=calls)}
         return {**found, **{name: take(calls) for name, take in self.more.items()}}
 
     def _open(self) -> Answer:
-        from benchmarks import harness
+        from vzip.runtime.bench import timing
 
         start = time.perf_counter()
         found = self._open_ceiling() if self.stack == CEILING else self._open_encoder()
         found["open_s"] = time.perf_counter() - start
         assert self.call is not None
-        warm = harness.warm_up(self.call, calls=WARM_CALLS, seconds=WARM_S)
+        warm = timing.warm_up(self.call, calls=WARM_CALLS, seconds=WARM_S)
         return {
             **found,
             "first_call_ms": warm[0],
@@ -82,8 +82,8 @@ class Worker:
     def _open_encoder(self) -> Answer:
         import numpy as np
 
-        from benchmarks import harness
         from vzip.export.proof import prove, read_reference
+        from vzip.runtime.bench import timing
         from vzip.runtime.bundle import read_bundle
         from vzip.runtime.manifest import EMBEDS, KEPT, REFERENCE_FILE
 
@@ -122,7 +122,7 @@ class Worker:
             rows, opened = len(images), encoder._opened
             self.more = {
                 "engine_ms": lambda calls: opened.launch_ms(rows, calls),
-                "on_device_ms": lambda calls: harness.turn(
+                "on_device_ms": lambda calls: timing.turn(
                     lambda: encoder.run(images, on_device=True), calls=calls
                 ),
             }

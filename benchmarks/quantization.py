@@ -33,9 +33,9 @@ import transformers
 
 from vzip.calibration.agreement import compare
 from vzip.calibration.demo import accuracy, dialogue
-from vzip.calibration.graph import Graph, Session
-from vzip.calibration.quantize import quantize
-from vzip.calibration.recipe import Recipe
+from vzip.calibration.quantization.graph import Graph, Session
+from vzip.calibration.quantization.quantize import quantize
+from vzip.calibration.quantization.recipe import Recipe
 from vzip.calibration.samples import Samples
 from vzip.export.budget import Budget, split_tokens
 from vzip.export.onnx_graph import GraphOptions

@@ -50,7 +50,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             "vzip.runtime.doctor:main", "say what this machine can run and what is missing"
         ),
         "calibrate": Command(
-            "vzip.calibration.calibrate_cli:main", "quantise a bundle to int8 or fp8 by images"
+            "vzip.calibration.quantization.cli:main", "quantise a bundle to int8 or fp8 by images"
         ),
         "build": Command(
             "vzip.export.build_cli:build_main", "build a TensorRT engine from a bundle and prove it"
@@ -58,11 +58,13 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "inspect": Command(
             "vzip.export.build_cli:inspect_main", "print what a graph or an engine consists of"
         ),
-        "tune": Command("vzip.calibration.tune_cli:main", "train a projector on compressed tokens"),
-        "sweep": Command(
-            "vzip.calibration.sweep_cli:main", "measure budgets side by side and recommend one"
+        "tune": Command(
+            "vzip.calibration.tuning.cli:main", "train a projector on compressed tokens"
         ),
-        "report": Command("vzip.calibration.report_cli:main", "write a web page about a bundle"),
+        "sweep": Command(
+            "vzip.calibration.sweep.cli:main", "measure budgets side by side and recommend one"
+        ),
+        "report": Command("vzip.calibration.report.cli:main", "write a web page about a bundle"),
         "ask": Command("vzip.runtime.commands:ask", "answer one question about an image or a clip"),
         "chat": Command("vzip.runtime.commands:chat", "answer questions until end of input"),
         "encode": Command("vzip.runtime.encode_cli:main", "write the tokens of images to a file"),

@@ -19,12 +19,13 @@ from PIL import Image
 from layouts import write_layout
 from tests.precisions import add_precision, fill
 from tests.snippets import run_snippets
-from vzip.calibration import calibrate_cli, quantize
 from vzip.calibration.agreement import Agreement
-from vzip.calibration.quantize import LayerReport, Report
-from vzip.calibration.recipe import Recipe
+from vzip.calibration.quantization import cli as calibrate_cli
+from vzip.calibration.quantization import quantize
+from vzip.calibration.quantization.quantize import LayerReport, Report
+from vzip.calibration.quantization.recipe import Recipe
+from vzip.calibration.quantization.sensitivity import Effect
 from vzip.calibration.samples import Samples
-from vzip.calibration.sensitivity import Effect
 from vzip.export.budget import Budget
 from vzip.export.encoder import GraphInput
 from vzip.export.engine import build_lock

@@ -20,11 +20,11 @@ import pytest
 from onnx import numpy_helper
 
 from vzip.calibration.agreement import compare
-from vzip.calibration.graph import Chain, Graph, Session
-from vzip.calibration.qdq import Setting, quantised
-from vzip.calibration.quantize import Quantised, quantize
-from vzip.calibration.ranges import BINS, Histograms, fp8_grid, int8_grid, thresholds
-from vzip.calibration.recipe import Recipe
+from vzip.calibration.quantization.graph import Chain, Graph, Session
+from vzip.calibration.quantization.qdq import Setting, quantised
+from vzip.calibration.quantization.quantize import Quantised, quantize
+from vzip.calibration.quantization.ranges import BINS, Histograms, fp8_grid, int8_grid, thresholds
+from vzip.calibration.quantization.recipe import Recipe
 from vzip.calibration.samples import Samples
 from vzip.runtime.backends import open_backend
 from vzip.runtime.bundle import Bundle, read_bundle
@@ -323,7 +323,7 @@ def test_layers_that_are_not_named_stay(tiny: MakeBundle) -> None:
 
 def test_peak_memory_is_this_process_s_own() -> None:
     ballast = np.ones(50_000_000)  # 400 MB, which a child's rusage would begin with
-    code = "from vzip.calibration.quantize import _peak_bytes; print(_peak_bytes())"
+    code = "from vzip.calibration.quantization.quantize import _peak_bytes; print(_peak_bytes())"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 1e7 < int(child.stdout) < ballast.nbytes
 

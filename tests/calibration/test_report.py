@@ -17,15 +17,17 @@ from PIL import Image
 
 from layouts import write_layout
 from tests.precisions import add_precision
-from vzip.calibration import report, report_cli, timing
 from vzip.calibration.agreement import Agreement
-from vzip.calibration.quantize import LayerReport, Report
-from vzip.calibration.recipe import Recipe
-from vzip.calibration.report import MOST_IMAGES, Savings, gather, parse_calibration
-from vzip.calibration.report_page import page
-from vzip.calibration.sensitivity import Effect
+from vzip.calibration.quantization.quantize import LayerReport, Report
+from vzip.calibration.quantization.recipe import Recipe
+from vzip.calibration.quantization.sensitivity import Effect
+from vzip.calibration.report import cli as report_cli
+from vzip.calibration.report import report
+from vzip.calibration.report.page import page
+from vzip.calibration.report.report import MOST_IMAGES, Savings, gather, parse_calibration
 from vzip.export.pictures import reference_images
 from vzip.runtime import VisionEncoder
+from vzip.runtime.bench import timing
 from vzip.runtime.bundle import Bundle, read_bundle
 from vzip.runtime.cli import main
 from vzip.runtime.encoder import CompressedTokens

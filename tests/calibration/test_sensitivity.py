@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 
 from vzip.calibration.agreement import Agreement, compare
-from vzip.calibration.graph import Chain, Graph
-from vzip.calibration.qdq import Setting
-from vzip.calibration.quantize import quantize
-from vzip.calibration.recipe import Recipe
-from vzip.calibration.samples import Samples
-from vzip.calibration.sensitivity import (
+from vzip.calibration.quantization.graph import Chain, Graph
+from vzip.calibration.quantization.qdq import Setting
+from vzip.calibration.quantization.quantize import quantize
+from vzip.calibration.quantization.recipe import Recipe
+from vzip.calibration.quantization.sensitivity import (
     Effect,
     Goal,
     Judge,
@@ -25,6 +24,7 @@ from vzip.calibration.sensitivity import (
     ranking,
     scores_name,
 )
+from vzip.calibration.samples import Samples
 from vzip.runtime.bundle import Bundle
 from vzip.runtime.manifest import EMBEDS, KEPT
 

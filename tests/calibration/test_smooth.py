@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vzip.calibration import smooth
-from vzip.calibration.graph import Graph, Session
-from vzip.calibration.qdq import smoothed
+from vzip.calibration.quantization import smooth
+from vzip.calibration.quantization.graph import Graph, Session
+from vzip.calibration.quantization.qdq import smoothed
 from vzip.calibration.samples import Samples
 from vzip.runtime.bundle import Bundle
 

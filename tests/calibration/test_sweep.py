@@ -6,7 +6,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,21 @@ import pytest
 import torch
 
 from layouts import write_layout
-from vzip.calibration import sweep_cli, sweep_graph, timing
 from vzip.calibration.held_out import Accuracy, DemoQuestions
-from vzip.calibration.llm_cost import LlmShape, llm_shape
-from vzip.calibration.sweep import Row, Sweep, agreement, sweep
-from vzip.calibration.sweep_advice import Limits, advise
-from vzip.calibration.sweep_graph import ALL, Seen, SweepSession, Variant, open_sweep
-from vzip.calibration.sweep_output import plot, size, table
-from vzip.calibration.timing import Timing, interleaved
+from vzip.calibration.sweep import cli as sweep_cli
+from vzip.calibration.sweep import graph as sweep_graph
+from vzip.calibration.sweep.advice import Limits, advise
+from vzip.calibration.sweep.graph import ALL, Seen, SweepSession, Variant, open_sweep
+from vzip.calibration.sweep.output import plot, size, table
+from vzip.calibration.sweep.sweep import Row, Sweep, agreement, sweep
 from vzip.export import oracle
 from vzip.export.budget import Budget
 from vzip.export.checkpoint import Checkpoint, read_vision
+from vzip.export.llm_cost import LlmShape, llm_shape
 from vzip.export.pictures import reference_images
 from vzip.export.reference import projector, tower_features
+from vzip.runtime.bench import timing
+from vzip.runtime.bench.timing import Timing
 from vzip.runtime.cli import main
 from vzip.runtime.errors import BudgetError, CheckpointError, InvalidInputError
 from vzip.runtime.images import load_image
@@ -35,36 +36,7 @@ from vzip.runtime.preprocess import tower_image
 
 VARIANTS = [Variant(Budget(5, 1), "average"), Variant(Budget(5, 1), "sum"),
             Variant(Budget(27, 5), "average")]  # fmt: skip
-BLANK = Timing(1.0, 1.0, 1.0, 0.0, 7)
-
-
-# The clock
-
-
-def test_a_machine_that_slows_down_favours_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, called = [0], []
-    monkeypatch.setattr(time, "perf_counter_ns", lambda: now[0])
-
-    def call(name: str, milliseconds: int) -> Any:
-        def run() -> None:
-            called.append(name)
-            now[0] += (milliseconds + len(called)) * 1_000_000  # one slower with every call
-
-        return run
-
-    found = interleaved({"a": call("a", 100), "b": call("b", 100), "c": call("c", 40)})
-    rounds = found["a"].calls
-    timed = called[timing.WARM_UP * 3 :]
-    assert len(timed) == 3 * rounds >= 3 * timing.LEAST
-    assert timed[:9] == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
-    assert abs(found["a"].median_ms - found["b"].median_ms) <= 2
-    assert found["a"].median_ms - found["c"].median_ms == pytest.approx(60, abs=3)
-
-
-def test_a_timing_has_the_quantiles_of_its_calls() -> None:
-    found = Timing.of([5.0, 1.0, 2.0, 4.0, 3.0])
-    assert found == Timing(median_ms=3.0, p90_ms=4.6, min_ms=1.0, iqr_ms=2.0, calls=5)
-
+BLANK = Timing(1.0, 1.0, 1.0, 1.0, 0.0, 7)
 
 # The LLM's cost
 

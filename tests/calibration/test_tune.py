@@ -18,11 +18,11 @@ from PIL import Image
 
 from tests.parity.tiny_llm import IMAGE, make_tokenizer
 from vzip.calibration.demo import accuracy, dialogue, scenes
-from vzip.calibration.tune import Recipe, Schedule, Tuner
-from vzip.calibration.tune_data import DemoData, InstructionData, Turn, choose, digest_of
-from vzip.calibration.tune_features import FeatureStore, Tower, check_tunable
-from vzip.calibration.tune_text import Wording
-from vzip.calibration.tune_workers import Workers
+from vzip.calibration.tuning.data import DemoData, InstructionData, Turn, choose, digest_of
+from vzip.calibration.tuning.features import FeatureStore, Tower, check_tunable
+from vzip.calibration.tuning.text import Wording
+from vzip.calibration.tuning.tune import Recipe, Schedule, Tuner
+from vzip.calibration.tuning.workers import Workers
 from vzip.export import reference
 from vzip.export.budget import Budget
 from vzip.export.pipeline import Method, WeightSource

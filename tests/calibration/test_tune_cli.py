@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from vzip.calibration import tune_cli
-from vzip.calibration.tune import Tuner
-from vzip.calibration.tune_data import DemoData
-from vzip.calibration.tune_features import FeatureStore
-from vzip.calibration.tune_session import Session
+from vzip.calibration.tuning import cli as tune_cli
+from vzip.calibration.tuning.data import DemoData
+from vzip.calibration.tuning.features import FeatureStore
+from vzip.calibration.tuning.session import Session
+from vzip.calibration.tuning.tune import Tuner
 from vzip.export.pipeline import WeightSource
 from vzip.runtime.errors import BudgetError, InvalidInputError
 from vzip.runtime.handoff.transformers import TransformersLLM
@@ -165,8 +165,8 @@ def test_a_killed_process_is_resumed_to_the_last_bit(
         "import os, signal, sys\n"
         "import torch\n"
         f"torch.set_num_threads({threads})\n"
-        "from vzip.calibration import tune_cli\n"
-        "from vzip.calibration.tune import Tuner\n"
+        "from vzip.calibration.tuning import cli as tune_cli\n"
+        "from vzip.calibration.tuning.tune import Tuner\n"
         "step = Tuner.step\n"
         "def dying(self, number, *rest):\n"
         "    if number == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -267,7 +267,7 @@ def test_features_are_made_once(
         raise AssertionError("the tower ran")
 
     with monkeypatch.context() as patch:
-        patch.setattr("vzip.calibration.tune_features.Tower.encode", never)
+        patch.setattr("vzip.calibration.tuning.features.Tower.encode", never)
         output = tmp_path / "projector.safetensors"
         assert tune(output, "--features", str(features)) == whole
     files[0].write_bytes(b"damaged")

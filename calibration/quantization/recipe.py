@@ -16,7 +16,7 @@ PERCENTILE = 99.99
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `vzip.calibration.quantize.quantize` does.
+    """What `vzip.calibration.quantization.quantize.quantize` does.
 
     Attributes:
         precision: Of the linear layers: ``int8`` (symmetric) or ``fp8`` (E4M3).

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from vzip.runtime.errors import missing
 
 if TYPE_CHECKING:
-    from vzip.calibration.sweep import Row, Sweep
-    from vzip.calibration.sweep_advice import Advice
+    from vzip.calibration.sweep.advice import Advice
+    from vzip.calibration.sweep.sweep import Row, Sweep
 
 _COLOURS = ("#1f6feb", "#d1572a", "#2c8a4b", "#8250df")
 _GREY = "#6b7280"

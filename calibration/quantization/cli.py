@@ -18,7 +18,7 @@ from vzip.runtime.manifest import DATA_FILE, MODEL_FILE, FileEntry
 from vzip.runtime.precision_record import QUANTISED, PrecisionRecord, files_of, report_file
 
 if TYPE_CHECKING:
-    from vzip.calibration.quantize import LayerReport, Quantised, Report
+    from vzip.calibration.quantization.quantize import LayerReport, Quantised, Report
     from vzip.calibration.samples import Samples
     from vzip.runtime.bundle import Bundle
 
@@ -45,8 +45,8 @@ def main(argv: Sequence[str], *, prog: str) -> int:
             "there; copy the bundle to a folder that you may write to"
         )
     require("ml_dtypes", "onnx", "onnxruntime", needed_for=f"'{prog}'", extra="export")
-    from vzip.calibration.quantize import quantize
-    from vzip.calibration.recipe import Recipe
+    from vzip.calibration.quantization.quantize import quantize
+    from vzip.calibration.quantization.recipe import Recipe
     from vzip.calibration.samples import Samples
 
     recipe = Recipe(

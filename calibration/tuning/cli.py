@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from vzip.calibration.tune_data import DEMO, DEMO_SCENES
+from vzip.calibration.tuning.data import DEMO, DEMO_SCENES
 from vzip.export import selections
 from vzip.export.budget import Budget, Merge, split_tokens
 from vzip.runtime.console import emit
@@ -22,8 +22,8 @@ from vzip.runtime.models import ALIASES
 if TYPE_CHECKING:
     import torch
 
-    from vzip.calibration.tune import Recipe
-    from vzip.calibration.tune_data import Data
+    from vzip.calibration.tuning.data import Data
+    from vzip.calibration.tuning.tune import Recipe
     from vzip.export.architecture import VisionConfig
 
 SUFFIX = ".safetensors"
@@ -44,10 +44,10 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     asked = _asked_budget(arguments)
     _check_data(arguments)
     require("torch", "transformers", "safetensors", needed_for=f"'{prog}'", extra="export")
-    from vzip.calibration.tune_features import Tower, check_tunable
-    from vzip.calibration.tune_job import Job, run_of, tune_projector
-    from vzip.calibration.tune_session import Session
-    from vzip.calibration.tune_workers import Workers
+    from vzip.calibration.tuning.features import Tower, check_tunable
+    from vzip.calibration.tuning.job import Job, run_of, tune_projector
+    from vzip.calibration.tuning.session import Session
+    from vzip.calibration.tuning.workers import Workers
     from vzip.export import defaults
     from vzip.export.pipeline import Method, WeightSource
     from vzip.runtime.handoff.transformers import TransformersLLM
@@ -224,7 +224,7 @@ def _check_data(arguments: argparse.Namespace) -> None:
 
 
 def _data(arguments: argparse.Namespace, config: VisionConfig, seed: int) -> Data:
-    from vzip.calibration.tune_data import DemoData, InstructionData
+    from vzip.calibration.tuning.data import DemoData, InstructionData
 
     if arguments.data == DEMO:
         return DemoData(arguments.count or DEMO_SCENES, seed, config.tower.image_size)
@@ -256,7 +256,7 @@ def _cuda() -> bool:
 def _recipe(arguments: argparse.Namespace, device: torch.device) -> Recipe:
     import torch
 
-    from vzip.calibration.tune import Recipe
+    from vzip.calibration.tuning.tune import Recipe
 
     given = {
         field.name: getattr(arguments, field.name)

@@ -18,8 +18,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from vzip.calibration.graph import Graph, Linear
-from vzip.calibration.recipe import QuantPrecision
+from vzip.calibration.quantization.graph import Graph, Linear
+from vzip.calibration.quantization.recipe import QuantPrecision
 
 Array = NDArray[Any]
 

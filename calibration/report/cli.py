@@ -35,8 +35,8 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     output: Path = arguments.output
     _check_output(output)
     require("torch", "transformers", "onnxruntime", needed_for=f"'{prog}'", extra="export")
-    from vzip.calibration.report import gather
-    from vzip.calibration.report_page import page
+    from vzip.calibration.report.page import page
+    from vzip.calibration.report.report import gather
     from vzip.runtime.bundle import read_bundle
 
     bundle = read_bundle(arguments.bundle, verify=False)  # what runs is verified when it is opened

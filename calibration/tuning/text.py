@@ -14,7 +14,7 @@ from vzip.runtime.handoff.chat_template import HubTokenizer
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from vzip.calibration.tune_data import Turn
+    from vzip.calibration.tuning.data import Turn
     from vzip.runtime.handoff.prompts import Prompts
     from vzip.runtime.handoff.transformers import TransformersLLM
 

@@ -16,12 +16,12 @@ from typing import Any, Final
 
 import torch
 
-from vzip.calibration.tune import Recipe, Schedule, Tuner
-from vzip.calibration.tune_data import Data, LeftOut, Record, choose, digest_of
-from vzip.calibration.tune_features import FeatureStore, Tower
-from vzip.calibration.tune_session import FEATURES, Session
-from vzip.calibration.tune_text import Example, Wording
-from vzip.calibration.tune_workers import Workers
+from vzip.calibration.tuning.data import Data, LeftOut, Record, choose, digest_of
+from vzip.calibration.tuning.features import FeatureStore, Tower
+from vzip.calibration.tuning.session import FEATURES, Session
+from vzip.calibration.tuning.text import Example, Wording
+from vzip.calibration.tuning.tune import Recipe, Schedule, Tuner
+from vzip.calibration.tuning.workers import Workers
 from vzip.export.pipeline import Method
 from vzip.export.reference import projector as untouched_projector
 from vzip.export.weights import VisionWeights

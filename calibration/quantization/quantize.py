@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vzip.calibration import smooth
 from vzip.calibration.agreement import Agreement, compare
-from vzip.calibration.graph import Chain, Graph, Kind, Linear, Session
-from vzip.calibration.qdq import Setting, opset_of, quantised
-from vzip.calibration.ranges import Histograms, Peaks, thresholds
-from vzip.calibration.recipe import Recipe
-from vzip.calibration.samples import Samples
-from vzip.calibration.sensitivity import (
+from vzip.calibration.quantization import smooth
+from vzip.calibration.quantization.graph import Chain, Graph, Kind, Linear, Session
+from vzip.calibration.quantization.qdq import Setting, opset_of, quantised
+from vzip.calibration.quantization.ranges import Histograms, Peaks, thresholds
+from vzip.calibration.quantization.recipe import Recipe
+from vzip.calibration.quantization.sensitivity import (
     Effect,
     Goal,
     Judge,
@@ -31,6 +30,7 @@ from vzip.calibration.sensitivity import (
     ranking,
     scores_name,
 )
+from vzip.calibration.samples import Samples
 from vzip.runtime.bundle import Bundle
 from vzip.runtime.console import progress
 from vzip.runtime.errors import ParityError

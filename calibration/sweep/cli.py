@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from vzip.calibration.sweep_advice import Advice, Limits, advise
+from vzip.calibration.sweep.advice import Advice, Limits, advise
 from vzip.export import EXPORT_PACKAGES
 from vzip.export.budget import Merge, split_tokens
 from vzip.runtime import atomic
@@ -18,8 +18,8 @@ from vzip.runtime.errors import InvalidInputError, MissingDependencyError, requi
 from vzip.runtime.models import ALIASES, DEMO, locate
 
 if TYPE_CHECKING:
-    from vzip.calibration.sweep import Sweep
-    from vzip.calibration.sweep_graph import Variant
+    from vzip.calibration.sweep.graph import Variant
+    from vzip.calibration.sweep.sweep import Sweep
     from vzip.runtime.images import ImageSource
 
 TEXT_TOKENS = 64
@@ -57,7 +57,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         raise InvalidInputError(f"got --text-tokens {arguments.text_tokens}, expected 0 or more")
     _check_folder(arguments.output)
     require(*EXPORT_PACKAGES, needed_for=f"'{prog}'", extra="export")
-    from vzip.calibration.sweep import sweep
+    from vzip.calibration.sweep.sweep import sweep
 
     variants = _variants(arguments)
     source, images = _images(arguments)
@@ -86,7 +86,7 @@ def say(text: str) -> None:
 
 def _variants(arguments: argparse.Namespace) -> list[Variant]:
     """Return the budgets by size, each with every merge, as far as the tower takes CLS along."""
-    from vzip.calibration.sweep_graph import Variant
+    from vzip.calibration.sweep.graph import Variant
     from vzip.export import defaults
     from vzip.export.checkpoint import Checkpoint
 
@@ -127,7 +127,7 @@ def _opened(path: Path) -> Callable[[], ImageSource]:
 
 def _write(result: Sweep, advice: Advice | None, folder: Path) -> list[Path]:
     """Write table, JSON and plots; each file is there whole or not at all."""
-    from vzip.calibration.sweep_output import plot, table
+    from vzip.calibration.sweep.output import plot, table
 
     record = {**result.to_json(), "advice": None if advice is None else advice.to_json()}
     files = {

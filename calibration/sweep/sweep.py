@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vzip.calibration.llm_cost import LlmShape, llm_shape
-from vzip.calibration.sweep_graph import ALL, Seen, SweepSession, Variant, open_sweep
-from vzip.calibration.timing import Timing, interleaved
+from vzip.calibration.sweep.graph import ALL, Seen, SweepSession, Variant, open_sweep
 from vzip.export.checkpoint import Checkpoint, read_vision
 from vzip.export.defaults import FRAMES
+from vzip.export.llm_cost import LlmShape, llm_shape
+from vzip.runtime.bench.timing import Timing, interleaved
 from vzip.runtime.console import progress
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.images import ImageSource, load_image
@@ -58,7 +58,7 @@ class Row:
         accuracy_error: Standard error of it.
         latency: Of the encoder, one image, tile or frame, from uint8 pixels to embeddings.
         llm_tokens: n, text and image together, as the LLM gets them.
-        prefill_flops: Of the LLM, with n tokens; see `vzip.calibration.llm_cost`.
+        prefill_flops: Of the LLM, with n tokens; see `vzip.export.llm_cost`.
         kv_bytes: Of its cache, with n tokens.
     """
 

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vzip.calibration.agreement import Agreement, compare
-from vzip.calibration.llm_cost import LlmShape, llm_shape
-from vzip.calibration.sweep import machine
-from vzip.calibration.timing import Timing, interleaved
+from vzip.calibration.sweep.sweep import machine
 from vzip.export.checkpoint import Checkpoint
 from vzip.export.defaults import FRAMES
+from vzip.export.llm_cost import LlmShape, llm_shape
+from vzip.runtime.bench.timing import Timing, interleaved
 from vzip.runtime.bundle import Bundle
 from vzip.runtime.console import progress
 from vzip.runtime.encoder import CompressedTokens, VisionEncoder
@@ -54,7 +54,7 @@ _QUALITY = 84
 
 @dataclass(frozen=True)
 class Layer:
-    """One line of a calibration report; see `vzip.calibration.quantize.LayerReport`.
+    """One line of a calibration report; see `vzip.calibration.quantization.quantize.LayerReport`.
 
     Attributes:
         name: Of the layer.
@@ -408,7 +408,7 @@ def _calibration(bundle: Bundle, precision: Quantised) -> Calibration | None:
 
 
 def parse_calibration(value: Any) -> Calibration:
-    """Return what `Report.to_json` of `vzip.calibration.quantize` gave.
+    """Return what `Report.to_json` of `vzip.calibration.quantization.quantize` gave.
 
     Args:
         value: Parsed JSON.

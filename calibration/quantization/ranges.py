@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vzip.calibration.recipe import PERCENTILE, Method, QuantPrecision
+from vzip.calibration.quantization.recipe import PERCENTILE, Method, QuantPrecision
 
 Array = NDArray[Any]
 

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import torch
 
-from vzip.calibration.tune_workers import Workers
+from vzip.calibration.tuning.workers import Workers
 from vzip.runtime import atomic
 from vzip.runtime.errors import InvalidInputError, VzipError
 

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vzip.calibration.tune_workers import Workers
+from vzip.calibration.tuning.workers import Workers
 from vzip.runtime.errors import BackendError, InvalidInputError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from vzip.calibration.tune_text import Example, Wording
+    from vzip.calibration.tuning.text import Example, Wording
     from vzip.runtime.handoff.transformers import TransformersLLM
 
 Dtype = Literal["fp32", "bf16"]

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vzip.calibration.agreement import Agreement, compare
-from vzip.calibration.graph import Chain, Graph, Linear, Session
-from vzip.calibration.qdq import Setting, quantised
-from vzip.calibration.recipe import QuantPrecision, Recipe
+from vzip.calibration.quantization.graph import Chain, Graph, Linear, Session
+from vzip.calibration.quantization.qdq import Setting, quantised
+from vzip.calibration.quantization.recipe import QuantPrecision, Recipe
 from vzip.runtime.console import progress
 from vzip.runtime.manifest import EMBEDS, KEPT, Manifest
 

@@ -1,0 +1,1 @@
+"""`vzip report`: one HTML page about a bundle."""

@@ -1,0 +1,1 @@
+"""`vzip tune`: the projector, trained alone on compressed tokens."""
