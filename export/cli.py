@@ -10,14 +10,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from vzip.export import EXPORT_PACKAGES, selections
-from vzip.export.budget import Budget, Merge, split_tokens
+from vzip.export.budget import Budget, split_tokens
+from vzip.export.options import add_compression, add_model
 from vzip.export.targets import Choice, find, resolve
 from vzip.runtime.console import emit, run_command
 from vzip.runtime.errors import BudgetError, InvalidInputError, require
-from vzip.runtime.models import ALIASES
 
 if TYPE_CHECKING:
     from vzip.export.architecture import VisionConfig
@@ -158,12 +158,7 @@ def _export_parser(prog: str) -> argparse.ArgumentParser:
         description="Trace a vision tower, VisionZip's selection and merging, and the projector "
         "into one static ONNX graph, check it against the untouched model, and write a bundle.",
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        help=f"an alias ({', '.join(ALIASES)}), a hub id, or a local folder",
-    )
-    parser.add_argument("--revision", help="commit, branch or tag of a hub id")
+    add_model(parser)
     parser.add_argument(
         "--weights",
         choices=("checkpoint", "random"),
@@ -171,33 +166,7 @@ def _export_parser(prog: str) -> argparse.ArgumentParser:
         help="random: the architecture at its true size without a hub (default: checkpoint)",
     )
     parser.add_argument("--seed", type=int, help="of random weights (default: 0)")
-    parser.add_argument(
-        "--tokens",
-        type=int,
-        metavar="K",
-        help="tokens of an image, a tile or a frame, split 27:5 as in the paper (default: 64, or "
-        "17 for a graph made for video)",
-    )
-    parser.add_argument("--dominant", type=int, metavar="N", help="tokens kept as they are")
-    parser.add_argument("--contextual", type=int, metavar="N", help="tokens merged from the rest")
-    parser.add_argument(
-        "--merge",
-        choices=get_args(Merge),
-        default="average",
-        help="average: the paper's; sum: the published code's (default: average)",
-    )
-    parser.add_argument(
-        "--no-cls",
-        action="store_true",
-        help="drop the CLS token (default: keep it, if there is one)",
-    )
-    parser.add_argument(
-        "--selection",
-        choices=selections.names(),
-        default=selections.DEFAULT,
-        help="which tokens are kept: visionzip, or a baseline that looks at nothing "
-        "(default: visionzip)",
-    )
+    add_compression(parser, default=" (default: 64, or 17 for a graph made for video)")
     parser.add_argument(
         "--media",
         choices=("image", "video"),

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, get_args
 from vzip.calibration.sweep.advice import Advice, Limits, advise
 from vzip.export import EXPORT_PACKAGES
 from vzip.export.budget import Merge, split_tokens
+from vzip.export.options import add_model
 from vzip.runtime import atomic
 from vzip.runtime.console import emit
 from vzip.runtime.errors import InvalidInputError, MissingDependencyError, require
-from vzip.runtime.models import ALIASES, DEMO, locate
+from vzip.runtime.models import DEMO, locate
 
 if TYPE_CHECKING:
     from vzip.calibration.sweep.graph import Variant
@@ -184,12 +185,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         description="Measure what budgets and merges of a model cost and keep, side by side, and "
         "recommend one for a limit. Exit status 1 if none meets the limits.",
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        help=f"an alias ({', '.join(ALIASES)}), a hub id, or a local folder",
-    )
-    parser.add_argument("--revision", help="commit, branch or tag of a hub id")
+    add_model(parser)
     parser.add_argument(
         "--budgets",
         required=True,

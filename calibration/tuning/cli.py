@@ -10,14 +10,13 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from vzip.calibration.tuning.data import DEMO, DEMO_SCENES
-from vzip.export import selections
-from vzip.export.budget import Budget, Merge, split_tokens
+from vzip.export.budget import Budget, split_tokens
+from vzip.export.options import add_compression, add_model
 from vzip.runtime.console import emit
 from vzip.runtime.errors import BudgetError, InvalidInputError, require
-from vzip.runtime.models import ALIASES
 
 if TYPE_CHECKING:
     import torch
@@ -101,12 +100,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "LLM frozen, and write it for 'vzip export --projector'. On several GPUs: torchrun "
         "--nproc-per-node N -m vzip.runtime.cli tune ...",
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        help=f"an alias ({', '.join(ALIASES)}), a hub id, or a local folder",
-    )
-    parser.add_argument("--revision", help="commit, branch or tag of a hub id")
+    add_model(parser)
     parser.add_argument(
         "--data",
         required=True,
@@ -122,26 +116,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         metavar="N",
         help=f"take N records, drawn by the seed (default: all; of the demo {DEMO_SCENES} scenes)",
     )
-    parser.add_argument(
-        "--tokens", type=int, metavar="K", help="tokens of an image, as the export will have them"
-    )
-    parser.add_argument("--dominant", type=int, metavar="N", help="tokens kept as they are")
-    parser.add_argument("--contextual", type=int, metavar="N", help="tokens merged from the rest")
-    parser.add_argument(
-        "--merge",
-        choices=get_args(Merge),
-        default="average",
-        help="as for 'vzip export' (default: average)",
-    )
-    parser.add_argument(
-        "--no-cls", action="store_true", help="drop the CLS token, as for 'vzip export'"
-    )
-    parser.add_argument(
-        "--selection",
-        choices=selections.names(),
-        default=selections.DEFAULT,
-        help="as for 'vzip export' (default: visionzip)",
-    )
+    add_compression(parser)
     parser.add_argument("--epochs", type=int, metavar="N", help="default: 1")
     parser.add_argument(
         "--batch", type=int, metavar="N", help="records a process runs at once (default: 16)"
