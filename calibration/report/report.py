@@ -1,6 +1,6 @@
 """What a bundle's report says, gathered from the bundle and measured on this machine.
 
-`report_page` makes the page of it. Nothing here is guessed: what can't be had is a sentence that
+`page.py` makes the page of it. Nothing here is guessed: what can't be had is a sentence that
 says why and, where there is one, the command that makes it.
 """
 

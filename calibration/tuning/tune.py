@@ -1,6 +1,6 @@
 """Efficient tuning: the projector alone learns to tell the LLM of compressed tokens.
 
-Tower and LLM are frozen. The tower's features are made once (`tune_features`), so a step is the
+Tower and LLM are frozen. The tower's features are made once (`features.py`), so a step is the
 projector, the LLM, and the way back through both. Nothing in it is random but the order of the
 records, and that follows from the seed and the number of the step; so a run that was interrupted
 and resumed gives the same projector as one that was not, bit for bit on a CPU.
