@@ -10,7 +10,8 @@ pictures on the host to tokens on the host. Each stack runs in a process of its 
 that ``--stack`` names (this one otherwise); all are open at once and are timed in turn, so that a
 GPU that drifts favours none. An engine's time on the GPU (``engine_ms``, by CUDA's events), what a
 call costs beyond it (``host_ms``) and the time of a call that leaves its tokens on the device
-(``on_device_ms``) are written beside. Beside them, of the same weights: VisionZip as published
+(``on_device_ms``) are written beside, and where the engine's time goes (``profile``, after the
+turns). Beside them, of the same weights: VisionZip as published
 (``output_attentions=True``, eager), PyTorch with scaled_dot_product_attention, the same under
 torch.compile, and the encoder's matrix multiplications alone.
 
@@ -25,20 +26,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import queue
-import re
-import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vzip.runtime import atomic
 from vzip.runtime.bench import timing
+from vzip.runtime.bench.encoder import summary
+from vzip.runtime.bench.output import without_paths
+from vzip.runtime.bench.processes import Process, WorkerError, profiles, take_turns
+from vzip.runtime.bench.stacks import CEILINGS, Stack
 from vzip.runtime.bundle import read_bundle
 from vzip.runtime.console import run_command
 from vzip.runtime.environment import environment, state
@@ -53,17 +54,16 @@ FAMILIES = {
     "tensorrt": ("tensorrt",),
     "tensorrt-rtx": ("tensorrt-rtx",),
     "onnxruntime": ("onnxruntime-cuda",),
-    "torch": ("pytorch-eager", "pytorch-sdpa", "pytorch-compile", CEILING),
+    "torch": ("torch-published", "torch-sdpa", "torch-compile", CEILING),
 }
 CPU_FAMILIES = {
     "onnxruntime": ("onnxruntime",),
-    "torch": ("pytorch-eager", "pytorch-sdpa", CEILING),
+    "torch": ("torch-published", "torch-sdpa", CEILING),
 }
 BUILT = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # family → Python module
 
 _HEAD = f"  {'':<18}median ms   p90 ms   IQR ms  images/s  ceiling   engine     host"
-OPEN_LIMIT_S, TURN_LIMIT_S, EXPORT_LIMIT_S, BUILD_LIMIT_S = 1200.0, 600.0, 1800.0, 3600.0
-_PATH = re.compile(r"(?<![\w.~])/(?:[^\s/:'\",()]+/)*([^\s/:'\",()]+)/?")
+OPEN_LIMIT_S, EXPORT_LIMIT_S, BUILD_LIMIT_S = 1200.0, 1800.0, 3600.0
 DRY_RUN = "CPU dry run of this program with the demo model: says nothing about any GPU"
 MEASURED = "uint8 pictures on the host to tokens on the host, wall clock, one call at a time"
 
@@ -95,91 +95,6 @@ class Plan:
     asked: frozenset[str]
     batches: tuple[int, ...]
     rounds: int
-
-
-class Process:
-    """A worker, and the lines it exchanges with us.
-
-    Args:
-        python: Interpreter.
-        stack: See `gpu_worker`; as all that follow.
-        bundle: Folder.
-        model: As the export's ``--model``.
-        device: ``cuda`` or ``cpu``.
-        paths: What comes first in its ``sys.path``.
-    """
-
-    def __init__(
-        self,
-        python: str,
-        stack: str,
-        *,
-        bundle: Path,
-        model: str,
-        device: str,
-        paths: Sequence[str],
-    ) -> None:
-        self.stack = stack
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process
-        worker = str(Path(__file__).with_name("gpu_worker.py"))
-        flags = [part for path in paths for part in ("--path", path)]
-        self._process = subprocess.Popen(
-            [python, worker, *flags, stack, str(bundle), model, device],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-        )
-        self._lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def _listen(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line)
-        self._lines.put("")
-
-    def ask(self, limit_s: float, **request: object) -> dict[str, Any]:
-        """Return the answer to a request.
-
-        Raises:
-            EvidenceError: It is an error, the process died, or the limit passed.
-        """
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-            line = self._lines.get(timeout=limit_s)
-        except queue.Empty:
-            self._process.kill()
-            self.close()
-            raise EvidenceError(f"{self.stack}: no answer within {limit_s:.0f} s") from None
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            status = self._process.wait()
-            raise EvidenceError(f"{self.stack}: ended with status {status} ({self._last_line()})")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise EvidenceError(f"{self.stack}: {answer['error']}")
-        return dict(answer["ok"])
-
-    def _last_line(self) -> str:
-        self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "no message"
-
-    def close(self) -> None:
-        """End the process."""
-        try:
-            if self._process.poll() is None and self._process.stdin is not None:
-                self._process.stdin.write('{"do": "close"}\n')
-                self._process.stdin.close()
-            self._process.wait(timeout=20)
-        except (BrokenPipeError, ValueError, subprocess.TimeoutExpired):
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
 
 
 def measure(plan: Plan, bundles: Path, paths: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -307,6 +222,7 @@ def time_stacks(
     plan: Plan, bundle: Path, paths: Sequence[str], *, skip: set[str]
 ) -> dict[str, Any]:
     """Open every stack, time all in turn, close them."""
+    batch = read_bundle(bundle, verify=False).manifest.batch.max
     opened: dict[str, Process] = {}
     about: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
@@ -318,79 +234,47 @@ def time_stacks(
                 _say(f"{bundle.name}: opening {stack}")
                 free = _device_memory()
                 process = Process(
-                    plan.pythons[family],
-                    stack,
-                    bundle=bundle,
-                    model=plan.model,
-                    device=plan.device,
-                    paths=paths,
+                    _stack(plan, stack), bundle, python=plan.pythons[family], paths=paths
                 )
                 try:
-                    about[stack] = process.ask(OPEN_LIMIT_S, do="open")
-                except EvidenceError as error:
+                    about[stack] = {
+                        **process.ask(OPEN_LIMIT_S, do="open", batches=[batch]),
+                        **process.ask(OPEN_LIMIT_S, do="warm", batch=batch),
+                    }
+                except WorkerError as error:
                     failed[stack] = str(error)
                     _say(f"  {error}")
                     process.close()
                     continue
                 about[stack]["device_memory_mib"] = _difference(_device_memory(), free)
                 opened[stack] = process
-        turns, states = _take_turns(plan.rounds, opened, about, failed)
+        calls = {stack: timing.calls_per_turn(about[stack]["warm_ms"]) for stack in opened}
+        turns, states = take_turns(plan.rounds, opened, calls, batch, failed, say=_say)
+        alive = {stack: each for stack, each in opened.items() if stack not in failed}
+        for stack, profile in profiles(alive, batch).items():
+            about[stack]["profile"] = profile
     finally:
         for process in opened.values():
             process.close()
     stacks_found = {
-        stack: {**about[stack], **_summary(answers)}
+        stack: {**about[stack], **summary(answers)}
         for stack, answers in turns.items()
         if stack not in failed
     }
-    _relate(stacks_found, read_bundle(bundle, verify=False).manifest.batch.max)
+    _relate(stacks_found, batch)
     return {"stacks": stacks_found, "failed": failed, "states": states}
 
 
-def _take_turns(
-    rounds: int,
-    opened: dict[str, Process],
-    about: dict[str, dict[str, Any]],
-    failed: dict[str, str],
-) -> tuple[dict[str, list[dict[str, list[float]]]], list[dict[str, Any]]]:
-    """Time the open stacks in turn, each round beginning with another one.
-
-    One that fails is put among `failed` and left out from then on.
-    """
-    turns: dict[str, list[dict[str, list[float]]]] = {stack: [] for stack in opened}
-    calls = {stack: timing.calls_per_turn(about[stack]["warm_ms"]) for stack in opened}
-    order = list(opened)
-    states = []
-    for number in range(rounds):
-        start = number % max(1, len(order))
-        for stack in order[start:] + order[:start]:
-            if stack in failed:
-                continue
-            try:
-                answer = opened[stack].ask(TURN_LIMIT_S, do="turn", calls=calls[stack])
-            except EvidenceError as error:
-                failed[stack] = str(error)
-                _say(f"  {error}")
-            else:
-                turns[stack].append(answer)
-        states.append(state())
-    return turns, states
-
-
-def _summary(answers: Sequence[dict[str, list[float]]]) -> dict[str, Any]:
-    """Return `timing.summary` of one stack's turns, and medians of what else they timed.
-
-    ``host_ms`` is what a call costs beyond the GPU's time for its launch: checks, copies into and
-    out of pinned memory, the launch itself, waiting, and the copy of the embeddings to the host.
-    """
-    found = timing.summary([answer["ms"] for answer in answers])
-    for name in ("engine_ms", "on_device_ms"):
-        every = [value for answer in answers for value in answer.get(name, ())]
-        if every:
-            found[name] = statistics.median(every)
-    if "engine_ms" in found:
-        found["host_ms"] = found["median_ms"] - found["engine_ms"]
-    return found
+def _stack(plan: Plan, name: str) -> Stack:
+    """Return what a worker times under one of our names."""
+    precision = dict(zip(plan.export[::2], plan.export[1::2], strict=True))["--precision"]
+    device: Literal["cpu", "cuda"] = "cpu" if plan.device == "cpu" else "cuda"
+    if name == CEILING:
+        return Stack("ceiling", CEILINGS[device], precision, precision, device)
+    if name in BUILT:  # the engine is named after its family
+        return Stack("ours", "tensorrt", name, precision, device)
+    kind: Literal["ours", "peer"] = "peer" if name in FAMILIES["torch"] else "ours"
+    return Stack(kind, name, precision, precision, device)
 
 
 def _relate(stacks: dict[str, dict[str, Any]], batch: int) -> None:
@@ -437,25 +321,16 @@ def _vzip(python: str, arguments: list[str], paths: Sequence[str], limit_s: floa
 
 
 def _tree(folder: Path) -> list[str]:
-    """Make this tree importable, as `vzip` and `benchmarks`, by any Python; return the paths."""
+    """Make this tree importable, as `vzip`, by any Python; return the paths."""
     package = folder / "vzip"
     package.mkdir()
     for name in ("export", "runtime", "calibration"):
         (package / name).symlink_to(ROOT / name)
-    return [str(folder), str(ROOT)]
+    return [str(folder)]
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def without_paths(value: Any) -> Any:
-    """Return a result with every absolute path cut to its last part: it is to be committed."""
-    if isinstance(value, dict):
-        return {key: without_paths(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [without_paths(each) for each in value]
-    return _PATH.sub(r"\1", value) if isinstance(value, str) else value
 
 
 def table(result: dict[str, Any]) -> str:

@@ -14,7 +14,9 @@ from vzip.runtime import cuda
 from vzip.runtime.errors import BackendError
 
 # How fused attention shows in names of layers and tactics: `_gemm_mha_v2`, `fmha`, `flash_attn`.
-_FUSED: Final = re.compile(r"mha|flash_?att|fused_?attention|_attention_kernel", re.IGNORECASE)
+FUSED: Final = re.compile(r"mha|flash_?att|fused_?attention|_attention_kernel", re.IGNORECASE)
+
+_ORIGIN: Final = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,15 @@ class EngineLayers:
     Attributes:
         layers: Each layer: name, kind (empty where the inspector gives names alone) and the format
             and datatype of its first output.
+        origins: Of each layer, the graph's nodes that it computes; empty where TensorRT doesn't
+            tell.
         memory: Bytes of scratch memory that a run needs on the GPU; None where it isn't told.
         fused_attention: Layers that run attention as one kernel; None where there are no layers to
             look at.
     """
 
     layers: tuple[tuple[str, str, str], ...]
+    origins: tuple[tuple[str, ...], ...]
     memory: int | None
     fused_attention: int | None
 
@@ -80,8 +85,8 @@ def _read(text: str, memory: int | None) -> EngineLayers:
     found = json.loads(text).get("Layers", [])
     layers = tuple(_layer(each) for each in found)
     # One name a fused kernel; a layer's tactic names it where the layer's name doesn't.
-    fused = sum(bool(_FUSED.search(_said(each))) for each in found)
-    return EngineLayers(layers, memory, fused if layers else None)
+    fused = sum(bool(FUSED.search(_said(each))) for each in found)
+    return EngineLayers(layers, tuple(map(_origins, found)), memory, fused if layers else None)
 
 
 def _layer(each: Any) -> tuple[str, str, str]:
@@ -90,6 +95,13 @@ def _layer(each: Any) -> tuple[str, str, str]:
     outputs = each.get("Outputs") or [{}]
     dtype = str(outputs[0].get("Format/Datatype", outputs[0].get("Datatype", "")))
     return str(each.get("Name", "")), str(each.get("LayerType", "")), dtype
+
+
+def _origins(each: Any) -> tuple[str, ...]:
+    """Return the nodes in a layer's metadata: ``[ONNX Layer: a][ONNX Layer: b]``."""
+    if not isinstance(each, Mapping):
+        return ()
+    return tuple(_ORIGIN.findall(str(each.get("Metadata", ""))))
 
 
 def _said(each: Any) -> str:

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vzip.export.proof import Proof, Reference, prove, read_reference
 from vzip.runtime import atomic
 from vzip.runtime.bundle import Bundle
 from vzip.runtime.engine_record import ENGINE_SUFFIX, ENGINES_FOLDER, EngineRecord
 from vzip.runtime.errors import BundleError
 from vzip.runtime.manifest import REFERENCE_FILE
+from vzip.runtime.proof import Proof, Reference, prove, read_reference
 
 if TYPE_CHECKING:
     from vzip.runtime.backends.tensorrt import TensorRt

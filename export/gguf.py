@@ -57,7 +57,7 @@ def convert(
         InvalidInputError: The file can't be written; what was there is as it was.
     """
     try:
-        import gguf
+        import gguf  # noqa: F401 - before anything is read
         import transformers
     except ImportError as error:
         raise missing(error.name or "gguf", needed_for="'vzip convert'", extra="export") from error
@@ -70,13 +70,34 @@ def convert(
     sizes = Sizes.of(config)
     vocabulary = read_vocabulary(tokenizer, sizes.rows)
     stored = Stored.find(checkpoint.folder, sizes)
+    step(f"writing {path.name}")
+    write(path, text, vocabulary, stored, name=Path(checkpoint.model_id).name)
+
+
+def write(
+    path: Path, text: TextCheckpoint, vocabulary: Vocabulary, stored: Stored, *, name: str
+) -> None:
+    """Write a GGUF of tensors that were found.
+
+    Args:
+        path: As for `convert`.
+        text: The checkpoint's text side.
+        vocabulary: That of its tokenizer.
+        stored: The tensors.
+        name: The model's name.
+
+    Raises:
+        CheckpointError: A tensor is missing or damaged, or of a dtype that no GGUF holds.
+        InvalidInputError: The file can't be written; what was there is as it was.
+    """
+    import gguf
+
     dtypes = _dtypes(stored)
-    writer = gguf.GGUFWriter(None, sizes.arch)
-    _add_sizes(writer, sizes, max(dtypes.values(), key=list(dtypes.values()).count))
+    writer = gguf.GGUFWriter(None, stored.sizes.arch)
+    _add_sizes(writer, stored.sizes, max(dtypes.values(), key=list(dtypes.values()).count))
     _add_vocabulary(writer, vocabulary)
     _add_prompts(writer, text)
-    writer.add_name(Path(checkpoint.model_id).name)
-    step(f"writing {path.name}")
+    writer.add_name(name)
     _write(writer, stored, dtypes, path)
 
 

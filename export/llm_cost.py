@@ -74,31 +74,16 @@ def llm_shape(config: Mapping[str, Any]) -> LlmShape:
     """Read the language model's sizes in a checkpoint's ``config.json``.
 
     Args:
-        config: In Hugging Face's form, with a ``text_config``; what it lacks has the defaults of
-            transformers' classes. Or in that of original LLaVA, whose top level is the language
-            model's.
+        config: As for `text_config`.
 
     Raises:
-        CheckpointError: A size is missing or impossible.
+        CheckpointError: A size is missing or impossible, or as `text_config`.
     """
-    kind = config.get("model_type")
     dtype = config.get("dtype") or config.get("torch_dtype")
-    text: Any
+    text: Any = text_config(config)
     if "vision_config" in config:
-        import transformers
-
-        rest = {key: value for key, value in config.items() if key != "model_type"}
-        try:
-            text = transformers.AutoConfig.for_model(kind, **rest).get_text_config().to_dict()
-        except Exception as error:  # transformers' checks raise many kinds
-            raise CheckpointError(
-                f"config.json: transformers can't read the {kind!r} configuration "
-                f"({(str(error).splitlines() or [''])[0]}); update transformers or the checkpoint"
-            ) from error
         own = config.get("text_config") or {}
         dtype = own.get("dtype") or own.get("torch_dtype") or dtype
-    else:
-        text = config
     hidden, heads = text.get("hidden_size"), text.get("num_attention_heads")
     width = text.get("head_dim")
     if width is None and type(hidden) is int and type(heads) is int and heads > 0:
@@ -115,3 +100,31 @@ def llm_shape(config: Mapping[str, Any]) -> LlmShape:
         dtype=name or _ASSUMED,
         dtype_assumed=name is None,
     )
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the language model's part of a checkpoint's ``config.json``.
+
+    Args:
+        config: In Hugging Face's form, with a ``text_config``; what it lacks has the defaults of
+            transformers' classes. Or in that of original LLaVA, whose top level is the language
+            model's.
+
+    Raises:
+        CheckpointError: transformers can't read it.
+    """
+    if "vision_config" not in config:
+        return config
+    import transformers
+
+    kind = config.get("model_type")
+    rest = {key: value for key, value in config.items() if key != "model_type"}
+    try:
+        whole: Any = transformers.AutoConfig.for_model(kind, **rest)
+        found: dict[str, Any] = whole.get_text_config().to_dict()
+    except Exception as error:  # transformers' checks raise many kinds
+        raise CheckpointError(
+            f"config.json: transformers can't read the {kind!r} configuration "
+            f"({(str(error).splitlines() or [''])[0]}); update transformers or the checkpoint"
+        ) from error
+    return found

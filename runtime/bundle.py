@@ -76,6 +76,9 @@ __all__ = [
 LARGEST_MANIFEST: Final = 2**20
 """Bytes of manifest.json that are read at most; ours have three thousand."""
 
+FASTEST: Final = "fastest"
+"""What is asked for as a precision, and the folder of a bundle that keeps what was chosen."""
+
 _LARGEST_NPY_HEADER = 10_000  # bytes; numpy believes no longer one either
 # The header is a literal of Python's, and these are what reading one can end in.
 _NPY_ERRORS = (ValueError, TypeError, SyntaxError, MemoryError, RecursionError, TokenError)
@@ -101,11 +104,13 @@ class Bundle:
         manifest: What manifest.json says.
         quantised: Which of its quantised graphs `read_model` gives, and backends run; None for the
             bundle's own graph.
+        fastest: Whether the backend may run another form of the graph, the fastest measured.
     """
 
     path: Path
     manifest: Manifest
     quantised: Quantised | None = None
+    fastest: bool = False
 
     @property
     def precision(self) -> Precision:
@@ -119,10 +124,10 @@ class Bundle:
             InvalidInputError: The bundle has no graph of that precision.
         """
         if precision is None or precision == self.manifest.precision:
-            return dataclasses.replace(self, quantised=None)
+            return dataclasses.replace(self, quantised=None, fastest=False)
         for quantised in self.manifest.precisions:
             if precision == quantised:
-                return dataclasses.replace(self, quantised=quantised)
+                return dataclasses.replace(self, quantised=quantised, fastest=False)
         there = ", ".join([self.manifest.precision, *self.manifest.precisions])
         cure = (
             f"make it with: vzip calibrate {self.path} --images FOLDER --precision {precision}"
@@ -132,6 +137,16 @@ class Bundle:
         raise InvalidInputError(
             f"got precision={precision!r}, expected one of this bundle's: {there}; {cure}"
         )
+
+    def to_run(self, precision: str | None) -> Bundle:
+        """Return what `at` does, or with ``fastest`` this bundle for `vzip.runtime.fast`.
+
+        Raises:
+            InvalidInputError: As for `at`.
+        """
+        if precision == FASTEST:
+            return dataclasses.replace(self, quantised=None, fastest=True)
+        return self.at(precision)
 
     @property
     def graph_file(self) -> str:
@@ -784,7 +799,7 @@ def _check_replaceable(target: Path) -> None:
     if target.is_symlink() or not target.is_dir():
         raise BundleError(f"{target}: is not a folder, expected a vzip bundle to replace; {cure}")
     entries = [entry for entry in target.iterdir() if not _passing(entry)]
-    ours = {*FILES, *QUANTISED_FILES, MANIFEST_FILE, ENGINES_FOLDER}
+    ours = {*FILES, *QUANTISED_FILES, MANIFEST_FILE, ENGINES_FOLDER, FASTEST}
     foreign = sorted({entry.name for entry in entries} - ours)
     foreign += _foreign_engines(target / ENGINES_FOLDER)
     if foreign:

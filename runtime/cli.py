@@ -46,6 +46,9 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "targets": Command(
             "vzip.export.targets:targets_main", "list the machines that an export can be made for"
         ),
+        "plan": Command(
+            "vzip.export.plan_cli:main", "predict what budgets of a model cost on a device"
+        ),
         "doctor": Command(
             "vzip.runtime.doctor:main", "say what this machine can run and what is missing"
         ),
@@ -65,6 +68,9 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             "vzip.calibration.sweep.cli:main", "measure budgets side by side and recommend one"
         ),
         "report": Command("vzip.calibration.report.cli:main", "write a web page about a bundle"),
+        "bench": Command(
+            "vzip.runtime.bench.cli:main", "time a bundle on this machine, beside its peers"
+        ),
         "ask": Command("vzip.runtime.commands:ask", "answer one question about an image or a clip"),
         "chat": Command("vzip.runtime.commands:chat", "answer questions until end of input"),
         "encode": Command("vzip.runtime.encode_cli:main", "write the tokens of images to a file"),

@@ -157,8 +157,8 @@ def _parser(
     parser.add_argument(
         "--precision",
         metavar="NAME",
-        help="int8 or fp8: run the graph that 'vzip calibrate' made, or an engine built from it "
-        "(default: the bundle's own)",
+        help="int8 or fp8: run the graph that 'vzip calibrate' made, or an engine built from it; "
+        "fastest, with --backend onnxruntime: what is measured to be (default: the bundle's own)",
     )
     return parser
 
@@ -229,7 +229,7 @@ def _conversation(arguments: argparse.Namespace) -> Conversation:
     else:
         files = [(path, _read(path)) for path in paths]
     # Backends verify what they run.
-    bundle = read_bundle(arguments.bundle, verify=False).at(arguments.precision)
+    bundle = read_bundle(arguments.bundle, verify=False).to_run(arguments.precision)
     images = _Images(files, bundle, arguments.cache)
     with contextlib.ExitStack() as stack:
         encoder = None
@@ -268,7 +268,7 @@ class _Images:
         from vzip.runtime.token_cache import TokenCache, image_digest, origin_of
 
         self.missing: dict[str, Image.Image] = {}
-        self._origin = origin_of(bundle.manifest, bundle.quantised)
+        self._origin = origin_of(bundle.manifest, bundle.quantised, fastest=bundle.fastest)
         self._cache = None if folder is None else TokenCache(folder)
         self._digests = [image_digest(data) for _, data in files]
         self._tokens: dict[str, Embeds] = {}

@@ -62,8 +62,8 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     parser.add_argument(
         "--precision",
         metavar="NAME",
-        help="int8 or fp8: run the graph that 'vzip calibrate' made, or an engine built from it "
-        "(default: the bundle's own)",
+        help="int8 or fp8: run the graph that 'vzip calibrate' made, or an engine built from it; "
+        "fastest, with --backend onnxruntime: what is measured to be (default: the bundle's own)",
     )
     arguments = parser.parse_args(argv)
     _check_options(arguments.output, arguments.shard_size)
@@ -86,13 +86,13 @@ def _encode(arguments: argparse.Namespace) -> int:
     output: Path = arguments.output
     found = find_images(arguments.images, output)
     # The encoder verifies what it runs.
-    bundle = read_bundle(arguments.bundle, verify=False).at(arguments.precision)
+    bundle = read_bundle(arguments.bundle, verify=False).to_run(arguments.precision)
     if "image" not in bundle.manifest.media:
         raise InvalidInputError(
             "encode: got images, but this bundle takes video alone; export another with "
             "--media image"
         )
-    origin = origin_of(bundle.manifest, bundle.quantised)
+    origin = origin_of(bundle.manifest, bundle.quantised, fastest=bundle.fastest)
     outputs = outputs_of(found.images, output, arguments.shard_size)
     check_origin(outputs, origin)
     with (

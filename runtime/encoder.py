@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from vzip.runtime.backends import AUTO, Backend, DeviceBackend, open_backend
-from vzip.runtime.bundle import Bundle, read_bundle
+from vzip.runtime.bundle import FASTEST, Bundle, read_bundle
 from vzip.runtime.errors import BackendError, InvalidInputError
 from vzip.runtime.images import ImageSource, load_image
 from vzip.runtime.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS, Manifest, Media, Tensor
@@ -97,14 +97,15 @@ class VisionEncoder:
         bundle: The bundle.
         manifest: The bundle's manifest.
         backend: Name of the backend that runs it.
-        precision: Precision of the graph or engine that it runs.
+        precision: Precision of the graph or engine that it runs; ``fastest`` where that was asked
+            for.
     """
 
     def __init__(self, bundle: Bundle, backend: str, opened: Backend) -> None:
         self.bundle = bundle
         self.manifest: Manifest = bundle.manifest
         self.backend = backend
-        self.precision = bundle.precision
+        self.precision: str = FASTEST if bundle.fastest else bundle.precision
         self._opened: Backend | None = opened
         self._for_groups: Backend | None = None
         self._lock = threading.Lock()
@@ -127,8 +128,10 @@ class VisionEncoder:
                 can be used where the bundle has an engine that fits this machine.
             engine: Name of the engine that TensorRT is to run; None for the only one that fits.
             precision: ``int8`` or ``fp8`` for the graph that `vzip calibrate` put into the bundle,
-                and engines built from it; None for the bundle's own. A `Bundle.at` some precision
-                already stays there.
+                and engines built from it; ``fastest``, with `backend` ``onnxruntime``, for
+                whichever form of the bundle's graph is measured to be the fastest that keeps the
+                same tokens (`docs/fastest.md`): the first time takes a minute or two. None for the
+                bundle's own; a `Bundle.at` some precision already stays there.
 
         Raises:
             BundleError: The bundle is damaged, or is none.
@@ -141,7 +144,7 @@ class VisionEncoder:
         if not isinstance(bundle, Bundle):
             bundle = read_bundle(bundle, verify=False)  # backends verify what they run
         if precision is not None:
-            bundle = bundle.at(precision)
+            bundle = bundle.to_run(precision)
         name, opened = open_backend(backend, bundle, engine=engine)
         return cls(bundle, name, opened)
 

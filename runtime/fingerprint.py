@@ -22,7 +22,9 @@ VERSION: Final = 1
 _KEYS = ("selection", "tower", "token_order", "inputs", "outputs", "preprocessing", "tiling")
 
 
-def fingerprint(manifest: Manifest, quantised: Quantised | None = None) -> str:
+def fingerprint(
+    manifest: Manifest, quantised: Quantised | None = None, *, fastest: bool = False
+) -> str:
     """Return the fingerprint of the bundle that has this manifest.
 
     It says nothing about which backend or engine ran the graph: those agree within what `vzip
@@ -31,6 +33,8 @@ def fingerprint(manifest: Manifest, quantised: Quantised | None = None) -> str:
     Args:
         manifest: The manifest; its digests are believed, `VisionEncoder.open` compares them.
         quantised: Which of its quantised graphs makes the tokens, as `Bundle.quantised` says.
+        fastest: Whether its fastest form does, as `Bundle.fastest` says; which that is differs
+            from machine to machine, within what `docs/fastest.md` allows.
 
     Returns:
         SHA-256, 64 lower-case hexadecimal digits.
@@ -43,6 +47,7 @@ def fingerprint(manifest: Manifest, quantised: Quantised | None = None) -> str:
         "version": VERSION,
         "files": {name: manifest.files[name].sha256 for name in names if name in manifest.files},
         **{key: value[key] for key in _KEYS},
+        **({"fastest": True} if fastest else {}),
     }
     # Python writes the shortest text that gives a float back, on every platform.
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)

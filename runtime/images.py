@@ -70,13 +70,19 @@ _TRANSPOSE = {
 }
 
 
-def load_image(source: ImageSource) -> Image.Image:
+def load_image(source: ImageSource, *, draft: int | None = None) -> Image.Image:
     """Return the image that a source holds, upright and in RGB.
+
+    With `draft`, a large JPEG is made smaller by its decoder: other pixels than the processors see,
+    in a fraction of the time (docs/runtime.md, "Large pictures").
 
     Args:
         source: A path (str or Path, never a URL), an encoded image (bytes), a PIL image (its
             current frame), or a uint8 array: [H, W, 3] in the order red, green, blue, or [H, W]
             grey.
+        draft: Decode a JPEG (a path's or bytes') to a half, quarter or eighth of its width and
+            height, the smallest at which both are still at least `draft` pixels. None for all
+            pixels. Other formats are decoded in full.
 
     Returns:
         The image in mode RGB, decoded, with the orientation applied. A PIL image that is upright
@@ -85,8 +91,13 @@ def load_image(source: ImageSource) -> Image.Image:
     Raises:
         InvalidInputError: The source can't be read, is no image of a known format, is damaged, is
             larger than `MAX_PIXELS` or `MAX_ENCODED_BYTES`, or has a mode, dtype or layout whose
-            meaning is not certain.
+            meaning is not certain; `draft` is no positive integer.
     """
+    if draft is not None and (type(draft) is not int or draft < 1):
+        raise InvalidInputError(
+            f"got draft = {draft!r}, expected a positive number of pixels, or None for a full "
+            "decode; twice the tower's input is close to it"
+        )
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
@@ -94,9 +105,9 @@ def load_image(source: ImageSource) -> Image.Image:
     if isinstance(source, bytes):
         name = "the encoded image"
         _check_encoded_size(len(source), name)
-        return _decode(io.BytesIO(source), name)
+        return _decode(io.BytesIO(source), name, draft)
     if isinstance(source, (str, Path)):
-        return _from_path(source)
+        return _from_path(source, draft)
     raise InvalidInputError(
         f"got an image of type {_type_name(source)}; expected a path, bytes, a PIL image or a "
         "uint8 numpy array [H, W, 3] (a tensor becomes one with .cpu().numpy(), a file with "
@@ -130,7 +141,7 @@ def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
     return Image.fromarray(array).convert("RGB") if array.ndim == 2 else Image.fromarray(array)
 
 
-def _from_path(source: str | Path) -> Image.Image:
+def _from_path(source: str | Path, draft: int | None) -> Image.Image:
     """Decode the file at a path; raises InvalidInputError."""
     text = str(source)
     name = f"the image {text!r}"
@@ -158,7 +169,7 @@ def _from_path(source: str | Path) -> Image.Image:
             )
         _check_encoded_size(status.st_size, name)
         with path.open("rb") as file:
-            return _decode(file, name)
+            return _decode(file, name, draft)
     except FileNotFoundError as error:
         raise InvalidInputError(
             f"{name} does not exist (looked for at {str(path.absolute())!r}); expected an image "
@@ -174,7 +185,7 @@ def _from_path(source: str | Path) -> Image.Image:
         ) from error
 
 
-def _decode(file: BinaryIO, name: str) -> Image.Image:
+def _decode(file: BinaryIO, name: str, draft: int | None) -> Image.Image:
     """Decode an image file that is open at its start; raises InvalidInputError."""
     head = file.read(32)
     file.seek(0)
@@ -192,6 +203,8 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
             file.seek(0)
         image = _plugin(kind)(file)
         _check_size(image.width, image.height, name)
+        if draft is not None:
+            image.draft(None, (draft, draft))  # does nothing but to a JPEG
         image.load()
     except InvalidInputError:
         raise

@@ -34,6 +34,8 @@ PATHS: dict[str, dict[int, str]] = {
 }
 GRAPH_OUTPUT = (7, 12)  # ModelProto.graph, GraphProto.output
 VALUE_NAME = 1  # ValueInfoProto.name
+GRAPH, GRAPH_NODE = 7, 1  # ModelProto.graph, GraphProto.node
+NODE_INPUT, NODE_OUTPUT, NODE_NAME, NODE_OPERATOR = 1, 2, 3, 4
 TENSOR_NAME = 8
 TENSOR_EXTERNAL_DATA = 13  # repeated StringStringEntryProto
 TENSOR_DATA_LOCATION = 14
@@ -61,7 +63,7 @@ class ExternalTensor:
     length: int
 
 
-class _MalformedError(Exception):
+class MalformedError(Exception):
     """Bytes that are no ONNX model; the file's name is put in front by who knows it."""
 
 
@@ -78,7 +80,7 @@ def external_tensors(model: bytes, *, file: str = "model.onnx") -> list[External
     """
     try:
         return _walk(model)
-    except _MalformedError as error:
+    except MalformedError as error:
         raise BundleError(f"{file}{error}") from error.__cause__
 
 
@@ -90,20 +92,20 @@ def _walk(model: bytes) -> list[ExternalTensor]:
     while pending:
         kind, data, depth = pending.pop()
         if depth > _DEEPEST:
-            raise _malformed(f"messages nested more than {_DEEPEST} deep")
+            raise malformed(f"messages nested more than {_DEEPEST} deep")
         if kind == "TensorProto":
             found.extend(_external(data))
             continue
         children = []
-        for number, wire, value in _fields(data):
+        for number, wire, value in fields(data):
             child = PATHS[kind].get(number)
             if child is None:
                 continue
-            children.append((child, _length_delimited(wire, value, child), depth + 1))
+            children.append((child, length_delimited(wire, value, child), depth + 1))
             seen_graph = seen_graph or child == "GraphProto"
         pending.extend(reversed(children))
     if not seen_graph:
-        raise _malformed("there is no graph in it")
+        raise malformed("there is no graph in it")
     return found
 
 
@@ -113,16 +115,16 @@ def with_output(model: bytes, name: str) -> bytes:
     Protobuf merges a message that stands twice, and repeated fields are then concatenated: the
     bytes of a model that holds only this output are simply appended.
     """
-    value_info = _message(VALUE_NAME, name.encode())
-    return model + _message(GRAPH_OUTPUT[0], _message(GRAPH_OUTPUT[1], value_info))
+    value_info = message(VALUE_NAME, name.encode())
+    return model + message(GRAPH_OUTPUT[0], message(GRAPH_OUTPUT[1], value_info))
 
 
-def _message(number: int, data: bytes) -> bytes:
+def message(number: int, data: bytes) -> bytes:
     """Return a length-delimited field."""
-    return _varint(number << 3 | _BYTES) + _varint(len(data)) + data
+    return varint(number << 3 | _BYTES) + varint(len(data)) + data
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
     """Return `value` in base 128, lowest digits first."""
     digits = bytearray()
     while value > 0x7F:
@@ -132,9 +134,9 @@ def _varint(value: int) -> bytes:
     return bytes(digits)
 
 
-def _malformed(what: str) -> _MalformedError:
+def malformed(what: str) -> MalformedError:
     """Return the error for bytes that are no ONNX model."""
-    return _MalformedError(
+    return MalformedError(
         f" is malformed: {what}, expected an ONNX ModelProto; "
         "the file is truncated or was edited: export the bundle again"
     )
@@ -145,24 +147,24 @@ def _read_varint(data: memoryview, place: int) -> tuple[int, int]:
     value = 0
     for count in range(10):
         if place + count >= len(data):
-            raise _malformed("it ends within a number")
+            raise malformed("it ends within a number")
         digit = data[place + count]
         value |= (digit & 0x7F) << 7 * count
         if digit < 0x80:
             if value >= 2**64:
                 break
             return value, place + count + 1
-    raise _malformed("a number has more than 64 bits")
+    raise malformed("a number has more than 64 bits")
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
+def fields(data: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
     """Yield (field number, wire type, value) of one message."""
     place = 0
     while place < len(data):
         tag, place = _read_varint(data, place)
         number, wire = tag >> 3, tag & 7
         if not 1 <= number < 2**29:
-            raise _malformed(f"field number {number}")
+            raise malformed(f"field number {number}")
         value: int | memoryview
         if wire == _VARINT:
             value, place = _read_varint(data, place)
@@ -171,42 +173,42 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
             if wire == _BYTES:
                 length, place = _read_varint(data, place)
             if length > len(data) - place:
-                raise _malformed("it ends within a field")
+                raise malformed("it ends within a field")
             value = data[place : place + length]
             place += length
         else:  # groups, which ONNX never had, and the two numbers without a meaning
-            raise _malformed(f"wire type {wire}")
+            raise malformed(f"wire type {wire}")
         yield number, wire, value
 
 
-def _length_delimited(wire: int, value: int | memoryview, what: str) -> memoryview:
+def length_delimited(wire: int, value: int | memoryview, what: str) -> memoryview:
     """Return the bytes of a field that must hold a message or a text."""
     if wire != _BYTES or not isinstance(value, memoryview):
-        raise _malformed(f"wire type {wire} where a {what} was expected")
+        raise malformed(f"wire type {wire} where a {what} was expected")
     return value
 
 
-def _text(wire: int, value: int | memoryview) -> str:
+def text(wire: int, value: int | memoryview) -> str:
     """Return the text of a field."""
     try:
-        return bytes(_length_delimited(wire, value, "text")).decode()
+        return bytes(length_delimited(wire, value, "text")).decode()
     except UnicodeDecodeError as error:
-        raise _malformed("a text is not UTF-8") from error
+        raise malformed("a text is not UTF-8") from error
 
 
 def _external(data: memoryview) -> Iterator[ExternalTensor]:
     """Yield the external tensor that a TensorProto is, if it is one."""
     name, external, entries = "", False, list[tuple[str, str]]()
-    for number, wire, value in _fields(data):
+    for number, wire, value in fields(data):
         if number == TENSOR_NAME:
-            name = _text(wire, value)
+            name = text(wire, value)
         elif number == TENSOR_DATA_LOCATION:
             external = external or value == EXTERNAL
         elif number == TENSOR_EXTERNAL_DATA:
             pair = ["", ""]
-            for part, part_wire, part_value in _fields(_length_delimited(wire, value, "entry")):
+            for part, part_wire, part_value in fields(length_delimited(wire, value, "entry")):
                 if part in {ENTRY_KEY, ENTRY_VALUE}:
-                    pair[part - 1] = _text(part_wire, part_value)
+                    pair[part - 1] = text(part_wire, part_value)
             entries.append((pair[0], pair[1]))
     if not external and not entries:
         return
@@ -216,7 +218,7 @@ def _external(data: memoryview) -> Iterator[ExternalTensor]:
     if keys != ["length", "location", "offset"] or not all(
         number.isascii() and number.isdigit() and len(number) < 20 for number in numbers
     ):
-        raise _MalformedError(
+        raise MalformedError(
             f": the external tensor {name!r} is described by {entries}, expected exactly "
             "one each of location, offset and length, the last two in digits; the file was edited "
             "or made by another tool: export the bundle again"

@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.resize import resize, resize_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,8 +39,6 @@ MAX_RESIZED_PIXELS = 2**26
 
 MAX_SQUARE_SIDE = 2**15
 """Longest edge that `pad_square` takes: its work grows with the square of it."""
-
-_STRIP_PIXELS = 2**20  # of the padded square that are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ def tower_image(image: Image.Image, prep: Preprocessing) -> NDArray[np.uint8]:
             "empty: make it again"
         )
     if prep.mode == "stretch":
-        resized = image.resize((prep.image_size, prep.image_size), Image.Resampling.BICUBIC)
+        resized = resize(image, (prep.image_size, prep.image_size))
     elif prep.mode == "pad_square" and image.width != image.height:
         resized = _resize_padded(image, prep)
     else:
@@ -208,7 +207,7 @@ def _resize_short_edge(image: Image.Image, edge: int) -> Image.Image:
             f"{MAX_RESIZED_PIXELS} pixels then: it is too long and thin; crop it first"
         )
     size = (edge, resized_long) if image.width <= image.height else (resized_long, edge)
-    return image.resize(size, Image.Resampling.BICUBIC)
+    return resize(image, size)
 
 
 def _resize_padded(image: Image.Image, prep: Preprocessing) -> Image.Image:
@@ -234,18 +233,20 @@ def _resize_padded(image: Image.Image, prep: Preprocessing) -> Image.Image:
         )
     red, green, blue = (int(x * 255) for x in prep.mean)  # truncated, as the processor does
     background = (red, green, blue)
-    rows = Image.new("RGB", (edge, side), background)  # after the first pass
+    image.load()  # once, not in every thread
     if width > height:
         # Rows that are all background stay so: a row's weights sum to one.
-        resized = image.resize((edge, height), Image.Resampling.BICUBIC)
-        rows.paste(resized, (0, (side - height) // 2))
+        rows = Image.new("RGB", (edge, side), background)  # after the first pass
+        rows.paste(resize(image, (edge, height)), (0, (side - height) // 2))
     else:
-        count = max(1, _STRIP_PIXELS // side)
         left = (side - width) // 2
-        for top in range(0, side, count):
-            strip = Image.new("RGB", (side, min(count, side - top)), background)
-            strip.paste(image, (left, -top))  # clipped to the strip
-            rows.paste(strip.resize((edge, strip.height), Image.Resampling.BICUBIC), (0, top))
+
+        def strip(top: int, bottom: int) -> Image.Image:
+            padded = Image.new("RGB", (side, bottom - top), background)
+            padded.paste(image, (left, -top))  # clipped to the strip
+            return padded
+
+        rows = resize_rows(strip, (side, side), edge)
     return rows.resize((edge, edge), Image.Resampling.BICUBIC)
 
 

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.preprocess import MAX_RESIZED_PIXELS, tower_image
+from vzip.runtime.resize import resize
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from PIL import Image
 
     from vzip.runtime.manifest import Tiling
     from vzip.runtime.preprocess import Preprocessing
@@ -83,7 +84,7 @@ def cut(image: Image.Image, prep: Preprocessing, tiling: Tiling) -> Tiles:
     height, width = _fitted(size, canvas_size)
     top, left = (canvas_size[0] - height) // 2, (canvas_size[1] - width) // 2
     canvas = np.zeros((*canvas_size, 3), np.uint8)
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    resized = resize(image, (width, height))
     canvas[top : top + height, left : left + width] = np.asarray(resized)
     tiles = canvas.reshape(rows, side, columns, side, 3).swapaxes(1, 2)  # [rows, columns, side, …]
     images = np.concatenate([base[None], tiles.reshape(rows * columns, side, side, 3)])

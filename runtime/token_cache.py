@@ -172,10 +172,12 @@ def _entry(path: Path, image_sha256: str, bundle_fingerprint: str) -> ImageToken
     return image if mine else None
 
 
-def origin_of(manifest: Manifest, quantised: Quantised | None = None) -> Origin:
-    """Return what tokens of a bundle have in common; `quantised` as `Bundle.quantised` says."""
+def origin_of(
+    manifest: Manifest, quantised: Quantised | None = None, *, fastest: bool = False
+) -> Origin:
+    """Return what tokens of a bundle have in common; the rest as `fingerprint` takes it."""
     return Origin(
-        fingerprint=fingerprint(manifest, quantised),
+        fingerprint=fingerprint(manifest, quantised, fastest=fastest),
         model=manifest.model.id,
         token_order=manifest.token_order,
         hidden_size=manifest.llm.hidden_size,
@@ -240,7 +242,9 @@ def cached_image_embeds(encoder: VisionEncoder, image: ImageSource, cache: Token
     if isinstance(image, (str, Path)):
         # A text may be a URL or empty, which load_image explains.
         image = read_image(image) if Path(image).is_file() else load_image(image)
-    digest, origin = image_digest(image), origin_of(encoder.manifest, encoder.bundle.quantised)
+    bundle = encoder.bundle
+    origin = origin_of(bundle.manifest, bundle.quantised, fastest=bundle.fastest)
+    digest = image_digest(image)
     found = cache.get(digest, origin.fingerprint)
     if found is not None:
         return found.tokens

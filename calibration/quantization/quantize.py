@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vzip.calibration.agreement import Agreement, compare
-from vzip.calibration.quantization import smooth
 from vzip.calibration.quantization.graph import Chain, Graph, Kind, Linear, Session
 from vzip.calibration.quantization.qdq import Setting, opset_of, quantised
 from vzip.calibration.quantization.ranges import Histograms, Peaks, thresholds
@@ -31,6 +30,7 @@ from vzip.calibration.quantization.sensitivity import (
     scores_name,
 )
 from vzip.calibration.samples import Samples
+from vzip.runtime import smooth
 from vzip.runtime.bundle import Bundle
 from vzip.runtime.console import progress
 from vzip.runtime.errors import ParityError

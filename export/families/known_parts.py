@@ -49,6 +49,50 @@ LLAMA_13B: Config = {
 }
 MISTRAL_7B: Config = {"model_type": "mistral", "vocab_size": 32064}
 
+# Qwen2Config's own sizes are no published model's. These are Qwen2's (arXiv 2407.10671, table 1),
+# and for the two with as many key-value heads as heads Qwen1.5's, as its repositories have them.
+# The vocabulary, with rows for added tokens, is that of LLaVA's conversion, to about a thousand.
+QWEN1_5_0_5B: Config = {
+    "model_type": "qwen2",
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 16,
+    "tie_word_embeddings": True,
+    "vocab_size": 152000,
+}
+QWEN1_5_7B: Config = {
+    "model_type": "qwen2",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "tie_word_embeddings": False,
+    "vocab_size": 152000,
+}
+QWEN2_0_5B: Config = {
+    "model_type": "qwen2",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+    "vocab_size": 152000,
+}
+QWEN2_7B: Config = {
+    "model_type": "qwen2",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+    "vocab_size": 152000,
+}
+
 _RESCALED: Config = {
     "do_convert_rgb": True,
     "do_normalize": True,

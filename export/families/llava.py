@@ -18,6 +18,8 @@ from vzip.export.families.known_parts import (
     LLAMA_7B,
     LLAMA_13B,
     MISTRAL_7B,
+    QWEN1_5_0_5B,
+    QWEN1_5_7B,
     SIGLIP_384,
     SIGLIP_PROCESSOR_384,
 )
@@ -46,13 +48,13 @@ def _clip(text_config: Config, budgets: str = "") -> Published:
     return Published(config, CLIP_PROCESSOR_336, budgets)
 
 
-def _interleave(hidden_size: int) -> Published:
+def _interleave(text_config: Config) -> Published:
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
         "image_token_index": 151646,
         "model_type": "llava",
         "projector_hidden_act": "gelu",
-        "text_config": {"model_type": "qwen2", "hidden_size": hidden_size},
+        "text_config": text_config,
         "vision_config": SIGLIP_384,
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "full",
@@ -70,8 +72,8 @@ class Llava(HuggingFaceForm):
         "llava-hf/llava-1.5-7b-hf": _clip(LLAMA_7B, _PAPER_BUDGETS),
         "llava-hf/llava-1.5-13b-hf": _clip(LLAMA_13B, _PAPER_BUDGETS),
         "llava-hf/bakLlava-v1-hf": _clip(MISTRAL_7B),
-        "llava-hf/llava-interleave-qwen-0.5b-hf": _interleave(1024),
-        "llava-hf/llava-interleave-qwen-7b-hf": _interleave(4096),
+        "llava-hf/llava-interleave-qwen-0.5b-hf": _interleave(QWEN1_5_0_5B),
+        "llava-hf/llava-interleave-qwen-7b-hf": _interleave(QWEN1_5_7B),
     }
 
     @property

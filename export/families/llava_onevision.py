@@ -6,7 +6,12 @@ from collections.abc import Mapping
 
 from vzip.export.architecture import Media, VisionConfig
 from vzip.export.families import Config, HuggingFaceForm, Published, View, configs, register
-from vzip.export.families.known_parts import SIGLIP_384, SIGLIP_PROCESSOR_384
+from vzip.export.families.known_parts import (
+    QWEN2_0_5B,
+    QWEN2_7B,
+    SIGLIP_384,
+    SIGLIP_PROCESSOR_384,
+)
 from vzip.export.families.processors import pinpoints, preprocessing
 
 _PINPOINTS = [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)]
@@ -14,14 +19,14 @@ _IMAGE = ("LlavaOnevisionImageProcessor",)
 _VIDEO = ("LlavaOnevisionVideoProcessor", "LlavaOnevisionImageProcessor")
 
 
-def _published(hidden_size: int) -> Published:
+def _published(text_config: Config) -> Published:
     config = {
         "architectures": ["LlavaOnevisionForConditionalGeneration"],
         "image_grid_pinpoints": _PINPOINTS,
         "image_token_index": 151646,
         "model_type": "llava_onevision",
         "projector_hidden_act": "gelu",
-        "text_config": {"model_type": "qwen2", "hidden_size": hidden_size},
+        "text_config": text_config,
         "video_token_index": 151647,
         "vision_config": SIGLIP_384,
         "vision_feature_layer": -1,
@@ -43,8 +48,8 @@ class LlavaOnevision(HuggingFaceForm):
     model_type = "llava_onevision"
     media: Mapping[Media, View] = {"image": View("tile"), "video": View("frame", pool=2)}
     published: Mapping[str, Published] = {
-        "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": _published(896),
-        "llava-hf/llava-onevision-qwen2-7b-ov-hf": _published(3584),
+        "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": _published(QWEN2_0_5B),
+        "llava-hf/llava-onevision-qwen2-7b-ov-hf": _published(QWEN2_7B),
     }
 
     def describe(

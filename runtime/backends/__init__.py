@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
-from vzip.runtime.bundle import Bundle
+from vzip.runtime.bundle import FASTEST, Bundle
 from vzip.runtime.errors import BackendError, InvalidInputError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ BACKENDS: Final[dict[str, str]] = {
 
 AUTO: Final = "auto"
 TENSORRT: Final = "tensorrt"
+ONNXRUNTIME: Final = "onnxruntime"
 
 
 def open_backend(
@@ -113,12 +114,20 @@ def open_backend(
         The name of the backend that was opened, and the backend.
 
     Raises:
-        InvalidInputError: There is no backend or engine of that name.
+        InvalidInputError: There is no backend or engine of that name; or the bundle asks for its
+            fastest form and the backend has none.
         BundleError: The bundle is damaged.
         MissingDependencyError: The package of the backend asked for is not installed.
         BackendError: The backend asked for can't be used here or can't take the graph; or none can
             be used, with the reason for each.
     """
+    if bundle.fastest and (name != ONNXRUNTIME or engine is not None):
+        asked = f"backend={name!r}" if engine is None else f"engine={engine!r}"
+        raise InvalidInputError(
+            f"got precision='{FASTEST}' with {asked}, expected backend='{ONNXRUNTIME}', the only "
+            "one that has several forms of a graph to choose from; leave the precision out, or "
+            "take that backend"
+        )
     if engine is not None:
         if name not in {AUTO, TENSORRT}:
             raise InvalidInputError(

@@ -107,22 +107,44 @@ class _OnnxRuntime:
     extra: str
 
     def __init__(self, bundle: Bundle, extra_outputs: tuple[str, ...] = ()) -> None:
+        onnxruntime = import_onnxruntime(f"the backend '{self.name}'", self.extra)
+        read: Callable[[], bytes] = bundle.read_model
+        folder = bundle.weights_folder
+        if bundle.fastest:
+            read, folder = self._fastest(onnxruntime, bundle)
+
         def graph() -> bytes:
-            model = bundle.read_model()
+            model = read()
             for output in extra_outputs:
                 model = with_output(model, output)
             return model
 
-        onnxruntime = import_onnxruntime(f"the backend '{self.name}'", self.extra)
-        self._session: Any = open_session(
+        self._session: Any = self._open(onnxruntime, graph, folder, fp8=bundle.quantised == "fp8")
+
+    def _open(
+        self, onnxruntime: Any, graph: Callable[[], bytes], folder: Path, *, fp8: bool = False
+    ) -> Any:
+        """Return a session on this class's device."""
+        return open_session(
             onnxruntime,
             graph,
-            bundle.weights_folder,
+            folder,
             name=self.name,
             providers=self.providers,
             extra=self.extra,
-            fp8=bundle.quantised == "fp8",
+            fp8=fp8,
         )
+
+    def _fastest(self, onnxruntime: Any, bundle: Bundle) -> tuple[Callable[[], bytes], Path]:
+        """Return the fastest form of the bundle's graph here, and where its weights lie."""
+        from vzip.runtime.fast.cache import fastest  # most never ask for it
+
+        form = fastest(
+            bundle,
+            lambda model, folder: self._open(onnxruntime, lambda: model, folder),
+            onnxruntime.__version__,
+        )
+        return (lambda: form.model), form.folder
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.generic]]:
         """See `Backend.run`."""

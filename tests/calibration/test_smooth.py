@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vzip.calibration.quantization import smooth
 from vzip.calibration.quantization.graph import Graph, Session
 from vzip.calibration.quantization.qdq import smoothed
 from vzip.calibration.samples import Samples
+from vzip.runtime import smooth
 from vzip.runtime.bundle import Bundle
 
 MakeBundle = Callable[[str], Bundle]

@@ -26,7 +26,6 @@ from onnx import helper
 from vzip.export import build_memory, engine, engine_layers, engine_proof, trt_build
 from vzip.export.build_memory import compare, estimate
 from vzip.export.engine import BuildRequest, Machine, Result, build_engine, reusable
-from vzip.export.proof import Proof
 from vzip.export.trt_api import load_stack
 from vzip.runtime import sensors
 from vzip.runtime.backends import tensorrt
@@ -42,6 +41,7 @@ from vzip.runtime.errors import (
     ParityError,
 )
 from vzip.runtime.manifest import Manifest
+from vzip.runtime.proof import Proof
 
 AHEAD = BuildRequest(rtx="sm86,sm89")
 NAME = "rtx-sm86-sm89"

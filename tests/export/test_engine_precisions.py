@@ -17,7 +17,6 @@ from vzip.export import engine, engine_auto, engine_layers, engine_proof
 from vzip.export.build_memory import estimate
 from vzip.export.engine import BuildRequest, Machine, Result, build_engine
 from vzip.export.engine_auto import ROUNDS, Race, build_best, race
-from vzip.export.proof import GATES, Proof, Reference, prove
 from vzip.runtime.backends import tensorrt
 from vzip.runtime.bundle import Bundle, bundle_writer, read_bundle
 from vzip.runtime.cli import main
@@ -25,6 +24,7 @@ from vzip.runtime.engine_file import read_engine
 from vzip.runtime.engine_record import EngineRecord
 from vzip.runtime.errors import BackendError, InvalidInputError, ParityError
 from vzip.runtime.precision_record import Quantised
+from vzip.runtime.proof import GATES, Proof, Reference, prove
 
 ORIN, L4 = Machine("Orin", ("87",), "6.2"), Machine("L4", ("89",), None)
 GOOD = Proof(4, 4, 0.97, 3, 0, 0.98, 0.998, 0.03, 12, 0.99, passed=True)

@@ -18,11 +18,11 @@ from vzip.export.engine_proof import load_reference
 from vzip.export.onnx_graph import GraphOptions
 from vzip.export.pictures import reference_images
 from vzip.export.pipeline import Method, WeightSource, export_bundle
-from vzip.export.proof import Proof, Reference, prove, read_reference
 from vzip.runtime.backends import open_backend
 from vzip.runtime.bundle import Bundle, read_bundle
 from vzip.runtime.errors import BundleError
 from vzip.runtime.manifest import Manifest
+from vzip.runtime.proof import Proof, Reference, prove, read_reference
 
 Array = NDArray[Any]
 Output = dict[str, Array]

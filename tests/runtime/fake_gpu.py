@@ -137,6 +137,11 @@ class ILogger:
         pass
 
 
+class IProfiler:
+    def __init__(self) -> None:
+        self.constructed = True
+
+
 class FakeTensorRt(SimpleNamespace):
     """The module; `calls` says what was done, `lib` is the library below.
 
@@ -146,6 +151,7 @@ class FakeTensorRt(SimpleNamespace):
         host_code: What `engine_host_code_allowed` was set to, for each runtime.
         faults: What the real library would have crashed on.
         capturable: What is_stream_capturable says (TensorRT-RTX).
+        layers: What a profiler is told by each run: names and milliseconds.
     """
 
     def __init__(self, lib: Any, generation: str) -> None:
@@ -166,6 +172,8 @@ class FakeTensorRt(SimpleNamespace):
             TensorLocation=TensorLocation,
             TensorFormat=TensorFormat,
             ILogger=ILogger,
+            IProfiler=IProfiler,
+            layers=[("conv", 0.25), ("_gemm_mha_v2", 0.5)],
             spoil={},
         )
         if not old:
@@ -278,6 +286,7 @@ class Engine:
 class _Context:
     active_optimization_profile = 0
     kernels = Kernels.LAZY
+    profiler: Any = None
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.trt = engine, engine.trt
@@ -326,6 +335,8 @@ class _Context:
         assert set(self.addresses) == set(self.engine.tensors)
         if capturing := bool(self.trt.lib.fake_capturing(stream)):
             self.captured = True
+            if self.profiler is not None:
+                self.trt.faults.append("a graph was captured while a profiler was attached")
             if self.trt.generation == "rtx" and self.kernels == Kernels.LAZY:
                 self.trt.faults.append("a graph was captured while kernels were being compiled")
         self.trt.calls.append("capture" if capturing else "enqueue")
@@ -334,6 +345,10 @@ class _Context:
     def compute(self) -> None:
         """Read the input's address and write the outputs' ones."""
         self.trt.calls.append("compute")
+        if self.profiler is not None:
+            assert self.profiler.constructed  # pybind refuses one whose base was never called
+            for name, ms in self.trt.layers:
+                self.profiler.report_layer_time(name, ms)
         manifest, engine = self.engine.manifest, self.engine
         shape = self.shapes[manifest.input.name]
         images = self._array(manifest.input.name, shape, manifest.input.dtype)

@@ -613,3 +613,56 @@ def test_the_callers_image_is_left_alone() -> None:
     load_image(image)
     assert image.getexif()[0x0112] == 6
     assert np.array_equal(np.asarray(image), noise())
+
+
+# ---- draft decoding ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("draft", "expected"),
+    [
+        (None, (1003, 701)),
+        (701, (1003, 701)),
+        (351, (1003, 701)),  # a half would have 351 rows, but of whole ones only 350
+        (350, (502, 351)),
+        (176, (502, 351)),
+        (175, (251, 176)),
+        (87, (126, 88)),
+        (1, (126, 88)),  # an eighth is the smallest
+    ],
+)
+def test_a_draft_is_no_smaller_than_was_asked_for(
+    draft: int | None, expected: tuple[int, int], tmp_path: Path
+) -> None:
+    picture = Image.fromarray(noise(1003, 701)).resize((1003, 701), box=(0, 0, 6, 4))
+    data = encoded(picture, "JPEG", quality=95)
+    path = tmp_path / "picture.jpg"
+    path.write_bytes(data)
+    image = load_image(path, draft=draft)
+    assert image.mode == "RGB"
+    assert image.size == expected
+    assert np.array_equal(np.asarray(load_image(data, draft=draft)), np.asarray(image))
+    full = np.asarray(load_image(path).resize(expected), np.int16)
+    assert np.abs(full - np.asarray(image)).mean() < 2  # the same picture
+
+
+def test_a_draft_is_upright() -> None:
+    image = Image.new("RGB", (320, 160), "red")
+    image.paste("blue", (0, 0, 160, 160))
+    data = encoded(image, "JPEG", exif=exif(6).tobytes())  # a quarter turn clockwise
+    draft = load_image(data, draft=40)
+    assert draft.size == (40, 80)
+    assert [draft.getpixel((20, y))[2] > 200 for y in (5, 75)] == [True, False]
+
+
+def test_other_formats_have_no_draft() -> None:
+    array = noise(160, 160)
+    for source in (encoded(Image.fromarray(array), "PNG"), Image.fromarray(array), array):
+        assert np.array_equal(np.asarray(load_image(source, draft=20)), array)
+
+
+@pytest.mark.parametrize("draft", [0, -1, True, 336.0, "336"])
+def test_a_draft_is_a_number_of_pixels(draft: Any) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        load_image(noise(), draft=draft)
+    assert str(caught.value).startswith(f"got draft = {draft!r}, expected a positive number")

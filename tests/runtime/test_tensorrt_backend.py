@@ -238,6 +238,25 @@ def test_a_launch_is_timed_by_the_gpu(tiny_bundle: Path, golden: Golden, install
     assert nothing_is_left(trt)
 
 
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_layers_are_timed_apart_from_what_runs(
+    tiny_bundle: Path, golden: Golden, install: Install, generation: str
+) -> None:
+    trt = install(generation)
+    opened = TensorRt(with_engine(tiny_bundle, generation))
+    for _ in range(2):  # the second one captures a graph, which must stay without a profiler
+        opened.run({"image": golden["images"][:2]})
+    trt.calls.clear()
+    assert opened.layer_ms(2, 3) == [trt.layers] * 3
+    assert trt.calls == ["enqueue", "compute"] * 3
+    kept = opened.run({"image": golden["images"][:2]})["kept_indices"]
+    assert np.array_equal(kept, golden["kept"][:2])
+    opened.close()
+    with pytest.raises(BackendError, match="is closed"):
+        opened.layer_ms(2, 1)
+    assert nothing_is_left(trt)
+
+
 # Tokens that stay on the device
 
 

@@ -1,4 +1,4 @@
-"""What a TensorRT engine is compared with: the encoder in PyTorch, as published and at its best.
+"""The encoder in PyTorch, as published and at its best.
 
 All take uint8 [B, H, W, 3] on the host and give `image_embeds` [B, K, L] and `kept_indices`
 [B, dominant] on the host, as `VisionEncoder.run` does, and merge as the bundle says. The weights
@@ -7,8 +7,8 @@ are the bundle's: drawn from its seed, or read from its checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,12 +18,17 @@ from torch.nn import functional
 
 from vzip.export.architecture import VisionConfig
 from vzip.export.budget import Budget
+from vzip.export.peers import PUBLISHED, UNCOMPRESSED, Device, Outputs, prove
+from vzip.export.peers.ceiling import flops
 from vzip.export.pipeline import WeightSource
 from vzip.export.visionzip import apply_plan, cls_scores, make_plan
 from vzip.export.weights import VisionWeights
+from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.manifest import EMBEDS, KEPT, Manifest
+from vzip.runtime.proof import GATES, Reference, Run
 
-Outputs = dict[str, NDArray[Any]]
+if TYPE_CHECKING:
+    from vzip.runtime.bundle import Bundle
 
 
 class Pixels(nn.Module):
@@ -147,125 +152,143 @@ class Sdpa(nn.Module):
         return self.projector(apply_plan(plan, hidden)), plan.kept
 
 
+class Uncompressed(Sdpa):
+    """The same without VisionZip: the projector runs on every patch, as in LLaVA itself."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode uint8 [B, H, W, 3] to embeds [B, N, L] and the patches' tokens [B, N]."""
+        hidden = self.tower.pre_layrnorm(self.tower.embeddings(self.pixels(images)))
+        for layer in self.tower.encoder.layers:
+            hidden = layer(hidden, None)
+        tokens = torch.arange(1, hidden.shape[1], device=hidden.device)
+        return self.projector(hidden[:, 1:]), tokens.expand(len(hidden), -1)
+
+
 FORMS: dict[str, Callable[[VisionWeights, Manifest, torch.dtype], nn.Module]] = {
-    "pytorch-eager": Published,
-    "pytorch-sdpa": Sdpa,
-    "pytorch-compile": Sdpa,
+    PUBLISHED: Published,
+    "torch-sdpa": Sdpa,
+    "torch-compile": Sdpa,
+    UNCOMPRESSED: Uncompressed,
 }
-COMPILE_MODE = "reduce-overhead"  # CUDA graphs; the matrix multiplications are cuBLAS's in any mode
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+# CUDA graphs on a GPU; the matrix multiplications are cuBLAS's in any mode. On a CPU the weights
+# are constants, which oneDNN then keeps in its own layout.
+_COMPILE: dict[Device, dict[str, Any]] = {
+    "cuda": {"mode": "reduce-overhead"},
+    "cpu": {"options": {"freezing": True}},
+}
 
 
 class TorchEncoder:
-    """One of `FORMS`, from host to host.
+    """One of `FORMS`, from host to host; see `Peer`.
 
     Args:
         form: Its name.
-        model: What the weights were made from, as the export's ``--model``.
-        manifest: Of the bundle.
+        precision: Of weights and activations, a key of `DTYPES`.
+        bundle: Whose weights are drawn or read again, as its manifest names them.
         device: ``cuda`` or ``cpu``.
+
+    Raises:
+        InvalidInputError: The bundle is none of those that these forms can be.
+        CheckpointError: Its checkpoint can't be read.
     """
 
-    def __init__(self, form: str, model: str, manifest: Manifest, device: str) -> None:
-        weights, _ = WeightSource(model, seed=manifest.model.seed).load()
-        dtype = torch.float16 if manifest.precision == "fp16" else torch.float32
-        module = FORMS[form](weights, manifest, dtype).eval()
-        self.device = device
+    def __init__(self, form: str, precision: str, bundle: Bundle, device: Device) -> None:
+        weights = _weights(bundle.manifest)
+        dtype, self._config = DTYPES[precision], weights.config
+        module = FORMS[form](weights, bundle.manifest, dtype).eval()
+        self._bundle, self._form = bundle, form
+        self._precision, self._device = precision, device
         module = module.to(device)
         for name in ("tower", "projector"):  # not `pixels`: it normalises in FP32
             getattr(module, name).to(dtype)
         self._run: Any = module
-        if form == "pytorch-compile":
-            self._run = torch.compile(module, mode=COMPILE_MODE)
-        shape = (manifest.batch.max, *(int(extent) for extent in manifest.input.shape[1:]))
-        self._staging = torch.empty(shape, dtype=torch.uint8, pin_memory=device == "cuda")
+        if form == "torch-compile":
+            self._run = torch.compile(module, dynamic=False, **_COMPILE[device])
+        self._staging: dict[int, Tensor] = {}
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:
-        """Return the outputs for uint8 [B, H, W, 3], B the bundle's batch."""
-        with torch.inference_mode():
-            self._staging.copy_(torch.from_numpy(images))
-            embeds, kept = self._run(self._staging.to(self.device, non_blocking=True))
-            return {EMBEDS: embeds.cpu().numpy(), KEPT: kept.cpu().numpy()}
+        """Return the outputs for uint8 [B, H, W, 3]; see `Peer`. BF16 is widened on the host."""
+        with torch.inference_mode() if self._device == "cuda" else torch.no_grad():
+            if len(images) not in self._staging:
+                pinned = self._device == "cuda"
+                buffer = torch.empty(images.shape, dtype=torch.uint8, pin_memory=pinned)
+                self._staging[len(images)] = buffer
+            staging = self._staging[len(images)]
+            staging.copy_(torch.from_numpy(images))
+            embeds, kept = self._run(staging.to(self._device, non_blocking=True))
+            embeds = embeds.cpu()
+            wide = embeds.float() if embeds.dtype == torch.bfloat16 else embeds
+            return {EMBEDS: wide.numpy(), KEPT: kept.cpu().numpy()}
 
-    def memory_mib(self) -> float | None:
-        """Return the most that PyTorch's allocator held on the GPU; None on the CPU."""
-        return torch.cuda.max_memory_reserved() / 2**20 if self.device == "cuda" else None
+    def prove(self, reference: Reference, batches: Sequence[int]) -> Mapping[str, Any]:
+        """See `Peer`."""
+        if self._form == UNCOMPRESSED:
+            return _prove_patches(self.run, reference, batches, self._precision)
+        return prove(self.run, reference, self._bundle, batches, self._precision)
 
-
-def multiplications(
-    config: VisionConfig, tokens: int, batch: int
-) -> list[tuple[int, int, int, int, int]]:
-    """Return the matrix multiplications of the encoder, without its dead layers and side branch.
-
-    Args:
-        config: The architecture.
-        tokens: K, which the projector runs on.
-        batch: B.
-
-    Returns:
-        (times, matrices at once, M, K, N) each; FLOPs are 2 · product.
-    """
-    tower, projector, layers = config.tower, config.projector, config.layers_run
-    size, width, inner = tower.tokens, tower.hidden_size, tower.intermediate_size
-    heads, rows = tower.num_heads, batch * tower.tokens
-    return [
-        (1, 1, batch * tower.patches, 3 * tower.patch_size**2, width),
-        (4 * layers, 1, rows, width, width),
-        (layers, batch * heads, size, width // heads, size),
-        (layers, batch * heads, size, size, width // heads),
-        (layers, 1, rows, width, inner),
-        (layers, 1, rows, inner, width),
-        (1, 1, batch * tokens, projector.in_features, projector.hidden_features),
-        (1, 1, batch * tokens, projector.hidden_features, projector.out_features),
-    ]
+    def about(self, batch: int) -> Mapping[str, Any]:
+        """See `Peer`."""
+        found: dict[str, Any] = {}
+        if self._device == "cuda":
+            found["torch_reserved_mib"] = torch.cuda.max_memory_reserved() / 2**20
+        if self._form == UNCOMPRESSED:
+            found["flops"] = flops(self._config, self._config.tower.patches, batch)
+        return found
 
 
-def flops(config: VisionConfig, tokens: int, batch: int) -> int:
-    """Return the FLOPs of `multiplications`, a multiply-add counted as two."""
-    return sum(
-        2 * times * many * m * k * n
-        for times, many, m, k, n in multiplications(config, tokens, batch)
-    )
+def _prove_patches(
+    run: Run, reference: Reference, batches: Sequence[int], precision: str
+) -> dict[str, Any]:
+    """Compare the patches that the reference keeps with what an encoder of all patches gives."""
+    gate = GATES[precision if precision in GATES else "int8"]
+    cosines = []
+    for size in batches:
+        for first in range(0, len(reference.input), size):
+            chosen = np.arange(first, first + size) % len(reference.input)
+            embeds = run(np.ascontiguousarray(reference.input[chosen]))[EMBEDS]
+            for picture, tokens in zip(chosen, embeds, strict=True):
+                kept = reference.kept[picture]
+                patches = kept > 0  # CLS is no patch
+                expected = reference.embeds[picture, : len(kept)][patches].astype(np.float64)
+                got = tokens[kept[patches] - 1].astype(np.float64)
+                lengths = np.linalg.norm(got, axis=1) * np.linalg.norm(expected, axis=1)
+                cosines.append(np.sum(got * expected, axis=1) / np.maximum(lengths, 1e-300))
+    every = np.concatenate(cosines)
+    return {
+        "images": len(reference.input),
+        "min_cosine": float(every.min()),
+        "mean_cosine": float(every.mean()),
+        "passed": bool(every.min() >= gate.cosine),
+    }
 
 
-class Ceiling:
-    """The encoder's matrix multiplications and nothing between them, as fast as PyTorch has them.
-
-    No engine of this precision can be much faster than this: cuBLAS at the same shapes, outputs in
-    place, all launches in one CUDA graph.
-    """
-
-    def __init__(self, config: VisionConfig, manifest: Manifest, device: str) -> None:
-        dtype = torch.float16 if manifest.precision == "fp16" else torch.float32
-        tokens = manifest.selection.dominant + manifest.selection.contextual
-        self.flops = flops(config, tokens, manifest.batch.max)
-        self._work = []
-        for times, many, m, k, n in multiplications(config, tokens, manifest.batch.max):
-            left, right = (
-                torch.randn(shape, device=device).to(dtype)
-                for shape in ((many, m, k), (many, k, n))
-            )
-            out = torch.empty((many, m, n), dtype=dtype, device=device)
-            self._work.append((times, left, right, out))
-        self._graph: Any = None
-        if device == "cuda":
-            self._multiply()  # cuBLAS chooses and allocates outside the graph
-            torch.cuda.synchronize()
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._multiply()
-
-    def _multiply(self) -> None:
-        for times, left, right, out in self._work:
-            for _ in range(times):
-                torch.matmul(left, right, out=out)
-
-    def call(self) -> None:
-        """Run them once and wait."""
-        if self._graph is None:
-            self._multiply()
-            return
-        self._graph.replay()
-        torch.cuda.synchronize()
+def _weights(manifest: Manifest) -> VisionWeights:
+    """Return the bundle's weights, from its seed or checkpoint, if these forms can have them."""
+    model = manifest.model
+    if model.projector is not None:
+        raise InvalidInputError(
+            "the bundle has a tuned projector, whose file is not in it; PyTorch's forms would need "
+            "it: compare a bundle that was exported without --projector"
+        )
+    weights, _ = WeightSource(model.id, revision=model.revision, seed=model.seed).load()
+    config = weights.config
+    lacking = {
+        "a tower without CLS": config.tower.kind != "clip",
+        "features of several layers": len(config.feature_layers) > 1,
+        "pooled tokens": config.pool > 1,
+        "another input than 'image'": manifest.input.name != "image",
+        f"the selection '{manifest.selection.method}'": manifest.selection.method != "visionzip",
+        "a budget without CLS": not manifest.selection.cls_token,
+        "a LayerNorm in the projector": config.projector.norm_eps is not None,
+    }
+    if unlike := [what for what, true in lacking.items() if true]:
+        raise InvalidInputError(
+            f"the bundle has {' and '.join(unlike)}, expected LLaVA's tower and projector, which "
+            "is what VisionZip was published for and what PyTorch's forms are"
+        )
+    return weights
 
 
 def _tower(weights: VisionWeights, attention: str, layers: int) -> Any:

@@ -1,0 +1,148 @@
+"""The full-size encoder beside every peer: ``python -m benchmarks.encoder --bundles FOLDER``.
+
+LLaVA-1.5's tower and projector (CLIP ViT-L/14-336) with seeded random weights, in FP32 and INT8: at
+64 tokens and batch 1 every stack, at batch 8 and at 128 and 192 tokens the main ones. 576 tokens,
+no compression, is the peer ``torch-uncompressed``. `vzip bench` measures; this makes the bundles,
+which are kept in the folder, and writes benchmarks/results/encoder.json, .md and .svg.
+
+INT8 is calibrated on the demo's scenes, without the search for sensitive layers: random weights
+have none, and the search takes a quarter of an hour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from vzip.runtime import atomic
+from vzip.runtime.bench.encoder import Wanted, bench
+from vzip.runtime.bench.output import plot, table, without_paths
+from vzip.runtime.bundle import Bundle, read_bundle
+from vzip.runtime.environment import gpus
+from vzip.runtime.errors import InvalidInputError
+
+FILE = Path(__file__).parent / "results" / "encoder.json"
+MODEL = "llava-1.5-7b"
+LARGEST_BATCH = 8
+# At batch 8, and at the other budgets, which share the tower: ours and the best of each peer.
+MAIN = ("torch-published", "torch-sdpa", "onnxruntime", "onnxruntime-dynamic", "openvino")
+# Tokens, batch, stacks (all where none is named).
+RUNS: tuple[tuple[int, int, tuple[str, ...]], ...] = (
+    (64, 1, ()), (64, LARGEST_BATCH, MAIN), (128, 1, MAIN), (192, 1, MAIN)
+)  # fmt: skip
+IMAGES = 20
+DISK_GB = 2  # of a bundle: FP32 and INT8
+
+
+def made(folder: Path, model: str, tokens: int, *, weights: str = "random") -> Bundle:
+    """Return the bundle of a budget, exported and calibrated if it isn't there.
+
+    Raises:
+        InvalidInputError: What is there is another bundle.
+    """
+    path = folder / f"tokens-{tokens}"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(folder).free < DISK_GB * 1e9:
+            raise InvalidInputError(f"'{folder}' has less than {DISK_GB} GB free, for one bundle")
+        _vzip(
+            "export", "--model", model, "--weights", weights, "--precision", "fp32",
+            "--tokens", str(tokens), "--max-batch", str(LARGEST_BATCH), "-o", str(path),
+        )  # fmt: skip
+    bundle = read_bundle(path, verify=False)
+    manifest = bundle.manifest
+    got = (manifest.model.weights, manifest.precision, manifest.selection.tokens)
+    if got != (weights, "fp32", tokens):
+        raise InvalidInputError(
+            f"'{path}' is {got}, expected {(weights, 'fp32', tokens)}; it was exported with other "
+            "options: delete it, or give another folder with --bundles"
+        )
+    if "int8" not in manifest.precisions:
+        _vzip(
+            "calibrate", str(path), "--images", "demo", "--count", str(IMAGES),
+            "--precision", "int8", "--keep-agreement", "none", "--keep-cosine", "none",
+        )  # fmt: skip
+    # The fastest mode is chosen before: opening and memory are then those of every later time. What
+    # fails is said by the measurement.
+    choose = (
+        "import sys; from vzip.runtime import VisionEncoder; VisionEncoder.open(sys.argv[1], "
+        "backend='onnxruntime', precision='fastest').close()"
+    )
+    subprocess.run([sys.executable, "-c", choose, str(path)], check=False)
+    return read_bundle(path, verify=False)
+
+
+def joined(results: Sequence[dict[str, Any]], command: str) -> dict[str, Any]:
+    """Return measurements of one machine, one after the other, as one; the first one's facts."""
+    first, *others = results
+    for other in others:
+        if other["baseline"] != first["baseline"]:
+            raise InvalidInputError(
+                f"the baselines are {first['baseline']} and {other['baseline']}, expected one; "
+                "the first failed to open in one of the bundles: look at what was printed"
+            )
+    whole = {**first, "command": command}
+    for name in ("rows", "states"):
+        whole[name] = [each for result in results for each in result[name]]
+    for name in ("bundles", "empty"):  # a bundle may be in several
+        every = [each for result in results for each in result[name]]
+        whole[name] = [each for at, each in enumerate(every) if each not in every[:at]]
+    return whole
+
+
+def _vzip(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "vzip.runtime.cli", *arguments], check=True)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Command line."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--bundles", type=Path, required=True, help="where bundles are kept")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each (default: 7)")
+    parser.add_argument(
+        "--tokens", default="64,128,192", help="of these, some (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batches", default=f"1,{LARGEST_BATCH}", help="of these, some (default: %(default)s)"
+    )
+    parser.add_argument("--only", default="", help="stacks, as of vzip bench (default: all)")
+    parser.add_argument("-o", "--output", type=Path, default=FILE, metavar="FILE.json")
+    options = parser.parse_args()
+    budgets = [int(part) for part in options.tokens.split(",")]
+    batches = [int(part) for part in options.batches.split(",")]
+    bundles = {tokens: made(options.bundles, MODEL, tokens) for tokens in budgets}
+    device: Literal["cpu", "cuda"] = "cpu" if isinstance(gpus(), str) else "cuda"
+    asked = tuple(filter(None, options.only.split(",")))
+    results = []
+    for tokens, batch, main in RUNS:
+        if tokens not in bundles or batch not in batches:
+            continue
+        bundle = bundles[tokens]
+        wanted = Wanted(
+            peers=True, only=asked or main, batches=(batch,), rounds=options.rounds, device=device
+        )
+        results.append(bench({bundle.path.name: bundle}, wanted, command="", say=_say))
+        arguments = without_paths(sys.argv[1:])
+        command = " ".join(["python", "-m", "benchmarks.encoder", *arguments])
+        result = without_paths(joined(results, command))
+        # After each: an hour may be lost later.
+        text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+        atomic.replace_file(options.output, text.encode())
+        atomic.replace_file(options.output.with_suffix(".md"), table(result).encode())
+        atomic.replace_file(options.output.with_suffix(".svg"), plot(result, "svg"))
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,385 @@
+"""From an image to the first word, with and without VisionZip: ``python -m benchmarks.end_to_end``.
+
+Tower, projector and LLM at their true sizes with random weights, LLaVA-1.5 (one image of 576
+patches) and LLaVA-NeXT (five tiles, 2880), in the LLM engines of the hand-off that run on a CPU:
+time to the first token, decode speed, the KV cache's bytes and the process's peak memory, beside
+what the paper's cost model predicts. What can't run is an empty cell that says why.
+
+    python -m benchmarks.end_to_end --work /dev/shm
+
+Each engine has a process of its own; its budgets take turns. Writes
+``benchmarks/results/end_to_end.json`` and the same as tables in Markdown. `--work` is where an LLM
+is while it is measured, up to 14 GB; of a folder in memory that counts as memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.end_to_end_worker import CACHES, NEW_TOKENS, PATCHES, SPLITS, WEIGHTS
+from benchmarks.llm_shapes import LLMS, Llm
+from vzip.runtime.bench.machine import machine
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+TEXT = 60  # tokens: LLaVA-1.5's system prompt has 35, a question of a benchmark 10 to 30
+SECONDS = 40.0
+PACKAGES = ("llama_cpp_python", "tokenizers")
+
+ENCODER = "PyTorch, SDPA, no dead layer, BF16"
+SOURCE = "arXiv 2412.04467, LLaVA-NeXT-7B"
+PAPER_MS = (218.0, 27.8)  # prefill with 2880 tokens and with 160
+PAPER_LLM, PAPER_TOKENS = "llama-2-7b", (2880, 160)
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A LLaVA, as far as its tokens go.
+
+    Attributes:
+        name: Its name.
+        tiles: How many images the tower sees.
+        budgets: Tokens of all tiles together, all of them first.
+    """
+
+    name: str
+    tiles: int
+    budgets: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert self.budgets[0] == self.tiles * PATCHES
+        assert all(tokens / self.tiles in SPLITS for tokens in self.budgets[1:])
+
+
+MODELS = (Model("LLaVA-1.5", 1, (576, 192, 128, 64)), Model("LLaVA-NeXT", 5, (2880, 640, 320, 160)))
+
+SERVER = (
+    "a server on an NVIDIA GPU in an environment of its own, which this command doesn't start; not "
+    "run on hardware"
+)
+ABSENT = {
+    **dict.fromkeys(("vllm", "sglang", "trtllm", "lmdeploy"), SERVER),
+    "encoder as a TensorRT engine": (
+        "this command measures on the CPU; benchmarks.gpu_evidence is for GPUs; not run on hardware"
+    ),
+}
+"""Cell → why it is empty wherever this runs."""
+
+
+class JobError(Exception):
+    """What a worker says went wrong."""
+
+
+def work(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Do a job in a process of its own; see `end_to_end_worker`.
+
+    Raises:
+        JobError: It failed, or was killed.
+    """
+    command = [sys.executable, "-m", "benchmarks.end_to_end_worker", json.dumps(job)]
+    with tempfile.TemporaryFile("w+") as log:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=log, text=True, check=False, cwd=ROOT
+        )
+        log.seek(0)
+        said = log.read().strip().splitlines()
+    if done.returncode < 0:
+        raise JobError(f"was killed by signal {-done.returncode}; memory may be short")
+    if done.returncode or not done.stdout.strip():
+        raise JobError(f"ended with status {done.returncode} ({said[-1] if said else ''})")
+    answer = json.loads(done.stdout.strip().splitlines()[-1])
+    if "error" in answer:
+        raise JobError(answer["error"])
+    return dict(answer["ok"])
+
+
+def measure(
+    llms: Sequence[str],
+    models: Sequence[Model],
+    folder: Path,
+    *,
+    seconds: float = SECONDS,
+    with_encoder: bool = True,
+) -> Result:
+    """Measure every LLM in every engine with every budget.
+
+    Args:
+        llms: Names in `LLMS`.
+        models: What they see.
+        folder: For what is made and deleted again.
+        seconds: For the rounds of one engine; each has two at least.
+        with_encoder: Whether the tower is timed. Without, there is no time to the first token.
+    """
+    result: Result = {
+        "what": "time to the first token, decoding and memory of LLaVAs with fewer image tokens",
+        "environment": machine(*PACKAGES),
+        "text_tokens": TEXT,
+        "new_tokens": NEW_TOKENS,
+        "encoder": [],
+        "rows": [],
+        "empty": [{"cell": cell, "why": why} for cell, why in ABSENT.items()],
+    }
+    for llm in llms:
+        encoded: dict[int, dict[str, Any]] = {}
+        if with_encoder:
+            for model in models:
+                _say(f"{llm}: tower and projector, {model.tiles} images")
+                try:
+                    encoded |= _encode(llm, model, seconds, result)
+                except JobError as error:
+                    result["empty"].append(
+                        {"cell": f"{llm}, encoder of {model.name}", "why": str(error)}
+                    )
+        for engine in WEIGHTS:
+            _say(f"{llm}: {engine}")
+            try:
+                found = _speak(llm, engine, models, folder, seconds)
+            except JobError as error:
+                result["empty"].append({"cell": f"{llm} in {engine}", "why": str(error)})
+                _say(f"  {error}")
+            else:
+                result["rows"] += rows(LLMS[llm], engine, models, found, encoded)
+    return result
+
+
+def _encode(llm: str, model: Model, seconds: float, result: Result) -> dict[int, dict[str, Any]]:
+    """Return budget → times of tower and projector, which are put into the result too."""
+    job = {"do": "encode", "llm": llm, "tiles": model.tiles, "budgets": model.budgets}
+    found = work({**job, "seconds": seconds / 4})
+    times = {int(tokens): taken for tokens, taken in found["ms"].items()}
+    result["encoder"] += [
+        {
+            "llm": llm,
+            "model": model.name,
+            "tokens": tokens,
+            "stack": ENCODER,
+            "encode": taken,
+            "min_cosine": found["agreement"].get(str(tokens)),
+        }
+        for tokens, taken in times.items()
+    ]
+    return times
+
+
+def _speak(
+    llm: str, engine: str, models: Sequence[Model], folder: Path, seconds: float
+) -> dict[str, Any]:
+    """Make an LLM for an engine, measure it, and delete it."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix="vzip-end-to-end-") as made:
+        checkpoint, file = Path(made) / "checkpoint", Path(made) / "llm"
+        job = {"llm": llm, "engine": engine, "checkpoint": str(checkpoint), "file": str(file)}
+        budgets = [tokens for model in models for tokens in model.budgets]
+        work({"do": "prepare", **job})
+        return work({"do": "speak", **job, "budgets": budgets, "text": TEXT, "seconds": seconds})
+
+
+def rows(
+    llm: Llm,
+    engine: str,
+    models: Sequence[Model],
+    found: Mapping[str, Any],
+    encoded: Mapping[int, Mapping[str, Any]],
+) -> list[Result]:
+    """Return a row a budget, with its ratios to all tokens: measured, and the cost model's.
+
+    Args:
+        llm: The LLM.
+        engine: What ran it.
+        models: What it saw.
+        found: What the worker's `speak` returned.
+        encoded: Budget → times of tower and projector; empty where these were not measured.
+    """
+    shape = llm.shape(CACHES[engine])
+    made = []
+    for model in models:
+        everything = model.budgets[0]
+        for tokens in model.budgets:
+            one, full = (found["budgets"][str(each)] for each in (tokens, everything))
+            prefill, full_prefill = (each["first_token"]["median_ms"] for each in (one, full))
+            row = {
+                "llm": llm.name,
+                "engine": engine,
+                "weights": WEIGHTS[engine],
+                "cache": CACHES[engine],
+                "model": model.name,
+                "tokens": tokens,
+                "prompt_tokens": tokens + TEXT,
+                "first_token": one["first_token"],
+                "prefill_flops": shape.prefill_flops(tokens + TEXT),
+                "prefill_ratio": round(full_prefill / prefill, 3),
+                "predicted_ratio": round(
+                    shape.prefill_flops(everything + TEXT) / shape.prefill_flops(tokens + TEXT), 3
+                ),
+                "ttft_ms": None,
+                "ttft_ratio": None,
+                "decode": one["decode"],
+                "decode_tokens_per_s": round(1000 / one["decode"]["median_ms"], 2),
+                "kv_bytes": one["kv_bytes"],
+                "peak_bytes": one["peak_bytes"],
+                "first_token_id": one["token"],
+                "open_s": found["open_s"],
+                "open_peak_bytes": found["open_peak_bytes"],
+            }
+            if {tokens, everything} <= set(encoded):
+                taken = encoded[tokens]["median_ms"] + prefill
+                row["ttft_ms"] = round(taken, 2)
+                whole = encoded[everything]["median_ms"] + full_prefill
+                row["ttft_ratio"] = round(whole / taken, 3)
+            made.append(row)
+    return made
+
+
+def table(result: Result) -> str:
+    """The result of `measure` as Markdown."""
+    where = result["environment"]
+    lines = [
+        (
+            f"Tower, projector and LLM of true shape, random weights; {result['text_tokens']} "
+            "tokens of text around the image's. Medians on "
+            f"{where['cores']} cores, {where['processor']}. Time to first token: encoder "
+            f"({ENCODER}; with all tokens, its projector runs on every patch) and prefill. *Cost "
+            "model*: T(4nd² + 2n²d + 2ndm) with all tokens, over that with these. Peak: of the "
+            "LLM's process (VmHWM), its weights included."
+        )
+    ]
+    for llm, engine, weights in dict.fromkeys(
+        (row["llm"], row["engine"], row["weights"]) for row in result["rows"]
+    ):
+        lines += ["", f"**{llm} in {engine}, {weights}**", "", *_table(result, llm, engine)]
+    lines += ["", f"{_same(result)} Empty cells:", "", *_empty(result)]
+    lines += ["", "### The paper's 7.8×", "", *_paper(result)]
+    return "\n".join(lines) + "\n"
+
+
+def _same(result: Result) -> str:
+    """Say in how many cells the engines, which have the same weights, say the same first token."""
+    said: dict[tuple[str, int], list[int]] = {}
+    for row in result["rows"]:
+        said.setdefault((row["llm"], row["tokens"]), []).append(row["first_token_id"])
+    several = [tokens for tokens in said.values() if len(tokens) > 1]
+    same = sum(len(set(tokens)) == 1 for tokens in several)
+    return (
+        f"The engines' first token is the same one in {same} of {len(several)} cases; they round "
+        "differently, and to random weights many are nearly equal."
+    )
+
+
+def _table(result: Result, llm: str, engine: str) -> Iterator[str]:
+    yield (
+        "| | image tokens | encoder | prefill | time to first token | faster | prefill faster | "
+        "cost model | off by | tokens/s | KV cache | peak |"
+    )
+    yield "|---" * 12 + "|"
+    encoded = {
+        (each["model"], each["tokens"]): each["encode"]["median_ms"]
+        for each in result["encoder"]
+        if each["llm"] == llm
+    }
+    for row in result["rows"]:
+        if (row["llm"], row["engine"]) != (llm, engine):
+            continue
+        encode = encoded.get((row["model"], row["tokens"]))
+        cells = [
+            row["model"],
+            str(row["tokens"]),
+            _seconds(encode),
+            _seconds(row["first_token"]["median_ms"]),
+            _seconds(row["ttft_ms"]),
+            "" if row["ttft_ratio"] is None else f"{row['ttft_ratio']:.2f}×",
+            f"{row['prefill_ratio']:.2f}×",
+            f"{row['predicted_ratio']:.2f}×",
+            f"{row['prefill_ratio'] / row['predicted_ratio'] - 1:+.0%}",
+            f"{row['decode_tokens_per_s']:.2f}",
+            f"{row['kv_bytes'] / 1e6:.1f} MB",
+            f"{row['peak_bytes'] / 1e9:.2f} GB",
+        ]
+        yield "| " + " | ".join(cells) + " |"
+
+
+def _seconds(milliseconds: float | None) -> str:
+    """Return a cell; an empty one where nothing was measured."""
+    return "" if milliseconds is None else f"{milliseconds / 1000:.2f} s"
+
+
+def _empty(result: Result) -> Iterator[str]:
+    """Yield a line for each reason."""
+    cells: dict[str, list[str]] = {}
+    for each in result["empty"]:
+        cells.setdefault(each["why"], []).append(each["cell"])
+    for why, names in cells.items():
+        yield f"* {', '.join(names)}: {why}"
+
+
+def _paper(result: Result) -> Iterator[str]:
+    """Say what the paper's ratio of prefill times is made of, beside what was measured here."""
+    many, few = PAPER_TOKENS
+    text, shape = result["text_tokens"], LLMS[PAPER_LLM].shape("float16")
+    works = [2 * shape.prefill_flops(tokens + text) for tokens in (many, few)]
+    rates = [flops / ms / 1e9 for flops, ms in zip(works, PAPER_MS, strict=True)]
+    ratio, predicted = PAPER_MS[0] / PAPER_MS[1], works[0] / works[1]
+    yield (
+        f"{SOURCE}: prefill {PAPER_MS[0]:g} → {PAPER_MS[1]:g} ms with {many} → {few} tokens, "
+        f"{ratio:.1f}×. The cost model says {predicted:.1f}×, text taken to be {text} tokens. The "
+        f"difference is the rate at which the GPU works: by the same model, a multiply-add as two, "
+        f"{rates[0]:.0f} TFLOP/s with {many} tokens and {rates[1]:.0f} with {few}, {text} of text "
+        f"included; {predicted:.1f} · {rates[1]:.0f} / {rates[0]:.0f} = {ratio:.1f}. Most likely "
+        "few tokens don't fill the GPU. At the same rate for both it would take "
+        f"{text_for(ratio)} tokens of text to make it {ratio:.1f}×."
+    )
+    for row in result["rows"]:
+        if (row["llm"], row["tokens"]) == (PAPER_LLM, few):
+            yield ""
+            yield (
+                f"Here, {row['engine']}: {row['prefill_ratio']:.1f}×, time to first token "
+                + ("not measured." if row["ttft_ratio"] is None else f"{row['ttft_ratio']:.1f}×.")
+            )
+
+
+def text_for(ratio: float) -> int:
+    """Return how many tokens of text make the paper's budgets differ by no more than a ratio."""
+    many, few = PAPER_TOKENS
+    shape = LLMS[PAPER_LLM].shape("float16")
+    return next(
+        text
+        for text in range(4096)
+        if shape.prefill_flops(many + text) <= ratio * shape.prefill_flops(few + text)
+    )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    published = [name for name in LLMS if name != "tiny"]
+    parser.add_argument("--llm", action="append", choices=LLMS, help="default: all but tiny")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of an engine's rounds")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser.parse_args(given)
+    result = measure(
+        options.llm or published, MODELS, options.work.resolve(), seconds=options.seconds
+    )
+    result = {"command": " ".join(["python -m benchmarks.end_to_end", *given]), **result}
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "end_to_end.json").write_text(json.dumps(result, indent=1) + "\n")
+    (options.output / "end_to_end.md").write_text(table(result), encoding="utf-8")
+    print(table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

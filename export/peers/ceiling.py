@@ -1,0 +1,165 @@
+"""The encoder's matrix multiplications and nothing between them, as PyTorch makes them.
+
+On a GPU no engine can be much faster. On a CPU an engine whose multiplications are better than
+PyTorch's can be: ONNX Runtime's and OpenVINO's take half the time in FP32 on some of AMD's.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vzip.export.architecture import VisionConfig
+from vzip.export.checkpoint import vision_config
+from vzip.export.peers import Device
+from vzip.runtime.manifest import Manifest
+
+DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int8": torch.int8,
+}
+_TRIES = 3  # of each way, before the faster one is taken
+
+
+def multiplications(
+    config: VisionConfig, tokens: int, batch: int
+) -> list[tuple[int, int, int, int, int]]:
+    """Return the matrix multiplications of the encoder, without its dead layers and side branch.
+
+    Args:
+        config: The architecture.
+        tokens: K, which the projector runs on.
+        batch: B.
+
+    Returns:
+        (times, matrices at once, M, K, N) each; FLOPs are 2 · product.
+    """
+    tower, projector, layers = config.tower, config.projector, config.layers_run
+    size, width, inner = tower.tokens, tower.hidden_size, tower.intermediate_size
+    heads, rows = tower.num_heads, batch * tower.tokens
+    return [
+        (1, 1, batch * tower.patches, 3 * tower.patch_size**2, width),
+        (4 * layers, 1, rows, width, width),
+        (layers, batch * heads, size, width // heads, size),
+        (layers, batch * heads, size, size, width // heads),
+        (layers, 1, rows, width, inner),
+        (layers, 1, rows, inner, width),
+        (1, 1, batch * tokens, projector.in_features, projector.hidden_features),
+        (1, 1, batch * tokens, projector.hidden_features, projector.out_features),
+    ]
+
+
+def flops(config: VisionConfig, tokens: int, batch: int) -> int:
+    """Return the FLOPs of `multiplications`, a multiply-add counted as two."""
+    return sum(
+        2 * times * many * m * k * n
+        for times, many, m, k, n in multiplications(config, tokens, batch)
+    )
+
+
+class Ceiling:
+    """The multiplications of one batch, as fast as PyTorch has them.
+
+    Outputs in place. On a GPU all launches are in one CUDA graph; on a CPU the right side is laid
+    out by rows or by columns, whichever was faster a moment before. In INT8 the linear layers are
+    (int32 sums, nothing rescaled), and the attention's products are in BF16: PyTorch multiplies no
+    batches of INT8 matrices.
+
+    Args:
+        manifest: Of the bundle.
+        precision: A key of `DTYPES`.
+        batch: B.
+        device: ``cuda`` or ``cpu``.
+
+    Attributes:
+        flops: Of one call, a multiply-add counted as two.
+        work: How often each product is made, and the product.
+    """
+
+    def __init__(self, manifest: Manifest, precision: str, batch: int, device: Device) -> None:
+        model = manifest.model
+        config = vision_config(model.id, revision=model.revision)
+        tokens = manifest.selection.tokens
+        self.flops = flops(config, tokens, batch)
+        self.work: list[tuple[int, Product]] = []
+        for times, many, m, k, n in multiplications(config, tokens, batch):
+            kind = "bf16" if precision == "int8" and many > 1 else precision
+            self.work.append((times, _product(DTYPES[kind], (many, m, k, n), device)))
+        self._graph: Any = None
+        if device == "cuda":
+            self._multiply()  # cuBLAS chooses and allocates outside the graph
+            torch.cuda.synchronize()
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._multiply()
+
+    def _multiply(self) -> None:
+        for times, product in self.work:
+            for _ in range(times):
+                product.multiply()
+
+    def call(self) -> None:
+        """Run them once and wait."""
+        if self._graph is None:
+            self._multiply()
+            return
+        self._graph.replay()
+        torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
+class Product:
+    """One multiplication, into its own output.
+
+    Attributes:
+        left: [many, M, K]; INT8 [M, K].
+        right: [many, K, N]; INT8 [K, N].
+        out: [many, M, N]; INT8's is int32 [M, N].
+    """
+
+    left: Tensor
+    right: Tensor
+    out: Tensor
+
+    def multiply(self) -> None:
+        """Do it."""
+        if self.left.dtype == torch.int8:
+            torch._int_mm(self.left, self.right, out=self.out)
+        else:
+            torch.matmul(self.left, self.right, out=self.out)
+
+    def seconds(self) -> float:
+        """Return the time of the fastest of some tries."""
+        taken = []
+        for _ in range(_TRIES):
+            start = time.perf_counter()
+            self.multiply()
+            taken.append(time.perf_counter() - start)
+        return min(taken)
+
+
+def _product(dtype: torch.dtype, sizes: tuple[int, int, int, int], device: Device) -> Product:
+    """Return the multiplication in the faster of two layouts of the right side."""
+    many, m, k, n = sizes
+    left, right, turned = (
+        _filled(shape, dtype, device) for shape in ((many, m, k), (many, k, n), (many, n, k))
+    )
+    if dtype == torch.int8:
+        out = torch.empty((m, n), dtype=torch.int32, device=device)
+        ways = [Product(left[0], each, out) for each in (right[0], turned[0].T)]
+    else:
+        out = torch.empty((many, m, n), dtype=dtype, device=device)
+        ways = [Product(left, each, out) for each in (right, turned.mT)]
+    return ways[0] if device == "cuda" else min(ways, key=Product.seconds)
+
+
+def _filled(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> Tensor:
+    if dtype == torch.int8:
+        return torch.randint(-127, 128, shape, dtype=dtype, device=device)
+    return torch.randn(shape, device=device).to(dtype)

@@ -1,0 +1,98 @@
+"""`python -m benchmarks.encoder`: which bundles are measured, and what is written of several."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import encoder
+from vzip.runtime.bench.machine import machine
+from vzip.runtime.bench.stacks import Stack
+from vzip.runtime.bundle import read_bundle
+from vzip.runtime.errors import InvalidInputError
+
+
+def found(name: str, baseline: str = "torch-published:fp32") -> dict:
+    """What `bench` gives of one bundle."""
+    stack = Stack("ours", "onnxruntime", "fp32", "fp32", "cpu")
+    times = dict.fromkeys(("median_ms", "p90_ms", "p99_ms", "min_ms"), 5.0)
+    row = {
+        "bundle": name, "batch": 1, "group": 0, "stack": str(stack), **stack.to_json(), **times,
+        "iqr_ms": 0.1,
+        "calls": 7, "images_per_s": 200.0, "peak_host_mib": 1.0, "open_s": 1.0,
+    }  # fmt: skip
+    bundle = {
+        "name": name, "tokens": 64, "tower_tokens": 577, "dominant": 54, "contextual": 10,
+        "merge": "average",
+    }  # fmt: skip
+    return {
+        "what": "w", "schema": 1, "command": "", "started": "now", "environment": machine(),
+        "baseline": baseline, "bundles": [bundle], "rows": [row], "states": [{"bundle": name}],
+        "empty": [{"cell": name, "why": "no file /home/me/x"}],
+    }  # fmt: skip
+
+
+def test_another_bundle_is_refused(tiny_bundle, tmp_path):
+    tiny_bundle.rename(tmp_path / "tokens-64")
+    with pytest.raises(InvalidInputError, match=r"it was exported with other options: delete it"):
+        encoder.made(tmp_path, "llava-1.5-7b", 64)
+
+
+@pytest.mark.slow
+def test_a_bundle_is_made_once_with_its_int8_graph(tmp_path, monkeypatch):
+    # The command line of this tree, in the Python that runs the tests.
+    monkeypatch.setenv("PYTHONPATH", ":".join(filter(None, sys.path)))
+    bundle = encoder.made(tmp_path, "demo", 43, weights="checkpoint")
+    manifest = bundle.manifest
+    assert (manifest.batch.max, manifest.batch.dynamic) == (8, True)
+    assert list(manifest.precisions) == ["int8"]
+    assert "reference.npz" in manifest.files
+    monkeypatch.setattr(encoder, "_vzip", lambda *_: pytest.fail("made again"))
+    assert encoder.made(tmp_path, "demo", 43, weights="checkpoint").manifest == manifest
+
+
+def test_several_are_one_result():
+    one = encoder.joined([found("a"), found("b")], "python -m benchmarks.encoder")
+    assert [row["bundle"] for row in one["rows"]] == ["a", "b"]
+    assert [each["name"] for each in one["bundles"]] == ["a", "b"]
+    assert len(one["empty"]) == len(one["states"]) == 2
+    assert one["command"] == "python -m benchmarks.encoder"
+    with pytest.raises(InvalidInputError, match="the baselines are torch-published:fp32 and x"):
+        encoder.joined([found("a"), found("b", baseline="x")], "")
+
+
+def test_what_is_written(monkeypatch, tmp_path, capsys, tiny_bundle):
+    asked = []
+
+    def bench(bundles, wanted, *, command, say):
+        (name,) = bundles
+        asked.append((name, wanted.batches, bool(wanted.only)))
+        return found(name)
+
+    def made(folder, model, tokens):
+        target = tmp_path / f"tokens-{tokens}"
+        if not target.exists():
+            target.symlink_to(tiny_bundle)
+        return read_bundle(target)
+
+    monkeypatch.setattr(encoder, "bench", bench)
+    monkeypatch.setattr(encoder, "made", made)
+    output = tmp_path / "r.json"
+    monkeypatch.setattr(sys, "argv", ["encoder", "--bundles", str(tmp_path), "-o", str(output)])
+    encoder.main()
+    assert asked == [
+        ("tokens-64", (1,), False), ("tokens-64", (8,), True), ("tokens-128", (1,), True),
+        ("tokens-192", (1,), True),
+    ]  # fmt: skip
+    assert [each["name"] for each in json.loads(output.read_text())["bundles"]] == [
+        "tokens-64", "tokens-128", "tokens-192"
+    ]  # fmt: skip
+    result = json.loads(output.read_text())
+    assert str(tmp_path) not in output.read_text()
+    assert result["empty"][0]["why"] == "no file x"
+    assert result["command"] == f"python -m benchmarks.encoder --bundles {tmp_path.name} -o r.json"
+    assert "### tokens-192" in output.with_suffix(".md").read_text()
+    assert output.with_suffix(".svg").exists()
+    assert "tokens-64" in capsys.readouterr().out
