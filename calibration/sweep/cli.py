@@ -13,7 +13,7 @@ from vzip.calibration.sweep.advice import Advice, Limits, advise
 from vzip.export import EXPORT_PACKAGES
 from vzip.export.budget import Merge, split_tokens
 from vzip.export.options import add_model
-from vzip.runtime import atomic
+from vzip.runtime import figures
 from vzip.runtime.console import emit
 from vzip.runtime.errors import InvalidInputError, MissingDependencyError, require
 from vzip.runtime.models import DEMO, locate
@@ -140,16 +140,7 @@ def _write(result: Sweep, advice: Advice | None, folder: Path) -> list[Path]:
         files["sweep.png"] = plot(result, advice, "png")
     except MissingDependencyError as error:
         say(f"no plot was drawn: {error}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            atomic.replace_file(folder / name, data)
-    except OSError as error:
-        raise InvalidInputError(
-            f"-o is '{folder}', which can't be written ({error.strerror}); give a folder that you "
-            "may write to, on a disk with room"
-        ) from error
-    return [folder / name for name in files]
+    return figures.write(folder, files)
 
 
 def _check_folder(folder: Path) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from vzip.runtime.errors import missing
+from vzip.runtime import figures
 
 if TYPE_CHECKING:
     from vzip.calibration.sweep.advice import Advice
@@ -70,9 +68,7 @@ def plot(sweep: Sweep, advice: Advice | None, kind: Literal["svg", "png"]) -> by
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    matplotlib: Any = _matplotlib("matplotlib")
-    figure = _matplotlib("matplotlib.figure").Figure(figsize=(10, 6.8), layout="constrained")
-    _matplotlib("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    figure = figures.figure((10, 6.8), needed_for="the plot of a sweep")
     (kept, latency), (prefill, cache) = figure.subplots(2, 2, sharex=True)
     everything = sweep.everything
     by_merge = {row.merge: [r for r in sweep.rows if r.merge == row.merge] for row in sweep.rows}
@@ -131,20 +127,7 @@ def plot(sweep: Sweep, advice: Advice | None, kind: Literal["svg", "png"]) -> by
     name = sweep.model.rsplit("/", 1)[-1].replace("$", r"\$")
     marked = f"; marked: {advice.row.name}" if advice is not None and advice.met else ""
     figure.suptitle(f"Budgets of {name}{marked}", fontsize=12, x=0.01, ha="left")
-    data = io.BytesIO()
-    # The same sweep gives the same bytes.
-    with matplotlib.rc_context({"svg.hashsalt": "vzip"}):
-        metadata = {"Date": None} if kind == "svg" else {"Software": None}
-        figure.savefig(data, format=kind, dpi=120, metadata=metadata)
-    return data.getvalue()
-
-
-def _matplotlib(name: str) -> Any:
-    """Import a module of matplotlib; never pyplot, which would look for a display."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise missing("matplotlib", needed_for="the plot of a sweep", extra="report") from error
+    return figures.drawn(figure, kind)
 
 
 def size(count: int) -> str:

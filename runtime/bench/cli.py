@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vzip.runtime import atomic
+from vzip.runtime import figures
 from vzip.runtime.console import emit
 from vzip.runtime.errors import InvalidInputError, MissingDependencyError, require
 
@@ -77,16 +77,7 @@ def write(result: Mapping[str, Any], folder: Path) -> list[Path]:
         except MissingDependencyError as error:
             say(f"no plot was drawn: {error}")
     files["result.html"] = page(result, svg).encode()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            atomic.replace_file(folder / name, data)
-    except OSError as error:
-        raise InvalidInputError(
-            f"-o is '{folder}', which can't be written ({error.strerror}); give a folder that you "
-            "may write to, on a disk with room"
-        ) from error
-    return [folder / name for name in files]
+    return figures.write(folder, files)
 
 
 def say(text: str) -> None:

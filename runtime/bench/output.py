@@ -29,13 +29,11 @@
 
 from __future__ import annotations
 
-import importlib
-import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, Literal
 
-from vzip.runtime.errors import missing
+from vzip.runtime import figures
 
 Result = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -180,12 +178,10 @@ def plot(result: Result, kind: Literal["svg", "png"]) -> bytes:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    matplotlib: Any = _matplotlib("matplotlib")
     panels = list(sections(result))
     heights = [max(2, len(rows)) for _, _, rows in panels]
     size = (9, 0.24 * sum(heights) + 0.9 * len(panels) + 0.4)
-    figure = _matplotlib("matplotlib.figure").Figure(figsize=size, layout="constrained")
-    _matplotlib("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    figure = figures.figure(size, needed_for="the plot of a benchmark")
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for panel, (bundle, batch, rows) in zip(axes, panels, strict=True):
         slowest_first = rows[::-1]
@@ -209,20 +205,7 @@ def plot(result: Result, kind: Literal["svg", "png"]) -> bytes:
         panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_xlabel("ms a call, median; whiskers: distance of the quartiles", fontsize=8)
-    data = io.BytesIO()
-    # The same result gives the same bytes.
-    with matplotlib.rc_context({"svg.hashsalt": "vzip"}):
-        metadata = {"Date": None} if kind == "svg" else {"Software": None}
-        figure.savefig(data, format=kind, dpi=120, metadata=metadata)
-    return data.getvalue()
-
-
-def _matplotlib(name: str) -> Any:
-    """Import a module of matplotlib; never pyplot, which would look for a display."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise missing("matplotlib", needed_for="the plot of a benchmark", extra="report") from error
+    return figures.drawn(figure, kind)
 
 
 def _head(columns: Sequence[str]) -> list[str]:
