@@ -34,7 +34,7 @@ from vzip.runtime.handoff.text_checkpoint import TextCheckpoint
 from vzip.runtime.handoff.transformers import TransformersLLM
 
 CONTRACT = CONTRACTS["sglang"]
-QUESTIONS = ("What is there?", "What color is it?", "Is there a circle?")
+QUESTIONS = ("What is there?", "What color is it?", "Where is the circle?")
 MODEL_INFO = {"architectures": ["LlamaForCausalLM"], "is_generation": True}
 SERVER_INFO = {
     "disable_radix_cache": True,
