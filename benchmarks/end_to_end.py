@@ -27,6 +27,7 @@ from typing import Any
 from benchmarks.end_to_end_worker import CACHES, NEW_TOKENS, PATCHES, SPLITS, WEIGHTS
 from benchmarks.llm_shapes import LLMS, Llm
 from vzip.runtime.bench.machine import machine
+from vzip.runtime.console import say
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -133,7 +134,7 @@ def measure(
         encoded: dict[int, dict[str, Any]] = {}
         if with_encoder:
             for model in models:
-                _say(f"{llm}: tower and projector, {model.tiles} images")
+                say(f"{llm}: tower and projector, {model.tiles} images")
                 try:
                     encoded |= _encode(llm, model, seconds, result)
                 except JobError as error:
@@ -141,12 +142,12 @@ def measure(
                         {"cell": f"{llm}, encoder of {model.name}", "why": str(error)}
                     )
         for engine in WEIGHTS:
-            _say(f"{llm}: {engine}")
+            say(f"{llm}: {engine}")
             try:
                 found = _speak(llm, engine, models, folder, seconds)
             except JobError as error:
                 result["empty"].append({"cell": f"{llm} in {engine}", "why": str(error)})
-                _say(f"  {error}")
+                say(f"  {error}")
             else:
                 result["rows"] += rows(LLMS[llm], engine, models, found, encoded)
     return result
@@ -354,10 +355,6 @@ def text_for(ratio: float) -> int:
         for text in range(4096)
         if shape.prefill_flops(many + text) <= ratio * shape.prefill_flops(few + text)
     )
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

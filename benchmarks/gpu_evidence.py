@@ -41,7 +41,7 @@ from vzip.runtime.bench.output import without_paths
 from vzip.runtime.bench.processes import Process, WorkerError, profiles, take_turns
 from vzip.runtime.bench.stacks import CEILINGS, Stack
 from vzip.runtime.bundle import read_bundle
-from vzip.runtime.console import run_command
+from vzip.runtime.console import run_command, say
 from vzip.runtime.environment import environment, state
 from vzip.runtime.errors import InvalidInputError, VzipError
 
@@ -119,7 +119,7 @@ def measure(plan: Plan, bundles: Path, paths: Sequence[str]) -> Iterator[dict[st
         try:
             exported = export(plan, bundle, batch, paths)
         except EvidenceError as error:
-            _say(f"  {error}")
+            say(f"  {error}")
             found: dict[str, Any] = {"stacks": {}, "failed": {"export": str(error)}}
         else:
             built, failed = build(plan, bundle, paths)
@@ -135,7 +135,7 @@ def export(plan: Plan, bundle: Path, batch: int, paths: Sequence[str]) -> dict[s
     if bundle.exists():
         _check_carried(plan, bundle, batch)
         return {"carried": True}
-    _say(f"batch {batch}: exporting")
+    say(f"batch {batch}: exporting")
     arguments = ["export", "--model", plan.model, *plan.export, "--batch", str(batch)]
     start = time.perf_counter()
     _vzip(plan.pythons["torch"], [*arguments, "-o", str(bundle)], paths, EXPORT_LIMIT_S)
@@ -187,12 +187,12 @@ def build(
     for family in BUILT:
         if family not in plan.families:
             continue
-        _say(f"{bundle.name}: building with {family}")
+        say(f"{bundle.name}: building with {family}")
         try:
             built[family] = _build_one(plan, family, bundle, paths)
         except EvidenceError as error:
             failed[family] = str(error)
-            _say(f"  {error}")
+            say(f"  {error}")
     return built, failed
 
 
@@ -231,7 +231,7 @@ def time_stacks(
             for stack in stacks:
                 if stack in skip:
                     continue
-                _say(f"{bundle.name}: opening {stack}")
+                say(f"{bundle.name}: opening {stack}")
                 free = _device_memory()
                 process = Process(
                     _stack(plan, stack), bundle, python=plan.pythons[family], paths=paths
@@ -243,13 +243,13 @@ def time_stacks(
                     }
                 except WorkerError as error:
                     failed[stack] = str(error)
-                    _say(f"  {error}")
+                    say(f"  {error}")
                     process.close()
                     continue
                 about[stack]["device_memory_mib"] = _difference(_device_memory(), free)
                 opened[stack] = process
         calls = {stack: timing.calls_per_turn(about[stack]["warm_ms"]) for stack in opened}
-        turns, states = take_turns(plan.rounds, opened, calls, batch, failed, say=_say)
+        turns, states = take_turns(plan.rounds, opened, calls, batch, failed, say=say)
         alive = {stack: each for stack, each in opened.items() if stack not in failed}
         for stack, profile in profiles(alive, batch).items():
             about[stack]["profile"] = profile
@@ -329,10 +329,6 @@ def _tree(folder: Path) -> list[str]:
     return [str(folder)]
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def table(result: dict[str, Any]) -> str:
     """Return the result as one reads it."""
     lines = [result["what"], "engine: on the GPU alone, by CUDA's events; host: what a call adds"]
@@ -375,7 +371,7 @@ def main(argv: Sequence[str]) -> int:
     print(f"\nwritten to {output}")
     lacking = _lacking(plan, result)
     if lacking:
-        _say(f"gpu_evidence: failed, though asked for: {', '.join(lacking)}; the file says why")
+        say(f"gpu_evidence: failed, though asked for: {', '.join(lacking)}; the file says why")
     return 1 if lacking else 0
 
 

@@ -20,7 +20,8 @@ from vzip.export import gguf, llm
 from vzip.export.folders import LocalFolder
 from vzip.export.gguf_tensors import Sizes, Stored
 from vzip.export.gguf_vocab import read_vocabulary
-from vzip.runtime.bundle import bundle_writer, read_bundle
+from vzip.runtime.bundle import read_bundle
+from vzip.runtime.bundle_writer import bundle_writer
 from vzip.runtime.cli import main as vzip
 from vzip.runtime.handoff.text_checkpoint import TextCheckpoint
 from vzip.runtime.handoff.transformers import TransformersLLM

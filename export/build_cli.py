@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vzip.runtime.console import emit
+from vzip.runtime.console import emit, say
 
 
 def build_main(argv: Sequence[str], *, prog: str) -> int:
@@ -80,11 +79,6 @@ def inspect_main(argv: Sequence[str], *, prog: str) -> int:
     for line in lines:
         emit(line)
     return 0
-
-
-def say(text: str) -> None:
-    """Tell the user what goes on, on standard error; standard output has results alone."""
-    print(text, file=sys.stderr)  # noqa: T201  what a command line is for
 
 
 def _build_parser(prog: str) -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@ from vzip.export import EXPORT_PACKAGES, selections
 from vzip.export.budget import Budget, split_tokens
 from vzip.export.options import add_compression, add_model
 from vzip.export.targets import Choice, find, resolve
-from vzip.runtime.console import emit, run_command
+from vzip.runtime.console import emit, run_command, say
 from vzip.runtime.errors import BudgetError, InvalidInputError, require
 
 if TYPE_CHECKING:
@@ -125,11 +125,6 @@ def check_main(argv: Sequence[str], *, prog: str) -> int:
     for name, value in parity.items():
         emit(f"{name}: {value}")
     return 0 if parity["passed"] else 1
-
-
-def say(text: str) -> None:
-    """Tell the user what goes on, on standard error; standard output has results alone."""
-    print(text, file=sys.stderr)  # noqa: T201  what a command line is for
 
 
 def describe_budget(budget: Budget) -> str:

@@ -24,7 +24,8 @@ from vzip.export.engine_proof import prove_engine
 from vzip.export.trt_api import Stack, capabilities_of, installed_stack
 from vzip.export.trt_build import Settings, build
 from vzip.runtime import atomic, sensors
-from vzip.runtime.bundle import Bundle, add_engine, open_engine, read_bundle
+from vzip.runtime.bundle import Bundle, open_engine, read_bundle
+from vzip.runtime.bundle_writer import add_engine
 from vzip.runtime.engine_record import (
     ENGINES_FOLDER,
     LOCK_FILE,

@@ -22,7 +22,8 @@ from vzip.export.llm_graph import Decoder, trace
 from vzip.export.onnx_graph import save
 from vzip.runtime import manifest as form
 from vzip.runtime import sensors
-from vzip.runtime.bundle import Bundle, BundleWriter
+from vzip.runtime.bundle import Bundle
+from vzip.runtime.bundle_writer import BundleWriter
 from vzip.runtime.errors import CheckpointError, ExportError, ParityError
 from vzip.runtime.handoff import ImageTokens
 from vzip.runtime.handoff.llm_files import Settings

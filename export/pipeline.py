@@ -23,7 +23,8 @@ from vzip.export.onnx_graph import GraphOptions, save, trace
 from vzip.export.random_weights import random_vision
 from vzip.export.weights import VisionWeights
 from vzip.runtime import manifest as form
-from vzip.runtime.bundle import Bundle, bundle_writer
+from vzip.runtime.bundle import Bundle
+from vzip.runtime.bundle_writer import bundle_writer
 from vzip.runtime.errors import ParityError
 from vzip.runtime.images import ImageSource
 from vzip.runtime.models import locate

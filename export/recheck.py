@@ -9,7 +9,8 @@ from pathlib import Path
 from vzip.export import parity
 from vzip.export.architecture import Media
 from vzip.export.pipeline import WeightSource
-from vzip.runtime.bundle import Bundle, read_bundle, update_manifest
+from vzip.runtime.bundle import Bundle, read_bundle
+from vzip.runtime.bundle_writer import update_manifest
 from vzip.runtime.errors import CheckpointError
 from vzip.runtime.images import ImageSource
 

@@ -1,20 +1,18 @@
-"""Bundles: folders with a graph, its weights and a manifest, read with suspicion, written whole.
+"""Bundles: folders with a graph, its weights and a manifest, read with suspicion.
 
-`docs/bundle.md` is the specification. Reading checks everything that can be checked without running
-the graph; what it can't check is who made the bundle: whoever can write the model can write its
-digest too, so take bundles from people you trust.
+`docs/bundle.md` is the specification; `vzip.runtime.bundle_writer` writes them. Reading checks
+everything that can be checked without running the graph; what it can't check is who made the
+bundle: whoever can write the model can write its digest too, so take bundles from people you trust.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import io
 import os
-import re
 import stat
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,30 +21,18 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import numpy as np
 
-from vzip.runtime import atomic
-from vzip.runtime.engine_record import (
-    ENGINE_SUFFIX,
-    ENGINES_FOLDER,
-    LOCK_FILE,
-    TIMING_CACHE,
-    EngineRecord,
-    check_name,
-)
+from vzip.runtime.engine_record import ENGINE_SUFFIX, ENGINES_FOLDER, EngineRecord
 from vzip.runtime.errors import BundleError, InvalidInputError
 from vzip.runtime.manifest import (
     DATA_FILE,
-    FILES,
-    FORMAT,
     LLM_DATA_FILE,
     LLM_FILE,
     LLM_FILES,
     MANIFEST_FILE,
     MODEL_FILE,
     NEWLINE_FILE,
-    REFERENCE_FILE,
     FileEntry,
     Manifest,
-    Scalar,
 )
 from vzip.runtime.onnx_wire import external_tensors
 from vzip.runtime.precision_record import (
@@ -62,17 +48,6 @@ from vzip.runtime.precision_record import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = [
-    "Bundle",
-    "BundleWriter",
-    "Manifest",
-    "add_engine",
-    "bundle_writer",
-    "open_engine",
-    "read_bundle",
-    "update_manifest",
-]
-
 LARGEST_MANIFEST: Final = 2**20
 """Bytes of manifest.json that are read at most; ours have three thousand."""
 
@@ -84,15 +59,13 @@ _LARGEST_NPY_HEADER = 10_000  # bytes; numpy believes no longer one either
 _NPY_ERRORS = (ValueError, TypeError, SyntaxError, MemoryError, RecursionError, TokenError)
 _CHUNK = 2**20
 WAITING_SUFFIX: Final = ".waiting"
-_WAITING = re.compile(rf"\.({'|'.join(QUANTISED)})\.[0-9a-f]{{16}}{re.escape(WAITING_SUFFIX)}")
+"""Of folders whose files wait for the manifest to speak of them."""
 # Graph → where its weights lie.
 _GRAPHS: Final = {
     MODEL_FILE: DATA_FILE,
     LLM_FILE: LLM_DATA_FILE,
     **{graph_file(each): data_file(each) for each in QUANTISED},
 }
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @dataclass(frozen=True)
@@ -183,10 +156,10 @@ class Bundle:
         Raises:
             BundleError: A file is missing, no plain file, or differs from the manifest.
         """
-        with _naming(self.path):
+        with naming(self.path):
             if self.quantised is None:
                 leave = (*LLM_FILES, *QUANTISED_FILES)
-                _check_files(self.path, self.manifest, verify=verify, leave=leave)
+                check_files(self.path, self.manifest, verify=verify, leave=leave)
             else:
                 _check_quantised(self.path, self.manifest, self.quantised, verify=verify)
             return _read_graph(self.path, self.manifest, self.graph_file, verify=verify)
@@ -200,14 +173,14 @@ class Bundle:
             BundleError: The bundle has no language model; or a file of it is missing, no plain
                 file, or differs from the manifest.
         """
-        with _naming(self.path):
+        with naming(self.path):
             if not self.has_llm:
                 raise BundleError(
                     f"manifest.json: 'files' lacks {LLM_FILE}, so there is no language model in "
                     "this bundle; export it with --with-llm"
                 )
             others = set(self.manifest.files) - {LLM_DATA_FILE}
-            _check_files(self.path, self.manifest, verify=True, leave=others)
+            check_files(self.path, self.manifest, verify=True, leave=others)
             return _read_graph(self.path, self.manifest, LLM_FILE, verify=True)
 
     @contextmanager
@@ -220,12 +193,12 @@ class Bundle:
         Raises:
             BundleError: It is missing, no plain file, or differs from the manifest.
         """
-        with _naming(self.path):
+        with naming(self.path):
             entry = self.manifest.files[name]
             file = _open_listed(self.path, self.manifest, name)
         with file:
-            with _naming(self.path):
-                found = _digest_of(file, name)
+            with naming(self.path):
+                found = digest_of(file, name)
                 _check_size(name, found.bytes, entry)
                 _check_digest(name, found.sha256, entry)
             file.seek(0)
@@ -239,7 +212,7 @@ class Bundle:
                 float32 [L].
         """
         width = self.manifest.llm.hidden_size
-        with _naming(self.path):
+        with naming(self.path):
             entry = self.manifest.files.get(NEWLINE_FILE)
             if entry is None:
                 raise _no_newline("it was asked for")
@@ -249,7 +222,7 @@ class Bundle:
                     f"{NEWLINE_FILE} has {entry.bytes} bytes, expected at most {most} for float32 "
                     f"[{width}]; it is of another model: export the bundle again"
                 )
-            with _open_plain(self.path / NEWLINE_FILE) as file:
+            with open_plain(self.path / NEWLINE_FILE) as file:
                 data = file.read(most + 1)
             _check_digest(NEWLINE_FILE, hashlib.sha256(data).hexdigest(), entry)
             return _parse_newline(data, width)
@@ -267,11 +240,11 @@ def read_bundle(path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
         BundleError: There is no bundle, or anything in it is not as `docs/bundle.md` demands.
     """
     folder = Path(path).absolute()
-    with _naming(folder):
+    with naming(folder):
         if not folder.is_dir():
             found = "a file" if folder.exists() else "nothing"
             raise BundleError(f"found {found}, expected the folder that `vzip export -o` wrote")
-        with _open_plain(folder / MANIFEST_FILE) as file:
+        with open_plain(folder / MANIFEST_FILE) as file:
             data = file.read(LARGEST_MANIFEST + 1)
         if len(data) > LARGEST_MANIFEST:
             raise BundleError(
@@ -279,184 +252,9 @@ def read_bundle(path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
                 "it was not made by vzip: export the bundle again"
             )
         manifest = Manifest.from_bytes(data)
-        _check_files(folder, manifest, verify=verify)
-        _check_graphs(folder, manifest, verify=verify)
+        check_files(folder, manifest, verify=verify)
+        check_graphs(folder, manifest, verify=verify)
     return Bundle(folder, manifest)
-
-
-class BundleWriter:
-    """A bundle in the making, in a hidden folder that nobody reads; see `bundle_writer`.
-
-    Attributes:
-        folder: Where ``model.onnx`` and, if there are any, the other files that `docs/bundle.md`
-            names are to be put.
-    """
-
-    def __init__(self, staged: atomic.StagedFolder) -> None:
-        self._staged = staged
-        self.folder = staged.path
-        self.published = False
-
-    def stage(self, manifest: Manifest) -> Bundle:
-        """Write the manifest with the files' digests and return the bundle, not yet published.
-
-        The bundle can be opened like any other until the writer is left: that is how an export
-        is checked before it replaces anything.
-
-        Args:
-            manifest: The manifest; its `files` are replaced, and it has no engines and no
-                quantised graphs any more.
-
-        Raises:
-            BundleError: Files are missing, are there too many, or are not as a reader demands.
-        """
-        with _naming(self.folder):
-            (self.folder / MANIFEST_FILE).unlink(missing_ok=True)
-            found = sorted(entry.name for entry in self.folder.iterdir())
-            if MODEL_FILE not in found or not set(found) <= set(FILES):
-                raise BundleError(
-                    f"holds {found}, expected {MODEL_FILE} and perhaps {DATA_FILE}, "
-                    f"{REFERENCE_FILE}, {NEWLINE_FILE} and {', '.join(LLM_FILES)}; "
-                    "the exporter left other files or wrote none: this is a defect of the exporter"
-                )
-            files = {name: file_entry(self.folder / name) for name in found}
-            manifest = dataclasses.replace(manifest, files=files, engines={}, precisions={})
-            atomic.replace_file(self.folder / MANIFEST_FILE, manifest.to_bytes())
-            _check_files(self.folder, manifest, verify=False)  # the digests were made just now
-            _check_graphs(self.folder, manifest, verify=False)
-        return Bundle(self.folder, manifest)
-
-    def publish(self, manifest: Manifest) -> Bundle:
-        """Stage the manifest, flush everything to the disk and let it take the target's place.
-
-        Args:
-            manifest: The manifest; its `files` are replaced.
-
-        Returns:
-            The bundle at its final place.
-
-        Raises:
-            BundleError: As for `stage`; or what stands at the target is not ours to replace.
-        """
-        staged = self.stage(manifest)
-        _check_replaceable(self._staged.target)
-        with explaining(self._staged.target):
-            self._staged.commit()
-        self.published = True
-        return Bundle(self._staged.target, staged.manifest)
-
-
-@contextmanager
-def bundle_writer(path: str | os.PathLike[str]) -> Iterator[BundleWriter]:
-    """Write a bundle that appears at `path` whole or not at all.
-
-    Put the files into ``writer.folder`` and call ``writer.publish(manifest)``. When the block is
-    left without that, by an exception or otherwise, nothing is left behind and a bundle that stood
-    at `path` stands there unchanged.
-
-    Args:
-        path: The folder to create, or a vzip bundle to replace. Its parent must exist.
-
-    Raises:
-        BundleError: `path` is something else than a bundle, can't be written, or the disk is full.
-    """
-    target = Path(path).absolute()
-    _check_replaceable(target)
-    with explaining(target):
-        staged = atomic.StagedFolder(target)
-    try:
-        with explaining(target):
-            writer = BundleWriter(staged)
-            yield writer
-        if not writer.published:
-            raise BundleError(
-                f"{target}: the bundle was written but never published, expected a call of "
-                "publish(); this is a defect of the exporter"
-            )
-    finally:
-        staged.close()
-
-
-def update_manifest(bundle: Bundle, *, parity: Mapping[str, Scalar] | None) -> Bundle:
-    """Replace the parity numbers in a bundle's manifest, in one step.
-
-    Args:
-        bundle: The bundle; what lies on the disk must still be it.
-        parity: The numbers of `vzip check` with the verdict ``passed``, or None.
-
-    Returns:
-        The bundle with its new manifest.
-
-    Raises:
-        BundleError: The bundle was replaced meanwhile, or its manifest can't be written.
-    """
-    manifest = dataclasses.replace(bundle.manifest, parity=parity)
-    check_unchanged(bundle)
-    with explaining(bundle.path):
-        atomic.replace_file(bundle.path / MANIFEST_FILE, manifest.to_bytes())
-    return dataclasses.replace(bundle, manifest=manifest)
-
-
-def add_engine(bundle: Bundle, name: str, record: EngineRecord, plan: bytes | memoryview) -> Bundle:
-    """Put an engine into a bundle, or in the place of the one of the same name.
-
-    The manifest is what decides: until it is replaced, in one step, the old engine is there and is
-    read; from then on the new one. That holds across SIGKILL at any moment, since the new file
-    waits under a name of its own until the manifest speaks of it (see `open_engine`).
-
-    Args:
-        bundle: The bundle; what lies on the disk must still be it.
-        name: The engine's name; its file is ``engines/NAME.plan``.
-        record: What it is; digest and size must be those of `plan`, precision and graph those of
-            `bundle`.
-        plan: The serialized engine.
-
-    Returns:
-        The bundle with its new manifest.
-
-    Raises:
-        BundleError: The record contradicts `plan` or the bundle's graph, the bundle was replaced
-            meanwhile, or it can't be written; the old engine is as it was.
-    """
-    found = FileEntry(hashlib.sha256(plan).hexdigest(), len(plan))
-    if found != FileEntry(record.sha256, record.bytes):
-        raise BundleError(
-            f"{bundle.path}: the record of the engine {check_name(name)!r} says "
-            f"{record.bytes} bytes {record.sha256[:12]}…, the engine has {found.bytes} "
-            f"{found.sha256[:12]}…; they don't belong together: this is a defect of the builder"
-        )
-    graph = bundle.graph_file
-    if record.model_sha256 != bundle.manifest.files[graph].sha256:
-        raise BundleError(
-            f"{bundle.path}: the engine {check_name(name)!r} was built from a {graph} with "
-            f"SHA-256 {record.model_sha256[:12]}…, the bundle's has "
-            f"{bundle.manifest.files[graph].sha256[:12]}…; another process replaced the "
-            "bundle: build the engine again"
-        )
-    engines = {**bundle.manifest.engines, name: record}
-    manifest = dataclasses.replace(bundle.manifest, engines=engines)
-    folder = bundle.path / ENGINES_FOLDER
-    with explaining(bundle.path):
-        folder.mkdir(exist_ok=True)
-        if folder.is_symlink():
-            raise BundleError(f"{bundle.path}: {_not_plain(folder, 'a symbolic link')}")
-        waiting = _waiting(folder, name, record)
-        try:
-            atomic.replace_file(waiting, plan)
-            check_unchanged(bundle)
-            atomic.replace_file(bundle.path / MANIFEST_FILE, manifest.to_bytes())
-        except BaseException:
-            # Flushing the folder may fail after the manifest took its place.
-            if _manifest_text(bundle.path) != manifest.to_bytes().decode():
-                waiting.unlink(missing_ok=True)
-            raise
-        atomic.rename_file(waiting, folder / f"{name}{ENGINE_SUFFIX}")
-        # Left by a writer that was killed. In full: the name `x` also begins that of `x.y`.
-        waits = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{16}}{re.escape(ENGINE_SUFFIX)}")
-        for left in folder.iterdir():
-            if waits.fullmatch(left.name):
-                left.unlink(missing_ok=True)
-    return dataclasses.replace(bundle, manifest=manifest)
 
 
 @contextmanager
@@ -469,37 +267,28 @@ def open_engine(bundle: Bundle, name: str) -> Iterator[BinaryIO]:
         BundleError: It is missing or no plain file.
     """
     folder = bundle.path / ENGINES_FOLDER
-    waiting = _waiting(folder, name, bundle.manifest.engines[name])
-    with _naming(folder):
+    waiting = waiting_engine(folder, name, bundle.manifest.engines[name])
+    with naming(folder):
         if folder.is_symlink():
-            raise _not_plain(folder, "a symbolic link")
+            raise not_plain(folder, "a symbolic link")
         try:
-            file = _open_plain(waiting)
+            file = open_plain(waiting)
         except BundleError as error:
             # Mostly it waits no more; a writer may rename it at this very moment.
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
-            file = _open_plain(folder / f"{name}{ENGINE_SUFFIX}")
+            file = open_plain(folder / f"{name}{ENGINE_SUFFIX}")
     with file:
         yield file
 
 
-def _waiting(folder: Path, name: str, record: EngineRecord) -> Path:
+def waiting_engine(folder: Path, name: str, record: EngineRecord) -> Path:
     """Return where an engine waits for the manifest to speak of it."""
     return folder / f".{name}.{record.sha256[:16]}{ENGINE_SUFFIX}"
 
 
-def check_unchanged(bundle: Bundle) -> None:
-    """Refuse to change a manifest that another process has changed."""
-    if read_bundle(bundle.path, verify=False).manifest != bundle.manifest:
-        raise BundleError(
-            f"{bundle.path}: manifest.json is another one than when the bundle was opened; "
-            "another process replaced it: open the bundle again"
-        )
-
-
 @contextmanager
-def _naming(folder: Path) -> Iterator[None]:
+def naming(folder: Path) -> Iterator[None]:
     """Put the folder in front of messages about what is in it."""
     try:
         yield
@@ -507,40 +296,17 @@ def _naming(folder: Path) -> Iterator[None]:
         raise BundleError(f"{folder}: {error}") from error.__cause__
 
 
-@contextmanager
-def explaining(target: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into one line; other errors pass as they are."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _NO_ROOM:
-            cause, cure = "the disk or quota is full", "free some space"
-        elif error.errno in _NO_RIGHT and _within(error.filename, target.parent):
-            cause, cure = "the folder is read-only for this user", "choose another with -o"
-        elif error.errno in {errno.ENOENT, errno.ENOTDIR} and not target.parent.is_dir():
-            cause, cure = f"{target.parent} is no folder", "create it, or choose another with -o"
-        elif error.errno == errno.ENOENT and atomic.is_temporary(Path(error.filename or "")):
-            cause, cure = "its file system takes no new folders", "choose another with -o"
-        else:
-            raise
-        raise BundleError(
-            f"{target}: can't be written ({error.strerror}): {cause}; {cure}. "
-            "Nothing was left behind"
-        ) from error
+def open_plain(path: Path) -> BinaryIO:
+    """Open a file of a bundle, which must be a plain file with one name and no link.
 
-
-def _within(filename: object, folder: Path) -> bool:
-    """Return whether an error's file lies in `folder`, so that it is about what is written."""
-    return isinstance(filename, (str, os.PathLike)) and folder in Path(filename).absolute().parents
-
-
-def _open_plain(path: Path) -> BinaryIO:
-    """Open a file of a bundle, which must be a plain file with one name and no link."""
+    Raises:
+        BundleError: It is missing, can't be read, or is something else.
+    """
     # NONBLOCK: opening a FIFO must fail below rather than wait for a writer.
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         if path.is_symlink():
-            raise _not_plain(path, "a symbolic link")
+            raise not_plain(path, "a symbolic link")
         descriptor = os.open(path, flags | getattr(os, "O_BINARY", 0))
     except OSError as error:
         raise BundleError(
@@ -551,7 +317,7 @@ def _open_plain(path: Path) -> BinaryIO:
     if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
         os.close(descriptor)
         plain = stat.S_ISREG(status.st_mode)
-        raise _not_plain(path, "a hard link" if plain else "no plain file (folder, FIFO, device)")
+        raise not_plain(path, "a hard link" if plain else "no plain file (folder, FIFO, device)")
     return os.fdopen(descriptor, "rb")
 
 
@@ -572,25 +338,25 @@ def _place(folder: Path, manifest: Manifest, name: str) -> Path:
         if name in files_of(precision):
             waiting = waiting_folder(folder, manifest, precision)
             if waiting.is_symlink():
-                raise _not_plain(waiting, "a symbolic link")
+                raise not_plain(waiting, "a symbolic link")
             if os.path.lexists(waiting / name):
                 return waiting / name
     return folder / name
 
 
 def _open_listed(folder: Path, manifest: Manifest, name: str) -> BinaryIO:
-    """Open a file that the manifest lists, see `_open_plain`."""
+    """Open a file that the manifest lists, see `open_plain`."""
     path = _place(folder, manifest, name)
     try:
-        return _open_plain(path)
+        return open_plain(path)
     except BundleError as error:
         # A writer may let a file that waits take its place at this very moment.
         if path.parent == folder or not isinstance(error.__cause__, FileNotFoundError):
             raise
-        return _open_plain(folder / name)
+        return open_plain(folder / name)
 
 
-def _not_plain(path: Path, found: str) -> BundleError:
+def not_plain(path: Path, found: str) -> BundleError:
     """Return the error for a name that could lead out of the bundle."""
     return BundleError(
         f"{path.name} is {found}, expected a plain file with one name; links can lead out of the "
@@ -598,14 +364,12 @@ def _not_plain(path: Path, found: str) -> BundleError:
     )
 
 
-def file_entry(path: Path) -> FileEntry:
-    """Return digest and size of a file."""
-    with _open_plain(path) as file:
-        return _digest_of(file, path.name)
+def digest_of(file: BinaryIO, name: str) -> FileEntry:
+    """Return digest and size of an open file.
 
-
-def _digest_of(file: BinaryIO, name: str) -> FileEntry:
-    """Return digest and size of an open file."""
+    Raises:
+        BundleError: It is empty.
+    """
     digest, size, buffer = hashlib.sha256(), 0, bytearray(_CHUNK)
     view = memoryview(buffer)
     while count := file.readinto(buffer):  # type: ignore[attr-defined]
@@ -616,7 +380,7 @@ def _digest_of(file: BinaryIO, name: str) -> FileEntry:
     return FileEntry(digest.hexdigest(), size)
 
 
-def _check_files(
+def check_files(
     folder: Path, manifest: Manifest, *, verify: bool, leave: Collection[str] = ()
 ) -> None:
     """Check which files there are, their sizes and, but for graphs, their digests.
@@ -626,6 +390,9 @@ def _check_files(
         manifest: What its manifest.json says.
         verify: Whether digests are compared.
         leave: Files whose digests are not compared in any case.
+
+    Raises:
+        BundleError: One is missing, too much, or another one.
     """
     if MODEL_FILE not in manifest.files:
         raise BundleError(
@@ -654,11 +421,15 @@ def _check_file(folder: Path, manifest: Manifest, name: str, *, verify: bool) ->
     with _open_listed(folder, manifest, name) as file:
         _check_size(name, os.fstat(file.fileno()).st_size, entry)
         if verify:
-            _check_digest(name, _digest_of(file, name).sha256, entry)
+            _check_digest(name, digest_of(file, name).sha256, entry)
 
 
-def _check_graphs(folder: Path, manifest: Manifest, *, verify: bool) -> None:
-    """Check the digests of graphs, and where their tensors lie."""
+def check_graphs(folder: Path, manifest: Manifest, *, verify: bool) -> None:
+    """Check the digests of graphs, and where their tensors lie.
+
+    Raises:
+        BundleError: A digest is another one, or a tensor lies outside the bundle.
+    """
     for graph in _GRAPHS:
         if graph in manifest.files:
             _read_graph(folder, manifest, graph, verify=verify)
@@ -789,53 +560,3 @@ def _check_external(model: bytes, graph: str, manifest: Manifest) -> None:
                 f"{tensor.offset + tensor.length} of {data_file}, which has {size}; "
                 "the files don't belong together: export the bundle again"
             )
-
-
-def _check_replaceable(target: Path) -> None:
-    """Refuse to replace anything but nothing, an empty folder, or a bundle with only its files."""
-    if not os.path.lexists(target):
-        return
-    cure = "choose another folder with -o, or remove this one yourself"
-    if target.is_symlink() or not target.is_dir():
-        raise BundleError(f"{target}: is not a folder, expected a vzip bundle to replace; {cure}")
-    entries = [entry for entry in target.iterdir() if not _passing(entry)]
-    ours = {*FILES, *QUANTISED_FILES, MANIFEST_FILE, ENGINES_FOLDER, FASTEST}
-    foreign = sorted({entry.name for entry in entries} - ours)
-    foreign += _foreign_engines(target / ENGINES_FOLDER)
-    if foreign:
-        raise BundleError(
-            f"{target}: holds {foreign[:3]}, expected nothing but a vzip bundle to replace; {cure}"
-        )
-    if entries and f'"format": "{FORMAT}"' not in _manifest_text(target):
-        raise BundleError(
-            f"{target}: has no manifest of a vzip bundle, expected one to replace; {cure}"
-        )
-
-
-def _passing(entry: Path) -> bool:
-    """Return whether an entry of a bundle's folder is a writer's, and nothing that would stay."""
-    return atomic.is_temporary(entry) or bool(_WAITING.fullmatch(entry.name))
-
-
-def _foreign_engines(folder: Path) -> list[str]:
-    """Return what lies in a folder of engines and is none of ours, by its path in the bundle."""
-    if not os.path.lexists(folder):
-        return []
-    if folder.is_symlink() or not folder.is_dir():
-        return [folder.name]
-    return sorted(
-        f"{folder.name}/{entry.name}"
-        for entry in folder.iterdir()
-        if entry.name not in {TIMING_CACHE, LOCK_FILE}
-        and entry.suffix != ENGINE_SUFFIX
-        and not atomic.is_temporary(entry)
-    )
-
-
-def _manifest_text(folder: Path) -> str:
-    """Return the text of a manifest, which may be of any version, damaged, or absent."""
-    try:
-        with _open_plain(folder / MANIFEST_FILE) as file:
-            return file.read(LARGEST_MANIFEST).decode(errors="replace")
-    except BundleError:
-        return ""

@@ -76,6 +76,12 @@ def emit(text: str, *, end: str = "\n") -> None:
         sys.stdout.flush()
 
 
+def say(text: str) -> None:
+    """Tell the user what goes on, on standard error; standard output has results alone."""
+    if sys.stderr is not None:  # print would take standard output in its place
+        print(text, file=sys.stderr, flush=True)  # noqa: T201  what a command line is for
+
+
 def flush() -> None:
     """Flush standard output, so that a full disk is an error and not a lost line.
 

@@ -306,7 +306,8 @@ class Manifest:
             `vzip.runtime.precision_writer` adds one.
         versions: Package → version the bundle was made with.
         files: File name → digest. Empty until `BundleWriter` has hashed the files.
-        engines: Name → record of ``engines/NAME.plan``; `vzip.runtime.bundle.add_engine` adds one.
+        engines: Name → record of ``engines/NAME.plan``; `vzip.runtime.bundle_writer.add_engine`
+            adds one.
         parity: Numbers of `vzip check` and its verdict ``passed``; None before it ran.
     """
 

@@ -17,14 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vzip.runtime import atomic
-from vzip.runtime.bundle import (
-    WAITING_SUFFIX,
-    Bundle,
-    check_unchanged,
-    explaining,
-    file_entry,
-    waiting_folder,
-)
+from vzip.runtime.bundle import WAITING_SUFFIX, Bundle, waiting_folder
+from vzip.runtime.bundle_writer import check_unchanged, explaining, file_entry
 from vzip.runtime.errors import BundleError
 from vzip.runtime.manifest import MANIFEST_FILE, Manifest
 from vzip.runtime.precision_record import (

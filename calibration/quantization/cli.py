@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vzip.runtime.console import emit
+from vzip.runtime.console import emit, say
 from vzip.runtime.errors import BundleError, require
 from vzip.runtime.manifest import DATA_FILE, MODEL_FILE, FileEntry
 from vzip.runtime.precision_record import QUANTISED, PrecisionRecord, files_of, report_file
@@ -156,11 +155,6 @@ def _without_limits(report: Report, high: Sequence[LayerReport]) -> Iterator[tup
     if high and report.unrefined is not None:
         overlap, cosine = report.unrefined.mean_overlap, report.unrefined.mean_cosine
         yield "all of them", f"would have an overlap of {overlap:.4f} and a cosine of {cosine:.6f}"
-
-
-def say(text: str) -> None:
-    """Tell the user what goes on, on standard error; standard output has results alone."""
-    print(text, file=sys.stderr)  # noqa: T201  what a command line is for
 
 
 def _recipe(report: Report) -> str:

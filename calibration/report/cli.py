@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vzip.runtime import atomic
-from vzip.runtime.console import emit
+from vzip.runtime.console import emit, say
 from vzip.runtime.errors import InvalidInputError, require
 from vzip.runtime.models import DEMO
 
@@ -51,11 +50,6 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         ) from error
     emit(str(output))
     return 0
-
-
-def say(text: str) -> None:
-    """Tell the user what goes on, on standard error; standard output has results alone."""
-    print(text, file=sys.stderr)  # noqa: T201  what a command line is for
 
 
 def _images(

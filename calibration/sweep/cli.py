@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -14,7 +13,7 @@ from vzip.export import EXPORT_PACKAGES
 from vzip.export.budget import Merge, split_tokens
 from vzip.export.options import add_model
 from vzip.runtime import figures
-from vzip.runtime.console import emit
+from vzip.runtime.console import emit, say
 from vzip.runtime.errors import InvalidInputError, MissingDependencyError, require
 from vzip.runtime.models import DEMO, locate
 
@@ -78,11 +77,6 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         return 0
     emit(("recommended: " if advice.met else "") + advice.text)
     return 0 if advice.met else NONE_MEETS
-
-
-def say(text: str) -> None:
-    """Tell the user what goes on, on standard error; standard output has results alone."""
-    print(text, file=sys.stderr)  # noqa: T201  what a command line is for
 
 
 def _variants(arguments: argparse.Namespace) -> list[Variant]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 from vzip.calibration.tuning.data import DEMO, DEMO_SCENES
 from vzip.export.budget import Budget, split_tokens
 from vzip.export.options import add_compression, add_model
-from vzip.runtime.console import emit
+from vzip.runtime.console import emit, say
 from vzip.runtime.errors import BudgetError, InvalidInputError, require
 
 if TYPE_CHECKING:
@@ -81,15 +80,10 @@ def main(argv: Sequence[str], *, prog: str) -> int:
                 device=str(device),
                 dtype={"fp32": "float32", "bf16": "bfloat16"}[recipe.dtype],
             )
-            tune_projector(job, tower, llm, session=session, workers=workers, say=_say)
+            tune_projector(job, tower, llm, session=session, workers=workers, say=say)
     if workers.first:
         emit(str(output))
     return 0
-
-
-def _say(text: str) -> None:
-    """Tell the user what goes on, on standard error; standard output has the result alone."""
-    print(text, file=sys.stderr)  # noqa: T201  what a command line is for
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:

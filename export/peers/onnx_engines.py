@@ -84,7 +84,7 @@ class OnnxRuntime(_Graph):
 
 
 class OpenVino(_Graph):
-    """OpenVINO for latency, in one stream."""
+    """OpenVINO for latency, in one stream; by the name, in FP32 around an INT8 graph's products."""
 
     def __init__(self, name: str, precision: str, bundle: Bundle, _device: Device) -> None:
         super().__init__(precision, bundle)
@@ -108,7 +108,8 @@ class OpenVino(_Graph):
         bundle.read_model()
         core = openvino.Core()
         model = core.read_model(bundle.weights_folder / Path(bundle.graph_file).name)
-        settings = {"PERFORMANCE_HINT": "LATENCY", **_OPENVINO[precision]}
+        rest = {_HINT: "f32"} if name.endswith("-f32") else _OPENVINO[precision]
+        settings = {"PERFORMANCE_HINT": "LATENCY", **rest}
         self._request = core.compile_model(model, "CPU", settings).create_infer_request()
 
     def run(self, images: NDArray[Any]) -> Outputs:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vzip.runtime import figures
-from vzip.runtime.console import emit
+from vzip.runtime.console import emit, say
 from vzip.runtime.errors import InvalidInputError, MissingDependencyError, require
 
 NOTHING_RAN = 1
@@ -78,11 +77,6 @@ def write(result: Mapping[str, Any], folder: Path) -> list[Path]:
             say(f"no plot was drawn: {error}")
     files["result.html"] = page(result, svg).encode()
     return figures.write(folder, files)
-
-
-def say(text: str) -> None:
-    """Tell the user what goes on, on standard error; standard output has results alone."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201  what a command line is for
 
 
 def _bundles(folders: Sequence[Path]) -> Mapping[str, Any]:

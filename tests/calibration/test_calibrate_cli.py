@@ -32,7 +32,8 @@ from vzip.export.engine import build_lock
 from vzip.export.onnx_graph import GraphOptions
 from vzip.export.pipeline import Method, WeightSource, export_bundle
 from vzip.runtime import VisionEncoder
-from vzip.runtime.bundle import Bundle, bundle_writer, read_bundle, update_manifest
+from vzip.runtime.bundle import Bundle, read_bundle
+from vzip.runtime.bundle_writer import bundle_writer, update_manifest
 from vzip.runtime.cli import main
 from vzip.runtime.errors import BackendError, BundleError, ParityError
 

@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from vzip.runtime.bundle import bundle_writer
+from vzip.runtime.bundle_writer import bundle_writer
 from vzip.runtime.manifest import Batch, Llm, Manifest, Model, Selection, Tensor, Tower
 from vzip.runtime.preprocess import Preprocessing
 

@@ -29,7 +29,8 @@ from vzip.export.engine import BuildRequest, Machine, Result, build_engine, reus
 from vzip.export.trt_api import load_stack
 from vzip.runtime import sensors
 from vzip.runtime.backends import tensorrt
-from vzip.runtime.bundle import Bundle, bundle_writer, open_engine, read_bundle
+from vzip.runtime.bundle import Bundle, open_engine, read_bundle
+from vzip.runtime.bundle_writer import bundle_writer
 from vzip.runtime.cli import main
 from vzip.runtime.engine_file import read_engine
 from vzip.runtime.engine_record import EngineBatch

@@ -18,7 +18,8 @@ from vzip.export.build_memory import estimate
 from vzip.export.engine import BuildRequest, Machine, Result, build_engine
 from vzip.export.engine_auto import ROUNDS, Race, build_best, race
 from vzip.runtime.backends import tensorrt
-from vzip.runtime.bundle import Bundle, bundle_writer, read_bundle
+from vzip.runtime.bundle import Bundle, read_bundle
+from vzip.runtime.bundle_writer import bundle_writer
 from vzip.runtime.cli import main
 from vzip.runtime.engine_file import read_engine
 from vzip.runtime.engine_record import EngineRecord

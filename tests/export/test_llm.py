@@ -23,7 +23,8 @@ from tests.handoff.demo_llm import demo_with_llm
 from tests.parity.tiny_llm import IMAGE, make_tokenizer
 from vzip.export import llm, llm_graph
 from vzip.runtime import VisionEncoder, demo, sensors
-from vzip.runtime.bundle import Bundle, bundle_writer, read_bundle
+from vzip.runtime.bundle import Bundle, read_bundle
+from vzip.runtime.bundle_writer import bundle_writer
 from vzip.runtime.cli import main
 from vzip.runtime.errors import CheckpointError, ExportError, ParityError
 from vzip.runtime.handoff.llm_files import Settings

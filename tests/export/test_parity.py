@@ -25,7 +25,8 @@ from vzip.export.parity import Parity, Reference
 from vzip.export.pictures import reference_images
 from vzip.export.pipeline import DTYPES, Method, WeightSource, describe, export_bundle
 from vzip.export.weights import VisionWeights
-from vzip.runtime.bundle import Bundle, bundle_writer, read_bundle
+from vzip.runtime.bundle import Bundle, read_bundle
+from vzip.runtime.bundle_writer import bundle_writer
 from vzip.runtime.cli import main
 from vzip.runtime.errors import ParityError, VzipError
 from vzip.runtime.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS

@@ -219,6 +219,8 @@ def test_openvino_gets_the_graph_and_the_precision(monkeypatch, tiny_bundle, gol
     assert sys.modules["openvino_telemetry"] is None  # nothing is reported to anyone
     with pytest.raises(InvalidInputError, match="has no INT8 graph for openvino; make it with"):
         open_peer("openvino", "int8", bundle, "cpu")
+    with pytest.raises(InvalidInputError, match="has no INT8 graph for openvino-f32; make it with"):
+        open_peer("openvino-f32", "int8", bundle, "cpu")
     with pytest.raises(InvalidInputError, match="openvino runs in nothing on cuda, got 'fp16'"):
         open_peer("openvino", "fp16", bundle, "cuda")
 

@@ -14,7 +14,8 @@ import pytest
 from numpy.typing import NDArray
 
 from vzip.export.engine import BuildRequest, Result, build_engine
-from vzip.runtime.bundle import bundle_writer, read_bundle
+from vzip.runtime.bundle import read_bundle
+from vzip.runtime.bundle_writer import bundle_writer
 from vzip.runtime.cli import main
 from vzip.runtime.errors import ParityError
 

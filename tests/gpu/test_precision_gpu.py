@@ -17,7 +17,8 @@ from tests.precisions import add_precision, golden_precisions
 from vzip.export.engine import BuildRequest, build_engine, this_machine
 from vzip.export.engine_auto import build_best
 from vzip.runtime import VisionEncoder
-from vzip.runtime.bundle import bundle_writer, read_bundle
+from vzip.runtime.bundle import read_bundle
+from vzip.runtime.bundle_writer import bundle_writer
 from vzip.runtime.errors import BackendError
 from vzip.runtime.precision_record import FP8_SM, Quantised
 

@@ -29,7 +29,8 @@ from tests.snippets import run_snippets
 from vzip.calibration.demo import accuracy, scenes
 from vzip.export import llm as llm_export
 from vzip.runtime import VisionEncoder, demo
-from vzip.runtime.bundle import Bundle, bundle_writer, read_bundle
+from vzip.runtime.bundle import Bundle, read_bundle
+from vzip.runtime.bundle_writer import bundle_writer
 from vzip.runtime.cli import main
 from vzip.runtime.errors import (
     BackendError,

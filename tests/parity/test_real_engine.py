@@ -11,7 +11,8 @@ import tensorrt_rtx as trt
 
 from tests.runtime import fake_gpu
 from vzip.runtime import VisionEncoder, cuda
-from vzip.runtime.bundle import Bundle, add_engine, read_bundle
+from vzip.runtime.bundle import Bundle, read_bundle
+from vzip.runtime.bundle_writer import add_engine
 from vzip.runtime.engine_file import HEADER_BYTES, MAGIC, read_engine
 from vzip.runtime.engine_record import EngineBatch, EngineRecord
 from vzip.runtime.errors import BackendError, BundleError

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from vzip.runtime.backends import open_backend
-from vzip.runtime.bundle import Bundle, add_engine, read_bundle
+from vzip.runtime.bundle import Bundle, read_bundle
+from vzip.runtime.bundle_writer import add_engine
 from vzip.runtime.engine_record import EngineBatch, EngineRecord
 
 HOST, DEVICE = 1, 2

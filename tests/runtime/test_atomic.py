@@ -19,7 +19,8 @@ KILLER = r"""
 import dataclasses, json, os, shutil, signal, sys
 from pathlib import Path
 from vzip.runtime import atomic
-from vzip.runtime.bundle import bundle_writer, read_bundle, update_manifest
+from vzip.runtime.bundle import read_bundle
+from vzip.runtime.bundle_writer import bundle_writer, update_manifest
 from vzip.runtime.errors import BundleError
 
 folder, old, new, case = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]

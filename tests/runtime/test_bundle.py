@@ -15,14 +15,8 @@ import numpy as np
 import pytest
 
 from vzip.runtime import atomic
-from vzip.runtime.bundle import (
-    LARGEST_MANIFEST,
-    Bundle,
-    BundleWriter,
-    bundle_writer,
-    read_bundle,
-    update_manifest,
-)
+from vzip.runtime.bundle import LARGEST_MANIFEST, Bundle, read_bundle
+from vzip.runtime.bundle_writer import BundleWriter, bundle_writer, update_manifest
 from vzip.runtime.errors import BundleError
 from vzip.runtime.manifest import Manifest, Tiling
 

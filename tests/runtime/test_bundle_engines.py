@@ -12,14 +12,8 @@ from pathlib import Path
 import pytest
 
 from vzip.runtime import atomic
-from vzip.runtime.bundle import (
-    Bundle,
-    add_engine,
-    bundle_writer,
-    open_engine,
-    read_bundle,
-    update_manifest,
-)
+from vzip.runtime.bundle import Bundle, open_engine, read_bundle
+from vzip.runtime.bundle_writer import add_engine, bundle_writer, update_manifest
 from vzip.runtime.engine_record import EngineBatch, EngineRecord
 from vzip.runtime.errors import BundleError
 

@@ -17,7 +17,8 @@ import pytest
 
 from tests.precisions import a_record, add_precision, fill, golden_precisions
 from vzip.runtime import VisionEncoder, atomic
-from vzip.runtime.bundle import Bundle, add_engine, bundle_writer, read_bundle, waiting_folder
+from vzip.runtime.bundle import Bundle, read_bundle, waiting_folder
+from vzip.runtime.bundle_writer import add_engine, bundle_writer
 from vzip.runtime.cli import main
 from vzip.runtime.engine_file import Machine, rebuild_command, unfit
 from vzip.runtime.engine_record import EngineBatch, EngineRecord

@@ -20,7 +20,8 @@ from PIL import Image
 from vzip.runtime import CompressedTokens, VisionEncoder, backends, encoder
 from vzip.runtime.backends import BackendUnavailableError, open_backend
 from vzip.runtime.backends.onnxruntime import import_onnxruntime
-from vzip.runtime.bundle import Bundle, bundle_writer, read_bundle, update_manifest
+from vzip.runtime.bundle import Bundle, read_bundle
+from vzip.runtime.bundle_writer import bundle_writer, update_manifest
 from vzip.runtime.errors import (
     BackendError,
     BundleError,

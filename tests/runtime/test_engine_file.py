@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from vzip.runtime.bundle import Bundle, add_engine, read_bundle
+from vzip.runtime.bundle import Bundle, read_bundle
+from vzip.runtime.bundle_writer import add_engine
 from vzip.runtime.engine_file import (
     Machine,
     read_engine,

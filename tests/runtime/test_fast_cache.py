@@ -331,7 +331,7 @@ def test_its_tokens_are_told_from_the_bundles_own(tiny_bundle: Path) -> None:
 def test_an_export_replaces_a_bundle_that_keeps_a_form(
     tiny_bundle: Path, golden: GOLDEN, chooser: Chooser
 ) -> None:
-    from vzip.runtime.bundle import bundle_writer
+    from vzip.runtime.bundle_writer import bundle_writer
 
     check(tiny_bundle, golden)
     manifest = read_bundle(tiny_bundle).manifest

@@ -19,7 +19,8 @@ import pytest
 from PIL import Image
 
 from vzip.runtime import VisionEncoder
-from vzip.runtime.bundle import read_bundle, update_manifest
+from vzip.runtime.bundle import read_bundle
+from vzip.runtime.bundle_writer import update_manifest
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.fingerprint import fingerprint
 from vzip.runtime.manifest import FileEntry, Manifest
