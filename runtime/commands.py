@@ -20,6 +20,7 @@ from vzip.runtime.handoff import (
     check_question,
 )
 from vzip.runtime.handoff.engines import ENGINES, own, parse
+from vzip.runtime.options import add_encoder
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -143,23 +144,7 @@ def _parser(
     )
     name = "image" if count is None else "images"
     parser.add_argument(name, metavar="IMAGE", type=Path, help=shown, nargs=count)
-    parser.add_argument(
-        "--backend",
-        default="auto",
-        metavar="NAME",
-        help="what runs the vision encoder (default: auto, the best that is installed)",
-    )
-    parser.add_argument(
-        "--engine",
-        metavar="NAME",
-        help="which of the bundle's TensorRT engines is run (default: the only one that fits)",
-    )
-    parser.add_argument(
-        "--precision",
-        metavar="NAME",
-        help="int8 or fp8: run the graph that 'vzip calibrate' made, or an engine built from it; "
-        "fastest, with --backend onnxruntime: what is measured to be (default: the bundle's own)",
-    )
+    add_encoder(parser)
     return parser
 
 

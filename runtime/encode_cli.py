@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vzip.runtime.console import emit, progress
 from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.options import add_encoder
 
 LEFT_OUT = 1  # the exit status where some files were not encoded
 _SUFFIXES = (".safetensors", ".npy")
@@ -48,23 +49,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         metavar="N",
         help="write files of N images each, FILE-00001-of-….safetensors (default: one file)",
     )
-    parser.add_argument(
-        "--backend",
-        default="auto",
-        metavar="NAME",
-        help="what runs the vision encoder (default: auto, the best that is installed)",
-    )
-    parser.add_argument(
-        "--engine",
-        metavar="NAME",
-        help="which of the bundle's TensorRT engines is run (default: the only one that fits)",
-    )
-    parser.add_argument(
-        "--precision",
-        metavar="NAME",
-        help="int8 or fp8: run the graph that 'vzip calibrate' made, or an engine built from it; "
-        "fastest, with --backend onnxruntime: what is measured to be (default: the bundle's own)",
-    )
+    add_encoder(parser)
     arguments = parser.parse_args(argv)
     _check_options(arguments.output, arguments.shard_size)
     return _encode(arguments)

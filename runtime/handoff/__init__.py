@@ -18,8 +18,8 @@ from vzip.runtime.errors import InvalidInputError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from vzip.runtime.bundle import Manifest
     from vzip.runtime.handoff.prompts import Kind
+    from vzip.runtime.manifest import Manifest
 
     Embeds = npt.NDArray[np.floating]
 

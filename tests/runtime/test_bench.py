@@ -283,6 +283,7 @@ class Machine:
     def __init__(self, monkeypatch, memory, fails=()):
         self.free, self.fails = memory, set(fails)
         self.open: list[str] = []
+        self.ever: list[str] = []
         self.most = 0
         machine = self
 
@@ -290,6 +291,7 @@ class Machine:
             def __init__(self, stack, bundle):
                 self.stack, self.gone = stack, False
                 machine.open.append(str(stack))
+                machine.ever.append(str(stack))
                 machine.most = max(machine.most, len(machine.open))
 
             def ask(self, limit_s, *, do, batches=None, batch=None, calls=0):
@@ -335,6 +337,14 @@ def test_what_does_not_fit_into_memory_is_timed_with_the_baseline_again(monkeypa
     assert len(others) == len(set(others))
     wanted = Wanted(peers=True).stacks(read_bundle(tiny))
     assert {*others} >= {str(each) for each in wanted[1:]} - {"torch-published:fp32"}
+
+
+def test_the_fastest_is_chosen_in_a_process_of_its_own(monkeypatch, tiny):
+    machine = Machine(monkeypatch, memory=10**6)
+    measure(tiny, only=("onnxruntime",))
+    assert machine.ever.count("onnxruntime:fastest") == 2
+    assert machine.ever.count("onnxruntime:fp32") == 1
+    assert machine.open == []
 
 
 def test_ratios_are_of_the_same_group(monkeypatch, tiny):
