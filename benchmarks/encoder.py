@@ -31,7 +31,7 @@ from vzip.runtime.errors import InvalidInputError
 FILE = Path(__file__).parent / "results" / "encoder.json"
 MODEL = "llava-1.5-7b"
 LARGEST_BATCH = 8
-# What is compared most is timed together: not all are open at once, for want of memory.
+# On a CPU what is compared most is timed together: not all are open at once, for want of memory.
 MAIN = (
     "torch-published", "torch-sdpa", "onnxruntime", "onnxruntime-dynamic", "openvino",
     "openvino-f32",
@@ -51,6 +51,10 @@ FEW = ("torch-published:fp32", "torch-sdpa:bf16", "onnxruntime:fastest", "openvi
 RUNS: tuple[tuple[int, int, tuple[str, ...], int], ...] = (
     (64, 1, MAIN, 7), (64, 1, OTHERS, 5), (128, 1, BEST, 5), (192, 1, BEST, 5),
     (64, LARGEST_BATCH, FEW, 3),
+)  # fmt: skip
+# On a GPU every stack of the machine.
+RUNS_ON_A_GPU: tuple[tuple[int, int, tuple[str, ...], int], ...] = (
+    (64, 1, (), 7), (64, LARGEST_BATCH, (), 7), (128, 1, (), 7), (192, 1, (), 7)
 )  # fmt: skip
 # What a CPU leaves empty.
 LARGER = {
@@ -115,6 +119,16 @@ def joined(results: Sequence[dict[str, Any]], command: str) -> dict[str, Any]:
     return whole
 
 
+def _some(
+    parser: argparse.ArgumentParser, option: str, text: str, known: Sequence[int]
+) -> list[int]:
+    """Return the numbers of an option, which must be among those that there are runs of."""
+    every = sorted(set(known))
+    if not set(text.split(",")) <= set(map(str, every)):
+        parser.error(f"{option} has {text!r}, expected some of {every} with commas between them")
+    return [int(part) for part in text.split(",")]
+
+
 def _vzip(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "vzip.runtime.cli", *arguments], check=True)
 
@@ -134,13 +148,13 @@ def main() -> None:
     parser.add_argument("--only", default="", help="stacks, as of vzip bench (default: all)")
     parser.add_argument("-o", "--output", type=Path, default=FILE, metavar="FILE.json")
     options = parser.parse_args()
-    budgets = [int(part) for part in options.tokens.split(",")]
-    batches = [int(part) for part in options.batches.split(",")]
+    budgets = _some(parser, "--tokens", options.tokens, [run[0] for run in RUNS])
+    batches = _some(parser, "--batches", options.batches, [run[1] for run in RUNS])
     bundles = {tokens: made(options.bundles, MODEL, tokens) for tokens in budgets}
     device: Literal["cpu", "cuda"] = "cpu" if isinstance(gpus(), str) else "cuda"
     asked = tuple(filter(None, options.only.split(",")))
     results = []
-    for tokens, batch, main, most in RUNS:
+    for tokens, batch, main, most in RUNS if device == "cpu" else RUNS_ON_A_GPU:
         if tokens not in bundles or batch not in batches:
             continue
         bundle = bundles[tokens]

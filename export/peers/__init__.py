@@ -115,7 +115,7 @@ PEERS: Mapping[str, Kind] = MappingProxyType(
             "the bundle's graph in OpenVINO; int8: that of vzip calibrate",
             cpu=("fp32", "bf16", "int8"),
         ),
-        # What chooses and merges tokens doesn't bear BF16, which OpenVINO takes by itself.
+        # With BF16 around them, which OpenVINO takes by itself, it merges other tokens.
         "openvino-f32": Kind(
             "vzip.export.peers.onnx_engines:OpenVino",
             "the same graph of vzip calibrate in OpenVINO, FP32 around its 8-bit products",

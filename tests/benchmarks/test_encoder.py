@@ -63,11 +63,14 @@ def test_several_are_one_result():
         encoder.joined([found("a"), found("b", baseline="x")], "")
 
 
-def test_what_is_written(monkeypatch, tmp_path, capsys, tiny_bundle):
+@pytest.fixture
+def asked(monkeypatch, tmp_path, tiny_bundle):
+    """What is asked of `bench`, which measures nothing here."""
     asked = []
 
     def bench(bundles, wanted, *, command, say):
-        (name,) = bundles
+        ((name, bundle),) = bundles.items()
+        assert wanted.stacks(bundle)  # raises for a name that there is not
         asked.append((name, wanted.batches, wanted.only, wanted.rounds))
         return found(name)
 
@@ -79,6 +82,10 @@ def test_what_is_written(monkeypatch, tmp_path, capsys, tiny_bundle):
 
     monkeypatch.setattr(encoder, "bench", bench)
     monkeypatch.setattr(encoder, "made", made)
+    return asked
+
+
+def test_what_is_written(asked, monkeypatch, tmp_path, capsys):
     output = tmp_path / "r.json"
     monkeypatch.setattr(sys, "argv", ["encoder", "--bundles", str(tmp_path), "-o", str(output)])
     encoder.main()
@@ -98,3 +105,27 @@ def test_what_is_written(monkeypatch, tmp_path, capsys, tiny_bundle):
     assert "### tokens-192" in output.with_suffix(".md").read_text()
     assert output.with_suffix(".svg").exists()
     assert "tokens-64" in capsys.readouterr().out
+
+
+def test_on_a_gpu_every_stack_of_it_is_asked_for(asked, monkeypatch, tmp_path):
+    monkeypatch.setattr(encoder, "gpus", list)
+    output = tmp_path / "r.json"
+    monkeypatch.setattr(sys, "argv", ["encoder", "--bundles", str(tmp_path), "-o", str(output)])
+    encoder.main()
+    assert [each[:3] for each in asked] == [
+        ("tokens-64", (1,), ()), ("tokens-64", (8,), ()), ("tokens-128", (1,), ()),
+        ("tokens-192", (1,), ()),
+    ]  # fmt: skip
+    cells = {each["cell"] for each in json.loads(output.read_text())["empty"]}
+    assert "tensorrt" not in cells
+
+
+@pytest.mark.parametrize("option", [("--tokens", "65"), ("--tokens", "a"), ("--batches", "1,3")])
+def test_runs_that_there_are_not(asked, monkeypatch, tmp_path, capsys, option):
+    arguments = ["--bundles", str(tmp_path), "-o", str(tmp_path / "r.json"), *option]
+    monkeypatch.setattr(sys, "argv", ["encoder", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        encoder.main()
+    assert ended.value.code == 2
+    assert f"{option[0]} has {option[1]!r}, expected some of [" in capsys.readouterr().err
+    assert asked == []

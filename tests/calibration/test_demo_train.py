@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load
 
 pytestmark = pytest.mark.slow
 
@@ -29,3 +31,8 @@ def test_a_second_sitting_gives_the_same_bits(tmp_path: Path) -> None:
     # The tower comes from the folder now, and nothing that was compiled for it is there.
     assert train(tmp_path / "second", *work) == whole
     assert train(tmp_path / "another", "--seed", "2") != whole
+    # The language model learns with the projector as the words left it.
+    first, longer = load(whole), load(train(tmp_path / "longer", *work, "--language-steps", "16"))
+    other = {name for name, tensor in first.items() if not torch.equal(tensor, longer[name])}
+    assert any("language_model" in name for name in other)
+    assert not [name for name in other if "language_model" not in name and "lm_head" not in name]

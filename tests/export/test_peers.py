@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.precisions import add_precision
 from vzip.export.budget import split_tokens
 from vzip.export.checkpoint import vision_config
 from vzip.export.onnx_graph import GraphOptions
@@ -223,6 +224,17 @@ def test_openvino_gets_the_graph_and_the_precision(monkeypatch, tiny_bundle, gol
         open_peer("openvino-f32", "int8", bundle, "cpu")
     with pytest.raises(InvalidInputError, match="openvino runs in nothing on cuda, got 'fp16'"):
         open_peer("openvino", "fp16", bundle, "cuda")
+
+
+@pytest.mark.parametrize(("name", "hint"), [("openvino", None), ("openvino-f32", "f32")])
+def test_openvino_gets_the_int8_graph(monkeypatch, tiny_bundle, name, hint):
+    bundle = add_precision(tiny_bundle)
+    openvino = OpenVino(bundle.manifest)
+    monkeypatch.setitem(sys.modules, "openvino", openvino)
+    open_peer(name, "int8", bundle, "cpu")
+    assert openvino.read == ["model.int8.onnx"]
+    ((device, settings),) = openvino.settings
+    assert (device, settings.get("INFERENCE_PRECISION_HINT")) == ("CPU", hint)
 
 
 def test_without_openvino_it_is_one_line(monkeypatch, tiny_bundle):

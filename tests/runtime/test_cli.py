@@ -57,6 +57,14 @@ def image(tmp_path) -> Path:
     return path
 
 
+def test_without_standard_error_nothing_is_said(monkeypatch, capsys):
+    console.say("reading …")
+    assert capsys.readouterr() == ("", "reading …\n")
+    monkeypatch.setattr(sys, "stderr", None)  # as with 2>&-
+    console.say("reading …")
+    assert capsys.readouterr().out == ""
+
+
 # --- the table -------------------------------------------------------------------------------
 
 
