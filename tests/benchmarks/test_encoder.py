@@ -46,7 +46,7 @@ def test_a_bundle_is_made_once_with_its_int8_graph(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", ":".join(filter(None, sys.path)))
     bundle = encoder.made(tmp_path, "demo", 43, weights="checkpoint")
     manifest = bundle.manifest
-    assert (manifest.batch.max, manifest.batch.dynamic) == (8, True)
+    assert (manifest.batch.max, manifest.batch.dynamic) == (32, True)
     assert list(manifest.precisions) == ["int8"]
     assert "reference.npz" in manifest.files
     monkeypatch.setattr(encoder, "_vzip", lambda *_: pytest.fail("made again"))
@@ -92,7 +92,7 @@ def test_what_is_written(asked, monkeypatch, tmp_path, capsys):
     assert asked == [
         ("tokens-64", (1,), encoder.MAIN, 7), ("tokens-64", (1,), encoder.OTHERS, 5),
         ("tokens-128", (1,), encoder.BEST, 5), ("tokens-192", (1,), encoder.BEST, 5),
-        ("tokens-64", (8,), encoder.FEW, 3),
+        ("tokens-64", (8,), encoder.FEW, 3), ("tokens-64", (16,), encoder.FEW, 2),
     ]  # fmt: skip
     assert [each["name"] for each in json.loads(output.read_text())["bundles"]] == [
         "tokens-64", "tokens-128", "tokens-192"
@@ -100,7 +100,7 @@ def test_what_is_written(asked, monkeypatch, tmp_path, capsys):
     result = json.loads(output.read_text())
     assert str(tmp_path) not in output.read_text()
     assert result["empty"][0]["why"] == "no file x"
-    assert {each["cell"] for each in result["empty"]} >= {"tokens-64, batch 16 and 32", "tensorrt"}
+    assert {each["cell"] for each in result["empty"]} >= {"tokens-64, batch 32", "tensorrt"}
     assert result["command"] == f"python -m benchmarks.encoder --bundles {tmp_path.name} -o r.json"
     assert "### tokens-192" in output.with_suffix(".md").read_text()
     assert output.with_suffix(".svg").exists()
@@ -113,8 +113,8 @@ def test_on_a_gpu_every_stack_of_it_is_asked_for(asked, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["encoder", "--bundles", str(tmp_path), "-o", str(output)])
     encoder.main()
     assert [each[:3] for each in asked] == [
-        ("tokens-64", (1,), ()), ("tokens-64", (8,), ()), ("tokens-128", (1,), ()),
-        ("tokens-192", (1,), ()),
+        ("tokens-64", (1,), ()), ("tokens-64", (8,), ()), ("tokens-64", (32,), ()),
+        ("tokens-128", (1,), ()), ("tokens-192", (1,), ()),
     ]  # fmt: skip
     cells = {each["cell"] for each in json.loads(output.read_text())["empty"]}
     assert "tensorrt" not in cells
@@ -128,4 +128,14 @@ def test_runs_that_there_are_not(asked, monkeypatch, tmp_path, capsys, option):
         encoder.main()
     assert ended.value.code == 2
     assert f"{option[0]} has {option[1]!r}, expected some of [" in capsys.readouterr().err
+    assert asked == []
+
+
+def test_a_batch_that_a_budget_has_no_run_of(asked, monkeypatch, tmp_path, capsys):
+    arguments = ["--bundles", str(tmp_path), "--tokens", "128", "--batches", "8,16"]
+    monkeypatch.setattr(sys, "argv", ["encoder", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        encoder.main()
+    assert ended.value.code == 2
+    assert "batches of [8, 16] are measured at 64 tokens alone" in capsys.readouterr().err
     assert asked == []
