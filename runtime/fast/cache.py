@@ -29,7 +29,7 @@ from vzip.runtime.manifest import REFERENCE_FILE
 from vzip.runtime.onnx_wire import external_tensors
 from vzip.runtime.precision_record import files_of
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Goes up when forms, or how they are chosen, change."""
 
 RECORD: Final = "record.json"

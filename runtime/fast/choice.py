@@ -20,8 +20,9 @@ from vzip.runtime import smooth
 from vzip.runtime.bench.timing import interleaved
 from vzip.runtime.bundle import Bundle
 from vzip.runtime.errors import BackendError, InvalidInputError
-from vzip.runtime.fast.forms import FORMS, Form, made, norms
+from vzip.runtime.fast.forms import FORMS, Form, made
 from vzip.runtime.fast.graph import Graph
+from vzip.runtime.fast.patterns import norms
 from vzip.runtime.manifest import EMBEDS, KEPT, REFERENCE_FILE
 from vzip.runtime.onnx_wire import with_output
 from vzip.runtime.proof import prove, read_reference

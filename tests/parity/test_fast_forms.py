@@ -28,8 +28,9 @@ from vzip.runtime.bundle import Bundle, read_bundle
 from vzip.runtime.errors import BundleError
 from vzip.runtime.fast import choice, forms
 from vzip.runtime.fast import graph as fast_graph
-from vzip.runtime.fast.forms import FORMS, linears, made, norms, with_attention
+from vzip.runtime.fast.forms import FORMS, made, with_attention
 from vzip.runtime.fast.graph import Graph, Node, number
+from vzip.runtime.fast.patterns import gates, linears, norms
 from vzip.runtime.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS
 from vzip.runtime.onnx_wire import with_output
 from vzip.runtime.proof import read_reference
@@ -336,7 +337,7 @@ def by_hand(x: Array, weights: Array, bits: str, block: int = 16) -> Array:
     return np.asarray(rounded @ (np.rint(parts / steps) * steps).reshape(weights.shape))
 
 
-@pytest.mark.parametrize("form", FORMS[:3], ids=lambda form: form.name)
+@pytest.mark.parametrize("form", FORMS[:-1], ids=lambda form: form.name)
 @pytest.mark.parametrize("name", ["image", "pixels-17", "siglip"])
 def test_every_linear_layer_is_rounded_as_described(
     exported: MakeBundle, small_blocks: None, name: str, form: forms.Form
@@ -352,11 +353,17 @@ def test_every_linear_layer_is_rounded_as_described(
     }
     changed = made(graph, form, factors)
     kinds = operators(changed)
-    bits = [form.after_norm if each.input in normed else form.others for each in found]
-    fits = [b == "tensor" or (graph.shape(each.weight) or (1,))[0] % 16 == 0
-            for b, each in zip(bits, found, strict=True)]  # fmt: skip
     assert all(each.bias is not None for each in found)
     layers = len(normed) // 2
+    chooses = tuple(f"layers.{layers - 1}.{part}.weight" for part in "qkv")
+    spared = () if form.choosing else chooses
+    assert set(chooses) < {each.weight for each in found}
+    bits = [
+        None if each.weight in spared else form.after_norm if each.input in normed else form.others
+        for each in found
+    ]
+    fits = [b == "tensor" or (b == "blocks" and (graph.shape(each.weight) or (1,))[0] % 16 == 0)
+            for b, each in zip(bits, found, strict=True)]  # fmt: skip
     assert len(found) == 6 * layers + 2
     assert len(normed) == 2 * layers >= 4
     assert kinds["MatMulIntegerToFloat"] == bits.count("tensor")
@@ -364,14 +371,20 @@ def test_every_linear_layer_is_rounded_as_described(
     values = run(
         changed, bundle, tuple({x for each in found for x in (each.input, each.output)} - {EMBEDS})
     )
+    # QuickGELU's constant is in the weights around it.
+    between = gates(graph, [each for each, fit in zip(found, fits, strict=True) if fit])
+    assert len(between) == (0 if name == "siglip" else layers)
+    times = {gate.before.output: gate.c for gate in between}
+    over = {each.output: gate.c for gate in between for each in gate.after}
     for linear, how, fit in zip(found, bits, fits, strict=True):
         if not fit:
             continue
         assert how is not None
-        weights = graph.array(linear.weight)
+        gain = times.get(linear.output, 1)
+        weights = graph.array(linear.weight) * np.float32(gain / over.get(linear.output, 1))
         if linear.input in factors:
             weights = weights * factors[linear.input][:, None]
-        bias, x = graph.array(linear.bias or ""), values[linear.input]
+        bias, x = gain * graph.array(linear.bias or ""), values[linear.input]
         expected = by_hand(x, weights, how) + bias
         # What lies between two steps may be rounded either way; the rounding as a whole may not.
         rounding = np.square(x.astype(np.float64) @ weights + bias - expected).mean()
@@ -390,6 +403,75 @@ def test_forms_agree_with_the_graph(
         [len(np.intersect1d(a, b)) for a, b in zip(expected[KEPT], got[KEPT], strict=True)]
     )
     assert share / 12 > 0.9
+
+
+def _tail(graph: Graph) -> tuple[Node, Node, Node]:
+    """Return the nodes of the first QuickGELU: x · 1.702, σ of it, and x times that."""
+    sigmoid = next(node for node in graph.nodes if node.operator == "Sigmoid")
+    return graph.makers()[sigmoid.inputs[0]], sigmoid, graph.readers()[sigmoid.outputs[0]][0]
+
+
+def test_the_constant_of_quickgelu_goes_into_the_weights_around_it(exported: MakeBundle) -> None:
+    bundle = exported("image")
+    graph = graph_of(bundle)
+    every = gates(graph, linears(graph))
+    assert [gate.c for gate in every] == [pytest.approx(1.702)] * len(every) != []
+    changed = made(graph, FORMS[0], {})
+    _, sigmoid, gated = _tail(graph)
+    values = run(changed, bundle, (every[0].before.output, gated.outputs[0]))
+    x = values[every[0].before.output].astype(np.float64)
+    # x is 1.702 times what it was, and so is the result.
+    assert np.allclose(values[gated.outputs[0]], x / (1 + np.exp(-x)), rtol=1e-5, atol=1e-6)
+    plain = run(graph, bundle, (every[0].before.output,))[every[0].before.output]
+    assert np.dot(x.ravel(), plain.ravel()) / np.square(plain).sum() == pytest.approx(1.702, 0.01)
+    fused = next(node for node in changed.nodes if node.outputs == sigmoid.outputs)
+    assert fused.inputs == (every[0].before.output,)
+    assert operators(changed)["Mul"] == operators(made(graph, FORMS[-1], {}))["Mul"] - len(every)
+
+
+@pytest.mark.parametrize("case", ["read", "result read", "output", "varying", "other", "sigmoid"])
+def test_a_gate_of_another_form_keeps_its_constant(exported: MakeBundle, case: str) -> None:
+    """Each changes the first layer alone."""
+    bundle = exported("image")
+    graph = graph_of(bundle)
+    known = len(gates(graph, linears(graph)))
+    scaled, sigmoid, gated = _tail(graph)
+    places = {id(node): place for place, node in enumerate(graph.nodes)}
+    source = next(each for each in scaled.inputs if each not in graph.tensors)
+
+    def read(value: str) -> Graph:
+        extra = Node("Identity", (value,), ("extra",))
+        return replace(graph, nodes=(*graph.nodes, extra), outputs=(*graph.outputs, "extra"))
+
+    if case == "read":
+        graph = read(source)
+    elif case == "result read":
+        graph = read(gated.outputs[0])
+    elif case == "output":
+        graph = replace(graph, outputs=(*graph.outputs, gated.outputs[0]))
+    elif case == "varying":  # by itself instead of a constant
+        graph = _change(graph, places[id(scaled)], inputs=(source, source))
+    elif case == "other":  # what is gated is not what the gate is of
+        graph = _change(graph, places[id(gated)], inputs=(sigmoid.outputs[0], sigmoid.outputs[0]))
+    else:
+        graph = read(scaled.outputs[0])
+    assert len(gates(graph, linears(graph))) == known - 1
+    values, expected = run(made(graph, FORMS[0], {}), bundle), run(graph, bundle)
+    for name in expected:
+        one, other = (np.ravel(each[name]).astype(np.float64) for each in (values, expected))
+        assert one @ other / np.linalg.norm(one) / np.linalg.norm(other) > 0.98, name
+
+
+@pytest.mark.parametrize("which", ["before", "after"])
+def test_a_gate_beside_a_layer_that_stays_in_fp32_keeps_its_constant(
+    exported: MakeBundle, which: str
+) -> None:
+    graph = graph_of(exported("image"))
+    every = linears(graph)
+    gate = gates(graph, every)[0]
+    left_out = gate.before if which == "before" else gate.after[0]
+    some = [linear for linear in every if linear != left_out]
+    assert gates(graph, some) == gates(graph, every)[1:]
 
 
 def test_smoothing_changes_nothing_but_rounding(exported: MakeBundle) -> None:
