@@ -8,8 +8,8 @@ what the paper's cost model predicts. What can't run is an empty cell that says 
     python -m benchmarks.end_to_end --work /dev/shm
 
 Each engine has a process of its own; its budgets take turns. Writes
-``benchmarks/results/end_to_end.json`` and the same as tables in Markdown. `--work` is where an LLM
-is while it is measured, up to 14 GB; of a folder in memory that counts as memory.
+``benchmarks/results/end_to_end.json``, the same as tables in Markdown, and a plot. `--work` is
+where an LLM is while it is measured, up to 14 GB; of a folder in memory that counts as memory.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 
 from benchmarks.end_to_end_worker import CACHES, NEW_TOKENS, PATCHES, SPLITS, WEIGHTS
 from benchmarks.llm_shapes import LLMS, Llm
+from vzip.runtime import figures
 from vzip.runtime.bench.machine import machine
 from vzip.runtime.console import say
 
@@ -257,7 +258,7 @@ def table(result: Result) -> str:
         (row["llm"], row["engine"], row["weights"]) for row in result["rows"]
     ):
         lines += ["", f"**{llm} in {engine}, {weights}**", "", *_table(result, llm, engine)]
-    lines += ["", f"{_same(result)} Empty cells:", "", *_empty(result)]
+    lines += ["", f"{_same(result)}Empty cells:", "", *_empty(result)]
     lines += ["", "### The paper's 7.8×", "", *_paper(result)]
     return "\n".join(lines) + "\n"
 
@@ -268,10 +269,12 @@ def _same(result: Result) -> str:
     for row in result["rows"]:
         said.setdefault((row["llm"], row["tokens"]), []).append(row["first_token_id"])
     several = [tokens for tokens in said.values() if len(tokens) > 1]
+    if not several:
+        return ""
     same = sum(len(set(tokens)) == 1 for tokens in several)
     return (
         f"The engines' first token is the same one in {same} of {len(several)} cases; they round "
-        "differently, and to random weights many are nearly equal."
+        "differently, and to random weights many are nearly equal. "
     )
 
 
@@ -307,6 +310,55 @@ def _table(result: Result, llm: str, engine: str) -> Iterator[str]:
         yield "| " + " | ".join(cells) + " |"
 
 
+def plot(result: Result) -> bytes:
+    """Return times to first token as bars, encoder and prefill, a panel for each LLM and engine.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    encoded = {
+        (each["llm"], each["model"], each["tokens"]): each["encode"]["median_ms"] / 1000
+        for each in result["encoder"]
+    }
+    panels: dict[tuple[str, str], list[Any]] = {}
+    for row in result["rows"]:
+        panels.setdefault((row["llm"], row["engine"]), []).append(row)
+    heights = [max(2, len(rows)) for rows in panels.values()]
+    size = (9, 0.26 * sum(heights) + 0.9 * len(panels) + 0.4)
+    figure = figures.figure(size, needed_for="the plot of a benchmark")
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for panel, ((llm, engine), rows) in zip(axes, panels.items(), strict=True):
+        rows = rows[::-1]  # noqa: PLW2901 - the first on top
+        places = range(len(rows))
+        encoder = [encoded.get((llm, row["model"], row["tokens"]), 0.0) for row in rows]
+        prefill = [row["first_token"]["median_ms"] / 1000 for row in rows]
+        panel.barh(places, encoder, color="#8c959f", label="encoder")
+        panel.barh(places, prefill, left=encoder, color="#0969da", label="prefill")
+        whole = [one + other for one, other in zip(encoder, prefill, strict=True)]
+        for place, row in enumerate(rows):
+            ratio = "" if row["ttft_ratio"] is None else f"  {row['ttft_ratio']:.1f}×"
+            panel.annotate(f" {whole[place]:.2f} s{ratio}", (whole[place], place), va="center",
+                           fontsize=7, xytext=(3, 0), textcoords="offset points")  # fmt: skip
+        panel.set_yticks(places, [f"{row['model']}, {row['tokens']}" for row in rows])
+        panel.set_title(f"{llm} in {engine}, {rows[0]['weights']}", fontsize=10, loc="left")
+        panel.set_xlim(0, 1.18 * max(whole))
+        panel.tick_params(labelsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.set_xlabel("seconds to the first token", fontsize=8)
+    axes[0].legend(fontsize=8, loc="lower right", frameon=False)
+    return figures.drawn(figure, "svg")
+
+
+def write(folder: Path, result: Result) -> None:
+    """Write a result as end_to_end.json, .md and .svg."""
+    files = {
+        "json": (json.dumps(result, indent=1) + "\n").encode(),
+        "md": table(result).encode(),
+        "svg": plot(result),
+    }
+    figures.write(folder, {f"end_to_end.{kind}": data for kind, data in files.items()})
+
+
 def _seconds(milliseconds: float | None) -> str:
     """Return a cell; an empty one where nothing was measured."""
     return "" if milliseconds is None else f"{milliseconds / 1000:.2f} s"
@@ -333,8 +385,9 @@ def _paper(result: Result) -> Iterator[str]:
         f"{ratio:.1f}×. The cost model says {predicted:.1f}×, text taken to be {text} tokens. The "
         f"difference is the rate at which the GPU works: by the same model, a multiply-add as two, "
         f"{rates[0]:.0f} TFLOP/s with {many} tokens and {rates[1]:.0f} with {few}, {text} of text "
-        f"included; {predicted:.1f} · {rates[1]:.0f} / {rates[0]:.0f} = {ratio:.1f}. Most likely "
-        "few tokens don't fill the GPU. At the same rate for both it would take "
+        f"included; {predicted:.1f} · {rates[1]:.0f} / {rates[0]:.0f} = {ratio:.1f}. Few "
+        "tokens don't fill the GPU, or they wait for Python to start kernels; which was not "
+        "tested. At the same rate for both it would take "
         f"{text_for(ratio)} tokens of text to make it {ratio:.1f}×."
     )
     for row in result["rows"]:
@@ -371,9 +424,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.llm or published, MODELS, options.work.resolve(), seconds=options.seconds
     )
     result = {"command": " ".join(["python -m benchmarks.end_to_end", *given]), **result}
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "end_to_end.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.output / "end_to_end.md").write_text(table(result), encoding="utf-8")
+    write(options.output, result)
     print(table(result))
     return 0
 

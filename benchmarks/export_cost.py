@@ -29,6 +29,16 @@ RESULT = Path(__file__).parent / "results" / "export_cost.json"
 ARGUMENTS = ("--model", "llava-1.5-7b", "--weights", "random", "--precision", "fp16")
 BUILD = ("--rtx", "sm86")
 AIM = {"wall_s": 60, "peak_gb": 3.0}
+VZIP = "import sys; from vzip.runtime.cli import main; sys.exit(main(sys.argv[1:]))"
+# The process says it itself as it ends: the kernel's own account begins with its parent's size.
+_PEAK = """
+import atexit, resource, sys
+def _say():
+    lines = open("/proc/self/status").read().splitlines()
+    own = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    print(max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss), file=sys.stderr)
+atexit.register(_say)
+"""
 CHECKED, PLAIN, BUILT = "with parity check", "without", "build"
 
 Cost = dict[str, float]
@@ -45,30 +55,36 @@ def runs() -> dict[str, Cost]:
     for kind, extra in ((CHECKED, ()), (PLAIN, ("--no-check",))):
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "bundle"
-            found[kind] = _cost("export", *ARGUMENTS, *extra, "-o", str(output))
+            found[kind] = cost("export", *ARGUMENTS, *extra, "-o", str(output))
             manifest = read_bundle(output).manifest
             assert kind == PLAIN or (manifest.parity and manifest.parity["passed"])
             found[kind]["bundle_gb"] = _gigabytes(output)
             if kind == CHECKED:
-                found[BUILT] = _cost("build", str(output), *BUILD)
+                found[BUILT] = cost("build", str(output), *BUILD)
                 assert read_bundle(output).manifest.engines
     return found
 
 
-def _cost(*arguments: str) -> Cost:
-    """Run a command of vzip in a process of its own."""
-    code = "import sys; from vzip.runtime.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, *arguments]
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, f"{command} failed"
+def cost(*arguments: str, code: str = VZIP) -> Cost:
+    """Run a command of vzip, or other code, in a process of its own.
+
+    Returns:
+        ``wall_s``, ``cpu_s`` and ``peak_gb``, as `runs` has them.
+    """
+    with tempfile.TemporaryFile("w+") as said:
+        command = [sys.executable, "-c", _PEAK + code, *arguments]
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        said.seek(0)
+        *before, peak = said.read().splitlines()
+    assert process.returncode == 0, f"{command} failed: {before[-1:]}"
     return {
         "wall_s": wall,
         "cpu_s": usage.ru_utime + usage.ru_stime,
-        "peak_gb": usage.ru_maxrss * 1024 / 1e9,
+        "peak_gb": int(peak) * 1024 / 1e9,
     }
 
 
@@ -86,11 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     taken: dict[str, list[Cost]] = {kind: [] for kind in (CHECKED, PLAIN, BUILT)}
     # In turn, so that a machine that drifts favours none.
     for _ in range(options.runs):
-        for kind, cost in runs().items():
-            taken[kind].append(cost)
-            print(kind, {key: round(value, 2) for key, value in cost.items()}, flush=True)
+        for kind, each in runs().items():
+            taken[kind].append(each)
+            print(kind, {key: round(value, 2) for key, value in each.items()}, flush=True)
     median = {
-        kind: {key: statistics.median(cost[key] for cost in costs) for key in costs[0]}
+        kind: {key: statistics.median(each[key] for each in costs) for key in costs[0]}
         for kind, costs in taken.items()
     }
     result = {

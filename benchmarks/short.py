@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import small_costs
+from benchmarks import export_cost, small_costs
 from benchmarks.photographs import jpeg, photograph
 from vzip.runtime.bench.encoder import Wanted, bench
 from vzip.runtime.bench.machine import machine
@@ -38,6 +38,7 @@ SLACK = 2.0
 """How many times the committed ratio is still no change for the worse: it has to see a lost
 optimisation, and to bear another CPU, where the sides of a ratio don't become slower alike."""
 OURS, PEERS = "onnxruntime:fp32", ("torch-published:fp32", "torch-sdpa:fp32")
+FASTEST = "onnxruntime:fastest"
 
 Ratios = dict[str, float]
 
@@ -73,7 +74,7 @@ def imports(_bundle: Bundle) -> Ratios:
     taken: dict[str, list[float]] = {name: [] for name in small_costs.IMPORTS}
     for _ in range(7):
         for name, code in small_costs.IMPORTS.items():
-            taken[name].append(_processor_s(code))
+            taken[name].append(export_cost.cost(code=code)["cpu_s"])
     least = {name: min(times) for name, times in taken.items()}
     return {
         "import VisionEncoder / numpy and Pillow": least["VisionEncoder"]
@@ -105,12 +106,30 @@ def host(bundle: Bundle) -> Ratios:
 
 def encoder(bundle: Bundle) -> Ratios:
     """The demo model's fused graph in ONNX Runtime beside PyTorch, all proven before."""
-    wanted = Wanted(only=(OURS, *PEERS), rounds=5)
+    wanted = Wanted(only=(OURS, FASTEST, *PEERS), rounds=5)
     result = bench({"demo": bundle}, wanted, command="", say=lambda _: None)
     found = {row["stack"]: row for row in result["rows"]}
-    missing = {OURS, *PEERS} - set(found)
+    missing = {OURS, FASTEST, *PEERS} - set(found)
     assert not missing, f"{missing} did not run: {result['empty']}"
-    return {f"{OURS} / {peer}": found[OURS]["min_ms"] / found[peer]["min_ms"] for peer in PEERS}
+    pairs = (*((OURS, peer) for peer in PEERS), (FASTEST, OURS))
+    return {
+        f"{one} / {other}": found[one]["min_ms"] / found[other]["min_ms"] for one, other in pairs
+    }
+
+
+def export(_bundle: Bundle) -> Ratios:
+    """An export of the demo model and its build ahead of time, beside importing what they use."""
+    imported = export_cost.cost(code="import torch, transformers, onnxruntime")
+    with tempfile.TemporaryDirectory() as folder:
+        output = str(Path(folder) / "bundle")
+        exported = export_cost.cost("export", *small_costs.DEMO, "-o", output)
+        built = export_cost.cost("build", output, *export_cost.BUILD)
+    return {
+        "vzip export / imports": exported["cpu_s"] / imported["cpu_s"],
+        "vzip export / imports, memory": exported["peak_gb"] / imported["peak_gb"],
+        "vzip build --rtx / imports": built["cpu_s"] / imported["cpu_s"],
+        "vzip build --rtx / imports, memory": built["peak_gb"] / imported["peak_gb"],
+    }
 
 
 MEASURES = (
@@ -120,7 +139,16 @@ MEASURES = (
     Measure(("import VisionEncoder / numpy and Pillow", "vzip -h / python"), imports),
     Measure(("VisionEncoder.open / ONNX Runtime alone",), opening),
     Measure(("run without a backend / numpy",), host),
-    Measure(tuple(f"{OURS} / {peer}" for peer in PEERS), encoder),
+    Measure((*(f"{OURS} / {peer}" for peer in PEERS), f"{FASTEST} / {OURS}"), encoder),
+    Measure(
+        (
+            "vzip export / imports",
+            "vzip export / imports, memory",
+            "vzip build --rtx / imports",
+            "vzip build --rtx / imports, memory",
+        ),
+        export,
+    ),
 )
 
 
@@ -160,16 +188,6 @@ def _picture() -> bytes:
 def _ratio(ours: Timing, theirs: Timing) -> float:
     """Return a ratio of the fastest calls: those that nothing else on the machine delayed."""
     return ours.min_ms / theirs.min_ms
-
-
-def _processor_s(code: str) -> float:
-    """Return the processor time of a Python that runs some code, in seconds."""
-    command = [sys.executable, "-c", code]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, f"{code} failed"
-    return usage.ru_utime + usage.ru_stime
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -32,6 +32,8 @@ def measure(model: PlanModel) -> Device:
     """
     import torch
 
+    from vzip.export.peers.ceiling import fastest_product
+
     memory = sensors.memory()
     if memory is None:
         raise InvalidInputError(
@@ -42,9 +44,8 @@ def measure(model: PlanModel) -> Device:
     work = 2 * tower.tokens * tower.hidden_size * tower.intermediate_size
     rates = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        left = torch.randn(tower.tokens, tower.hidden_size).to(dtype)
-        right = torch.randn(tower.hidden_size, tower.intermediate_size).to(dtype)
-        rates[name] = work / _seconds(partial(torch.matmul, left, right)) / 1e12
+        sizes = (1, tower.tokens, tower.hidden_size, tower.intermediate_size)
+        rates[name] = work / _seconds(fastest_product(dtype, sizes, "cpu").multiply) / 1e12
     vector = torch.randn(1, 4096, dtype=torch.bfloat16)
     matrix = torch.ones(_READ_BYTES // 2 // 4096, 4096, dtype=torch.bfloat16)  # as weights lie
     read = partial(torch.nn.functional.linear, vector, matrix)
@@ -57,7 +58,7 @@ def measure(model: PlanModel) -> Device:
         shared=False,
         tflops=MappingProxyType(rates),
         bandwidth_gb=bandwidth,
-        source=f"PyTorch, measured now at a load of {os.getloadavg()[0]:.1f}",
+        source=f"PyTorch or ONNX Runtime, measured now at a load of {os.getloadavg()[0]:.1f}",
     )
 
 

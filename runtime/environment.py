@@ -193,14 +193,19 @@ def _jetson(root: Path) -> Record | None:
     if found is None:
         return None
     package = ask("dpkg-query", "--show", "--showformat=${Version}", "nvidia-jetpack")
-    mode = ask("nvpmodel", "-q")  # its first line names the mode, its second numbers it
-    match = re.search(r"NV Power Mode:\s*(\S+)", mode or "")
     return {
         **dataclasses.asdict(found),
         "nvidia_jetpack_package": (package or "").strip() or None,
-        "power_mode": match[1] if match else None,
+        "power_mode": power_mode(),
         "system_tensorrt": [str(path) for path in _system_tensorrt(root)],
     }
+
+
+def power_mode() -> str | None:
+    """Return the name of a Jetson's power mode; None where ``nvpmodel`` doesn't say."""
+    mode = ask("nvpmodel", "-q")  # its first line names the mode, its second numbers it
+    match = re.search(r"NV Power Mode:\s*(\S+)", mode or "")
+    return match[1] if match else None
 
 
 def _system_tensorrt(root: Path) -> list[Path]:

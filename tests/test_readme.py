@@ -47,11 +47,14 @@ def encoder_result() -> dict[str, Any]:
     """As `vzip.runtime.bench.output` describes it, as far as the README takes it."""
 
     def row(stack: str, kind: str, median: float, **other: Any) -> dict[str, Any]:
-        same = {"bundle": "b", "tokens": 64, "batch": 1, "share_of_ceiling": None}
+        same = {"bundle": "b", "tokens": 64, "batch": 1, "group": 0, "share_of_ceiling": None}
         said = {"times_baseline": 1800 / median, "agreement": None}
         return {**same, **said, "stack": stack, "kind": kind, "median_ms": median, **other}
 
-    agreement = {"kept_overlap": 0.987, "mean_cosine": 0.99123, "contextual_cosine": 0.995}
+    agreement = {
+        "kept_overlap": 0.987, "mean_cosine": 0.99123, "min_cosine": 0.991,
+        "contextual_cosine": 0.995,
+    }  # fmt: skip
     return {
         "command": "python -m benchmarks.encoder",
         "environment": PLACE,
@@ -62,6 +65,7 @@ def encoder_result() -> dict[str, Any]:
             row("onnxruntime:fastest", "ours", 200.0, agreement=agreement, share_of_ceiling=0.4),
             row("onnxruntime:fp32", "ours", 1100.0, agreement=agreement),
             row("torch-published:fp32", "peer", 9999.0, group=1),  # with another group
+            row("openvino:fp32", "peer", 1000.0, group=1, agreement=agreement),
             row("onnxruntime:fastest", "ours", 1500.0, batch=8, agreement=agreement),
             row("onnxruntime:fastest", "ours", 210.0, tokens=128, agreement=agreement),
             row("multiplications:int8", "ceiling", 100.0),
@@ -90,10 +94,43 @@ def test_the_encoders_table_has_a_line_a_stack_the_fastest_first() -> None:
     assert lines[4:8] == [
         "| **`onnxruntime:fastest`** | 200 | 9.00 | 40% | 0.9870 | 0.99123 | 0.995 | 1500 | 210 |",
         "| `openvino:bf16` | 300 | 6.00 | 50% | 0.9870 | 0.99123 | 0.995 | – | – |",
+        "| `openvino:fp32` † | 1000 | 1.80 | – | 0.9870 | 0.99123 | 0.995 | – | – |",
         "| **`onnxruntime:fp32`** | 1100 | 1.64 | – | 0.9870 | 0.99123 | 0.995 | – | – |",
-        "| `torch-published:fp32` | 1800 | 1.00 | – | – | 1.00000 | – | – | – |",
     ]
-    assert lines[8:] == ["", "* Not run: b, tensorrt: no GPU"]
+    assert lines[8:] == [
+        "| `torch-published:fp32` | 1800 | 1.00 | – | – | 1.00000 | – | – | – |",
+        "",
+        "† In turns of their own, with `torch-published:fp32` at 9999 ms.",
+        "",
+        "* Aim: 8 times the published form. Met: 9.0.",
+        (
+            "* Aim: ahead of every peer that keeps and merges the same tokens (overlap 0.95, "
+            "cosines 0.99). Met."
+        ),
+        "* Aim: FP32 no slower than the best peer. Missed: 1100 against 1000 ms (`openvino:fp32`).",
+        "",
+        "* Not run: b, tensorrt: no GPU",
+    ]
+
+
+def test_aims_that_were_missed_name_who_is_ahead() -> None:
+    result = encoder_result()
+    rows = {row["stack"]: row for row in result["rows"] if row["batch"] == 1}
+    agreement = rows["openvino:bf16"]["agreement"]
+    other = {**agreement, "contextual_cosine": 0.563}
+    rows["openvino:bf16"] = {**rows["openvino:bf16"], "median_ms": 150.0}
+    rows["openvino:int8"] = {**rows["openvino:bf16"], "median_ms": 140.0, "agreement": other}
+    rows["onnxruntime:fastest"] = {
+        **rows["onnxruntime:fastest"], "median_ms": 230.0, "times_baseline": 7.83
+    }  # fmt: skip
+    rows["onnxruntime:fp32"] = {**rows["onnxruntime:fp32"], "median_ms": 1000.0}
+    eight, ahead, plain = readme._aims(rows)
+    assert eight.endswith("Missed: 7.8.")
+    assert ahead.endswith(
+        "Missed: `openvino:bf16` (150 ms) against 230 ms. Faster, with other tokens: "
+        "`openvino:int8` (140 ms, cosine of merged tokens 0.56)."
+    )
+    assert plain.endswith("Met: 1000 against 1000 ms (`openvino:fp32`).")
 
 
 def test_end_to_end_has_a_line_of_all_tokens_and_the_fewest() -> None:

@@ -88,9 +88,14 @@ PEERS: Mapping[str, Kind] = MappingProxyType(
             cpu=("fp32", "bf16"),
             cuda=("fp16",),
         ),
+        "torch-dynamic": Kind(
+            _TORCH,
+            "the same with its linear layers through PyTorch's quantize_dynamic",
+            cpu=("int8",),
+        ),
         "torch-compile": Kind(
             _TORCH,
-            "the same under torch.compile",
+            "torch-sdpa under torch.compile",
             cpu=("fp32", "bf16"),
             cuda=("fp16",),
         ),

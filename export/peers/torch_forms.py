@@ -7,6 +7,7 @@ are the bundle's: drawn from its seed, or read from its checkpoint.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -164,13 +165,16 @@ class Uncompressed(Sdpa):
         return self.projector(hidden[:, 1:]), tokens.expand(len(hidden), -1)
 
 
+DYNAMIC = "torch-dynamic"
 FORMS: dict[str, Callable[[VisionWeights, Manifest, torch.dtype], nn.Module]] = {
     PUBLISHED: Published,
     "torch-sdpa": Sdpa,
+    DYNAMIC: Sdpa,
     "torch-compile": Sdpa,
     UNCOMPRESSED: Uncompressed,
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES["int8"] = torch.float32  # around the 8-bit products of `DYNAMIC`
 
 # CUDA graphs on a GPU; the matrix multiplications are cuBLAS's in any mode. On a CPU the weights
 # are constants, which oneDNN then keeps in its own layout.
@@ -203,6 +207,11 @@ class TorchEncoder:
         module = module.to(device)
         for name in ("tower", "projector"):  # not `pixels`: it normalises in FP32
             getattr(module, name).to(dtype)
+        if form == DYNAMIC:
+            # Deprecated for torchao, which has no such kernels for CPUs without a compiler.
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
+            quantise: Any = torch.ao.quantization.quantize_dynamic
+            quantise(module, {nn.Linear}, dtype=torch.qint8, inplace=True)
         self._run: Any = module
         if form == "torch-compile":
             self._run = torch.compile(module, dynamic=False, **_COMPILE[device])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from vzip.runtime import sensors
-from vzip.runtime.environment import state
+from vzip.runtime.environment import power_mode, state
 
 PACKAGES: Final = ("vzip", "numpy", "pillow", "onnxruntime", "openvino", "torch", "transformers")
 
@@ -36,9 +36,9 @@ def machine(*packages: str, root: Path = sensors.ROOT) -> dict[str, Any]:
     Returns:
         ``processor``, ``cores`` (those that this process may use), ``instructions``,
         ``memory_mib``, ``system``, ``python``, ``packages`` (name → version, of those that are
-        installed), ``jetson`` (its model; None elsewhere), ``cpu_mhz`` and ``governor`` (None
-        where the kernel doesn't say, as in most virtual machines), ``threads`` (variables of the
-        environment that bound their number) and ``state``: see
+        installed), ``jetson`` (its model; None elsewhere), ``power_mode`` (a Jetson's), ``cpu_mhz``
+        and ``governor`` (None where the kernel doesn't say, as in most virtual machines),
+        ``threads`` (variables of the environment that bound their number) and ``state``: see
         `vzip.runtime.environment.state`; its ``load`` is that before the measurement.
     """
     memory, jetson = sensors.memory(root), sensors.jetson(root)
@@ -55,6 +55,7 @@ def machine(*packages: str, root: Path = sensors.ROOT) -> dict[str, Any]:
             if (version := _version(name)) is not None
         },
         "jetson": None if jetson is None else jetson.model,
+        "power_mode": None if jetson is None else power_mode(),
         "cpu_mhz": [round(clock.mhz) for clock in sensors.cpu_clocks(root)] or None,
         "governor": _governor(root),
         "threads": {name: os.environ[name] for name in _THREADS if name in os.environ},

@@ -125,6 +125,8 @@ def facts(result: Result) -> list[tuple[str, str]]:
         ("processor", f"{place['processor']}, {place['cores']} cores"),
         ("instructions", ", ".join(place["instructions"]) or "not said"),
         ("GPU", gpus or place["jetson"] or "none"),
+        # Results of before have none.
+        *([("power mode", place["power_mode"])] if place.get("power_mode") else []),
         ("memory", f"{place['memory_mib']} MiB"),
         ("clocks", "the kernel doesn't say" if clocks is None else f"{clocks} MHz"),
         ("governor", place["governor"] or "the kernel doesn't say"),

@@ -76,7 +76,8 @@ def norms(graph: Graph) -> dict[str, tuple[Node, list[Linear]]]:
         output = node.outputs[0]
         fed = [each for each in every if each.input == output]
         constant = all(graph.shape(name) is not None for name in node.inputs[1:])
-        if fed and constant and len(fed) == len(readers[output]):
+        alone = fed and len(fed) == len(readers[output]) and output not in graph.outputs
+        if alone and constant:
             found[output] = (node, fed)
     return found
 

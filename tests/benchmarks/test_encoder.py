@@ -29,7 +29,8 @@ def found(name: str, baseline: str = "torch-published:fp32") -> dict:
     }  # fmt: skip
     return {
         "what": "w", "schema": 1, "command": "", "started": "now", "environment": machine(),
-        "baseline": baseline, "bundles": [bundle], "rows": [row], "states": [{"bundle": name}],
+        "baseline": baseline, "bundles": [bundle], "rows": [row],
+        "states": [{"bundle": name, "group": 0}],
         "empty": [{"cell": name, "why": "no file /home/me/x"}],
     }  # fmt: skip
 
@@ -56,6 +57,9 @@ def test_a_bundle_is_made_once_with_its_int8_graph(tmp_path, monkeypatch):
 def test_several_are_one_result():
     one = encoder.joined([found("a"), found("b")], "python -m benchmarks.encoder")
     assert [row["bundle"] for row in one["rows"]] == ["a", "b"]
+    # Their turns were not taken together: they are never set beside each other.
+    assert [row["group"] for row in one["rows"]] == [0, 1]
+    assert [state["group"] for state in one["states"]] == [0, 1]
     assert [each["name"] for each in one["bundles"]] == ["a", "b"]
     assert len(one["empty"]) == len(one["states"]) == 2
     assert one["command"] == "python -m benchmarks.encoder"
@@ -92,7 +96,7 @@ def test_what_is_written(asked, monkeypatch, tmp_path, capsys):
     assert asked == [
         ("tokens-64", (1,), encoder.MAIN, 7), ("tokens-64", (1,), encoder.OTHERS, 5),
         ("tokens-128", (1,), encoder.BEST, 5), ("tokens-192", (1,), encoder.BEST, 5),
-        ("tokens-64", (8,), encoder.FEW, 3), ("tokens-64", (16,), encoder.FEW, 2),
+        ("tokens-64", (8,), encoder.FEW, 3),
     ]  # fmt: skip
     assert [each["name"] for each in json.loads(output.read_text())["bundles"]] == [
         "tokens-64", "tokens-128", "tokens-192"
@@ -100,7 +104,7 @@ def test_what_is_written(asked, monkeypatch, tmp_path, capsys):
     result = json.loads(output.read_text())
     assert str(tmp_path) not in output.read_text()
     assert result["empty"][0]["why"] == "no file x"
-    assert {each["cell"] for each in result["empty"]} >= {"tokens-64, batch 32", "tensorrt"}
+    assert {each["cell"] for each in result["empty"]} >= {"tokens-64, batch 16 and 32", "tensorrt"}
     assert result["command"] == f"python -m benchmarks.encoder --bundles {tmp_path.name} -o r.json"
     assert "### tokens-192" in output.with_suffix(".md").read_text()
     assert output.with_suffix(".svg").exists()
@@ -113,7 +117,8 @@ def test_on_a_gpu_every_stack_of_it_is_asked_for(asked, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["encoder", "--bundles", str(tmp_path), "-o", str(output)])
     encoder.main()
     assert [each[:3] for each in asked] == [
-        ("tokens-64", (1,), ()), ("tokens-64", (8,), ()), ("tokens-64", (32,), ()),
+        ("tokens-64", (1,), ()), ("tokens-64", (8,), encoder.ON_A_GPU),
+        ("tokens-64", (32,), encoder.ON_A_GPU),
         ("tokens-128", (1,), ()), ("tokens-192", (1,), ()),
     ]  # fmt: skip
     cells = {each["cell"] for each in json.loads(output.read_text())["empty"]}
@@ -132,10 +137,10 @@ def test_runs_that_there_are_not(asked, monkeypatch, tmp_path, capsys, option):
 
 
 def test_a_batch_that_a_budget_has_no_run_of(asked, monkeypatch, tmp_path, capsys):
-    arguments = ["--bundles", str(tmp_path), "--tokens", "128", "--batches", "8,16"]
+    arguments = ["--bundles", str(tmp_path), "--tokens", "128", "--batches", "8"]
     monkeypatch.setattr(sys, "argv", ["encoder", *arguments])
     with pytest.raises(SystemExit) as ended:
         encoder.main()
     assert ended.value.code == 2
-    assert "batches of [8, 16] are measured at 64 tokens alone" in capsys.readouterr().err
+    assert "batches of [8] are measured at 64 tokens alone" in capsys.readouterr().err
     assert asked == []

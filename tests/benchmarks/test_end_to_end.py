@@ -308,6 +308,16 @@ def test_the_table_has_a_line_for_every_row_and_the_numbers_of_the_result(monkey
     assert header.count("|") == lines[0].count("|")
     assert "Here, llama.cpp: 18.0×, time to first token 18.0×." in text
     assert [job["do"] for job in jobs] == ["encode"] * 2 + ["prepare", "speak"] * 3
+    pytest.importorskip("matplotlib")
+    end_to_end.write(tmp_path / "out", result)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "end_to_end.json", "end_to_end.md", "end_to_end.svg"
+    }  # fmt: skip
+    assert (tmp_path / "out/end_to_end.md").read_text(encoding="utf-8") == text
+    drawn = (tmp_path / "out/end_to_end.svg").read_bytes()
+    assert drawn == end_to_end.plot(json.loads(json.dumps(result)))
+    result["encoder"] = []  # it failed: bars of prefill alone
+    assert end_to_end.plot(result) != drawn
 
 
 def test_the_committed_tables_are_those_of_the_committed_result():

@@ -356,10 +356,9 @@ def test_every_linear_layer_is_rounded_as_described(
     assert all(each.bias is not None for each in found)
     layers = len(normed) // 2
     chooses = tuple(f"layers.{layers - 1}.{part}.weight" for part in "qkv")
-    spared = () if form.choosing else chooses
     assert set(chooses) < {each.weight for each in found}
     bits = [
-        None if each.weight in spared else form.after_norm if each.input in normed else form.others
+        None if each.weight in chooses else form.after_norm if each.input in normed else form.others
         for each in found
     ]
     fits = [b == "tensor" or (b == "blocks" and (graph.shape(each.weight) or (1,))[0] % 16 == 0)
@@ -474,15 +473,40 @@ def test_a_gate_beside_a_layer_that_stays_in_fp32_keeps_its_constant(
     assert gates(graph, some) == gates(graph, every)[1:]
 
 
-def test_smoothing_changes_nothing_but_rounding(exported: MakeBundle) -> None:
-    """Factors are powers of two: with products left in FP32, bit for bit."""
+def test_smoothing_divides_what_a_norm_gives(exported: MakeBundle) -> None:
+    """By powers of two: bit for bit, also where norms share gamma and beta."""
     bundle = exported("outliers")
     graph = graph_of(bundle)
-    for value, (_, fed) in norms(graph).items():
-        gamma, beta = (graph.array(x) for x in graph.makers()[value].inputs[1:])
-        assert np.abs(gamma).max() > 20 * np.median(np.abs(gamma))
-        assert len(fed) in {1, 3}
-        assert beta.shape == gamma.shape
+    shared = graph.tensors["layers.0.norm1.weight"], graph.tensors["layers.0.norm1.bias"]
+    assert not graph.external.keys() & {"layers.0.norm1.weight", "layers.0.norm1.bias"}
+    nodes = tuple(
+        replace(node, inputs=(node.inputs[0], "layers.0.norm1.weight", "layers.0.norm1.bias"))
+        if node.outputs[0] in norms(graph) else node
+        for node in graph.nodes
+    )  # fmt: skip
+    graph = replace(graph, nodes=nodes)
+    assert all(shared)
+    rng = np.random.default_rng(1)
+    factors = {
+        value: np.exp2(rng.integers(-3, 4, graph.shape(fed[0].weight)[0])).astype(np.float32)  # type: ignore[index]
+        for value, (_, fed) in norms(graph).items()
+    }
+    assert len(factors) >= 4
+    first = next(iter(factors))
+    changed = made(graph, FORMS[0], factors)
+    before, after = run(graph, bundle, (first,)), run(changed, bundle, (first,))
+    assert np.array_equal(after[first], before[first] / factors[first])
+    # Later ones get other inputs, for the rounding before them: each against its own.
+    sources = {value: norm.inputs[0] for value, (norm, _) in norms(graph).items()}
+    choosing = set(factors) - {v for v in factors if f"{v}.gamma" in changed.tensors}
+    assert len(choosing) == 1
+    values = run(changed, bundle, (*factors, *sources.values()))
+    gamma, beta = (graph.array(f"layers.0.norm1.{each}") for each in ("weight", "bias"))
+    for value, factor in factors.items():
+        x = values[sources[value]].astype(np.float64)
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        divided = 1 if value in choosing else factor
+        assert np.allclose(values[value], (x * gamma + beta) / divided, rtol=1e-3, atol=1e-4), value
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -554,7 +578,7 @@ def test_a_form_that_keeps_other_tokens_is_refused(
 
     def wrong(graph: Graph, form: forms.Form, factors: Any) -> Graph:
         done = right(graph, form, factors)
-        spoiled = {name: np.full_like(x, 0.01) if name.endswith("fc1.weight.scale") else x
+        spoiled = {name: np.full_like(x, 0.01) if name.endswith(".scale") and x.ndim else x
                    for name, x in done.tensors.items() if isinstance(x, np.ndarray)}  # fmt: skip
         return replace(done, tensors={**done.tensors, **spoiled})
 

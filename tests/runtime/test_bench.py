@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from tests.runtime.fake_gpu import with_engine
+from vzip.runtime import environment
 from vzip.runtime.bench import encoder, output, stacks, worker
 from vzip.runtime.bench.cli import main
 from vzip.runtime.bench.encoder import Wanted, bench
@@ -541,6 +542,18 @@ def test_the_machine(tmp_path):
     assert found["packages"]["pytest"] == pytest.__version__
     assert found["jetson"] is None
     assert found["cores"] == len(os.sched_getaffinity(0))
+
+
+def test_a_jetsons_power_mode_is_stored(tmp_path, monkeypatch, result):
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/nv_tegra_release").write_text("# R36 (release), REVISION: 4.3\n")
+    monkeypatch.setattr(
+        environment, "ask", lambda *command: {"nvpmodel": "NV Power Mode: 15W\n"}.get(command[0])
+    )
+    found = machine(root=tmp_path)
+    assert found["power_mode"] == "15W"
+    assert ("power mode", "15W") in output.facts({**result, "environment": found})
+    assert "power mode" not in dict(output.facts(result))
 
 
 # --- the command -----------------------------------------------------------------------------
