@@ -29,6 +29,7 @@ from benchmarks.llm_shapes import LLMS, Llm
 from vzip.runtime import figures
 from vzip.runtime.bench.machine import machine
 from vzip.runtime.console import say
+from vzip.runtime.errors import InvalidInputError
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -420,6 +421,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, default=RESULTS)
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(given)
+    try:
+        figures.write(options.output, {})  # an hour of measurements needs a place
+    except InvalidInputError as error:
+        parser.error(str(error))
     result = measure(
         options.llm or published, MODELS, options.work.resolve(), seconds=options.seconds
     )

@@ -320,6 +320,17 @@ def test_the_table_has_a_line_for_every_row_and_the_numbers_of_the_result(monkey
     assert end_to_end.plot(result) != drawn
 
 
+def test_a_folder_that_cant_be_written_to_is_said_before_anything_is_measured(
+    monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(end_to_end, "measure", lambda *_, **__: pytest.fail("measured"))
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(SystemExit) as ended:
+        end_to_end.main(["--llm", "tiny", "-o", str(tmp_path / "link")])
+    assert ended.value.code == 2
+    assert "can't be written (File exists)" in capsys.readouterr().err
+
+
 def test_the_committed_tables_are_those_of_the_committed_result():
     path = end_to_end.RESULTS / "end_to_end.json"
     if not path.exists():

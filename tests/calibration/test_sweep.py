@@ -366,6 +366,7 @@ def test_no_budget_that_meets_the_limits_is_exit_status_1_and_no_matplotlib_no_p
     pytest.param("video-llava", "frame", 8, marks=pytest.mark.slow),
     pytest.param("llava-onevision", "tile", None, marks=pytest.mark.slow),
 ])  # fmt: skip
+@pytest.mark.slow
 def test_other_families_are_swept_by_the_unit_they_see(
     family: str, unit: str, units: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

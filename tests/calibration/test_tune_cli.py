@@ -156,6 +156,7 @@ def test_resuming_does_not_repeat_steps(
     assert "resumed after step 6 of 10" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_resumed_to_the_last_bit(
     whole: bytes, features: Path, tmp_path: Path, opened_once: None
 ) -> None:
@@ -375,6 +376,7 @@ def test_nothing_left_is_an_error(opened_once: None, instructions: Path, tmp_pat
 # Several processes
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_projector_of_one(
     features: Path, opened_once: None, tmp_path: Path
 ) -> None:

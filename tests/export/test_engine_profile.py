@@ -94,6 +94,7 @@ def test_the_casts_around_the_merge_are_the_merges(bundle: Bundle) -> None:
     assert {found[cast.name] for cast in casts} == {SELECTION}
 
 
+@pytest.mark.slow
 def test_pooled_tokens_are_merged_behind_the_projector(tmp_path: Path) -> None:
     nodes = graph_of(exported(tmp_path, "llava-onevision", media="video"))
     assert operators(nodes, "projector")["MatMul"] == 2

@@ -498,6 +498,7 @@ def test_random_weights_need_no_network_and_no_hub(
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_export_leaves_the_old_bundle_as_it_was(
     model: Path, place: Path, good_bundle: Path
 ) -> None:

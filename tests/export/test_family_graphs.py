@@ -224,6 +224,7 @@ def test_every_layout_gives_the_same_graph(
     assert config == WeightSource(str(checkpoints(family, layout)), media=media).config()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["nocls", "one-layer-of-input", "uniform", "random"])
 def test_other_options(
     case: tuple[str, Media], change: str, checkpoints: Any, tmp_path: Path
@@ -240,6 +241,7 @@ def test_other_options(
     compare(bundle, family, media)
 
 
+@pytest.mark.slow
 def test_check_passes_for_both_precisions(
     case: tuple[str, Media], checkpoints: Any, tmp_path: Path
 ) -> None:

@@ -146,6 +146,7 @@ def add(checkpoint: Path, output: Path, precision: Literal["fp32", "fp16"] = "fp
         return writer.publish(manifest)
 
 
+@pytest.mark.slow
 def test_a_graph_that_differs_is_not_published(
     checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +163,7 @@ def test_a_graph_that_differs_is_not_published(
     assert "expected at most 1e-04 of the largest logit; nothing was written" in line
 
 
+@pytest.mark.slow
 def test_in_fp16_more_may_differ(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,6 +323,7 @@ main(sys.argv[2:])
 """
 
 
+@pytest.mark.slow
 def test_killed_behind_the_last_file_of_the_llm(checkpoint: Path, tmp_path: Path) -> None:
     """The old bundle stays, and the next writer removes what was left."""
     output = tmp_path / "bundle"

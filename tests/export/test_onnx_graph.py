@@ -435,6 +435,7 @@ here.save(here.traced(here.VARIANTS[0]), Path(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 def test_the_same_bytes_in_another_process(graphs: Graphs, tmp_path: Path) -> None:
     """Sets and dictionaries may have another order there."""
     paths = [str(Path(__file__).parent), *sys.path]

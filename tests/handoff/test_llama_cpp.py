@@ -137,6 +137,7 @@ def spread(ids: list[int], place: int, count: int) -> list[int]:
     return [token for each in ids for token in ([each] * count if each == place else [each])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "most"), [("fp16", 2), ("fp32", 0)])
 def test_the_demo_answers_as_in_transformers(kind, most, llms, reference, asked):
     """FP16 rounds activations too.

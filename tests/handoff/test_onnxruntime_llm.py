@@ -82,6 +82,7 @@ def shown(bundle: Bundle, held_out: accuracy.HeldOut) -> list[np.ndarray]:
 # ── the demo ────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_held_out_questions_get_the_answers_that_transformers_gives(
     ours: OnnxRuntimeLLM,
@@ -275,6 +276,7 @@ def full(llm: TransformersLLM, ids: list[int], rows: np.ndarray) -> np.ndarray:
         return llm.model(inputs_embeds=made).logits[0, -1].numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_logits_equal_a_full_recompute(tiny: types.SimpleNamespace, kind: str) -> None:
@@ -314,6 +316,7 @@ def test_conversations_equal_transformers(tiny: types.SimpleNamespace) -> None:
         assert len(set(one.ids)) > 20, "the test wants answers that say something"
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_in_fp16_weights_and_cache_are_half_as_wide(
     tiny: types.SimpleNamespace, tmp_path: Path

@@ -603,6 +603,7 @@ def test_a_form_that_cannot_be_opened_is_recorded(exported: MakeBundle, tmp_path
     assert chosen.name not in {"dynamic", "mixed"}
 
 
+@pytest.mark.slow
 def test_outliers_are_smoothed_away(
     exported: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,7 @@ def measure(folder: Path, **wanted: Any) -> dict[str, Any]:
 # --- with real workers -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_timed_was_proven(tiny_bundle, golden):
     result = measure(write_reference(tiny_bundle, golden), batches=(1, 3, 8))
     rows = {(row["stack"], row["batch"]): row for row in result["rows"]}
