@@ -34,8 +34,8 @@ class Form:
             (inputs quantised with one scale per call, weights with one per output), ``blocks``
             (both with one for each `BLOCK` numbers of a row), or None for FP32.
         others: How the others are; but those whose queries and keys choose and merge tokens, and
-            what shares their input, are always in FP32: 1.6 % of the time for half the error in
-            what is kept (ViT-L/14-336, random weights).
+            what shares their input, are always in FP32: an estimated 1.6 % of the time, and up to
+            half as many other tokens kept (ViT-L/14-336, random weights).
     """
 
     name: str
