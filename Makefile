@@ -66,7 +66,7 @@ format: $(VENV)/linked
 test-pythons: .venv-3.10/ready .venv-3.13/ready
 	for version in 3.10 3.13; do \
 	  VZIP_TEST_BACKENDS=onnxruntime .venv-$$version/bin/python -m pytest tests/runtime tests/contract \
-	    tests/handoff/test_chat_server.py \
+	    tests/runtime/llm/test_chat_server.py \
 	    || exit 1; \
 	done
 

@@ -20,13 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from vzip.runtime import atomic
-from vzip.runtime.bench.encoder import Wanted, bench
-from vzip.runtime.bench.output import plot, table, without_paths
-from vzip.runtime.bundle import Bundle, read_bundle
+from vzip.export.bench.measure import Wanted, bench
+from vzip.export.bench.output import plot, table, without_paths
+from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.console import say
-from vzip.runtime.environment import gpus
 from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.files import atomic
+from vzip.runtime.machine.environment import gpus
 
 FILE = Path(__file__).parent / "results" / "encoder.json"
 MODEL = "llava-1.5-7b"
@@ -143,7 +143,7 @@ def _some(
 
 
 def _vzip(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "vzip.runtime.cli", *arguments], check=True)
+    subprocess.run([sys.executable, "-m", "vzip.runtime.cli.main", *arguments], check=True)
 
 
 def main() -> None:

@@ -24,12 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.end_to_end_worker import CACHES, NEW_TOKENS, PATCHES, SPLITS, WEIGHTS
-from benchmarks.llm_shapes import LLMS, Llm
-from vzip.runtime import figures
-from vzip.runtime.bench.machine import machine
+from benchmarks.harness.end_to_end_worker import CACHES, NEW_TOKENS, PATCHES, SPLITS, WEIGHTS
+from benchmarks.harness.llm_shapes import LLMS, Llm
+from vzip.export.bench import figures
 from vzip.runtime.console import say
 from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.machine.record import machine
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -89,7 +89,7 @@ def work(job: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         JobError: It failed, or was killed.
     """
-    command = [sys.executable, "-m", "benchmarks.end_to_end_worker", json.dumps(job)]
+    command = [sys.executable, "-m", "benchmarks.harness.end_to_end_worker", json.dumps(job)]
     with tempfile.TemporaryFile("w+") as log:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=log, text=True, check=False, cwd=ROOT

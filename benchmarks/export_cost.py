@@ -22,14 +22,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from vzip.runtime.bench.machine import machine
-from vzip.runtime.bundle import read_bundle
+from vzip.runtime.bundle.reader import read_bundle
+from vzip.runtime.machine.record import machine
 
 RESULT = Path(__file__).parent / "results" / "export_cost.json"
 ARGUMENTS = ("--model", "llava-1.5-7b", "--weights", "random", "--precision", "fp16")
 BUILD = ("--rtx", "sm86")
 AIM = {"wall_s": 60, "peak_gb": 3.0}
-VZIP = "import sys; from vzip.runtime.cli import main; sys.exit(main(sys.argv[1:]))"
+VZIP = "import sys; from vzip.runtime.cli.main import main; sys.exit(main(sys.argv[1:]))"
 # The process says it itself as it ends: the kernel's own account begins with its parent's size.
 _PEAK = """
 import atexit, resource, sys

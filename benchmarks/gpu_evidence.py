@@ -34,16 +34,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from vzip.runtime import atomic
-from vzip.runtime.bench import timing
-from vzip.runtime.bench.encoder import summary
-from vzip.runtime.bench.output import without_paths
-from vzip.runtime.bench.processes import Process, WorkerError, profiles, take_turns
-from vzip.runtime.bench.stacks import CEILINGS, Stack
-from vzip.runtime.bundle import read_bundle
+from vzip.export.bench.measure import summary
+from vzip.export.bench.output import without_paths
+from vzip.export.bench.processes import Process, WorkerError, profiles, take_turns
+from vzip.export.bench.stacks import CEILINGS, Stack
+from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.console import run_command, say
-from vzip.runtime.environment import environment, state
 from vzip.runtime.errors import InvalidInputError, VzipError
+from vzip.runtime.files import atomic
+from vzip.runtime.machine import timing
+from vzip.runtime.machine.environment import environment, state
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -306,7 +306,7 @@ def _difference(after: float | None, before: float | None) -> float | None:
 def _vzip(python: str, arguments: list[str], paths: Sequence[str], limit_s: float) -> None:
     """Run vzip's command line of this tree in another Python."""
     code = (
-        f"import sys; sys.path[:1] = {list(paths)!r}; from vzip.runtime.cli import main; "
+        f"import sys; sys.path[:1] = {list(paths)!r}; from vzip.runtime.cli.main import main; "
         f"sys.exit(main({arguments!r}))"
     )
     try:
@@ -451,7 +451,7 @@ def _check_output(output: Path, *, dry_run: bool) -> None:
 
 
 def _require_gpu() -> None:
-    from vzip.runtime.environment import gpus
+    from vzip.runtime.machine.environment import gpus
 
     found = gpus()
     if isinstance(found, str):

@@ -18,17 +18,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.environment import environment
+from benchmarks.harness.environment import environment
 from vzip.calibration.demo import accuracy
 from vzip.runtime import VisionEncoder
-from vzip.runtime.bundle import read_bundle
-from vzip.runtime.cli import main as vzip
-from vzip.runtime.handoff.engines import parse
+from vzip.runtime.bundle.reader import read_bundle
+from vzip.runtime.cli.main import main as vzip
+from vzip.runtime.llm.programs import parse
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vzip.runtime.handoff import Embeds
+    from vzip.runtime.llm import Embeds
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS = 43

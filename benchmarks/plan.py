@@ -17,13 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.llm_shapes import LLMS
-from vzip.export.devices import HERE, Device, find_device
-from vzip.export.peers import UNCOMPRESSED
-from vzip.export.plan import Plan, short
-from vzip.export.plan_here import measure
-from vzip.export.plan_model import PlanModel, read_model
-from vzip.runtime.bench.machine import machine
+from benchmarks.harness.llm_shapes import LLMS
+from vzip.export.bench.peers import UNCOMPRESSED
+from vzip.export.plan.devices import HERE, Device, find_device
+from vzip.export.plan.here import measure
+from vzip.export.plan.model import PlanModel, read_model
+from vzip.export.plan.predict import Plan, short
+from vzip.runtime.machine.record import machine
 
 RESULTS = Path(__file__).parent / "results"
 TEXT = 60  # tokens beside the image's where a source doesn't say

@@ -37,13 +37,13 @@ from vzip.calibration.quantization.graph import Graph, Session
 from vzip.calibration.quantization.quantize import quantize
 from vzip.calibration.quantization.recipe import Recipe
 from vzip.calibration.samples import Samples
-from vzip.export.budget import Budget, split_tokens
-from vzip.export.onnx_graph import GraphOptions
+from vzip.export.algorithm.budget import Budget, split_tokens
+from vzip.export.checkpoint.weights import VisionWeights
+from vzip.export.graph.trace import GraphOptions
 from vzip.export.pipeline import Method, WeightSource, export_bundle
-from vzip.export.weights import VisionWeights
 from vzip.runtime import demo
-from vzip.runtime.bundle import Bundle, read_bundle
-from vzip.runtime.manifest import EMBEDS, KEPT, Model
+from vzip.runtime.bundle.manifest import EMBEDS, KEPT, Model
+from vzip.runtime.bundle.reader import Bundle, read_bundle
 
 RESULTS = Path(__file__).parent / "results"
 FILE = RESULTS / "quantization.json"

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vzip.runtime.fast import choice
+from vzip.export.engines.cpu import choice
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -93,7 +93,7 @@ def encoder(result: dict[str, Any]) -> str:
     """Return the encoder's table in short: one line a stack, its other budgets and batches beside.
 
     Args:
-        result: As `vzip.runtime.bench.output` describes it.
+        result: As `vzip.export.bench.output` describes it.
     """
     wide = {
         (row["tokens"], row["batch"]): None

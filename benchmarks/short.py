@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks import export_cost, small_costs
-from benchmarks.photographs import jpeg, photograph
-from vzip.runtime.bench.encoder import Wanted, bench
-from vzip.runtime.bench.machine import machine
-from vzip.runtime.bench.timing import Timing, interleaved
-from vzip.runtime.bundle import Bundle, read_bundle
+from benchmarks.harness.photographs import jpeg, photograph
+from vzip.export.bench.measure import Wanted, bench
+from vzip.runtime.bundle.reader import Bundle, read_bundle
+from vzip.runtime.machine.record import machine
+from vzip.runtime.machine.timing import Timing, interleaved
 
 RESULT = Path(__file__).parent / "results" / "short.json"
 WHAT = "Ratios of what vzip takes to what it stands on; smaller is better"
@@ -59,7 +59,7 @@ class Measure:
 def preprocessing(_bundle: Bundle) -> Ratios:
     """A JPEG of 12 megapixels to pixels beside Pillow's own decode and resize.
 
-    That a resize uses all cores is for `tests/runtime/test_resize.py` to see.
+    That a resize uses all cores is for `tests/runtime/pictures/test_resize.py` to see.
     """
     times = small_costs.preprocessing(_picture(), seconds=6.0)
     plain = times["Pillow, one call each"]

@@ -2,10 +2,11 @@
 
     python -m benchmarks.small_costs [--bundle FOLDER] [-o benchmarks/results]
 
-Compared calls are timed in turn. The pictures are drawn (`benchmarks.photographs`), 12 megapixels
-each; what preprocessing gives is asserted to be transformers', bit for bit, before it is timed. The
-bundle to open is a full-size one of random weights, exported for it, unless one is named. Writes
-small_costs.json and .md. What an export and a build cost is `benchmarks.export_cost`'s question.
+Compared calls are timed in turn. The pictures are drawn (`benchmarks.harness.photographs`), 12
+megapixels each; what preprocessing gives is asserted to be transformers', bit for bit, before it is
+timed. The bundle to open is a full-size one of random weights, exported for it, unless one is
+named. Writes small_costs.json and .md. What an export and a build cost is
+`benchmarks.export_cost`'s question.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.photographs import HEIGHT, WIDTH, jpeg, photograph
+from benchmarks.harness.photographs import HEIGHT, WIDTH, jpeg, photograph
 from vzip.calibration.agreement import compare
 from vzip.calibration.demo import scenes
 from vzip.runtime import VisionEncoder
 from vzip.runtime.backends.onnxruntime import import_onnxruntime
-from vzip.runtime.bench.machine import machine
-from vzip.runtime.bench.timing import Timing, interleaved
-from vzip.runtime.bundle import Bundle, read_bundle
-from vzip.runtime.images import load_image
-from vzip.runtime.manifest import EMBEDS, KEPT, MODEL_FILE
-from vzip.runtime.preprocess import Preprocessing, pixel_values, tower_image
+from vzip.runtime.bundle.manifest import EMBEDS, KEPT, MODEL_FILE
+from vzip.runtime.bundle.reader import Bundle, read_bundle
+from vzip.runtime.machine.record import machine
+from vzip.runtime.machine.timing import Timing, interleaved
+from vzip.runtime.pictures.images import load_image
+from vzip.runtime.pictures.preprocess import Preprocessing, pixel_values, tower_image
 
 RESULTS = Path(__file__).parent / "results"
 WHAT = "Costs around the encoder: import, open, host time of a call, a 12-megapixel JPEG to pixels"
@@ -60,7 +61,7 @@ IMPORTS = {
     "python": "pass",
     "numpy and Pillow": "import numpy, PIL.Image",
     "VisionEncoder": "from vzip.runtime import VisionEncoder",
-    "vzip -h": "import sys; from vzip.runtime.cli import main; sys.exit(main(['-h']))",
+    "vzip -h": "import sys; from vzip.runtime.cli.main import main; sys.exit(main(['-h']))",
 }
 
 Row = dict[str, Any]
@@ -222,7 +223,7 @@ def host(bundle: Bundle, *, seconds: float | None = None) -> dict[str, Timing]:
 @contextlib.contextmanager
 def exported(*arguments: str) -> Iterator[Path]:
     """Give a bundle that is exported for it, and is gone afterwards."""
-    code = "import sys; from vzip.export.cli import vzip_export; sys.exit(vzip_export())"
+    code = "import sys; from vzip.export.cli.export import vzip_export; sys.exit(vzip_export())"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bundle"
         command = [sys.executable, "-c", code, *arguments, "-o", str(path)]

@@ -23,9 +23,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from vzip.calibration.cli import tune as tune_cli
 from vzip.calibration.demo import accuracy, dialogue, scenes
-from vzip.calibration.tuning import cli as tune_cli
-from vzip.export import cli as export_cli
+from vzip.export.cli import export as export_cli
 from vzip.runtime import VisionEncoder, demo
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vzip.runtime.manifest import EMBEDS, KEPT, Manifest
+from vzip.runtime.bundle.manifest import EMBEDS, KEPT, Manifest
 
 Array = NDArray[Any]
 

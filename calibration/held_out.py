@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vzip.calibration.demo import accuracy, dialogue
 from vzip.calibration.sweep.graph import Variant
-from vzip.export import visionzip
+from vzip.export.algorithm import visionzip
 from vzip.runtime import demo
 from vzip.runtime.errors import missing
 

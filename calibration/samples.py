@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from vzip.runtime.bundle.manifest import Manifest
 from vzip.runtime.errors import InvalidInputError, missing
-from vzip.runtime.images import MAX_ENCODED_BYTES, ImageSource, load_image
-from vzip.runtime.manifest import Manifest
-from vzip.runtime.preprocess import pixel_values, tower_image
+from vzip.runtime.pictures.images import MAX_ENCODED_BYTES, ImageSource, load_image
+from vzip.runtime.pictures.preprocess import pixel_values, tower_image
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from vzip.runtime.bundle.manifest import Tiling
 from vzip.runtime.errors import CheckpointError
-from vzip.runtime.manifest import Tiling
-from vzip.runtime.preprocess import Preprocessing
+from vzip.runtime.pictures.preprocess import Preprocessing
 
 TowerKind = Literal["clip", "siglip"]
 TowerActivation = Literal["quick_gelu", "gelu", "gelu_pytorch_tanh"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from vzip.export.algorithm.budget import Budget
 from vzip.export.architecture import VisionConfig
-from vzip.export.budget import Budget
 
 IMAGE_TOKENS = 64  # the paper's smallest budget for LLaVA-1.5: 54 + 10 of 576
 FRAME_TOKENS = 17  # the paper's for Video-LLaVA: 136 for 8 frames

@@ -14,20 +14,22 @@ from typing import Literal
 import numpy as np
 import torch
 
-from vzip.export import llm, parity, selections
+from vzip.export.algorithm import selections
+from vzip.export.algorithm.budget import Budget, Merge
 from vzip.export.architecture import NEWLINE, Media, VisionConfig
-from vzip.export.budget import Budget, Merge
-from vzip.export.checkpoint import Checkpoint, read_projector, read_vision, vision_config
-from vzip.export.encoder import Encoder
-from vzip.export.onnx_graph import GraphOptions, save, trace
-from vzip.export.random_weights import random_vision
-from vzip.export.weights import VisionWeights
-from vzip.runtime import manifest as form
-from vzip.runtime.bundle import Bundle
-from vzip.runtime.bundle_writer import bundle_writer
+from vzip.export.checkpoint.random_weights import random_vision
+from vzip.export.checkpoint.reader import Checkpoint, read_projector, read_vision, vision_config
+from vzip.export.checkpoint.weights import VisionWeights
+from vzip.export.graph.trace import GraphOptions, save, trace
+from vzip.export.graph.traced import Encoder
+from vzip.export.llm import onnx_decoder as llm
+from vzip.export.parity import compare as parity
+from vzip.runtime.bundle import manifest as form
+from vzip.runtime.bundle.reader import Bundle
+from vzip.runtime.bundle.writer import bundle_writer
 from vzip.runtime.errors import ParityError
-from vzip.runtime.images import ImageSource
 from vzip.runtime.models import locate
+from vzip.runtime.pictures.images import ImageSource
 
 Precision = Literal["fp32", "fp16"]
 
@@ -107,7 +109,7 @@ class Method:
     Attributes:
         budget: How many, of an image, a tile or a frame.
         merge: How contextual tokens are formed.
-        selection: A name of `vzip.export.selections`.
+        selection: A name of `vzip.export.algorithm.selections`.
         tiles: Order of a tiled image's tokens, see `form.Tiling`.
     """
 

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from vzip.runtime.backends import AUTO, Backend, DeviceBackend, open_backend
-from vzip.runtime.bundle import FASTEST, Bundle, read_bundle
+from vzip.runtime.bundle.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS, Manifest, Media, Tensor
+from vzip.runtime.bundle.reader import FASTEST, Bundle, read_bundle
 from vzip.runtime.errors import BackendError, InvalidInputError
-from vzip.runtime.images import ImageSource, load_image
-from vzip.runtime.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS, Manifest, Media, Tensor
-from vzip.runtime.preprocess import pixel_values, tower_image
-from vzip.runtime.tiles import arrange, arrange_rows, cut, newline_row
+from vzip.runtime.pictures.images import ImageSource, load_image
+from vzip.runtime.pictures.preprocess import pixel_values, tower_image
+from vzip.runtime.pictures.tiles import arrange, arrange_rows, cut, newline_row
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from vzip.runtime.device_array import DeviceArray
+    from vzip.runtime.backends.tensorrt.device_array import DeviceArray
 
     Array = NDArray[Any]
 
@@ -193,7 +193,8 @@ class VisionEncoder:
 
         Where the bundle cuts images into tiles (`Manifest.tiling`), all tiles go through the graph
         in as few calls as its batch allows. Their tokens are those of the base tile as they are,
-        then those of the others in the order that the manifest names: see `vzip.runtime.tiles`.
+        then those of the others in the order that the manifest names: see
+        `vzip.runtime.pictures.tiles`.
 
         Args:
             image: As for `encode`.
@@ -232,7 +233,7 @@ class VisionEncoder:
 
         Args:
             frames: A list or tuple of frames in time order, each an image as `encode` takes it:
-                what `vzip.runtime.video.sample_frames` returns.
+                what `vzip.runtime.pictures.video.sample_frames` returns.
 
         Returns:
             float32 or float16 [n, L]: the K tokens of frame 0, then those of frame 1, …; where the
@@ -249,7 +250,7 @@ class VisionEncoder:
         if not isinstance(frames, (list, tuple)):
             raise InvalidInputError(
                 f"got {type(frames).__name__}, expected a list of frames in time order; take them "
-                "from a file with vzip.runtime.video's sample_frames"
+                "from a file with vzip.runtime.pictures.video's sample_frames"
             )
         newline = self.bundle.newline() if self.manifest.tower.pool == 2 else None
         embeds = self.encode(frames).embeds  # [frames, K, L]
@@ -420,7 +421,7 @@ def _checked_input(manifest: Manifest, array: object) -> Array:
             f"got {got}, expected {expected}; give the bundle's input as it is, unscaled"
             if expected.dtype == "uint8"
             else f"got {got}, expected {expected}; normalise and convert it with "
-            "vzip.runtime.preprocess.pixel_values"
+            "vzip.runtime.pictures.preprocess.pixel_values"
         )
     if array.shape[1:] != expected.shape[1:]:
         layout = "[B, H, W, 3]" if expected.name == "image" else "[B, 3, H, W]"

@@ -1,6 +1,6 @@
 """Fixtures of all tests: copies of the golden bundles, which tests may spoil.
 
-`tests/data/make_tiny_bundle.py` says what the bundles are and made what they must compute.
+`tests/golden/make_tiny_bundle.py` says what the bundles are and made what they must compute.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.places import GOLDEN
+
 # Tests that import onnxruntime themselves report nothing either; see `import_onnxruntime`.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
@@ -21,7 +23,6 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # Nothing is skipped for want of a package: a backend that is listed and can't be imported fails.
 BACKENDS = os.environ.get("VZIP_TEST_BACKENDS", "onnxruntime,pytorch").split(",")
 
-DATA = Path(__file__).parent / "data"
 
 # Tests marked `gpu` run where a GPU is. Elsewhere they are deselected, and the header says why;
 # with VZIP_REQUIRE_GPU=1 they run all the same, and fail.
@@ -32,7 +33,7 @@ def _copy(name: str, folder: Path) -> Path:
     # File by file, without modes: a checkout may be read-only.
     target = folder / name
     target.mkdir()
-    for source in (DATA / name).iterdir():
+    for source in (GOLDEN / name).iterdir():
         shutil.copyfile(source, target / source.name)
     return target
 
@@ -44,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @functools.cache
 def _no_gpu() -> str | None:
     """Return why tests on a GPU can't run here; None if there is one."""
-    from vzip.runtime import cuda
+    from vzip.runtime.backends.tensorrt import cuda
     from vzip.runtime.errors import BackendError
 
     try:
@@ -81,7 +82,7 @@ def _golden(name: str, folder: Path, request: pytest.FixtureRequest) -> Path:
     """Return a copy of a golden bundle, with an engine if the test runs TensorRT."""
     bundle = _copy(name, folder)
     if "backend" in request.fixturenames and request.getfixturevalue("backend") == "tensorrt":
-        from vzip.export.engine import BuildRequest, build_engine
+        from vzip.export.engines.tensorrt.publish import BuildRequest, build_engine
 
         build_engine(bundle, BuildRequest(name="built"), say=lambda _: None)
     return bundle
@@ -102,5 +103,5 @@ def tiny_static_bundle(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="session")
 def golden() -> dict[str, np.ndarray]:
     """Five inputs (`images`, `pixel_values`) and what they become (`embeds`, `kept`, `groups`)."""
-    with np.load(DATA / "tiny_golden.npz", allow_pickle=False) as arrays:
+    with np.load(GOLDEN / "tiny_golden.npz", allow_pickle=False) as arrays:
         return dict(arrays)

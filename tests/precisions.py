@@ -1,4 +1,4 @@
-"""Quantised graphs of `tests/data` for the golden bundle, put into it as `vzip calibrate` does."""
+"""Quantised graphs for the golden bundle, put into it as `vzip calibrate` does."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from vzip.runtime.bundle import Bundle, read_bundle
-from vzip.runtime.precision_record import PrecisionRecord, Quantised, data_file, graph_file
-from vzip.runtime.precision_record import report_file as report_of
-from vzip.runtime.precision_writer import precision_writer
+from tests.places import GOLDEN
+from vzip.runtime.bundle.precision_record import PrecisionRecord, Quantised, data_file, graph_file
+from vzip.runtime.bundle.precision_record import report_file as report_of
+from vzip.runtime.bundle.precision_writer import precision_writer
+from vzip.runtime.bundle.reader import Bundle, read_bundle
 
-DATA = Path(__file__).parent / "data" / "tiny_precisions"
+DATA = GOLDEN / "tiny_precisions"
 OPSETS = {"int8": 18, "fp8": 19}
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).parent.parent / "docs"
+from tests.places import DOCS
 
 
 def run_snippets(page: str, replaced: Mapping[str, str]) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def test_importing_the_runtime_loads_nothing_heavy() -> None:
 def test_help_loads_nothing_heavy(command: str) -> None:
     prog, *rest = command.split()
     code = (
-        "import sys; from vzip.runtime.cli import main; "
+        "import sys; from vzip.runtime.cli.main import main; "
         f"sys.argv = ['{prog}']; status = main({[*rest, '-h']!r}); "
         "heavy = {'torch', 'transformers', 'onnx', 'onnxruntime'} & set(sys.modules); "
         "print(status, heavy)"

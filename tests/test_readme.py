@@ -44,7 +44,7 @@ def test_a_result_is_rendered_where_its_markers_are(
 
 
 def encoder_result() -> dict[str, Any]:
-    """As `vzip.runtime.bench.output` describes it, as far as the README takes it."""
+    """As `vzip.export.bench.output` describes it, as far as the README takes it."""
 
     def row(stack: str, kind: str, median: float, **other: Any) -> dict[str, Any]:
         same = {"bundle": "b", "tokens": 64, "batch": 1, "group": 0, "share_of_ceiling": None}

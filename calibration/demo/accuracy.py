@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vzip.calibration.demo import checkpoint, dialogue, scenes
-from vzip.export import visionzip
+from vzip.calibration.demo import dialogue, scenes
+from vzip.export.algorithm import visionzip
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from transformers import LlavaForConditionalGeneration
 
-    from vzip.export.budget import Merge
+    from vzip.export.algorithm.budget import Merge
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+"""What the demo's tower is shown pictures with: CLIP's, as its preprocessor_config.json says."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +78,7 @@ def shrink(picture: npt.NDArray[np.uint8], side: int) -> npt.NDArray[np.uint8]:
 
 def normalise(pictures: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """uint8 [B, side, side, 3] to the tower's input [B, 3, side, side]."""
-    mean, std = (torch.tensor(values) * 255 for values in (checkpoint.MEAN, checkpoint.STD))
+    mean, std = (torch.tensor(values) * 255 for values in (MEAN, STD))
     scaled: torch.Tensor = (pictures.float() - mean) / std
     return scaled.permute(0, 3, 1, 2).to(dtype).contiguous()
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import external_data_helper, helper, numpy_helper
 
 from vzip.runtime.backends.onnxruntime import import_onnxruntime
-from vzip.runtime.bundle import Bundle
+from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.errors import BackendError, BundleError
 
 Array = NDArray[Any]

@@ -30,11 +30,11 @@ from vzip.calibration.quantization.sensitivity import (
     scores_name,
 )
 from vzip.calibration.samples import Samples
-from vzip.runtime import smooth
-from vzip.runtime.bundle import Bundle
+from vzip.export.engines.cpu import smooth
+from vzip.runtime.bundle.manifest import EMBEDS, KEPT, Manifest
+from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.console import progress
 from vzip.runtime.errors import ParityError
-from vzip.runtime.manifest import EMBEDS, KEPT, Manifest
 
 Array = NDArray[Any]
 Say = Callable[[str], None]

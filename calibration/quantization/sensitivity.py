@@ -17,8 +17,8 @@ from vzip.calibration.agreement import Agreement, compare
 from vzip.calibration.quantization.graph import Chain, Graph, Linear, Session
 from vzip.calibration.quantization.qdq import Setting, quantised
 from vzip.calibration.quantization.recipe import QuantPrecision, Recipe
+from vzip.runtime.bundle.manifest import EMBEDS, KEPT, Manifest
 from vzip.runtime.console import progress
-from vzip.runtime.manifest import EMBEDS, KEPT, Manifest
 
 Array = NDArray[Any]
 

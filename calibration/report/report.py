@@ -19,21 +19,21 @@ from PIL import Image
 
 from vzip.calibration.agreement import Agreement, compare
 from vzip.calibration.sweep.sweep import machine
-from vzip.export.checkpoint import Checkpoint
+from vzip.export.checkpoint.reader import Checkpoint
 from vzip.export.defaults import FRAMES
-from vzip.export.llm_cost import LlmShape, llm_shape
-from vzip.runtime.bench.timing import Timing, interleaved
-from vzip.runtime.bundle import Bundle
+from vzip.export.plan.llm_cost import LlmShape, llm_shape
+from vzip.runtime.bundle.manifest import DATA_FILE, EMBEDS, KEPT, MODEL_FILE, Manifest
+from vzip.runtime.bundle.precision_record import Quantised, files_of, report_file
+from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.console import progress
 from vzip.runtime.encoder import CompressedTokens, VisionEncoder
 from vzip.runtime.errors import BackendError, BundleError, CheckpointError, InvalidInputError
-from vzip.runtime.images import ImageSource, load_image
-from vzip.runtime.manifest import DATA_FILE, EMBEDS, KEPT, MODEL_FILE, Manifest
+from vzip.runtime.machine.timing import Timing, interleaved
 from vzip.runtime.models import DEMO
-from vzip.runtime.overlay import overlay
-from vzip.runtime.precision_record import Quantised, files_of, report_file
-from vzip.runtime.preprocess import pixel_values, tower_image
-from vzip.runtime.tiles import cut
+from vzip.runtime.pictures.images import ImageSource, load_image
+from vzip.runtime.pictures.overlay import overlay
+from vzip.runtime.pictures.preprocess import pixel_values, tower_image
+from vzip.runtime.pictures.tiles import cut
 
 Array = NDArray[Any]
 Say = Callable[[str], None]

@@ -19,15 +19,16 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 from torch import Tensor, nn
 
-from vzip.export import passes, selections
-from vzip.export.budget import Budget, Merge
-from vzip.export.encoder import Encoder
-from vzip.export.onnx_graph import quiet_exporter, save
-from vzip.export.weights import VisionWeights
+from vzip.export.algorithm import selections
+from vzip.export.algorithm.budget import Budget, Merge
+from vzip.export.checkpoint.weights import VisionWeights
+from vzip.export.graph import passes
+from vzip.export.graph.trace import quiet_exporter, save
+from vzip.export.graph.traced import Encoder
 from vzip.runtime.backends.onnxruntime import import_onnxruntime, open_session
+from vzip.runtime.bundle.manifest import MODEL_FILE
 from vzip.runtime.console import progress
 from vzip.runtime.errors import BackendError
-from vzip.runtime.manifest import MODEL_FILE
 
 Array = NDArray[Any]
 

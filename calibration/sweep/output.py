@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from vzip.runtime import figures
+from vzip.export.bench import figures
 
 if TYPE_CHECKING:
     from vzip.calibration.sweep.advice import Advice

@@ -21,16 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vzip.calibration.sweep.graph import ALL, Seen, SweepSession, Variant, open_sweep
-from vzip.export.checkpoint import Checkpoint, read_vision
+from vzip.export.checkpoint.reader import Checkpoint, read_vision
 from vzip.export.defaults import FRAMES
-from vzip.export.llm_cost import LlmShape, llm_shape
-from vzip.runtime.bench.timing import Timing, interleaved
+from vzip.export.plan.llm_cost import LlmShape, llm_shape
 from vzip.runtime.console import progress
 from vzip.runtime.errors import InvalidInputError
-from vzip.runtime.images import ImageSource, load_image
+from vzip.runtime.machine.timing import Timing, interleaved
 from vzip.runtime.models import DEMO
-from vzip.runtime.preprocess import tower_image
-from vzip.runtime.tiles import cut
+from vzip.runtime.pictures.images import ImageSource, load_image
+from vzip.runtime.pictures.preprocess import tower_image
+from vzip.runtime.pictures.tiles import cut
 
 if TYPE_CHECKING:
     from vzip.calibration.held_out import Accuracy
@@ -58,7 +58,7 @@ class Row:
         accuracy_error: Standard error of it.
         latency: Of the encoder, one image, tile or frame, from uint8 pixels to embeddings.
         llm_tokens: n, text and image together, as the LLM gets them.
-        prefill_flops: Of the LLM, with n tokens; see `vzip.export.llm_cost`.
+        prefill_flops: Of the LLM, with n tokens; see `vzip.export.plan.llm_cost`.
         kv_bytes: Of its cache, with n tokens.
     """
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import numpy as np
 
 from vzip.runtime.errors import InvalidInputError, missing
-from vzip.runtime.images import MAX_ENCODED_BYTES
+from vzip.runtime.pictures.images import MAX_ENCODED_BYTES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -20,17 +20,17 @@ import torch
 from torch import nn
 
 from vzip.export.architecture import needed_tensors
-from vzip.export.encoder import Encoder
+from vzip.export.graph.traced import Encoder
 from vzip.runtime.errors import InvalidInputError
-from vzip.runtime.images import load_image
-from vzip.runtime.preprocess import tower_image
+from vzip.runtime.pictures.images import load_image
+from vzip.runtime.pictures.preprocess import tower_image
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from vzip.export.architecture import VisionConfig
+    from vzip.export.checkpoint.weights import VisionWeights
     from vzip.export.pipeline import Method
-    from vzip.export.weights import VisionWeights
 
 VERSION: Final = 1
 """Goes up when the same tower and budget give other features, or entries another form."""
@@ -93,7 +93,7 @@ class Tower:
         """Return an image's features.
 
         Args:
-            image: As `vzip.runtime.images.load_image` takes it.
+            image: As `vzip.runtime.pictures.images.load_image` takes it.
 
         Returns:
             float16 [K, F]; dominant tokens in spatial order, then contextual ones.

@@ -22,13 +22,13 @@ from vzip.calibration.tuning.session import FEATURES, Session
 from vzip.calibration.tuning.text import Example, Wording
 from vzip.calibration.tuning.tune import Recipe, Schedule, Tuner
 from vzip.calibration.tuning.workers import Workers
+from vzip.export.checkpoint.weights import VisionWeights
+from vzip.export.parity.reference import projector as untouched_projector
 from vzip.export.pipeline import Method
-from vzip.export.reference import projector as untouched_projector
-from vzip.export.weights import VisionWeights
+from vzip.runtime.bundle.manifest import Model
 from vzip.runtime.console import progress
 from vzip.runtime.errors import InvalidInputError
-from vzip.runtime.handoff.transformers import TransformersLLM
-from vzip.runtime.manifest import Model
+from vzip.runtime.llm.local.transformers import TransformersLLM
 
 NAMED: Final = 10
 """Records left out that are named while a run begins; its report names all of them."""

@@ -23,8 +23,8 @@ from typing import Any, Final
 import torch
 
 from vzip.calibration.tuning.workers import Workers
-from vzip.runtime import atomic
 from vzip.runtime.errors import InvalidInputError, VzipError
+from vzip.runtime.files import atomic
 
 PREFIX: Final = "multi_modal_projector."
 """What stands before the names of the tensors that are written, as llava-hf publishes them."""

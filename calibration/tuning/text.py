@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vzip.runtime.errors import InvalidInputError
-from vzip.runtime.handoff.chat_template import HubTokenizer
+from vzip.runtime.llm.chat_template import HubTokenizer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from vzip.calibration.tuning.data import Turn
-    from vzip.runtime.handoff.prompts import Prompts
-    from vzip.runtime.handoff.transformers import TransformersLLM
+    from vzip.runtime.llm.local.transformers import TransformersLLM
+    from vzip.runtime.llm.prompts import Prompts
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from vzip.calibration.tuning.text import Example, Wording
-    from vzip.runtime.handoff.transformers import TransformersLLM
+    from vzip.runtime.llm.local.transformers import TransformersLLM
 
 Dtype = Literal["fp32", "bf16"]
 

@@ -2,7 +2,7 @@
 
 A family is a class registered by decorator. To add one: a file here with the class; `_known` finds
 it. An alias (`ALIASES` in `vzip.runtime.models`) and ``vzip ask`` (`CLASSES` in
-`vzip.runtime.handoff.transformers`) are one line each elsewhere. What families share is in
+`vzip.runtime.llm.local.transformers`) are one line each elsewhere. What families share is in
 `HuggingFaceForm`, `configs` and `processors`.
 """
 

@@ -14,8 +14,8 @@ from vzip.export.architecture import (
     TowerKind,
 )
 from vzip.export.families import Config
+from vzip.runtime.bundle.manifest import Tiling
 from vzip.runtime.errors import CheckpointError
-from vzip.runtime.manifest import Tiling
 
 _KINDS: dict[str, TowerKind] = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
 

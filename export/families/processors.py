@@ -13,7 +13,7 @@ from typing import Any
 
 from vzip.export.families import Config
 from vzip.runtime.errors import CheckpointError
-from vzip.runtime.preprocess import Preprocessing
+from vzip.runtime.pictures.preprocess import Preprocessing
 
 Triple = tuple[float, float, float]
 Pinpoints = tuple[tuple[int, int], ...]

@@ -12,14 +12,14 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
-from vzip.runtime.bundle import FASTEST, Bundle
+from vzip.runtime.bundle.reader import FASTEST, Bundle
 from vzip.runtime.errors import BackendError, InvalidInputError, MissingDependencyError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from vzip.runtime.device_array import DeviceArray
+    from vzip.runtime.backends.tensorrt.device_array import DeviceArray
 
     Arrays = Mapping[str, NDArray[Any]]
 
@@ -61,7 +61,7 @@ class BackendClass(Protocol):
         """Open a bundle.
 
         What the backend reads of it, it reads with the bundle's own checks: `Bundle.read_model`,
-        `vzip.runtime.engine_file.read_engine`.
+        `vzip.runtime.backends.tensorrt.engine_file.read_engine`.
 
         Args:
             bundle: The bundle.
@@ -81,13 +81,16 @@ class BackendUnavailableError(BackendError):
     """The backend's packages are installed, but its device, or what runs on it, is absent."""
 
 
-BACKENDS: Final[dict[str, str]] = {
-    "tensorrt": "vzip.runtime.backends.tensorrt:TensorRt",
+ENTRY_POINTS: Final = "vzip.backends"
+"""The group of entry points (`pyproject.toml`) of backends that stand above the runtime."""
+
+BACKENDS: Final[dict[str, str | None]] = {
+    "tensorrt": "vzip.runtime.backends.tensorrt.backend:TensorRt",
     "onnxruntime-cuda": "vzip.runtime.backends.onnxruntime:OnnxRuntimeCuda",
     "onnxruntime": "vzip.runtime.backends.onnxruntime:OnnxRuntimeCpu",
-    "pytorch": "vzip.runtime.backends.pytorch:PyTorch",
+    "pytorch": None,
 }
-"""Name → ``module:class``, in the order in which ``auto`` tries them."""
+"""Name → ``module:class``, in the order in which ``auto`` tries them; None: an entry point says."""
 
 AUTO: Final = "auto"
 TENSORRT: Final = "tensorrt"
@@ -134,7 +137,7 @@ def open_backend(
                 f"got engine={engine!r} with backend={name!r}, expected backend='tensorrt', which "
                 "alone runs engines; leave one of the two out"
             )
-        from vzip.runtime.backends.tensorrt import TensorRt
+        from vzip.runtime.backends.tensorrt.backend import TensorRt
 
         return TENSORRT, TensorRt(bundle, extra_outputs, engine=engine)
     if name != AUTO:
@@ -158,6 +161,19 @@ def _load(name: str) -> BackendClass:
         raise InvalidInputError(
             f"got backend={name!r}, expected 'auto' or one of {', '.join(BACKENDS)}"
         )
-    module, _, attribute = BACKENDS[name].partition(":")
+    place = BACKENDS[name]
+    if place is None:
+        from importlib import metadata
+
+        found = metadata.entry_points(group=ENTRY_POINTS, name=name)
+        if not found:
+            raise MissingDependencyError(
+                f"the backend {name!r} is not installed, expected an entry point of the group "
+                f"'{ENTRY_POINTS}'; vzip runs from a folder that was never installed; install it "
+                "with: pip install -e ."
+            )
+        above: BackendClass = next(iter(found)).load()
+        return above
+    module, _, attribute = place.partition(":")
     backend: BackendClass = getattr(importlib.import_module(module), attribute)
     return backend

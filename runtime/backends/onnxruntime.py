@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from vzip.runtime.backends import BackendUnavailableError
 from vzip.runtime.backends.forks import outlive_forks
-from vzip.runtime.bundle import Bundle
+from vzip.runtime.bundle.onnx_wire import with_output
+from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.errors import BackendError, missing
-from vzip.runtime.onnx_wire import with_output
 
 # Where external data lies when the session is made from bytes (ONNX Runtime 1.19 or newer).
 _FOLDER_KEY = "session.model_external_initializers_file_folder_path"
@@ -137,7 +137,7 @@ class _OnnxRuntime:
 
     def _fastest(self, onnxruntime: Any, bundle: Bundle) -> tuple[Callable[[], bytes], Path]:
         """Return the fastest form of the bundle's graph here, and where its weights lie."""
-        from vzip.runtime.fast.cache import fastest  # most never ask for it
+        from vzip.export.engines.cpu.cache import fastest  # most never ask for it
 
         form = fastest(
             bundle,

@@ -1,6 +1,6 @@
 """The demo model: a tiny LLaVA trained from scratch, and pictures to ask it about.
 
-``checkpoint/`` is an ordinary Hugging Face checkpoint made by ``vzip.calibration.demo.train``;
+``checkpoint/`` is an ordinary Hugging Face checkpoint made by ``benchmarks.demo_model.train``;
 ``pictures/`` holds held-out scenes with questions and true answers in ``questions.json``.
 """
 

@@ -8,10 +8,10 @@ import sys
 import pytest
 
 from benchmarks import encoder
-from vzip.runtime.bench.machine import machine
-from vzip.runtime.bench.stacks import Stack
-from vzip.runtime.bundle import read_bundle
+from vzip.export.bench.stacks import Stack
+from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.machine.record import machine
 
 
 def found(name: str, baseline: str = "torch-published:fp32") -> dict:

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import end_to_end, end_to_end_worker, llm_random
+from benchmarks import end_to_end
 from benchmarks.end_to_end import JobError, Model
-from benchmarks.end_to_end_worker import NEW_TOKENS, PATCHES
-from benchmarks.llm_shapes import IMAGE, LLMS
-from vzip.runtime import sensors
-from vzip.runtime.bench.timing import Timing
+from benchmarks.harness import end_to_end_worker, llm_random
+from benchmarks.harness.end_to_end_worker import NEW_TOKENS, PATCHES
+from benchmarks.harness.llm_shapes import IMAGE, LLMS
 from vzip.runtime.errors import BackendError
+from vzip.runtime.machine import sensors
+from vzip.runtime.machine.timing import Timing
 
 SEVEN, ONE, TINY = LLMS["llama-2-7b"], LLMS["tinyllama-1.1b"], LLMS["tiny"]
 LLAVA, NEXT = end_to_end.MODELS

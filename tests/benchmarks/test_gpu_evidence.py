@@ -16,10 +16,10 @@ import pytest
 
 from benchmarks import gpu_evidence
 from benchmarks.gpu_evidence import RESULTS, ROOT, EvidenceError
-from vzip.runtime import environment
-from vzip.runtime.bench.processes import Process, WorkerError
-from vzip.runtime.bench.stacks import Stack
+from vzip.export.bench.processes import Process, WorkerError
+from vzip.export.bench.stacks import Stack
 from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.machine import environment
 
 
 def run(*arguments: str, **options) -> subprocess.CompletedProcess[str]:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from benchmarks import plan
-from vzip.export.devices import HERE, Device, find_device
-from vzip.export.plan import Plan
-from vzip.export.plan_model import read_model
+from vzip.export.plan.devices import HERE, Device, find_device
+from vzip.export.plan.model import read_model
+from vzip.export.plan.predict import Plan
 
 CPU = Device(HERE, "a CPU", None, 25, False, {"fp32": 0.2, "bf16": 0.6}, 20)
 

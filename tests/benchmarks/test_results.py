@@ -18,7 +18,7 @@ from benchmarks import (
     tuning,
 )
 from benchmarks.readme import RESULTS
-from vzip.runtime.bench import output
+from vzip.export.bench import output
 
 PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo_accuracy": demo_accuracy.table,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import short, small_costs
-from vzip.runtime.bundle import read_bundle
+from vzip.runtime.bundle.reader import read_bundle
 
 
 def test_a_ratio_is_worse_beyond_the_slack_alone() -> None:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import photographs, small_costs
+from benchmarks import small_costs
+from benchmarks.harness import photographs
 from vzip.runtime import VisionEncoder
-from vzip.runtime.bundle import read_bundle
+from vzip.runtime.bundle.reader import read_bundle
 
 TIMES = {"median_ms": 7.25, "p90_ms": 8.0, "p99_ms": 9.0, "min_ms": 7.0, "iqr_ms": 0.5, "calls": 7}
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quantization import WithOutliers
-from layouts import write_layout
-from vzip.export.budget import Budget
-from vzip.export.onnx_graph import GraphOptions
+from tests.export.layouts import write_layout
+from vzip.export.algorithm.budget import Budget
+from vzip.export.graph.trace import GraphOptions
 from vzip.export.pipeline import Method, WeightSource, export_bundle
-from vzip.runtime.bundle import Bundle
+from vzip.runtime.bundle.reader import Bundle
 
 # Precision, opset and input of a graph, its batch and whether that is open, and the weights: two
 # bundles hold every value, the third is for SmoothQuant.

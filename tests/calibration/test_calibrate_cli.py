@@ -16,25 +16,25 @@ import onnx
 import pytest
 from PIL import Image
 
-from layouts import write_layout
+from tests.export.layouts import write_layout
 from tests.precisions import add_precision, fill
 from tests.snippets import run_snippets
 from vzip.calibration.agreement import Agreement
-from vzip.calibration.quantization import cli as calibrate_cli
+from vzip.calibration.cli import calibrate as calibrate_cli
 from vzip.calibration.quantization import quantize
 from vzip.calibration.quantization.quantize import LayerReport, Report
 from vzip.calibration.quantization.recipe import Recipe
 from vzip.calibration.quantization.sensitivity import Effect
 from vzip.calibration.samples import Samples
-from vzip.export.budget import Budget
-from vzip.export.encoder import GraphInput
-from vzip.export.engine import build_lock
-from vzip.export.onnx_graph import GraphOptions
+from vzip.export.algorithm.budget import Budget
+from vzip.export.engines.tensorrt.publish import build_lock
+from vzip.export.graph.trace import GraphOptions
+from vzip.export.graph.traced import GraphInput
 from vzip.export.pipeline import Method, WeightSource, export_bundle
 from vzip.runtime import VisionEncoder
-from vzip.runtime.bundle import Bundle, read_bundle
-from vzip.runtime.bundle_writer import bundle_writer, update_manifest
-from vzip.runtime.cli import main
+from vzip.runtime.bundle.reader import Bundle, read_bundle
+from vzip.runtime.bundle.writer import bundle_writer, update_manifest
+from vzip.runtime.cli.main import main
 from vzip.runtime.errors import BackendError, BundleError, ParityError
 
 AGREEMENT = Agreement(2, 0.97, 0.9, 0.998, 0.95, 0.997, None, 0)

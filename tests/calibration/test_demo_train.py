@@ -20,7 +20,7 @@ FEW = (
 
 def train(output: Path, *options: str) -> bytes:
     """Run the script as a user does, and return the weights that it saved."""
-    command = [sys.executable, "-m", "vzip.calibration.demo.train", "-o", str(output)]
+    command = [sys.executable, "-m", "benchmarks.demo_model.train", "-o", str(output)]
     subprocess.run([*command, *FEW, *options], check=True, capture_output=True)
     return (output / "model.safetensors").read_bytes()
 

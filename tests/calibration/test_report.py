@@ -15,24 +15,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from layouts import write_layout
+from tests.export.layouts import write_layout
 from tests.precisions import add_precision
 from vzip.calibration.agreement import Agreement
+from vzip.calibration.cli import report as report_cli
 from vzip.calibration.quantization.quantize import LayerReport, Report
 from vzip.calibration.quantization.recipe import Recipe
 from vzip.calibration.quantization.sensitivity import Effect
-from vzip.calibration.report import cli as report_cli
 from vzip.calibration.report import report
 from vzip.calibration.report.page import page
 from vzip.calibration.report.report import MOST_IMAGES, Savings, gather, parse_calibration
 from vzip.export.pictures import reference_images
 from vzip.runtime import VisionEncoder
-from vzip.runtime.bench import timing
-from vzip.runtime.bundle import Bundle, read_bundle
-from vzip.runtime.cli import main
+from vzip.runtime.bundle.manifest import Manifest
+from vzip.runtime.bundle.reader import Bundle, read_bundle
+from vzip.runtime.cli.main import main
 from vzip.runtime.encoder import CompressedTokens
 from vzip.runtime.errors import BackendError, BundleError, InvalidInputError
-from vzip.runtime.manifest import Manifest
+from vzip.runtime.machine import timing
 
 HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>'
 VOID = {"meta", "img", "br"}

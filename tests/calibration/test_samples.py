@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from vzip.calibration.samples import LEAST, Samples
-from vzip.runtime.bundle import read_bundle
+from vzip.runtime.bundle.manifest import Manifest
+from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.errors import InvalidInputError
-from vzip.runtime.manifest import Manifest
-from vzip.runtime.preprocess import pixel_values, tower_image
+from vzip.runtime.pictures.preprocess import pixel_values, tower_image
 
 
 def paint(path: Path, seed: int) -> bytes:

@@ -25,8 +25,8 @@ from vzip.calibration.quantization.sensitivity import (
     scores_name,
 )
 from vzip.calibration.samples import Samples
-from vzip.runtime.bundle import Bundle
-from vzip.runtime.manifest import EMBEDS, KEPT
+from vzip.runtime.bundle.manifest import EMBEDS, KEPT
+from vzip.runtime.bundle.reader import Bundle
 
 MakeBundle = Callable[[str], Bundle]
 

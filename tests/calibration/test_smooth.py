@@ -12,8 +12,8 @@ import pytest
 from vzip.calibration.quantization.graph import Graph, Session
 from vzip.calibration.quantization.qdq import smoothed
 from vzip.calibration.samples import Samples
-from vzip.runtime import smooth
-from vzip.runtime.bundle import Bundle
+from vzip.export.engines.cpu import smooth
+from vzip.runtime.bundle.reader import Bundle
 
 MakeBundle = Callable[[str], Bundle]
 

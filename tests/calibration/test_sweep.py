@@ -13,26 +13,26 @@ import numpy as np
 import pytest
 import torch
 
-from layouts import write_layout
+from tests.export.layouts import write_layout
+from vzip.calibration.cli import sweep as sweep_cli
 from vzip.calibration.held_out import Accuracy, DemoQuestions
-from vzip.calibration.sweep import cli as sweep_cli
 from vzip.calibration.sweep import graph as sweep_graph
 from vzip.calibration.sweep.advice import Limits, advise
 from vzip.calibration.sweep.graph import ALL, Seen, SweepSession, Variant, open_sweep
 from vzip.calibration.sweep.output import plot, size, table
 from vzip.calibration.sweep.sweep import Row, Sweep, agreement, sweep
-from vzip.export import oracle
-from vzip.export.budget import Budget
-from vzip.export.checkpoint import Checkpoint, read_vision
-from vzip.export.llm_cost import LlmShape, llm_shape
+from vzip.export.algorithm import oracle
+from vzip.export.algorithm.budget import Budget
+from vzip.export.checkpoint.reader import Checkpoint, read_vision
+from vzip.export.parity.reference import projector, tower_features
 from vzip.export.pictures import reference_images
-from vzip.export.reference import projector, tower_features
-from vzip.runtime.bench import timing
-from vzip.runtime.bench.timing import Timing
-from vzip.runtime.cli import main
+from vzip.export.plan.llm_cost import LlmShape, llm_shape
+from vzip.runtime.cli.main import main
 from vzip.runtime.errors import BudgetError, CheckpointError, InvalidInputError
-from vzip.runtime.images import load_image
-from vzip.runtime.preprocess import tower_image
+from vzip.runtime.machine import timing
+from vzip.runtime.machine.timing import Timing
+from vzip.runtime.pictures.images import load_image
+from vzip.runtime.pictures.preprocess import tower_image
 
 VARIANTS = [Variant(Budget(5, 1), "average"), Variant(Budget(5, 1), "sum"),
             Variant(Budget(27, 5), "average")]  # fmt: skip
@@ -421,7 +421,7 @@ def test_a_budget_that_does_not_fit_is_refused_by_the_graph_too(model: Path) -> 
 @pytest.mark.parametrize("command", ["sweep", "report"])
 def test_help_loads_nothing_heavy(command: str) -> None:
     code = (
-        f"import sys; from vzip.runtime.cli import main; main(['{command}', '-h']); "
+        f"import sys; from vzip.runtime.cli.main import main; main(['{command}', '-h']); "
         "print({'torch', 'transformers', 'onnx', 'onnxruntime', 'matplotlib'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

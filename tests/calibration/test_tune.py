@@ -23,13 +23,13 @@ from vzip.calibration.tuning.features import FeatureStore, Tower, check_tunable
 from vzip.calibration.tuning.text import Wording
 from vzip.calibration.tuning.tune import Recipe, Schedule, Tuner
 from vzip.calibration.tuning.workers import Workers
-from vzip.export import reference
-from vzip.export.budget import Budget
+from vzip.export.algorithm.budget import Budget
+from vzip.export.parity import reference
 from vzip.export.pipeline import Method, WeightSource
 from vzip.runtime import demo
 from vzip.runtime.errors import BackendError, InvalidInputError
-from vzip.runtime.handoff.chat_template import make_prompts
-from vzip.runtime.handoff.transformers import TransformersLLM
+from vzip.runtime.llm.chat_template import make_prompts
+from vzip.runtime.llm.local.transformers import TransformersLLM
 
 TOKENS = 22
 METHOD = Method(Budget(19, 3))

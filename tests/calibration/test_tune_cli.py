@@ -19,14 +19,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from vzip.calibration.tuning import cli as tune_cli
+from tests.places import DOCS
+from vzip.calibration.cli import tune as tune_cli
 from vzip.calibration.tuning.data import DemoData
 from vzip.calibration.tuning.features import FeatureStore
 from vzip.calibration.tuning.session import Session
 from vzip.calibration.tuning.tune import Tuner
 from vzip.export.pipeline import WeightSource
 from vzip.runtime.errors import BudgetError, InvalidInputError
-from vzip.runtime.handoff.transformers import TransformersLLM
+from vzip.runtime.llm.local.transformers import TransformersLLM
 
 SCENES = 20
 FEW = (
@@ -389,7 +390,7 @@ def test_two_processes_give_the_projector_of_one(
     # Their own folder of features: each process encodes its share.
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-        *("--master-addr", "127.0.0.1", "--master-port", str(port), "-m", "vzip.runtime.cli"),
+        *("--master-addr", "127.0.0.1", "--master-port", str(port), "-m", "vzip.runtime.cli.main"),
         *("tune", *FEW, "--batch", "2", "-o", str(output)),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -451,7 +452,7 @@ def test_an_output_that_cannot_be_is_said(tmp_path: Path, name: str) -> None:
 
 def test_help_loads_nothing_heavy() -> None:
     code = (
-        "import sys; from vzip.runtime.cli import main; main(['tune', '-h']); "
+        "import sys; from vzip.runtime.cli.main import main; main(['tune', '-h']); "
         "print({'torch', 'transformers', 'sklearn'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -464,7 +465,7 @@ def test_features_written_are_half_precision(features: Path, whole: bytes) -> No
 
 
 def test_the_commands_of_the_guide_are_understood() -> None:
-    guide = (Path(__file__).parents[2] / "docs" / "tuning.md").read_text(encoding="utf-8")
+    guide = (DOCS / "tuning.md").read_text(encoding="utf-8")
     commands = [
         line.partition(" tune ")[2]
         for block in guide.split("```")[1::2]

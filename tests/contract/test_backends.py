@@ -2,7 +2,7 @@
 
 Everything is asked through `VisionEncoder`, as users ask it. Which backends run is said by
 VZIP_TEST_BACKENDS (see `tests/conftest.py`); what they must give was computed by the loop in
-`tests/data/make_tiny_bundle.py`, which shares no code with graphs or backends.
+`tests/golden/make_tiny_bundle.py`, which shares no code with graphs or backends.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 
 from vzip.runtime import CompressedTokens, VisionEncoder
 from vzip.runtime.backends import BACKENDS
-from vzip.runtime.bundle import read_bundle
+from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.errors import BackendError, InvalidInputError
 
 Golden = dict[str, np.ndarray]

@@ -1,6 +1,6 @@
 """A module that looks like TensorRT's Python bindings, for what only a GPU can run.
 
-It has the names that the real ones have, and no others: `tests/data/trt_names.json` was written
+It has the names that the real ones have, and no others: `tests/golden/trt_names.json` was written
 from the wheels of 8.6.0 and TensorRT-RTX 1.7.1, and `test_trt_api.py` holds this file to it. For 10
 and 11, which can't be had here, the names follow NVIDIA's documentation: 10 has what 8.6 and RTX
 both have and the flags of both; 11 has what RTX has, and timing caches.

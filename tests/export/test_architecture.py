@@ -13,9 +13,9 @@ from vzip.export.architecture import (
     projector_shapes,
     tensor_shapes,
 )
+from vzip.runtime.bundle.manifest import Tiling
 from vzip.runtime.errors import CheckpointError
-from vzip.runtime.manifest import Tiling
-from vzip.runtime.preprocess import Preprocessing
+from vzip.runtime.pictures.preprocess import Preprocessing
 
 PREPROCESSING = Preprocessing(
     image_size=32,

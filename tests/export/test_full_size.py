@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vzip.runtime.bundle import Bundle, read_bundle
+from vzip.runtime.bundle.reader import Bundle, read_bundle
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +23,7 @@ def export(folder: Path, precision: str) -> Bundle:
         *("--model", "llava-1.5-7b", "--weights", "random", "--tokens", "64"),
         *("--precision", precision, "-o", str(folder)),
     ]
-    code = "import sys; from vzip.export.cli import vzip_export; sys.exit(vzip_export())"
+    code = "import sys; from vzip.export.cli.export import vzip_export; sys.exit(vzip_export())"
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
     )

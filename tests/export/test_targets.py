@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from vzip.export import cli, targets
+from vzip.export import targets
+from vzip.export.cli import export as cli
 from vzip.export.targets import TARGETS, Choice, Software, find, resolve, table
 from vzip.runtime.errors import InvalidInputError
 
@@ -213,7 +214,7 @@ def test_the_table_is_readable_at_100_columns():
 
 def test_vzip_targets_prints_it_and_loads_nothing_heavy():
     code = (
-        "import sys; from vzip.runtime.cli import main; main(['targets']); "
+        "import sys; from vzip.runtime.cli.main import main; main(['targets']); "
         "print([n for n in ('torch', 'onnx', 'transformers') if n in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from vzip.export.engine import BuildRequest, Result, build_engine
-from vzip.runtime.bundle import read_bundle
-from vzip.runtime.bundle_writer import bundle_writer
-from vzip.runtime.cli import main
+from vzip.export.engines.tensorrt.publish import BuildRequest, Result, build_engine
+from vzip.runtime.bundle.reader import read_bundle
+from vzip.runtime.bundle.writer import bundle_writer
+from vzip.runtime.cli.main import main
 from vzip.runtime.errors import ParityError
 
 pytestmark = pytest.mark.gpu

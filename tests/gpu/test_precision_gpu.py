@@ -14,13 +14,13 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.precisions import add_precision, golden_precisions
-from vzip.export.engine import BuildRequest, build_engine, this_machine
-from vzip.export.engine_auto import build_best
+from vzip.export.engines.tensorrt.auto import build_best
+from vzip.export.engines.tensorrt.publish import BuildRequest, build_engine, this_machine
 from vzip.runtime import VisionEncoder
-from vzip.runtime.bundle import read_bundle
-from vzip.runtime.bundle_writer import bundle_writer
+from vzip.runtime.bundle.precision_record import FP8_SM, Quantised
+from vzip.runtime.bundle.reader import read_bundle
+from vzip.runtime.bundle.writer import bundle_writer
 from vzip.runtime.errors import BackendError
-from vzip.runtime.precision_record import FP8_SM, Quantised
 
 pytestmark = pytest.mark.gpu
 

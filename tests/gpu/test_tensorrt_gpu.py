@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vzip.export.engine import BuildRequest, build_engine
-from vzip.runtime import VisionEncoder, cuda
-from vzip.runtime.backends.tensorrt import TensorRt
+from vzip.export.engines.tensorrt.publish import BuildRequest, build_engine
+from vzip.runtime import VisionEncoder
+from vzip.runtime.backends.tensorrt import cuda
+from vzip.runtime.backends.tensorrt.backend import TensorRt
 
 pytestmark = pytest.mark.gpu
 

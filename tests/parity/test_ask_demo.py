@@ -15,10 +15,10 @@ from PIL import Image
 
 from vzip.calibration.demo import scenes
 from vzip.runtime import VisionEncoder, demo
-from vzip.runtime.cli import main
-from vzip.runtime.handoff import ImageTokens
-from vzip.runtime.handoff.transformers import TransformersLLM
-from vzip.runtime.video import sample_frames
+from vzip.runtime.cli.main import main
+from vzip.runtime.llm import ImageTokens
+from vzip.runtime.llm.local.transformers import TransformersLLM
+from vzip.runtime.pictures.video import sample_frames
 
 pytestmark = pytest.mark.engine
 

@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import torch
 
-from vzip.runtime import device_array
-from vzip.runtime.device_array import CPU, DeviceArray
+from vzip.runtime.backends.tensorrt import device_array
+from vzip.runtime.backends.tensorrt.device_array import CPU, DeviceArray
 
 
 class Memory:
@@ -43,7 +43,8 @@ def test_torch_takes_it_without_a_copy() -> None:
 
 def test_a_process_that_ends_with_tensors_alive_ends_well() -> None:
     code = (
-        "import numpy as np, torch; from vzip.runtime.device_array import CPU, DeviceArray\n"
+        "import numpy as np, torch\n"
+        "from vzip.runtime.backends.tensorrt.device_array import CPU, DeviceArray\n"
         "class Memory:\n"
         "    def free(self, address): pass\n"
         "data = np.zeros(24, np.float32)\n"

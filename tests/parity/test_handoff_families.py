@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,16 +12,17 @@ import torch
 import transformers
 
 from tests.parity.tiny_llm import IMAGE, SPECIAL, make_tokenizer
-from vzip.runtime.bundle import read_bundle
+from tests.places import GOLDEN
+from vzip.runtime.bundle.manifest import Tiling
+from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.errors import CheckpointError, InvalidInputError
-from vzip.runtime.handoff import ImageTokens
-from vzip.runtime.handoff.chat_template import make_prompts
-from vzip.runtime.handoff.transformers import CLASSES, TransformersLLM
-from vzip.runtime.manifest import Tiling
+from vzip.runtime.llm import ImageTokens
+from vzip.runtime.llm.chat_template import make_prompts
+from vzip.runtime.llm.local.transformers import CLASSES, TransformersLLM
 
 pytestmark = pytest.mark.engine
 
-TINY_BUNDLE = Path(__file__).parents[1] / "data" / "tiny_bundle"
+TINY_BUNDLE = GOLDEN / "tiny_bundle"
 WITH_VIDEO = (*SPECIAL, "<video>")
 VIDEO = WITH_VIDEO.index("<video>")
 WIDTH, SIDE, PATCHES = 64, 56, 16

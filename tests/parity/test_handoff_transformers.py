@@ -8,7 +8,6 @@ import json
 import shutil
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,16 +17,17 @@ from PIL import Image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tests.parity.tiny_llm import IMAGE, SPECIAL, make_tokenizer
+from tests.places import GOLDEN
 from vzip.runtime import VisionEncoder
-from vzip.runtime.cli import main
+from vzip.runtime.cli.main import main
 from vzip.runtime.errors import BackendError, CheckpointError, InvalidInputError
-from vzip.runtime.handoff import ImageTokens
-from vzip.runtime.handoff.chat_template import make_prompts
-from vzip.runtime.handoff.transformers import TransformersLLM
+from vzip.runtime.llm import ImageTokens
+from vzip.runtime.llm.chat_template import make_prompts
+from vzip.runtime.llm.local.transformers import TransformersLLM
 
 pytestmark = pytest.mark.engine
 
-TINY_BUNDLE = Path(__file__).parents[1] / "data" / "tiny_bundle"
+TINY_BUNDLE = GOLDEN / "tiny_bundle"
 PATCHES, WIDTH = 16, 64
 QUESTIONS = ("what is it?", "is it red?", "and the 7?")
 

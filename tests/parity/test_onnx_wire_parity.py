@@ -1,4 +1,4 @@
-"""The field numbers that `vzip.runtime.onnx_wire` walks, compared with onnx's own descriptors."""
+"""The field numbers that `vzip.runtime.bundle.onnx_wire` walks are those of onnx's descriptors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from vzip.runtime import onnx_wire
+from vzip.runtime.bundle import onnx_wire
 
 
 def descriptor(name: str) -> Any:

@@ -16,8 +16,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.video_llava.image_processing_video_llava import VideoLlavaImageProcessor
 
-from vzip.runtime.images import load_image
-from vzip.runtime.preprocess import Mode, Preprocessing, pixel_values, tower_image
+from vzip.runtime.pictures.images import load_image
+from vzip.runtime.pictures.preprocess import Mode, Preprocessing, pixel_values, tower_image
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

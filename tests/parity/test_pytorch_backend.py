@@ -12,9 +12,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from vzip.runtime.backends.pytorch import PyTorch
-from vzip.runtime.backends.torch_ops import OPERATORS
-from vzip.runtime.bundle import Bundle
+from vzip.export.torch_backend import PyTorch
+from vzip.export.torch_ops import OPERATORS
+from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.errors import BackendError
 
 RNG = np.random.default_rng(0)

@@ -10,14 +10,15 @@ import pytest
 import tensorrt_rtx as trt
 
 from tests.runtime import fake_gpu
-from vzip.runtime import VisionEncoder, cuda
-from vzip.runtime.bundle import Bundle, read_bundle
-from vzip.runtime.bundle_writer import add_engine
-from vzip.runtime.engine_file import HEADER_BYTES, MAGIC, read_engine
-from vzip.runtime.engine_record import EngineBatch, EngineRecord
+from vzip.runtime import VisionEncoder
+from vzip.runtime.backends.tensorrt import cuda
+from vzip.runtime.backends.tensorrt.bindings import import_stack, version_of
+from vzip.runtime.backends.tensorrt.engine import Engine
+from vzip.runtime.backends.tensorrt.engine_file import HEADER_BYTES, MAGIC, read_engine
+from vzip.runtime.bundle.engine_record import EngineBatch, EngineRecord
+from vzip.runtime.bundle.reader import Bundle, read_bundle
+from vzip.runtime.bundle.writer import add_engine
 from vzip.runtime.errors import BackendError, BundleError
-from vzip.runtime.trt_engine import Engine
-from vzip.runtime.trt_stack import import_stack, version_of
 
 
 def compiled(folder: Path) -> bytes:

@@ -24,9 +24,9 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 )
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
-from vzip.runtime.manifest import Tiling
-from vzip.runtime.preprocess import Preprocessing, pixel_values
-from vzip.runtime.tiles import arrange_rows, cut
+from vzip.runtime.bundle.manifest import Tiling
+from vzip.runtime.pictures.preprocess import Preprocessing, pixel_values
+from vzip.runtime.pictures.tiles import arrange_rows, cut
 
 Pinpoints = tuple[tuple[int, int], ...]
 

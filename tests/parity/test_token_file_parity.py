@@ -11,9 +11,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load, load_file, save_file
 
-from vzip.runtime.encode_job import _write_npy_header
 from vzip.runtime.errors import InvalidInputError
-from vzip.runtime.token_file import (
+from vzip.runtime.tokens.file import (
     LARGEST_HEADER,
     ImageTokens,
     Origin,
@@ -23,6 +22,7 @@ from vzip.runtime.token_file import (
     to_bytes,
     write_tokens,
 )
+from vzip.runtime.tokens.job import _write_npy_header
 
 ORIGIN = Origin("ab" * 32, "models/ü", "an order", 5, 32000)
 
@@ -106,7 +106,7 @@ def test_numpy_reads_an_array() -> None:
 
 def test_headers_of_many_images_stay_within_what_is_reckoned() -> None:
     """`outputs_of` refuses by a bound: it must not be below what a header really takes."""
-    from vzip.runtime.encode_job import _HEADER_PER_IMAGE
+    from vzip.runtime.tokens.job import _HEADER_PER_IMAGE
 
     record = record_of(
         ImageTokens("x", "s" * 64, np.zeros((9999, 5), np.float32), np.zeros((99, 999), np.int64))

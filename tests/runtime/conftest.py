@@ -10,7 +10,7 @@ import pytest
 
 from tests.runtime import fake_gpu
 from tests.runtime.fake_gpu import FakeTensorRt, Install
-from vzip.runtime import cuda
+from vzip.runtime.backends.tensorrt import cuda
 
 
 @pytest.fixture(scope="session")

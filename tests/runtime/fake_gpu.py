@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from vzip.runtime.backends import open_backend
-from vzip.runtime.bundle import Bundle, read_bundle
-from vzip.runtime.bundle_writer import add_engine
-from vzip.runtime.engine_record import EngineBatch, EngineRecord
+from vzip.runtime.bundle.engine_record import EngineBatch, EngineRecord
+from vzip.runtime.bundle.reader import Bundle, read_bundle
+from vzip.runtime.bundle.writer import add_engine
 
 HOST, DEVICE = 1, 2
 VERSIONS = {"8.6": "8.6.2", "10": "10.3.0.30", "11": "11.4.1.5", "rtx": "1.7.1.116"}

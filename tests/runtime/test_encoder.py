@@ -20,16 +20,16 @@ from PIL import Image
 from vzip.runtime import CompressedTokens, VisionEncoder, backends, encoder
 from vzip.runtime.backends import BackendUnavailableError, open_backend
 from vzip.runtime.backends.onnxruntime import import_onnxruntime
-from vzip.runtime.bundle import Bundle, read_bundle
-from vzip.runtime.bundle_writer import bundle_writer, update_manifest
+from vzip.runtime.bundle.manifest import Manifest, Tiling
+from vzip.runtime.bundle.reader import Bundle, read_bundle
+from vzip.runtime.bundle.writer import bundle_writer, update_manifest
 from vzip.runtime.errors import (
     BackendError,
     BundleError,
     InvalidInputError,
     MissingDependencyError,
 )
-from vzip.runtime.manifest import Manifest, Tiling
-from vzip.runtime.tiles import arrange, arrange_rows, cut
+from vzip.runtime.pictures.tiles import arrange, arrange_rows, cut
 
 Arrays = dict[str, np.ndarray]
 
@@ -787,7 +787,7 @@ def test_importing_the_runtime_loads_numpy_and_pillow_at_most() -> None:
 import sys
 before = set(sys.modules)
 from vzip.runtime import CompressedTokens, VisionEncoder
-import vzip.runtime.backends, vzip.runtime.bundle
+import vzip.runtime.backends, vzip.runtime.bundle.reader
 loaded = {name.partition(".")[0] for name in set(sys.modules) - before}
 print(sorted(loaded - set(sys.stdlib_module_names)))
 """

@@ -1,0 +1,1 @@
+"""The commands of calibration: calibrate, tune, sweep, report."""

@@ -1,0 +1,1 @@
+"""The paper: budget, selection and merging, and the slow oracle they are checked with."""

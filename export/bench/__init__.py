@@ -1,0 +1,1 @@
+"""`vzip bench`: a bundle timed on this machine, beside its peers."""

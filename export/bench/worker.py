@@ -1,0 +1,407 @@
+"""One stack, opened, proven and timed in a process of its own; `processes.Process` starts it.
+
+    PYTHON worker.py --path FOLDER … JOB
+
+JOB is JSON: ``{"stack": a Stack's fields, "bundle": folder}``. Requests are lines of JSON on
+standard input, answers lines of JSON on standard output, ``{"ok": …}`` or ``{"error": "…"}``:
+
+* ``{"do": "open", "batches": […]}`` loads and proves the tokens of every batch size against the
+  bundle's reference;
+* ``{"do": "warm", "batch": b}`` warms up;
+* ``{"do": "turn", "batch": b, "calls": n}`` answers with n times in milliseconds (``ms``; of an
+  engine also ``engine_ms``, the GPU's own time for what a call launches, and ``on_device_ms``,
+  calls that leave their tokens on the device too);
+* ``{"do": "profile", "batch": b}`` says of an engine where its time goes;
+* ``{"do": "close"}`` ends.
+
+The paths are put first in ``sys.path``, so that every Python runs this vzip, whatever is installed
+there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import resource
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from vzip.export.bench.stacks import Stack
+    from vzip.runtime.bundle.reader import Bundle
+
+Answer = dict[str, Any]
+Call = Callable[[], object]
+More = dict[str, Callable[[int], list[float]]]
+
+WARM_CALLS, WARM_S = 10, 1.0
+SLOW_MS = 300.0  # from here on one untimed call settles a turn
+_PR_SET_PDEATHSIG = 1
+_PACKAGES = (
+    "numpy", "torch", "transformers", "tensorrt", "tensorrt_rtx", "onnxruntime", "openvino",
+)  # fmt: skip
+
+
+class Timed(Protocol):
+    """What can be timed."""
+
+    def prove(self, batches: list[int]) -> Answer:
+        """Assert that it computes what it should, and say how well."""
+        ...
+
+    def call(self, batch: int) -> tuple[Call, More]:
+        """Return what is timed, from host to host; and what else, by name."""
+        ...
+
+    def about(self, batch: int) -> Answer:
+        """Say what is known after some calls."""
+        ...
+
+
+class Encoder:
+    """A backend of ours, or a peer."""
+
+    def __init__(self, stack: Stack, bundle: Bundle) -> None:
+        # By name: the runtime imports no export, and a machine that benchmarks has it.
+        peers: Any = importlib.import_module("vzip.export.bench.peers")
+        from vzip.runtime import agreement as proof
+        from vzip.runtime.bundle.manifest import EMBEDS, KEPT, REFERENCE_FILE
+
+        self.stack, self.bundle = stack, bundle
+        with bundle.open_file(REFERENCE_FILE) as file:
+            self.reference = proof.read_reference(file, bundle.manifest)
+        self.precision = stack.precision
+        self.peer: Any = None
+        if stack.kind == "peer":
+            self.peer = peers.open_peer(stack.name, stack.form, bundle, stack.device)
+            self.run: Callable[[Any], Any] = self.peer.run
+            self.prove_by = self.peer.prove
+        else:
+            from vzip.runtime import VisionEncoder
+
+            engine = stack.form if stack.name == "tensorrt" else None
+            precision = None if engine is not None else stack.form
+            self.encoder = VisionEncoder.open(
+                bundle, backend=stack.name, engine=engine, precision=precision
+            )
+
+            self.chosen = _chosen(bundle) if precision == "fastest" else {}
+
+            def run(images: Any) -> Any:
+                tokens = self.encoder.run(images)
+                return {EMBEDS: tokens.embeds, KEPT: tokens.kept}
+
+            self.run = run
+            self.prove_by = lambda reference, batches: peers.prove(
+                run, reference, bundle, batches, self.precision
+            )
+
+    def images(self, batch: int) -> Any:
+        """Return the reference's pictures, as often as a batch takes."""
+        import numpy as np
+
+        count = np.arange(batch) % len(self.reference.input)
+        return np.ascontiguousarray(self.reference.input[count])
+
+    def prove(self, batches: list[int]) -> Answer:
+        """See `Timed`; on a GPU twice: a graph captured meanwhile is what will be timed."""
+        start = time.perf_counter()
+        self.run(self.images(batches[0]))
+        first = (time.perf_counter() - start) * 1000
+        for _ in range(2 if self.stack.device == "cuda" else 1):
+            agreement = self.prove_by(self.reference, batches)
+            if not agreement["passed"]:
+                raise RuntimeError(f"the tokens differ from the reference: {_said(agreement)}")
+        chosen = {} if self.peer is not None else self.chosen
+        return {"first_call_ms": first, "agreement": dict(agreement), **chosen}
+
+    def call(self, batch: int) -> tuple[Call, More]:
+        """See `Timed`."""
+        from vzip.runtime.machine import timing
+
+        images = self.images(batch)
+        more: More = {}
+        if self.stack.name == "tensorrt":
+            opened: Any = self.encoder._opened
+            more = {
+                "engine_ms": lambda calls: opened.launch_ms(batch, calls),
+                "on_device_ms": lambda calls: timing.turn(
+                    lambda: self.encoder.run(images, on_device=True), calls=calls
+                ),
+            }
+        return lambda: self.run(images), more
+
+    def about(self, batch: int) -> Answer:
+        """See `Timed`."""
+        return {} if self.peer is None else dict(self.peer.about(batch))
+
+
+class Ceiling:
+    """The encoder's multiplications."""
+
+    def __init__(self, stack: Stack, bundle: Bundle) -> None:
+        self.make: Any = importlib.import_module("vzip.export.bench.peers.ceiling").Ceiling
+        self.stack, self.bundle, self.flops = stack, bundle, 0
+
+    def prove(self, _batches: list[int]) -> Answer:
+        """See `Timed`: its tests say that it multiplies what it counts."""
+        return {}
+
+    def call(self, batch: int) -> tuple[Call, More]:
+        """See `Timed`."""
+        made = self.make(self.bundle.manifest, self.stack.form, batch, self.stack.device)
+        self.flops = made.flops
+        return made.call, {}
+
+    def about(self, _batch: int) -> Answer:
+        """See `Timed`."""
+        return {"flops": self.flops}
+
+
+class Preprocessing:
+    """A picture's file to the tower's input."""
+
+    def __init__(self, stack: Stack, bundle: Bundle) -> None:
+        from PIL import Image
+
+        pictures: Any = importlib.import_module("vzip.export.pictures")
+        named = {path.name: path for path in pictures.reference_images()}
+        self.path, self.manifest = named[stack.form], bundle.manifest
+        with Image.open(self.path) as image:
+            self.pixels = list(image.size)
+
+    def prove(self, _batches: list[int]) -> Answer:
+        """See `Timed`; `tests/parity` compares every byte with transformers'."""
+        got, wanted = self._input(), self.manifest.input
+        if got.shape != wanted.shape[1:] or got.dtype.name != wanted.dtype:
+            raise RuntimeError(f"preprocessing gave {got.dtype} {got.shape}, expected {wanted}")
+        return {}
+
+    def _input(self) -> Any:
+        from vzip.runtime.pictures.images import load_image
+        from vzip.runtime.pictures.preprocess import pixel_values, tower_image
+
+        prep = self.manifest.preprocessing
+        image = tower_image(load_image(self.path), prep)
+        return image if self.manifest.input.name == "image" else pixel_values(image[None], prep)[0]
+
+    def call(self, _batch: int) -> tuple[Call, More]:
+        """See `Timed`."""
+        return self._input, {}
+
+    def about(self, _batch: int) -> Answer:
+        """See `Timed`."""
+        return {"picture": self.path.name, "pixels": self.pixels}
+
+
+class Copies:
+    """The graph's input to a GPU, or its outputs to the host, in pinned memory."""
+
+    def __init__(self, stack: Stack, bundle: Bundle) -> None:
+        from vzip.runtime.backends.tensorrt import cuda
+
+        self.stack, self.manifest = stack, bundle.manifest
+        self.cuda: Any = cuda.load()
+
+    def prove(self, _batches: list[int]) -> Answer:
+        """See `Timed`: there is nothing to compute."""
+        return {}
+
+    def bytes(self, batch: int) -> int:
+        """Return how many are copied."""
+        import math
+
+        import numpy as np
+
+        tensors = self.manifest.inputs if self.stack.name == "host-to-device" else (
+            self.manifest.outputs
+        )  # fmt: skip
+        return sum(
+            batch * math.prod(map(int, each.shape[1:])) * np.dtype(each.dtype).itemsize
+            for each in tensors
+        )
+
+    def call(self, batch: int) -> tuple[Call, More]:
+        """See `Timed`."""
+        cuda, size = self.cuda, self.bytes(batch)
+        with cuda.on_device():
+            device, host, stream = cuda.malloc(size), cuda.host_alloc(size), cuda.stream_create()
+
+        def copy() -> None:
+            with cuda.on_device():
+                if self.stack.name == "host-to-device":
+                    cuda.to_device(device, host, size, stream)
+                else:
+                    cuda.to_host(host, device, size, stream)
+                cuda.stream_synchronize(stream)
+
+        return copy, {}
+
+    def about(self, batch: int) -> Answer:
+        """See `Timed`."""
+        return {"bytes": self.bytes(batch)}
+
+
+class Worker:
+    """What is open in this process."""
+
+    def __init__(self, job: Answer) -> None:
+        from vzip.export.bench.stacks import Stack
+
+        self.stack, self.folder = Stack(**job["stack"]), Path(job["bundle"])
+        self.timed: Timed | None = None
+        self.calls: dict[int, tuple[Call, More]] = {}
+        self.warm_ms: dict[int, float] = {}
+
+    def answer(self, request: Answer) -> Answer:
+        """Do what is asked."""
+        from vzip.runtime.machine import timing
+
+        if request["do"] == "open":
+            return self._open(request["batches"])
+        assert self.timed is not None, "open comes first"
+        batch = request["batch"]
+        if request["do"] == "warm":
+            return self._warm(self.timed, batch)
+        if request["do"] == "profile":
+            return self._profile(self.timed, batch)
+        call, more = self.calls[batch]
+        calls = request["calls"]
+        found = {"ms": timing.turn(call, calls=calls, settle=_settle(self.warm_ms[batch]))}
+        return {**found, **{name: take(calls) for name, take in more.items()}}
+
+    def _open(self, batches: list[int]) -> Answer:
+        from vzip.export.bench import stacks
+        from vzip.runtime.bundle.reader import read_bundle
+
+        kinds: dict[str, Callable[[Stack, Bundle], Timed]] = {
+            **dict.fromkeys(stacks.CEILINGS.values(), Ceiling),
+            stacks.PREPROCESSING: Preprocessing,
+            **dict.fromkeys(stacks.COPIES, Copies),
+        }
+        start = time.perf_counter()
+        bundle = read_bundle(self.folder, verify=False)  # who opens it verifies what it runs
+        self.timed = kinds.get(self.stack.name, Encoder)(self.stack, bundle)
+        opened = time.perf_counter() - start
+        return {"open_s": opened, **self.timed.prove(batches)}
+
+    def _profile(self, timed: Timed, batch: int) -> Answer:
+        """Return where an engine's time goes; see `vzip.export.inspect.engine_profile`."""
+        assert isinstance(timed, Encoder), "an engine's stack"
+        profile: Any = importlib.import_module("vzip.export.inspect.engine_profile").profile_engine
+        found = profile(timed.encoder._opened, timed.bundle, batch)
+        return dict(found.to_json())
+
+    def _warm(self, timed: Timed, batch: int) -> Answer:
+        from vzip.runtime.machine import timing
+
+        self.calls[batch] = timed.call(batch)
+        call, _ = self.calls[batch]
+        start = time.perf_counter()
+        call()
+        fit = int(WARM_S / (time.perf_counter() - start))
+        calls = max(1, min(WARM_CALLS, fit))  # the proof ran it before
+        warm = timing.warm_up(call, calls=calls, seconds=WARM_S)
+        self.warm_ms[batch] = statistics.median(warm[len(warm) // 2 :])
+        return {
+            "warm_up_calls": 1 + len(warm),
+            "warm_ms": self.warm_ms[batch],
+            "peak_host_mib": _peak_mib(),
+            "python": platform.python_version(),
+            "packages": _versions(),
+            **timed.about(batch),
+        }
+
+
+def _settle(warm_ms: float) -> int:
+    """Return the untimed calls at the start of a turn."""
+    from vzip.runtime.machine import timing
+
+    return 1 if warm_ms > SLOW_MS else timing.SETTLE_CALLS
+
+
+def _chosen(bundle: Bundle) -> Answer:
+    """Return which form the fastest is, as its record says."""
+    import onnxruntime
+
+    from vzip.export.engines.cpu.cache import read_record
+
+    record = read_record(bundle, onnxruntime.__version__)
+    return {} if record is None else {"chosen": record["form"]}
+
+
+def _said(agreement: Answer) -> str:
+    """Return an agreement in one line."""
+    shown = {
+        name: f"{value:.6g}" if isinstance(value, float) else value
+        for name, value in agreement.items()
+    }
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
+
+
+def _peak_mib() -> float:
+    """Return the most memory that this process had: the parent's before exec is not counted."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # kibibytes on Linux
+
+
+def _versions() -> dict[str, str]:
+    return {
+        name: str(sys.modules[name].__version__)
+        for name in _PACKAGES
+        if hasattr(sys.modules.get(name), "__version__")
+    }
+
+
+def _serve(worker: Worker, requests: TextIO, answers: TextIO) -> None:
+    for line in requests:
+        request = json.loads(line)
+        if request["do"] == "close":
+            break
+        try:
+            answer: Answer = {"ok": worker.answer(request)}
+        except Exception as error:  # noqa: BLE001 - the other side decides what it means
+            text = (str(error).strip().splitlines() or [""])[0]
+            answer = {"error": f"{type(error).__name__}: {text}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _die_with_the_parent() -> None:
+    """Ask Linux to: a process that waits for its turn is stopped, and would stay for ever."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _main() -> None:
+    arguments = sys.argv[1:]
+    paths = []
+    while arguments and arguments[0] == "--path":
+        paths.append(arguments[1])
+        arguments = arguments[2:]
+    sys.path[:1] = paths  # instead of this file's folder
+    _die_with_the_parent()
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is no answer
+    (job,) = arguments
+    _serve(Worker(json.loads(job)), sys.stdin, answers)
+    answers.flush()
+    os._exit(0)  # libraries of GPUs like to crash as they are unloaded; all was said
+
+
+if __name__ == "__main__":
+    _main()

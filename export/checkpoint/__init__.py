@@ -1,0 +1,1 @@
+"""A checkpoint, from a name to the tensors of tower and projector."""

@@ -1,0 +1,149 @@
+"""`vzip bench`: how fast bundles run here, beside peers; nothing heavy is imported for `-h`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vzip.export.bench import figures
+from vzip.runtime.console import emit, say
+from vzip.runtime.errors import InvalidInputError, MissingDependencyError, require
+
+NOTHING_RAN = 1
+
+
+def main(argv: Sequence[str], *, prog: str) -> int:
+    """Measure bundles, print the table, and write what ``-o`` asks for.
+
+    Args:
+        argv: The arguments.
+        prog: The command's name, for its help.
+
+    Returns:
+        0; 1 if no encoder could be timed.
+    """
+    arguments = _parser(prog).parse_args(argv)
+    folder: Path | None = arguments.output
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise InvalidInputError(f"-o is '{folder}', which is a file; give a folder for the results")
+    if arguments.rounds < 1:
+        raise InvalidInputError(f"--rounds is {arguments.rounds}, expected at least 1")
+    bundles = _bundles(arguments.bundles)
+    if arguments.peers:
+        require("torch", "transformers", "onnxruntime", needed_for="--peers", extra="export")
+    from vzip.export.bench.measure import Wanted, bench
+    from vzip.export.bench.output import table
+    from vzip.runtime.machine.environment import gpus
+
+    wanted = Wanted(
+        peers=arguments.peers,
+        only=tuple(arguments.only),
+        batches=arguments.batches,
+        rounds=arguments.rounds,
+        device="cpu" if isinstance(gpus(), str) else "cuda",
+    )
+    result = bench(bundles, wanted, command=shlex.join([*prog.split(), *argv]), say=say)
+    emit(table(result), end="")
+    if folder is not None:
+        for path in write(result, folder):
+            emit(str(path))
+    ran = any(row["kind"] in ("ours", "peer") for row in result["rows"])
+    return 0 if ran else NOTHING_RAN
+
+
+def write(result: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write a result, its table, plots and page; each file is there whole or not at all.
+
+    Raises:
+        InvalidInputError: The folder can't be written.
+    """
+    from vzip.export.bench.output import plot, table
+    from vzip.export.bench.page import page
+
+    files = {
+        "result.json": json.dumps(result, indent=1, allow_nan=False).encode() + b"\n",
+        "result.md": table(result).encode(),
+    }
+    svg = None
+    if any(row["kind"] != "phase" for row in result["rows"]):
+        try:
+            svg = files["result.svg"] = plot(result, "svg")
+            files["result.png"] = plot(result, "png")
+        except MissingDependencyError as error:
+            say(f"no plot was drawn: {error}")
+    files["result.html"] = page(result, svg).encode()
+    return figures.write(folder, files)
+
+
+def _bundles(folders: Sequence[Path]) -> Mapping[str, Any]:
+    """Return the bundles by the names of their folders."""
+    from vzip.runtime.bundle.reader import read_bundle
+
+    found = {}
+    for folder in folders:
+        name = folder.resolve().name
+        if name in found:
+            raise InvalidInputError(
+                f"got two bundles whose folders are called '{name}', by which the result tells "
+                "them apart; rename one"
+            )
+        found[name] = read_bundle(folder, verify=False)  # what runs is verified when it is opened
+    return found
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    """Return the numbers of a list with commas, the smallest first."""
+    parts = text.split(",")
+    if not all(part.isdigit() and int(part) for part in parts) or len({*parts}) < len(parts):
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected different numbers from 1 on, such as 1,8,32"
+        )
+    return tuple(sorted(map(int, parts)))
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        allow_abbrev=False,  # a new option would change what an old script says
+        description="Time every backend, engine and precision of bundles on this machine, each in "
+        "a process of its own and in turns, after its tokens were compared with the reference in "
+        "the bundle; beside the matrix multiplications alone, and beside peers. Exit status 1 if "
+        "nothing could be timed.",
+    )
+    parser.add_argument(
+        "bundles", metavar="BUNDLE", nargs="+", type=Path, help="folder of a bundle"
+    )
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="also PyTorch as published and at its best, ONNX Runtime and OpenVINO as they come",
+    )
+    parser.add_argument(
+        "--only",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="NAME,NAME,…",
+        help="these alone, by their names in the table: onnxruntime, openvino:bf16, …",
+    )
+    parser.add_argument(
+        "--batches",
+        type=_batches,
+        default=(),
+        metavar="N,N,…",
+        help="images in a call (default: 1, or a static bundle's own batch)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=7, metavar="N", help="turns of each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="where result.json, .md, .svg, .png and .html go",
+    )
+    return parser

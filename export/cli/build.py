@@ -1,0 +1,133 @@
+"""`vzip build` and `vzip inspect`; nothing heavy is imported before the arguments are read."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from vzip.runtime.console import emit, say
+
+
+def build_main(argv: Sequence[str], *, prog: str) -> int:
+    """Build an engine from a bundle; print its path.
+
+    Args:
+        argv: The arguments.
+        prog: The command's name, for its help.
+
+    Returns:
+        The exit status.
+    """
+    arguments = _build_parser(prog).parse_args(argv)
+    from vzip.export.engines.tensorrt.auto import AUTO, build_best
+    from vzip.export.engines.tensorrt.publish import BuildRequest, build_engine
+
+    automatic = arguments.precision == AUTO
+    request = BuildRequest(
+        name=arguments.name,
+        workspace_mib=arguments.workspace,
+        level=arguments.level,
+        opt_batch=arguments.opt_batch,
+        low_memory=arguments.low_memory,
+        rtx=arguments.rtx,
+        safer=arguments.safer,
+        precision=None if automatic else arguments.precision,
+    )
+    if automatic:
+        result, built = build_best(arguments.bundle, request, say=say)
+    else:
+        result = build_engine(arguments.bundle, request, say=say)
+        built = [result]
+    for each in built:
+        if each.reused:
+            say(f"'{each.name}' is there already, the same in every respect; it was not built")
+    if automatic:
+        say(f"the fastest that agrees is '{result.name}'")
+    if (quantised := result.record.quantised) is not None:
+        say(f"to run it, open the bundle with --precision {quantised} (precision='{quantised}')")
+    emit(str(result.path))
+    return 0
+
+
+def inspect_main(argv: Sequence[str], *, prog: str) -> int:
+    """Print what a bundle's graph, or one of its engines, consists of.
+
+    Args:
+        argv: The arguments.
+        prog: The command's name, for its help.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        allow_abbrev=False,
+        description="Print what a bundle's graph consists of: operators, datatypes, work, weights "
+        "and the parts that stay FP32; or, with --engine, what TensorRT made of it.",
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="the folder of the bundle")
+    parser.add_argument("--engine", metavar="NAME", help="an engine that 'vzip build' made")
+    arguments = parser.parse_args(argv)
+    from vzip.export.inspect.describe import describe_engine, describe_graph
+
+    lines = (
+        describe_graph(arguments.bundle)
+        if arguments.engine is None
+        else describe_engine(arguments.bundle, arguments.engine)
+    )
+    for line in lines:
+        emit(line)
+    return 0
+
+
+def _build_parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        allow_abbrev=False,  # a new option would change what an old script says
+        description="Build a TensorRT engine from a bundle on the machine that will run it, "
+        "compare its tokens with PyTorch's, and put it into the bundle. An engine whose tokens "
+        "differ is not kept.",
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="the folder of the bundle")
+    parser.add_argument("--name", help="the engine's name (default: after TensorRT and the GPU)")
+    parser.add_argument(
+        "--workspace", type=int, metavar="MIB", help="limit for the builder's scratch memory"
+    )
+    parser.add_argument(
+        "--level",
+        type=int,
+        metavar="N",
+        help="builder optimisation level, 0 (quick) to 5 (default: TensorRT's own, 3)",
+    )
+    parser.add_argument(
+        "--opt-batch",
+        type=int,
+        metavar="N",
+        help="the batch to tune for, where it is open (default: the largest)",
+    )
+    parser.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="for modules with 4 or 8 GB: a small workspace, level 2, neither cuBLAS nor cuDNN; "
+        "refuses to start what can't fit",
+    )
+    parser.add_argument(
+        "--safer",
+        action="store_true",
+        help="if the tokens differ from PyTorch's, try settings that are slower and safer",
+    )
+    parser.add_argument(
+        "--precision",
+        metavar="NAME",
+        help="build from the graph that 'vzip calibrate' made: int8 or fp8; or auto, which keeps "
+        "such an engine only if it runs faster on this machine and its tokens agree (default: the "
+        "bundle's own graph)",
+    )
+    parser.add_argument(
+        "--rtx",
+        metavar="SM,…",
+        help="build with TensorRT-RTX for these GPUs, such as sm86,sm89, without having one; "
+        "such an engine is not compared with PyTorch",
+    )
+    return parser

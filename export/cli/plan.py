@@ -1,0 +1,117 @@
+"""`vzip plan`: what budgets would cost on a device; nothing heavy is imported for `-h`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from vzip.export import EXPORT_PACKAGES
+from vzip.export.plan import predict as plan
+from vzip.export.plan.devices import DEVICES, HERE, find_device
+from vzip.runtime.console import emit
+from vzip.runtime.errors import InvalidInputError, require
+from vzip.runtime.models import ALIASES
+
+TEXT_TOKENS = 64
+"""LLaVA-1.5's prompt without its image has about forty tokens, a question some twenty."""
+
+NONE_MEETS = 1
+
+
+def main(argv: Sequence[str], *, prog: str) -> int:
+    """Predict the cost of budgets, and the largest that meets limits and fits.
+
+    Args:
+        argv: The arguments.
+        prog: The command's name, for its help and its verdict.
+
+    Returns:
+        0; 1 if no budget meets the limits and fits the device.
+    """
+    arguments = _parser(prog).parse_args(argv)
+    limits = plan.Limits(arguments.latency_ms, arguments.ttft_ms, arguments.memory_gb)
+    if arguments.text_tokens < 0:
+        raise InvalidInputError(f"got --text-tokens {arguments.text_tokens}, expected 0 or more")
+    known = None if arguments.device == HERE else find_device(arguments.device)
+    require(*EXPORT_PACKAGES, needed_for=f"'{prog}'", extra="export")
+    from vzip.export.plan.here import measure
+    from vzip.export.plan.model import read_model
+    from vzip.export.plan.table import table
+
+    model = read_model(arguments.model)
+    budgets = arguments.budgets or model.budgets
+    for tokens in budgets:
+        model.budget(tokens)  # before the machine is measured
+    device = measure(model) if known is None else known
+    made = plan.Plan(model, device, arguments.llm_weights, arguments.text_tokens)
+    advice = plan.advise(made, limits)
+    asked = {*budgets, model.patches}
+    if limits.any:
+        asked.add(advice.row.tokens)
+    emit(table(made, [made.predict(tokens) for tokens in sorted(asked)]))
+    if not advice.met:
+        print(f"{prog}: error: {advice.text}", file=sys.stderr)  # noqa: T201  a command's verdict
+        return NONE_MEETS
+    if limits.any:
+        emit(f"\nrecommended (predicted): {advice.text}")
+    return 0
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Return the numbers of a list with commas."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected numbers of tokens with commas, such as 64,128,192"
+        ) from None
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        allow_abbrev=False,  # a new option would change what an old script says
+        description="Predict what budgets of a model cost on a device, from the model's work and "
+        "the device's published ceilings: time of the encoder and of the LLM's prefill, speed of "
+        "the answer, memory. With limits, the largest budget that meets them all. Exit status 1 if "
+        "none does, or nothing fits the device.",
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        help=f"an alias ({', '.join(ALIASES)}), a hub id, or a local folder",
+    )
+    parser.add_argument(
+        "--device",
+        required=True,
+        metavar="NAME",
+        help=f"{', '.join(DEVICES)}, or {HERE}: this machine's CPU, measured in a few seconds",
+    )
+    parser.add_argument(
+        "--budgets",
+        type=_numbers,
+        metavar="K,K,…",
+        help="tokens of an image, a tile or a frame (default: the paper's share of the patches)",
+    )
+    parser.add_argument(
+        "--text-tokens",
+        type=int,
+        default=TEXT_TOKENS,
+        metavar="N",
+        help="tokens of prompt and question beside the image's (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--llm-weights",
+        choices=tuple(plan.BITS),
+        default="fp16",
+        help="what the LLM's weights are stored in (default: %(default)s)",
+    )
+    group = parser.add_argument_group("limits, of which a recommendation meets all")
+    for name, what in (
+        ("--latency-ms", "predicted latency of the encoder"),
+        ("--ttft-ms", "predicted time of encoder and prefill, to the first token"),
+        ("--memory-gb", "predicted memory of weights and cache, gigabytes of 10⁹ bytes"),
+    ):
+        group.add_argument(name, type=float, metavar="X", help=what)
+    return parser

@@ -1,0 +1,1 @@
+"""Engines: a bundle's graph compiled for one machine."""

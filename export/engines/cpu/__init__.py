@@ -1,0 +1,1 @@
+"""Forms of a graph for ONNX Runtime's CPU, and the choice of the fastest that agrees."""

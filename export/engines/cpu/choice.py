@@ -1,0 +1,281 @@
+"""Measures the forms of a bundle's graph and says which is the fastest that keeps the tokens.
+
+Each form is opened, run on the bundle's reference pictures and compared with what the untouched
+model says of them; those that agree are timed against the fastest so far, call by call in turns.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vzip.export.engines.cpu import smooth
+from vzip.export.engines.cpu.form_graph import Graph
+from vzip.export.engines.cpu.forms import FORMS, Form, made
+from vzip.export.engines.cpu.patterns import norms
+from vzip.runtime.agreement import prove, read_reference
+from vzip.runtime.bundle.manifest import EMBEDS, KEPT, REFERENCE_FILE
+from vzip.runtime.bundle.onnx_wire import with_output
+from vzip.runtime.bundle.reader import Bundle
+from vzip.runtime.errors import BackendError, InvalidInputError
+from vzip.runtime.machine.timing import interleaved
+
+Array = NDArray[Any]
+Open = Callable[[bytes, Path], Any]
+
+OVERLAP: Final = 0.95
+"""Least mean share of kept tokens that the untouched model keeps too."""
+COSINE: Final = 0.99
+"""Least cosine of any kept token with the untouched model's, and of the merged ones on average."""
+CALIBRATED: Final = "int8"
+"""The graph of vzip calibrate that may be faster here; FP8 has no kernels on a CPU."""
+OWN: Final = "own"
+"""Name of the bundle's graph as it is."""
+SECONDS: Final = 2.0
+"""That a comparison takes, roughly; a large tower's fewest calls take longer."""
+ALPHA: Final = 0.5
+"""Share of the outliers that smoothing moves to the weights, SmoothQuant's own default."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found out about one form.
+
+    Attributes:
+        form: Its name.
+        kept_overlap: Mean share of kept tokens that the untouched model keeps too; None where the
+            form could not be run.
+        min_cosine: Lowest cosine of a token that both keep.
+        contextual_cosine: Mean cosine of the merged tokens.
+        ms: The fastest of its calls, which other load disturbs least; None where it was not timed.
+        against: Name of the form that it was timed against, the fastest until then.
+        against_ms: The fastest of that one's calls, in turns with these.
+        refused: Why it can't be chosen; None if it could.
+    """
+
+    form: str
+    kept_overlap: float | None = None
+    min_cosine: float | None = None
+    contextual_cosine: float | None = None
+    ms: float | None = None
+    against: str | None = None
+    against_ms: float | None = None
+    refused: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON has them."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A graph that can be run.
+
+    Attributes:
+        name: Of the form.
+        model: The serialised model.
+        folder: Where its external data lies.
+    """
+
+    name: str
+    model: bytes
+    folder: Path
+
+
+def choose(bundle: Bundle, opened: Open, work: Path) -> tuple[Candidate, list[Measured]]:
+    """Return the fastest form of a bundle's graph that agrees with the untouched model.
+
+    Args:
+        bundle: The bundle.
+        opened: Makes an ONNX Runtime session of a model and the folder of its weights; raises
+            BackendError where it can't.
+        work: A folder for the weights of forms; what isn't chosen is removed from it.
+
+    Returns:
+        The form, and what was measured of each, in that order.
+
+    Raises:
+        InvalidInputError: The bundle was exported without pictures to compare on.
+        BundleError: The bundle is damaged.
+        BackendError: The bundle's own graph can't be run.
+    """
+    if REFERENCE_FILE not in bundle.manifest.files:
+        raise InvalidInputError(
+            f"{bundle.path} has no {REFERENCE_FILE}, expected the untouched model's tokens to tell "
+            "which forms keep the same; it was exported without them: export it again with the "
+            "parity check, or open it in its own precision"
+        )
+    with bundle.open_file(REFERENCE_FILE) as file:
+        reference = read_reference(file, bundle.manifest)
+    own = Candidate(OWN, bundle.read_model(), bundle.weights_folder)
+    batch = _batch(bundle)
+    graph = Graph.read(own.model, own.folder)
+    pictures = np.ascontiguousarray(reference.input[np.arange(batch) % len(reference.input)])
+
+    def call(session: Any) -> Callable[[Array], dict[str, Array]]:
+        def run(array: Array) -> dict[str, Array]:
+            values = _run(session, bundle, (EMBEDS, KEPT), array)
+            return dict(zip((EMBEDS, KEPT), values, strict=True))
+
+        return run
+
+    def judged(candidate: Candidate, session: Any) -> Measured:
+        try:
+            found = prove(call(session), reference, bundle.manifest, [batch])
+        except BackendError as error:
+            return Measured(candidate.name, refused=f"can't be run: {error}")
+        values = (found.kept_overlap, found.min_cosine, found.contextual_cosine)
+        agrees = values[0] >= OVERLAP and min(values[1:]) >= COSINE
+        refused = None if agrees else (
+            f"kept overlap {values[0]:.4f}, cosines {values[1]:.4f} and {values[2]:.4f}; expected "
+            f"at least {OVERLAP} and {COSINE}"
+        )  # fmt: skip
+        return Measured(candidate.name, *values, refused=refused)
+
+    best, best_session = own, opened(own.model, own.folder)
+    first = judged(own, best_session)
+    if first.kept_overlap is None:
+        raise BackendError(f"{bundle.path}: the bundle's own graph {first.refused}")
+    measured = [replace(first, refused=None)]  # it is what the bundle promises, in any case
+    factors = _factors(bundle, graph, own, reference.input, opened)
+    calibrated = [name for name in bundle.manifest.precisions if name == CALIBRATED]
+    for name in [*(form.name for form in FORMS), *calibrated]:
+        start = time.perf_counter()
+        try:
+            candidate = _candidate(name, bundle, graph, factors, work)
+            session = None if candidate is None else opened(candidate.model, candidate.folder)
+        except BackendError as error:
+            measured.append(Measured(name, refused=f"can't be opened: {error}"))
+            continue
+        if candidate is None:
+            measured.append(Measured(name, refused="nothing of it was found in this graph"))
+            continue
+        result = judged(candidate, session)
+        if result.refused is None:
+            runs = {best.name: call(best_session), name: call(session)}
+            taken = interleaved(
+                {each: (lambda run=run: run(pictures)) for each, run in runs.items()},  # type: ignore[misc]
+                seconds=SECONDS,
+            )
+            mine, other = taken[name].min_ms, taken[best.name].min_ms
+            values = (result.kept_overlap, result.min_cosine, result.contextual_cosine)
+            result = Measured(name, *values, mine, best.name, other)
+            if mine < other:
+                best, best_session = candidate, session
+        measured.append(result)
+        _remove_others(work, best.name)
+        _log.info("fastest: %s took %.0f s to measure", result, time.perf_counter() - start)
+    _remove_others(work, best.name)  # of forms that were never judged too
+    return best, measured
+
+
+def _batch(bundle: Bundle) -> int:
+    """Return how many pictures a call takes here."""
+    return 1 if bundle.manifest.batch.dynamic else bundle.manifest.batch.max
+
+
+def _run(session: Any, bundle: Bundle, names: Sequence[str], array: Array) -> list[Array]:
+    """Return values of a graph for one batch of its input.
+
+    Raises:
+        BackendError: ONNX Runtime failed.
+    """
+    try:
+        values: list[Array] = session.run([*names], {bundle.manifest.input.name: array})
+    except Exception as error:  # ONNX Runtime's errors have no base class of their own
+        raise BackendError((str(error).splitlines() or [type(error).__name__])[0]) from error
+    return values
+
+
+def _candidate(
+    name: str, bundle: Bundle, graph: Graph, factors: Mapping[str, Array], work: Path
+) -> Candidate | None:
+    """Return a form as a graph that can be run; None where it is nothing but the bundle's own."""
+    form = _with_own_weights(name)
+    if form is None:
+        return with_bundles_weights(name, bundle)
+    changed = made(graph, form, factors)
+    if changed.nodes == graph.nodes:
+        return None
+    file = work / f"{name}.onnx"
+    changed.save(file, work / f"{name}.onnx.data")
+    return Candidate(name, file.read_bytes(), work)
+
+
+def _with_own_weights(name: str) -> Form | None:
+    """Return a form whose weights are not the bundle's; None for another."""
+    forms = {form.name: form for form in FORMS if form.after_norm or form.others}
+    return forms.get(name)
+
+
+def with_bundles_weights(name: str, bundle: Bundle) -> Candidate | None:
+    """Return a form that has no weights of its own; None if there is none of that name.
+
+    Raises:
+        BundleError: The bundle is damaged.
+    """
+    if name in bundle.manifest.precisions:  # vzip calibrate made it
+        bundle = bundle.at(name)
+    elif name != OWN and (name not in {form.name for form in FORMS} or _with_own_weights(name)):
+        return None
+    model, folder = bundle.read_model(), bundle.weights_folder
+    for form in FORMS:
+        if form.name == name:
+            graph = Graph.read(model, folder)
+            changed = made(graph, form, {})
+            return None if changed.nodes == graph.nodes else Candidate(
+                name, changed.to_model(), folder
+            )  # fmt: skip
+    return Candidate(name, model, folder)
+
+
+def _remove_others(work: Path, name: str) -> None:
+    """Remove the files of forms that were not the fastest."""
+    for path in work.iterdir():
+        if path.name not in {f"{name}.onnx", f"{name}.onnx.data"}:
+            path.unlink()
+
+
+def _factors(
+    bundle: Bundle, graph: Graph, own: Candidate, pictures: Array, opened: Open
+) -> dict[str, Array]:
+    """Return what the channels of LayerNorms' results are divided by, from the bundle's pictures.
+
+    Args:
+        bundle: The bundle.
+        graph: Its graph.
+        own: The same, serialised.
+        pictures: The graph's input, [n, …].
+        opened: As `choose` takes it.
+
+    Returns:
+        Name of the result → float32 [in], powers of two.
+    """
+    found = norms(graph)
+    if not found:  # no outputs asked for would be all of them
+        return {}
+    model = own.model
+    for value in found:
+        model = with_output(model, value)
+    session = opened(model, own.folder)
+    largest: dict[str, Array] = {}
+    batch = _batch(bundle)
+    for start in range(0, len(pictures), batch):
+        chosen = np.arange(start, start + batch) % len(pictures)
+        values = _run(session, bundle, tuple(found), np.ascontiguousarray(pictures[chosen]))
+        for value, array in zip(found, values, strict=True):
+            most = np.abs(array).max(axis=tuple(range(array.ndim - 1)))
+            largest[value] = np.maximum(largest.get(value, 0), most)
+    return {
+        value: smooth.factors(largest[value], [graph.array(linear.weight) for linear in fed], ALPHA)
+        for value, (_, fed) in found.items()
+    }

@@ -1,0 +1,498 @@
+"""`vzip build`: a bundle's graph to an engine, proven on the machine that built it, published.
+
+Runs on the target: TensorRT, numpy and nothing of PyTorch. The steps are reuse, estimate, build,
+proof, publish; one builder at a time works on a bundle. An engine that fails its proof is never
+published.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from vzip.export.engines.tensorrt import memory as build_memory
+from vzip.export.engines.tensorrt.api import Stack, capabilities_of, installed_stack
+from vzip.export.engines.tensorrt.build import Settings, build
+from vzip.export.engines.tensorrt.layers import inspect_engine
+from vzip.export.engines.tensorrt.proof import prove_engine
+from vzip.runtime.bundle.engine_record import (
+    ENGINES_FOLDER,
+    LOCK_FILE,
+    TIMING_CACHE,
+    EngineBatch,
+    EngineRecord,
+    check_name,
+)
+from vzip.runtime.bundle.manifest import REFERENCE_FILE, Manifest, Scalar
+from vzip.runtime.bundle.precision_record import FP8_SM
+from vzip.runtime.bundle.reader import Bundle, open_engine, read_bundle
+from vzip.runtime.bundle.writer import add_engine
+from vzip.runtime.errors import BackendError, BundleError, InvalidInputError, ParityError
+from vzip.runtime.files import atomic
+from vzip.runtime.machine import sensors
+
+Say = Callable[[str], None]
+Keep = Callable[[Bundle, EngineRecord, memoryview], Mapping[str, Scalar] | None]
+
+LEVELS: Final = range(6)  # IBuilderConfig.builder_optimization_level, from 8.6 on
+SAFER_LEVEL: Final = 0
+LARGEST_CACHE: Final = 2**28
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What a user asked for.
+
+    Attributes:
+        name: The engine's name; None for one after the stack and the GPU.
+        workspace_mib: Limit for the scratch memory of tactics; None for the builder's own.
+        level: Builder optimisation level; None for the builder's own.
+        opt_batch: The batch that tactics are chosen for; None for the largest.
+        low_memory: Build with little memory, and refuse what can't fit.
+        rtx: Compute capabilities to build for without a GPU, as the user wrote them.
+        safer: After a failed proof, try the next safer way to build.
+        precision: Of the graph to build from: ``int8`` or ``fp8``, or None for the bundle's own.
+    """
+
+    name: str | None = None
+    workspace_mib: int | None = None
+    level: int | None = None
+    opt_batch: int | None = None
+    low_memory: bool = False
+    rtx: str | None = None
+    safer: bool = False
+    precision: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name is not None:
+            try:
+                check_name(self.name)
+            except BundleError as error:
+                raise InvalidInputError(
+                    f"--name is {self.name!r}, expected letters, digits, '.', '_' and '-', at "
+                    "most 100, which a file can be called"
+                ) from error
+        if self.workspace_mib is not None and not 1 <= self.workspace_mib <= 2**20:
+            raise InvalidInputError(
+                f"--workspace is {self.workspace_mib}, expected MiB from 1 to {2**20}"
+            )
+        if self.level is not None and self.level not in LEVELS:
+            raise InvalidInputError(
+                f"--level is {self.level}, expected 0 (quick) to 5 (searches longest)"
+            )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What an engine is built for.
+
+    Attributes:
+        gpu: The GPU's name; None ahead of time.
+        sm: Compute capabilities.
+        jetpack: JetPack here; None where there is none, and ahead of time.
+    """
+
+    gpu: str | None
+    sm: tuple[str, ...]
+    jetpack: str | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """An engine in its bundle.
+
+    Attributes:
+        bundle: The bundle with the engine.
+        name: The engine's name.
+        record: Its record.
+        reused: Whether it was there already, the same in every respect.
+    """
+
+    bundle: Bundle
+    name: str
+    record: EngineRecord
+    reused: bool
+
+    @property
+    def path(self) -> Path:
+        """The engine's file."""
+        return self.bundle.path / ENGINES_FOLDER / f"{self.name}.plan"
+
+
+def build_engine(path: str | os.PathLike[str], request: BuildRequest, *, say: Say) -> Result:
+    """Build an engine from a bundle and publish it there.
+
+    Args:
+        path: The bundle.
+        request: What to build.
+        say: Told, in lines, what goes on.
+
+    Returns:
+        The engine. One that exists is reused if every field of its record is what a new one's
+        would be and the file has the digest of the record.
+
+    Raises:
+        VzipError: Anything that the caller can mend: no TensorRT, no GPU, a bundle that is damaged,
+            an option that doesn't fit. `ParityError` if the engine fails its proof; it is then not
+            published, and what was there before is untouched.
+    """
+    result = build_if(path, request, lambda *_: {}, say=say)
+    assert result is not None
+    return result
+
+
+def build_if(
+    path: str | os.PathLike[str], request: BuildRequest, keep: Keep, *, say: Say
+) -> Result | None:
+    """Build an engine, and publish it if `keep` agrees; see `build_engine`.
+
+    Args:
+        path: The bundle.
+        request: What to build.
+        keep: Asked about an engine that was built and passed its proof, before it is published,
+            with the bundle, its record and the engine itself. Returns numbers that are recorded
+            with the proof, or None for an engine that is not to be kept. An engine that is reused
+            was kept before.
+        say: Told, in lines, what goes on.
+
+    Returns:
+        The engine; None if it was not kept.
+    """
+    bundle = read_bundle(path).at(request.precision)
+    stack = installed_stack(ahead_of_time=request.rtx is not None)
+    capabilities = () if request.rtx is None else capabilities_of(request.rtx, stack)
+    tries = [first_settings(request, bundle.manifest, capabilities)]
+    outlook = _outlook(bundle, tries[0])
+    say(outlook.line)  # a machine without a GPU may ask for nothing else
+    machine = Machine(None, capabilities, None) if capabilities else this_machine()
+    _check_fp8(bundle, stack, machine)
+    if request.safer:
+        tries += safer_settings(tries[0], stack, bundle.manifest)
+    name = request.name or _default_name(stack, machine, bundle)
+    with build_lock(bundle, say):
+        # Whoever held the lock may have built this very engine.
+        bundle = read_bundle(path).at(request.precision)
+        for settings in tries:
+            wanted = _record(stack, machine, bundle, settings)
+            if (found := reusable(bundle, name, wanted)) is not None:
+                return Result(bundle, name, found, reused=True)
+        say(f"building '{name}' with {stack} for {_describe(machine)}")
+        if outlook.cure is not None:
+            if request.low_memory:
+                raise BackendError(
+                    f"{outlook.line}: it can't fit and was not started; {outlook.cure}"
+                )
+            say(f"warning: it may run out of memory: try --low-memory, {outlook.cure}")
+        failures = []
+        for settings in tries:
+            say(f"settings: {_described_settings(settings, stack)}")
+            record, plan = _build(stack, machine, bundle, settings, say)
+            if record.proof is None or record.proof["passed"]:
+                numbers = keep(bundle, record, plan)
+                if numbers is None:
+                    return None
+                if record.proof is not None:
+                    record = dataclasses.replace(record, proof={**record.proof, **numbers})
+                return Result(add_engine(bundle, name, record, plan), name, record, reused=False)
+            failures.append(f"{_described_settings(settings, stack)}: {record.proof}")
+            del plan  # the next try needs the memory
+    raise ParityError(_failed(failures, request, stack, bundle))
+
+
+def this_machine() -> Machine:
+    """Return the GPU here.
+
+    Raises:
+        BackendError: There is none that works.
+    """
+    from vzip.runtime.backends.tensorrt import cuda
+
+    device = cuda.load()
+    jetson = sensors.jetson()
+    return Machine(
+        device.device_name(),
+        (device.compute_capability(),),
+        None if jetson is None else jetson.jetpack,
+    )
+
+
+def first_settings(
+    request: BuildRequest, manifest: Manifest, capabilities: tuple[str, ...]
+) -> Settings:
+    """Return how to build what was asked for, for compute capabilities or for the GPU here.
+
+    Raises:
+        InvalidInputError: A batch that the graph doesn't take.
+    """
+    batch = manifest.batch
+    opt = request.opt_batch
+    if opt is not None and not (1 <= opt <= batch.max if batch.dynamic else opt == batch.max):
+        takes = f"1 to {batch.max}" if batch.dynamic else f"exactly {batch.max}"
+        raise InvalidInputError(f"--opt-batch is {opt}, but the graph takes {takes}")
+    workspace, level = request.workspace_mib, request.level
+    if request.low_memory:
+        workspace = build_memory.LOW_MEMORY_WORKSPACE_MIB if workspace is None else workspace
+        level = build_memory.LOW_MEMORY_LEVEL if level is None else level
+    return Settings(
+        workspace_mib=workspace,
+        level=level,
+        low_memory=request.low_memory,
+        opt_batch=batch.max if opt is None else opt,
+        islands="graph",
+        capabilities=capabilities,
+    )
+
+
+def safer_settings(first: Settings, stack: Stack, manifest: Manifest) -> list[Settings]:
+    """Return what to try after `first` failed, from what costs least speed to what costs most.
+
+    Where precision is a matter of flags, more layers in FP32 and at last all; where it lives in the
+    graph, a level at which the builder rewrites and fuses less.
+    """
+    if not stack.can.strongly_typed and manifest.precision == "fp16":
+        return [dataclasses.replace(first, islands=each) for each in ("norms", "all")]
+    if first.level == SAFER_LEVEL:
+        return []
+    return [dataclasses.replace(first, level=SAFER_LEVEL)]
+
+
+def reusable(bundle: Bundle, name: str, wanted: EngineRecord) -> EngineRecord | None:
+    """Return the record of an engine that is as good as a new one; None if there is none.
+
+    What only a build can tell (digest, size, time, fusion and the proof's numbers) is taken from
+    the old record; everything else must be equal, and the file must have the record's digest. An
+    engine that could be proven now and wasn't then is built again.
+    """
+    found = bundle.manifest.engines.get(name)
+    if found is None:
+        return None
+    same = dataclasses.replace(
+        wanted,
+        sha256=found.sha256,
+        bytes=found.bytes,
+        seconds=found.seconds,
+        fused_attention=found.fused_attention,
+        proof=found.proof,
+    )
+    provable = found.gpu is not None and REFERENCE_FILE in bundle.manifest.files
+    proven = found.proof is not None and found.proof["passed"] is True
+    if same != found or (provable and not proven):
+        return None
+    digest = hashlib.sha256()
+    try:
+        with open_engine(bundle, name) as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+    except BundleError:
+        return None  # missing or no plain file: building puts it right
+    return found if digest.hexdigest() == found.sha256 else None
+
+
+@contextlib.contextmanager
+def build_lock(bundle: Bundle, say: Say) -> Iterator[None]:
+    """Let one process at a time change a bundle; the lock ends with the process.
+
+    Raises:
+        BundleError: The folder can't be written, or its file system has no locks.
+    """
+    import fcntl
+
+    folder = bundle.path / ENGINES_FOLDER
+    try:
+        folder.mkdir(exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(folder / LOCK_FILE, flags, 0o644)
+    except OSError as error:
+        raise BundleError(
+            f"{folder}: can't be written ({error.strerror}), so the bundle can't be changed; copy "
+            "the bundle to a folder that you may write to"
+        ) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another process works on {bundle.path}; waiting for it to end")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    except OSError as error:
+        if error.errno not in {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}:
+            raise
+        raise BundleError(
+            f"{folder}: its file system has no locks ({error.strerror}), so two processes could "
+            "spoil each other's work; copy the bundle to a local disk and work on it there"
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
+def _build(
+    stack: Stack, machine: Machine, bundle: Bundle, settings: Settings, say: Say
+) -> tuple[EngineRecord, memoryview]:
+    """Build one engine and prove it where that can be done."""
+    cache = bundle.path / ENGINES_FOLDER / TIMING_CACHE
+    start = time.monotonic()
+    built = build(
+        stack,
+        bundle.read_model(),
+        bundle.weights_folder / bundle.graph_file,
+        bundle.manifest,
+        settings=settings,
+        timing_cache=_read_cache(cache, say) if stack.can.timing_cache else b"",
+        quantised=bundle.quantised,
+    )
+    seconds = round(time.monotonic() - start, 1)
+    for warning in built.warnings:
+        say(f"warning: {warning}")
+    if built.timing_cache is not None:
+        _write_cache(cache, built.timing_cache, say)
+    record = dataclasses.replace(
+        _record(stack, machine, bundle, settings),
+        sha256=hashlib.sha256(built.plan).hexdigest(),
+        bytes=built.plan.nbytes,
+        seconds=seconds,
+    )
+    say(f"built in {seconds} s: {record.bytes / 2**20:.1f} MiB")
+    if machine.gpu is None:
+        say(
+            "not proven: it was built without a GPU; run 'vzip build' on the machine itself if its "
+            "tokens must be compared with PyTorch's"
+        )
+        return record, built.plan
+    fused = inspect_engine(stack, built.plan).fused_attention
+    record = dataclasses.replace(record, fused_attention=fused)
+    say(_fusion_line(fused, bundle.manifest))
+    if REFERENCE_FILE not in bundle.manifest.files:
+        say(
+            f"warning: not proven: the bundle has no {REFERENCE_FILE}, since it was exported with "
+            "--no-check; export it without that to have its engines compared with PyTorch"
+        )
+        return record, built.plan
+    proof = prove_engine(bundle, record, built.plan)
+    say(f"proof {proof}")
+    return dataclasses.replace(record, proof=proof.to_json()), built.plan
+
+
+def _check_fp8(bundle: Bundle, stack: Stack, machine: Machine) -> None:
+    """Refuse FP8 where neither the GPU nor TensorRT computes in it.
+
+    Raises:
+        BackendError: They don't.
+    """
+    if bundle.quantised != "fp8":
+        return
+    slower = [sm for sm in machine.sm if int(sm) < FP8_SM]
+    if slower or not stack.can.strongly_typed:
+        found = f"SM {', '.join(slower)}" if slower else str(stack)
+        raise BackendError(
+            f"got precision 'fp8' for {found}, expected SM {FP8_SM} or newer and TensorRT 10 or "
+            "newer, as nothing else computes what the graph says in FP8; take --precision int8"
+        )
+
+
+def _record(stack: Stack, machine: Machine, bundle: Bundle, settings: Settings) -> EngineRecord:
+    """Return the record of an engine that is still to be built: size and digest are no one's."""
+    batch = bundle.manifest.batch
+    low = 1 if batch.dynamic else batch.max
+    return EngineRecord(
+        sha256="0" * 64,
+        bytes=1,
+        stack=stack.name,
+        version=stack.version,
+        gpu=machine.gpu,
+        sm=machine.sm,
+        jetpack=machine.jetpack,
+        precision=bundle.precision,
+        batch=EngineBatch(low, settings.opt_batch, batch.max),
+        model_sha256=bundle.manifest.files[bundle.graph_file].sha256,
+        settings=settings.to_json(stack),
+        seconds=0.0,
+        fused_attention=None,
+        proof=None,
+    )
+
+
+def _outlook(bundle: Bundle, settings: Settings) -> build_memory.Outlook:
+    return build_memory.compare(
+        build_memory.estimate(
+            bundle.manifest,
+            workspace_mib=settings.workspace_mib,
+            low_memory=settings.low_memory,
+            gpu=not settings.capabilities,
+            quantised=bundle.quantised,
+        ),
+        sensors.memory(),
+        precision=bundle.precision,
+    )
+
+
+def _read_cache(path: Path, say: Say) -> bytes:
+    """Return the timing cache; nothing where there is none or none that can be read."""
+    if not os.path.lexists(path):
+        return b""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST_CACHE:
+        say(f"warning: {path} is no plain file of a timing cache's size and is ignored")
+        return b""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        say(f"warning: {path} can't be read ({error.strerror}) and is ignored")
+        return b""
+
+
+def _write_cache(path: Path, content: bytes, say: Say) -> None:
+    """Keep the timing cache for the next build, which gets by without it."""
+    try:
+        atomic.replace_file(path, content)
+    except OSError as error:
+        say(f"warning: {path} can't be written ({error.strerror}); the next build times anew")
+
+
+def _default_name(stack: Stack, machine: Machine, bundle: Bundle) -> str:
+    kind = {"tensorrt": "trt", "tensorrt_rtx": "rtx"}[stack.name]
+    quantised = [] if bundle.quantised is None else [bundle.quantised]
+    return "-".join([kind, *(f"sm{each}" for each in machine.sm), *quantised])
+
+
+def _describe(machine: Machine) -> str:
+    capabilities = ", ".join(f"SM {each[:-1]}.{each[-1]}" for each in machine.sm)
+    if machine.gpu is None:
+        return f"{capabilities}, without a GPU"
+    jetpack = f", JetPack {machine.jetpack}" if machine.jetpack is not None else ""
+    return f"{machine.gpu} ({capabilities}{jetpack})"
+
+
+def _described_settings(settings: Settings, stack: Stack) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.to_json(stack).items())
+
+
+def _fusion_line(fused: int | None, manifest: Manifest) -> str:
+    if fused is None:
+        return "fused attention: this TensorRT doesn't tell its layers' names"
+    if not fused:
+        cause = "TensorRT fuses FP16" if manifest.precision == "fp32" else "see 'vzip inspect'"
+        return f"fused attention: no layer; attention runs as separate kernels ({cause})"
+    return f"fused attention: {fused} layers"
+
+
+def _failed(failures: list[str], request: BuildRequest, stack: Stack, bundle: Bundle) -> str:
+    """Return the message about engines that all failed their proof."""
+    cures = [] if request.safer else ["try --safer"]
+    if bundle.quantised is not None:
+        cures.append("build without --precision")
+        cures.append("calibrate with a higher --keep-agreement and --keep-cosine")
+    if bundle.manifest.precision == "fp16":
+        cures.append("export with --precision fp32")
+    cures.append("another version of TensorRT")
+    return (
+        f"the engine's tokens differ from PyTorch's, so it was not published "
+        f"({' | '.join(failures)}); {stack} miscompiles this graph on this GPU, as known versions "
+        f"do: {', or '.join(cures)}"
+    )

@@ -1,0 +1,1 @@
+"""The static ONNX graph: the module that is traced, the trace, and the graph passes."""

@@ -1,0 +1,1 @@
+"""The language model of a checkpoint, written for ONNX Runtime and for llama.cpp."""

@@ -1,0 +1,1 @@
+"""What a budget would cost on a machine, predicted."""

@@ -1,0 +1,264 @@
+"""A deserialised engine: the subset of TensorRT's API that 8.6, 10, 11 and TensorRT-RTX share.
+
+Names are looked up on the module that is there; enumerations have other numbers in every
+generation. Nothing here knows about images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from vzip.runtime.backends.forks import outlive_forks
+from vzip.runtime.backends.tensorrt.bindings import TITLES
+from vzip.runtime.errors import BackendError
+
+_log = logging.getLogger("vzip.tensorrt")
+
+_DTYPES: Final = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "INT32": "int32",
+    "INT64": "int64",
+    "UINT8": "uint8",
+}
+"""TensorRT's name of an element type → numpy's."""
+
+
+@dataclass(frozen=True)
+class EngineTensor:
+    """An input or output of an engine.
+
+    Attributes:
+        name: Its name.
+        is_input: Whether it is an input.
+        dtype: numpy's name of the element type, or TensorRT's where numpy has none.
+        shape: Extents; −1 where they are given at each call.
+    """
+
+    name: str
+    is_input: bool
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype} {list(self.shape)}"
+
+
+class Engine:
+    """An engine that TensorRT has taken.
+
+    Attributes:
+        tensors: Its inputs and outputs.
+        scratch_bytes: Device memory that its contexts need while they run, and may share.
+    """
+
+    def __init__(self, trt: Any, plan: bytearray) -> None:
+        """Deserialise an engine.
+
+        A GPU must be known to be there: without one, TensorRT 8.6 hands out a null pointer and the
+        process dies at its first use.
+
+        Args:
+            trt: The module.
+            plan: The engine, already checked (`vzip.runtime.backends.tensorrt.engine_file`).
+
+        Raises:
+            BackendError: TensorRT refuses it, or it needs what vzip doesn't give.
+        """
+        self._trt = trt
+        self._logger = _logger(trt)
+        self._logger.said = ""
+        runtime = self._start()
+        # The default everywhere, and to stay so: an engine with host code could run anything.
+        runtime.engine_host_code_allowed = False
+        engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise self.error("TensorRT refuses the engine")
+        outlive_forks(runtime, engine)
+        self._runtime, self._engine = runtime, engine
+        self._config: Any = None
+        names = [engine.get_tensor_name(place) for place in range(engine.num_io_tensors)]
+        self.tensors = {name: self._tensor(name) for name in names}
+        for attribute in ("device_memory_size_v2", "device_memory_size"):
+            if hasattr(engine, attribute):
+                self.scratch_bytes = int(getattr(engine, attribute))
+                break
+
+    def context(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        addresses: Mapping[str, int],
+        scratch: int,
+        stream: int,
+    ) -> Any:
+        """Return an execution context for one set of shapes and addresses, which it keeps.
+
+        A CUDA graph records the state of the context it was captured from, so a context is never
+        set to anything else afterwards.
+
+        Args:
+            shapes: Shape of each input.
+            addresses: Address on the device of each input and output.
+            scratch: Address of `scratch_bytes` on the device, which contexts that don't run at the
+                same time may share.
+            stream: Where the context will run.
+
+        Raises:
+            BackendError: Memory is short, or TensorRT refuses a shape or an address.
+        """
+        context = self._bare_context()
+        if context is None:
+            raise self.error("TensorRT can't make an execution context")
+        outlive_forks(context)
+        for setter in ("set_device_memory_v2", "set_device_memory"):
+            if hasattr(context, setter):
+                getattr(context, setter)(scratch, self.scratch_bytes)
+                break
+        else:  # 8 and 10.0
+            context.device_memory = scratch
+        # On 8.6 only the first context of an engine gets the profile by itself. The builder let
+        # the others share it; see `vzip.export.engines.tensorrt.build`.
+        if context.active_optimization_profile < 0 and not context.set_optimization_profile_async(
+            0, stream
+        ):
+            raise self.error("TensorRT can't give a second batch size the optimization profile")
+        for name, shape in shapes.items():
+            if not context.set_input_shape(name, shape):
+                raise self.error(f"TensorRT refuses the shape {list(shape)} for {name}")
+        for name, address in addresses.items():
+            if not context.set_tensor_address(name, address):
+                raise self.error(f"TensorRT refuses the memory for {name}")
+        return context
+
+    def profile(self, context: Any) -> list[tuple[str, float]]:
+        """Attach TensorRT's profiler to a context, whose runs wait for each layer from now on.
+
+        Returns:
+            A list to which every run adds its layers: name and milliseconds. It is complete when
+            the stream was waited for.
+        """
+        taken: list[tuple[str, float]] = []
+        base: Any = self._trt.IProfiler
+
+        class Profiler(base):  # type: ignore[misc]  # a class of an untyped module
+            def __init__(self) -> None:
+                base.__init__(self)
+
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                taken.append((layer_name, ms))
+
+        context.profiler = Profiler()
+        return taken
+
+    def enqueue(self, context: Any, stream: int) -> None:
+        """Enqueue one run of a context.
+
+        Raises:
+            BackendError: TensorRT refuses.
+        """
+        if not context.execute_async_v3(stream):
+            raise self.error("TensorRT failed to enqueue the engine")
+
+    def close(self) -> None:
+        """Let go of the engine; contexts must be gone."""
+        self._config = self._engine = self._runtime = None
+
+    def error(self, what: str) -> BackendError:
+        """Return an error with the first that TensorRT logged about one, which is the cause."""
+        said, self._logger.said = self._logger.said, ""
+        return BackendError(
+            f"{what}: {said or 'it gave no reason'}; memory is short, or the engine isn't for this "
+            "machine: look at free memory (nvidia-smi, on a Jetson free -m), then build it again "
+            "with vzip build"
+        )
+
+    def _start(self) -> Any:
+        """Return TensorRT's runtime."""
+        try:
+            runtime = self._trt.Runtime(self._logger)
+        except TypeError:  # pybind: the factory returned nullptr
+            runtime = None
+        if runtime is None:
+            said, self._logger.said = self._logger.said, ""
+            raise BackendError(
+                f"{TITLES[self._trt.__name__]} {self._trt.__version__} can't be started: "
+                f"{said or 'it gave no reason'}; the NVIDIA driver is too old for it, or no GPU "
+                "can be used: 'vzip doctor' says which CUDA the driver serves; update the driver, "
+                "or install an older TensorRT and build the engine again"
+            )
+        return runtime
+
+    def _bare_context(self) -> Any:
+        """Return a context that waits for its scratch memory, or None."""
+        strategy = getattr(self._trt, "ExecutionContextAllocationStrategy", None)
+        if strategy is None:  # 8
+            return self._engine.create_execution_context_without_device_memory()
+        kernels = getattr(self._trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if kernels is None:
+            with contextlib.suppress(TypeError):  # no such overload any more
+                return self._engine.create_execution_context(strategy.USER_MANAGED)
+        if self._config is None:
+            self._config = self._engine.create_runtime_config()
+            self._config.set_execution_context_allocation_strategy(strategy.USER_MANAGED)
+            outlive_forks(self._config)
+            if kernels is not None:
+                # TensorRT-RTX compiles kernels for a new shape during the first runs unless told
+                # to do it before; a graph captured meanwhile would keep the slow ones.
+                self._config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
+        return self._engine.create_execution_context(self._config)
+
+    def _tensor(self, name: str) -> EngineTensor:
+        """Return what an input or output looks like, refusing what isn't a plain array."""
+        trt, engine = self._trt, self._engine
+        if (
+            engine.get_tensor_location(name) != trt.TensorLocation.DEVICE
+            or engine.get_tensor_format(name) != trt.TensorFormat.LINEAR
+        ):
+            raise BackendError(
+                f"the engine has {name} as {engine.get_tensor_format_desc(name)}, expected a plain "
+                "array on the device; it was built by another tool: build it with vzip build"
+            )
+        found = engine.get_tensor_dtype(name)
+        known = {getattr(trt.DataType, each, None): dtype for each, dtype in _DTYPES.items()}
+        known.pop(None, None)
+        return EngineTensor(
+            name=name,
+            is_input=engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
+            dtype=known.get(found, str(found)),
+            shape=tuple(engine.get_tensor_shape(name)),
+        )
+
+
+@functools.cache
+def _logger(trt: Any) -> Any:
+    """Return the one logger of a TensorRT, which it keeps for good."""
+    severity = trt.ILogger.Severity
+    levels = {
+        severity.INTERNAL_ERROR: logging.ERROR,
+        severity.ERROR: logging.ERROR,
+        severity.WARNING: logging.WARNING,
+        severity.INFO: logging.DEBUG,  # sizes and times, at every engine
+    }
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        """TensorRT's messages as Python's; keeps the first error until it was told."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.said = ""
+
+        def log(self, level: Any, message: str) -> None:
+            """Called by TensorRT, from its own threads too."""
+            if (priority := levels.get(level)) is None:  # VERBOSE
+                return
+            if priority == logging.ERROR and not self.said:
+                self.said = " ".join(message.split())
+            # Errors come up as exceptions, once.
+            _log.log(min(priority, logging.WARNING), "%s", message)
+
+    return Logger()

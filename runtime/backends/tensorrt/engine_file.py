@@ -1,0 +1,157 @@
+"""Engines on disk: what is looked at before TensorRT gets to see one.
+
+An engine is code, and TensorRT's own checks are no tamper check. So nothing is deserialised that is
+not, byte for byte, what `vzip build` recorded, for this library and this GPU, from this graph.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from typing import Final
+
+from vzip.runtime.backends.tensorrt.bindings import TITLES
+from vzip.runtime.bundle.engine_record import EngineRecord
+from vzip.runtime.bundle.reader import Bundle, open_engine
+from vzip.runtime.errors import BundleError
+
+HEADER_BYTES: Final = 28
+MAGIC: Final = {"tensorrt": b"ftrt", "tensorrt_rtx": b"vtrt"}
+"""First four bytes by stack: read off real files, not documented, and so a cheap check only."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is there to run an engine.
+
+    Attributes:
+        stack: The TensorRT package.
+        version: Its version.
+        gpu: Name of the GPU.
+        sm: The GPU's compute capability without the dot, as ``87``.
+    """
+
+    stack: str
+    version: str
+    gpu: str
+    sm: str
+
+
+def unfit(bundle: Bundle, name: str, machine: Machine | None = None) -> str | None:
+    """Return why an engine can't be run, with both sides and the cure; None if nothing is wrong.
+
+    Args:
+        bundle: The bundle.
+        name: Name of an engine that its manifest records.
+        machine: What is there to run it; None leaves out what depends on that.
+    """
+    record = bundle.manifest.engines[name]
+    if record.quantised != bundle.quantised:
+        return (
+            f"the engine {name!r} was built from the graph in {record.precision}, the bundle was "
+            f"opened with that in {bundle.precision}; open it with precision={record.precision!r} "
+            f"(--precision {record.precision}) to run this engine"
+        )
+    graph = bundle.graph_file
+    model, fault = bundle.manifest.files[graph], None
+    if record.model_sha256 != model.sha256:
+        fault = (
+            f"was built from a graph with SHA-256 {record.model_sha256[:12]}…, the bundle's "
+            f"{graph} has {model.sha256[:12]}…"
+        )
+    elif machine is None:
+        pass
+    elif record.stack != machine.stack or not versions_agree(record.version, machine.version):
+        fault = (
+            f"was built with {TITLES[record.stack]} {record.version}, this machine has "
+            f"{TITLES[machine.stack]} {machine.version}, and an engine runs only with the version "
+            "that built it"
+        )
+    elif machine.sm not in record.sm:
+        fault = (
+            f"was built for SM {', '.join(record.sm)} ({record.gpu or 'ahead of time'}), this "
+            f"machine's {machine.gpu} has SM {machine.sm}"
+        )
+    if fault is None:
+        return None
+    return (
+        f"the engine {name!r} {fault}; build it again: {rebuild_command(bundle, record, machine)}"
+    )
+
+
+def rebuild_command(bundle: Bundle, record: EngineRecord, machine: Machine | None = None) -> str:
+    """Return the command that makes an engine anew."""
+    command = f"vzip build {bundle.path}"
+    if record.quantised is not None:
+        command += f" --precision {record.precision}"
+    if record.gpu is not None or record.stack == "tensorrt":
+        return command
+    targets = record.sm if machine is None else (machine.sm,)
+    return f"{command} --rtx {','.join(f'sm{sm}' for sm in targets)}"
+
+
+def versions_agree(one: str, other: str) -> bool:
+    """Return whether two versions are equal as far as both go: 8.6.2 is 8.6.2.3, not 8.6.1."""
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return all(int(left) == int(right) for left, right in pairs)
+
+
+def read_engine(bundle: Bundle, name: str) -> bytearray:
+    """Return the bytes of an engine that are, each of them, those that were recorded.
+
+    They are deserialised from memory: what was checked is what runs.
+
+    Args:
+        bundle: The bundle.
+        name: Name of an engine that its manifest records.
+
+    Raises:
+        BundleError: The file is missing, no plain file, empty, truncated, of another version or
+            kind, or differs in any bit.
+    """
+    record = bundle.manifest.engines[name]
+    where = f"{bundle.path}: the engine {name!r}"
+    cure = f"build it again: {rebuild_command(bundle, record)}"
+    with open_engine(bundle, name) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != record.bytes:
+            raise BundleError(
+                f"{where} has {size} bytes, expected {record.bytes}; it was truncated or replaced: "
+                f"{cure}"
+            )
+        data = bytearray(size)
+        view, header = memoryview(data), min(size, HEADER_BYTES)
+        count = file.readinto(view[:header])  # type: ignore[attr-defined]
+        fault = header_fault(bytes(view[:header]), record.stack, record.version)
+        if fault is not None:
+            raise BundleError(f"{where} {fault}; it is something else, or not its record's: {cure}")
+        count += file.readinto(view[header:])  # type: ignore[attr-defined]
+    got = hashlib.sha256(data).hexdigest()
+    if count != size or got != record.sha256:
+        raise BundleError(
+            f"{where} has SHA-256 {got[:12]}…, expected {record.sha256[:12]}…; it was damaged or "
+            f"replaced: {cure}"
+        )
+    return data
+
+
+def header_fault(header: bytes, stack: str, version: str) -> str | None:
+    """Return what speaks against a header's being that of an engine; see `docs/bundle.md`.
+
+    Args:
+        header: The first `HEADER_BYTES` of a file, or fewer if it has no more.
+        stack: Python module that is said to have built it.
+        version: Its version.
+
+    Returns:
+        A part of a sentence with what was found and expected; None if nothing is wrong.
+    """
+    magic, title = MAGIC[stack], TITLES[stack]
+    if len(header) < HEADER_BYTES or header[:4] != magic:
+        return f"begins with {header[:4]!r}, expected {magic!r} as {title}'s engines do"
+    found = header[24:28]
+    expected = [int(part) for part in version.split(".")]
+    if any(part & 0xFF != byte for part, byte in zip(expected, found, strict=False)):
+        return f"was made by {title} {'.'.join(map(str, found))}, expected {version}"
+    return None

@@ -1,0 +1,326 @@
+"""Bundles are written whole or not at all, and changed in one step.
+
+`docs/bundle.md` says what a reader relies on; `vzip.runtime.bundle.precision_writer` puts a
+quantised graph into a bundle that exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from vzip.runtime.bundle.engine_record import (
+    ENGINE_SUFFIX,
+    ENGINES_FOLDER,
+    LOCK_FILE,
+    TIMING_CACHE,
+    EngineRecord,
+    check_name,
+)
+from vzip.runtime.bundle.manifest import (
+    DATA_FILE,
+    FILES,
+    FORMAT,
+    LLM_FILES,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    NEWLINE_FILE,
+    REFERENCE_FILE,
+    FileEntry,
+    Manifest,
+    Scalar,
+)
+from vzip.runtime.bundle.precision_record import QUANTISED, QUANTISED_FILES
+from vzip.runtime.bundle.reader import (
+    FASTEST,
+    LARGEST_MANIFEST,
+    WAITING_SUFFIX,
+    Bundle,
+    check_files,
+    check_graphs,
+    digest_of,
+    naming,
+    not_plain,
+    open_plain,
+    read_bundle,
+    waiting_engine,
+)
+from vzip.runtime.errors import BundleError
+from vzip.runtime.files import atomic
+
+_WAITING = re.compile(rf"\.({'|'.join(QUANTISED)})\.[0-9a-f]{{16}}{re.escape(WAITING_SUFFIX)}")
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+class BundleWriter:
+    """A bundle in the making, in a hidden folder that nobody reads; see `bundle_writer`.
+
+    Attributes:
+        folder: Where ``model.onnx`` and, if there are any, the other files that `docs/bundle.md`
+            names are to be put.
+    """
+
+    def __init__(self, staged: atomic.StagedFolder) -> None:
+        self._staged = staged
+        self.folder = staged.path
+        self.published = False
+
+    def stage(self, manifest: Manifest) -> Bundle:
+        """Write the manifest with the files' digests and return the bundle, not yet published.
+
+        The bundle can be opened like any other until the writer is left: that is how an export
+        is checked before it replaces anything.
+
+        Args:
+            manifest: The manifest; its `files` are replaced, and it has no engines and no
+                quantised graphs any more.
+
+        Raises:
+            BundleError: Files are missing, are there too many, or are not as a reader demands.
+        """
+        with naming(self.folder):
+            (self.folder / MANIFEST_FILE).unlink(missing_ok=True)
+            found = sorted(entry.name for entry in self.folder.iterdir())
+            if MODEL_FILE not in found or not set(found) <= set(FILES):
+                raise BundleError(
+                    f"holds {found}, expected {MODEL_FILE} and perhaps {DATA_FILE}, "
+                    f"{REFERENCE_FILE}, {NEWLINE_FILE} and {', '.join(LLM_FILES)}; "
+                    "the exporter left other files or wrote none: this is a defect of the exporter"
+                )
+            files = {name: file_entry(self.folder / name) for name in found}
+            manifest = dataclasses.replace(manifest, files=files, engines={}, precisions={})
+            atomic.replace_file(self.folder / MANIFEST_FILE, manifest.to_bytes())
+            check_files(self.folder, manifest, verify=False)  # the digests were made just now
+            check_graphs(self.folder, manifest, verify=False)
+        return Bundle(self.folder, manifest)
+
+    def publish(self, manifest: Manifest) -> Bundle:
+        """Stage the manifest, flush everything to the disk and let it take the target's place.
+
+        Args:
+            manifest: The manifest; its `files` are replaced.
+
+        Returns:
+            The bundle at its final place.
+
+        Raises:
+            BundleError: As for `stage`; or what stands at the target is not ours to replace.
+        """
+        staged = self.stage(manifest)
+        _check_replaceable(self._staged.target)
+        with explaining(self._staged.target):
+            self._staged.commit()
+        self.published = True
+        return Bundle(self._staged.target, staged.manifest)
+
+
+@contextmanager
+def bundle_writer(path: str | os.PathLike[str]) -> Iterator[BundleWriter]:
+    """Write a bundle that appears at `path` whole or not at all.
+
+    Put the files into ``writer.folder`` and call ``writer.publish(manifest)``. When the block is
+    left without that, by an exception or otherwise, nothing is left behind and a bundle that stood
+    at `path` stands there unchanged.
+
+    Args:
+        path: The folder to create, or a vzip bundle to replace. Its parent must exist.
+
+    Raises:
+        BundleError: `path` is something else than a bundle, can't be written, or the disk is full.
+    """
+    target = Path(path).absolute()
+    _check_replaceable(target)
+    with explaining(target):
+        staged = atomic.StagedFolder(target)
+    try:
+        with explaining(target):
+            writer = BundleWriter(staged)
+            yield writer
+        if not writer.published:
+            raise BundleError(
+                f"{target}: the bundle was written but never published, expected a call of "
+                "publish(); this is a defect of the exporter"
+            )
+    finally:
+        staged.close()
+
+
+def update_manifest(bundle: Bundle, *, parity: Mapping[str, Scalar] | None) -> Bundle:
+    """Replace the parity numbers in a bundle's manifest, in one step.
+
+    Args:
+        bundle: The bundle; what lies on the disk must still be it.
+        parity: The numbers of `vzip check` with the verdict ``passed``, or None.
+
+    Returns:
+        The bundle with its new manifest.
+
+    Raises:
+        BundleError: The bundle was replaced meanwhile, or its manifest can't be written.
+    """
+    manifest = dataclasses.replace(bundle.manifest, parity=parity)
+    check_unchanged(bundle)
+    with explaining(bundle.path):
+        atomic.replace_file(bundle.path / MANIFEST_FILE, manifest.to_bytes())
+    return dataclasses.replace(bundle, manifest=manifest)
+
+
+def add_engine(bundle: Bundle, name: str, record: EngineRecord, plan: bytes | memoryview) -> Bundle:
+    """Put an engine into a bundle, or in the place of the one of the same name.
+
+    The manifest is what decides: until it is replaced, in one step, the old engine is there and is
+    read; from then on the new one. That holds across SIGKILL at any moment, since the new file
+    waits under a name of its own until the manifest speaks of it (see `open_engine`).
+
+    Args:
+        bundle: The bundle; what lies on the disk must still be it.
+        name: The engine's name; its file is ``engines/NAME.plan``.
+        record: What it is; digest and size must be those of `plan`, precision and graph those of
+            `bundle`.
+        plan: The serialized engine.
+
+    Returns:
+        The bundle with its new manifest.
+
+    Raises:
+        BundleError: The record contradicts `plan` or the bundle's graph, the bundle was replaced
+            meanwhile, or it can't be written; the old engine is as it was.
+    """
+    found = FileEntry(hashlib.sha256(plan).hexdigest(), len(plan))
+    if found != FileEntry(record.sha256, record.bytes):
+        raise BundleError(
+            f"{bundle.path}: the record of the engine {check_name(name)!r} says "
+            f"{record.bytes} bytes {record.sha256[:12]}…, the engine has {found.bytes} "
+            f"{found.sha256[:12]}…; they don't belong together: this is a defect of the builder"
+        )
+    graph = bundle.graph_file
+    if record.model_sha256 != bundle.manifest.files[graph].sha256:
+        raise BundleError(
+            f"{bundle.path}: the engine {check_name(name)!r} was built from a {graph} with "
+            f"SHA-256 {record.model_sha256[:12]}…, the bundle's has "
+            f"{bundle.manifest.files[graph].sha256[:12]}…; another process replaced the "
+            "bundle: build the engine again"
+        )
+    engines = {**bundle.manifest.engines, name: record}
+    manifest = dataclasses.replace(bundle.manifest, engines=engines)
+    folder = bundle.path / ENGINES_FOLDER
+    with explaining(bundle.path):
+        folder.mkdir(exist_ok=True)
+        if folder.is_symlink():
+            raise BundleError(f"{bundle.path}: {not_plain(folder, 'a symbolic link')}")
+        waiting = waiting_engine(folder, name, record)
+        try:
+            atomic.replace_file(waiting, plan)
+            check_unchanged(bundle)
+            atomic.replace_file(bundle.path / MANIFEST_FILE, manifest.to_bytes())
+        except BaseException:
+            # Flushing the folder may fail after the manifest took its place.
+            if _manifest_text(bundle.path) != manifest.to_bytes().decode():
+                waiting.unlink(missing_ok=True)
+            raise
+        atomic.rename_file(waiting, folder / f"{name}{ENGINE_SUFFIX}")
+        # Left by a writer that was killed. In full: the name `x` also begins that of `x.y`.
+        waits = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{16}}{re.escape(ENGINE_SUFFIX)}")
+        for left in folder.iterdir():
+            if waits.fullmatch(left.name):
+                left.unlink(missing_ok=True)
+    return dataclasses.replace(bundle, manifest=manifest)
+
+
+def check_unchanged(bundle: Bundle) -> None:
+    """Refuse to change a manifest that another process has changed."""
+    if read_bundle(bundle.path, verify=False).manifest != bundle.manifest:
+        raise BundleError(
+            f"{bundle.path}: manifest.json is another one than when the bundle was opened; "
+            "another process replaced it: open the bundle again"
+        )
+
+
+@contextmanager
+def explaining(target: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into one line; other errors pass as they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            cause, cure = "the disk or quota is full", "free some space"
+        elif error.errno in _NO_RIGHT and _within(error.filename, target.parent):
+            cause, cure = "the folder is read-only for this user", "choose another with -o"
+        elif error.errno in {errno.ENOENT, errno.ENOTDIR} and not target.parent.is_dir():
+            cause, cure = f"{target.parent} is no folder", "create it, or choose another with -o"
+        elif error.errno == errno.ENOENT and atomic.is_temporary(Path(error.filename or "")):
+            cause, cure = "its file system takes no new folders", "choose another with -o"
+        else:
+            raise
+        raise BundleError(
+            f"{target}: can't be written ({error.strerror}): {cause}; {cure}. "
+            "Nothing was left behind"
+        ) from error
+
+
+def _within(filename: object, folder: Path) -> bool:
+    """Return whether an error's file lies in `folder`, so that it is about what is written."""
+    return isinstance(filename, (str, os.PathLike)) and folder in Path(filename).absolute().parents
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Return digest and size of a file."""
+    with open_plain(path) as file:
+        return digest_of(file, path.name)
+
+
+def _check_replaceable(target: Path) -> None:
+    """Refuse to replace anything but nothing, an empty folder, or a bundle with only its files."""
+    if not os.path.lexists(target):
+        return
+    cure = "choose another folder with -o, or remove this one yourself"
+    if target.is_symlink() or not target.is_dir():
+        raise BundleError(f"{target}: is not a folder, expected a vzip bundle to replace; {cure}")
+    entries = [entry for entry in target.iterdir() if not _passing(entry)]
+    ours = {*FILES, *QUANTISED_FILES, MANIFEST_FILE, ENGINES_FOLDER, FASTEST}
+    foreign = sorted({entry.name for entry in entries} - ours)
+    foreign += _foreign_engines(target / ENGINES_FOLDER)
+    if foreign:
+        raise BundleError(
+            f"{target}: holds {foreign[:3]}, expected nothing but a vzip bundle to replace; {cure}"
+        )
+    if entries and f'"format": "{FORMAT}"' not in _manifest_text(target):
+        raise BundleError(
+            f"{target}: has no manifest of a vzip bundle, expected one to replace; {cure}"
+        )
+
+
+def _passing(entry: Path) -> bool:
+    """Return whether an entry of a bundle's folder is a writer's, and nothing that would stay."""
+    return atomic.is_temporary(entry) or bool(_WAITING.fullmatch(entry.name))
+
+
+def _foreign_engines(folder: Path) -> list[str]:
+    """Return what lies in a folder of engines and is none of ours, by its path in the bundle."""
+    if not os.path.lexists(folder):
+        return []
+    if folder.is_symlink() or not folder.is_dir():
+        return [folder.name]
+    return sorted(
+        f"{folder.name}/{entry.name}"
+        for entry in folder.iterdir()
+        if entry.name not in {TIMING_CACHE, LOCK_FILE}
+        and entry.suffix != ENGINE_SUFFIX
+        and not atomic.is_temporary(entry)
+    )
+
+
+def _manifest_text(folder: Path) -> str:
+    """Return the text of a manifest, which may be of any version, damaged, or absent."""
+    try:
+        with open_plain(folder / MANIFEST_FILE) as file:
+            return file.read(LARGEST_MANIFEST).decode(errors="replace")
+    except BundleError:
+        return ""

@@ -1,0 +1,1 @@
+"""The command line `vzip`, and the commands that run a bundle."""

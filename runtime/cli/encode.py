@@ -1,0 +1,140 @@
+"""The command `vzip encode`: images in, a file of compressed tokens out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vzip.runtime.cli.options import add_encoder
+from vzip.runtime.console import emit, progress
+from vzip.runtime.errors import InvalidInputError
+
+LEFT_OUT = 1  # the exit status where some files were not encoded
+_SUFFIXES = (".safetensors", ".npy")
+
+
+def main(argv: Sequence[str], *, prog: str) -> int:
+    """Run ``vzip encode``: write tokens, and print the path of each file that holds them."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Write the compressed tokens of images to a file. Started again after it was "
+        "interrupted, it goes on where it was.",
+        epilog="Exit status 1: files that are no images, or damaged ones, were left out; they are "
+        "named on standard error.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "bundle", metavar="BUNDLE", type=Path, help="the folder that 'vzip export' wrote"
+    )
+    parser.add_argument(
+        "images",
+        metavar="IMAGES",
+        type=Path,
+        nargs="+",
+        help="image files, and folders that are searched for images with all below them",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help="the file to write: .safetensors; or .npy, the tokens alone",
+    )
+    parser.add_argument(
+        "--shard-size",
+        type=int,
+        metavar="N",
+        help="write files of N images each, FILE-00001-of-….safetensors (default: one file)",
+    )
+    add_encoder(parser)
+    arguments = parser.parse_args(argv)
+    _check_options(arguments.output, arguments.shard_size)
+    return _encode(arguments)
+
+
+def _encode(arguments: argparse.Namespace) -> int:
+    """Find the images, encode them, and say what was left out."""
+    from vzip.runtime.bundle.reader import read_bundle
+    from vzip.runtime.encoder import VisionEncoder
+    from vzip.runtime.tokens.cache import origin_of
+    from vzip.runtime.tokens.job import (
+        EncodeJob,
+        check_origin,
+        find_images,
+        outputs_of,
+        work_store,
+    )
+
+    output: Path = arguments.output
+    found = find_images(arguments.images, output)
+    # The encoder verifies what it runs.
+    bundle = read_bundle(arguments.bundle, verify=False).to_run(arguments.precision)
+    if "image" not in bundle.manifest.media:
+        raise InvalidInputError(
+            "encode: got images, but this bundle takes video alone; export another with "
+            "--media image"
+        )
+    origin = origin_of(bundle.manifest, bundle.quantised, fastest=bundle.fastest)
+    outputs = outputs_of(found.images, output, arguments.shard_size)
+    check_origin(outputs, origin)
+    with (
+        work_store(output, origin) as store,
+        VisionEncoder.open(bundle, arguments.backend, arguments.engine) as encoder,
+    ):
+        job = EncodeJob(encoder, origin, store, outputs)
+        images = progress(found.images, desc="encoding", total=len(found.images), unit="image")
+        job.run(images)
+        left_out = [*found.left_out, *job.left_out]
+        _tell(left_out, len(found.images) + len(found.left_out), found.hidden)
+        if left_out and output.suffix == ".npy":
+            raise InvalidInputError(
+                f"encode: nothing was written, since {output} would not say which images its rows "
+                "are; mend or remove those left out and start again, which goes on from here, or "
+                "write a .safetensors"
+            )
+    for path in job.written:
+        emit(str(path))
+    return LEFT_OUT if left_out else 0
+
+
+def _tell(left_out: Sequence[tuple[str, str]], count: int, hidden: int) -> None:
+    """Say what was not encoded, on standard error."""
+    if not left_out or sys.stderr is None:
+        return
+    for name, why in left_out:
+        print(f"encode: left out {name!r}: {why}", file=sys.stderr)  # noqa: T201
+    also = f" ({hidden} hidden ones were passed over)" if hidden else ""
+    print(f"encode: left out {len(left_out)} of {count} files{also}", file=sys.stderr)  # noqa: T201
+
+
+def _check_options(output: Path, shard_size: int | None) -> None:
+    """Refuse what makes no sense, before any work is done.
+
+    Raises:
+        InvalidInputError: Another extension, a folder, a folder that is not there, a size below 1,
+            or shards of a format that can't name its images.
+    """
+    if output.suffix not in _SUFFIXES:
+        raise InvalidInputError(
+            f"encode: -o is '{output}', but files of tokens end with .safetensors or .npy; give "
+            "one of these"
+        )
+    if output.is_dir():
+        raise InvalidInputError(f"encode: -o is '{output}', which is a folder; name a file in it")
+    if not output.parent.is_dir():
+        raise InvalidInputError(
+            f"encode: -o is '{output}', but the folder '{output.parent}' does not exist; create it "
+            "first"
+        )
+    if shard_size is not None and shard_size < 1:
+        raise InvalidInputError(
+            f"encode: got --shard-size {shard_size}; it takes 1 or more images a file"
+        )
+    if shard_size is not None and output.suffix == ".npy":
+        raise InvalidInputError(
+            "encode: got --shard-size with a .npy file, which can't say which images its rows are; "
+            "write shards as .safetensors"
+        )

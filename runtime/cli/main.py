@@ -1,0 +1,160 @@
+"""The command line `vzip`: its commands in groups, each imported only when it is called.
+
+A command is a function ``main(argv: Sequence[str], *, prog: str) -> int`` that returns its exit
+status; `vzip.runtime.console` says which there are. Nothing but the standard library is imported
+here, so that ``vzip -h`` is quick and works wherever vzip is installed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Final
+
+from vzip.runtime.console import FAILED, run_command
+from vzip.runtime.errors import VzipError
+
+PROG = "vzip"
+
+
+COMMANDS: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
+    {
+        "make": {
+            "export": "make a bundle from a checkpoint",
+            "build": "compile a bundle's graph into an engine, and prove it",
+            "calibrate": "quantise a bundle to int8 or fp8 with your images",
+            "tune": "train a projector on compressed tokens",
+            "convert": "write a checkpoint's language model as a GGUF",
+        },
+        "use": {
+            "ask": "answer one question about an image or a clip",
+            "chat": "answer questions until end of input",
+            "show": "draw which patches of an image are kept",
+            "encode": "write the tokens of images to a file",
+        },
+        "choose": {
+            "plan": "estimate latency and memory for several budgets on a device",
+            "sweep": "measure several budgets side by side and recommend one",
+            "models": "list the models that have a name",
+            "targets": "list the machines that an export can be made for",
+        },
+        "judge": {
+            "check": "compare a bundle with the untouched PyTorch model",
+            "inspect": "print what a graph or an engine consists of",
+            "report": "write a web page about a bundle",
+            "bench": "time a bundle on this machine, beside its peers",
+            "doctor": "say what this machine can run and what is missing",
+        },
+    }
+)
+"""Group → command → what it does, in one line."""
+
+ENTRY_POINTS: Final = "vzip.commands"
+"""The group of entry points (`pyproject.toml`) that says where each command's function is."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments after the program's name; ``None`` for those of the process.
+
+    Returns:
+        The exit status.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: _main(arguments), prog=PROG)
+
+
+def _main(argv: list[str]) -> int:
+    """Answer the options of `vzip` itself, or call the command."""
+    if not argv:
+        print(_usage(), file=sys.stderr)  # noqa: T201  what a command line is for
+        return FAILED
+    name, rest = argv[0], argv[1:]
+    if name in ("-h", "--help"):
+        print(_usage())  # noqa: T201
+        return 0
+    if name == "--version":
+        print(f"{PROG} {_version()}")  # noqa: T201
+        return 0
+    if name not in _names():
+        raise VzipError(_unknown(name))
+    return _load(name)(rest, prog=f"{PROG} {name}")
+
+
+def _names() -> list[str]:
+    """Return the names of all commands."""
+    return [name for group in COMMANDS.values() for name in group]
+
+
+def _load(name: str) -> Callable[..., int]:
+    """Import a command's function."""
+    from importlib import metadata
+
+    found = metadata.entry_points(group=ENTRY_POINTS, name=name)
+    if not found:
+        raise VzipError(
+            f"the command '{name}' is not installed, expected an entry point of the group "
+            f"'{ENTRY_POINTS}'; vzip was installed before the command was there, or runs from a "
+            "folder that was never installed; install it with: pip install -e ."
+        )
+    loaded: Callable[..., int] = next(iter(found)).load()
+    return loaded
+
+
+def _usage() -> str:
+    """Return the text of ``vzip -h``."""
+    width = max(map(len, _names())) + 2
+    groups = [
+        line
+        for group, commands in COMMANDS.items()
+        for line in (
+            f"{group}:",
+            *(f"  {name:<{width}}{text}" for name, text in commands.items()),
+            "",
+        )
+    ]
+    return "\n".join(
+        [
+            f"usage: {PROG} COMMAND ...",
+            "",
+            "An image as K tokens instead of hundreds, and an LLM that answers questions about it.",
+            "",
+            *groups,
+            "options:",
+            "  -h, --help  show this text",
+            "  --version   show the version",
+            "",
+            f"'{PROG} COMMAND -h' describes one command.",
+        ]
+    )
+
+
+def _unknown(name: str) -> str:
+    """Return the message about a word that is no command."""
+    import difflib
+
+    kind = "option" if name.startswith("-") else "command"
+    known = [*_names(), "--help", "--version"]
+    close = difflib.get_close_matches(name, known, n=1)
+    cure = f"did you mean '{close[0]}'?" if close else f"'{PROG} -h' lists what there is"
+    return f"unknown {kind} '{name}'; {cure}"
+
+
+def _version() -> str:
+    """Return the version of the installed distribution."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("vzip")
+    except metadata.PackageNotFoundError as error:
+        raise VzipError(
+            "vzip has no version here, because it runs from a folder that was never installed; "
+            "install it with: pip install -e ."
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""A tokenizer's file as the package tokenizers reads it, without transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vzip.runtime.errors import CheckpointError, missing
+
+
+class JsonTokenizer:
+    """A tokenizer of the package tokenizers, as `vzip.runtime.llm.prompts.Tokenizer`.
+
+    Args:
+        data: The bytes of a ``tokenizer.json``.
+        bos: The beginning-of-sequence token as text; None if there is none.
+        eos: The end-of-sequence token as text.
+        needed_for: What it is needed for, for the message that the package is missing.
+        extra: The extra of this distribution that brings it.
+
+    Raises:
+        MissingDependencyError: The package is not installed.
+        CheckpointError: The file is none of a tokenizer, or has no such tokens.
+    """
+
+    def __init__(
+        self, data: bytes, *, bos: str | None, eos: str, needed_for: str, extra: str
+    ) -> None:
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise missing("tokenizers", needed_for=needed_for, extra=extra) from error
+        try:
+            self._tokenizer: Any = tokenizers.Tokenizer.from_str(data.decode())
+        except Exception as error:  # the package raises Exception itself
+            raise CheckpointError(
+                f"tokenizers {tokenizers.__version__} can't read the LLM's tokenizer "
+                f"({str(error).splitlines()[0][:200]}), expected a tokenizer.json; it was made by "
+                "a newer version or damaged: update tokenizers, or export the bundle again"
+            ) from error
+        eos_id = self._tokenizer.token_to_id(eos)
+        if eos_id is None or (bos is not None and self._tokenizer.token_to_id(bos) is None):
+            raise CheckpointError(
+                f"the LLM's tokenizer lacks {eos!r} or {bos!r}, expected both to be tokens of its; "
+                "the files are of different models: export the bundle again"
+            )
+        self.bos, self.eos, self.eos_id = bos, eos, int(eos_id)
+
+    def token(self, token_id: int) -> str | None:
+        """Return a token as text; None for an id beyond the vocabulary."""
+        if token_id < 0:
+            return None
+        token: str | None = self._tokenizer.id_to_token(token_id)
+        return token
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Return a text's ids."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of some ids, without special tokens."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text

@@ -1,0 +1,1 @@
+"""LLMs that run in this process."""

@@ -1,0 +1,411 @@
+"""Compressed tokens into llama.cpp, by the low-level functions of llama-cpp-python.
+
+A prompt is up to three kinds of calls of ``llama_decode``: text as ids, the image's tokens as
+embeddings, text again. The tokenizer is the GGUF's own. Files that ``vzip convert`` wrote carry the
+words around a question and the placeholders' ids; of another text GGUF of a LLaVA-1.5 the words are
+known, and the placeholder may be an id beyond its vocabulary.
+
+llama.cpp's calls are as in its ``include/llama.h``.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from vzip.runtime.errors import (
+    BackendError,
+    CheckpointError,
+    InvalidInputError,
+)
+from vzip.runtime.llm import ImageTokens
+from vzip.runtime.llm.conversation import GreedyLLM
+from vzip.runtime.llm.local.gguf_model import (
+    NAME,
+    GgufModel,
+    GgufTokenizer,
+    Key,
+    listening,
+    load_library,
+    quietly,
+    said,
+)
+from vzip.runtime.llm.prompts import KINDS, Kind, Prompts, Words, llava_15_words
+
+if TYPE_CHECKING:
+    from vzip.runtime.bundle.reader import Bundle
+    from vzip.runtime.llm import Embeds
+
+DEFAULT_CONTEXT: Final = 8192
+"""Most tokens that all conversations together may have, unless it is opened with more."""
+
+# Families of bundles (manifest.model.family) whose LLMs were trained with LLaVA-1.5's words.
+_LLAVA_15_FAMILIES: Final = ("llava", "llava-original", "video-llava")
+
+_MAGIC: Final = b"GGUF"
+_BATCH: Final = 512  # tokens per llama_decode
+_CONVERSATIONS: Final = 64  # at a time; older versions of llama.cpp take no more
+_F32: Final = 0  # ggml_type, and llama_ftype
+_FLASH_OFF: Final = 0  # llama_flash_attn_type
+
+
+class LlamaCppLLM(GreedyLLM):
+    """A LLaVA's language model as a GGUF, run by llama.cpp.
+
+    All conversations share one context, whose KV cache is reserved when the LLM is opened; each is
+    a sequence in it, which is removed when the conversation is dropped.
+
+    Attributes:
+        path: The GGUF.
+    """
+
+    name = NAME
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        tokens: ImageTokens | None,
+        family: str | None = None,
+        context: int = DEFAULT_CONTEXT,
+    ) -> None:
+        """Open a GGUF; see `open_llm` for the form that the command line uses.
+
+        The file is checked against the bundle before its weights are loaded.
+
+        Args:
+            path: The file.
+            tokens: What the bundle says about its tokens, from `ImageTokens.of`; ``None`` to take
+                any number, which needs a file of ``vzip convert``.
+            family: The bundle's family, ``manifest.model.family``, for a GGUF without words.
+            context: Most tokens that all conversations together may have; fewer where the LLM was
+                trained with fewer. Its KV cache is reserved at once: for a 7B, 0.5 MB per token.
+
+        Raises:
+            MissingDependencyError: llama-cpp-python is not installed.
+            CheckpointError: The file is not there, no GGUF, damaged, or without words.
+            InvalidInputError: The bundle's tokens are not made for this LLM.
+            BackendError: llama.cpp could not load the file or reserve the memory.
+        """
+        _check_file(path)
+        library = load_library()
+        vocabulary = GgufModel(library, path, weights=False)
+        self.path = path
+        self.tokens = tokens
+        width, trained = vocabulary.size("embedding_length"), vocabulary.size("context_length")
+        placeholders = _placeholders(vocabulary, tokens, path)
+        if tokens is not None:
+            tokens.check_llm(
+                NAME,
+                model=str(path),
+                hidden_size=width,
+                image_token_id=placeholders["image"],
+                video_token_id=placeholders.get("video"),
+            )
+        words = _words(vocabulary, tokens, family, path)
+        del vocabulary
+        model = GgufModel(library, path, weights=True)
+        tokenizer = GgufTokenizer(model, placeholders)
+        self.prompts = Prompts(NAME, tokenizer, words, placeholders)
+        self.eos_ids = frozenset({self.prompts.eos_id, *model.ends()})
+        self.hidden_size = width
+        self.context: int = min(context, trained)
+        self.largest = float(np.finfo(np.float32).max)
+        self._pool = _Pool(model, self.context)
+
+    def new_cache(self) -> KvCache:
+        """Return an empty sequence.
+
+        Raises:
+            BackendError: There are as many conversations as llama.cpp takes.
+        """
+        return self._pool.new()
+
+    def step(self, ids: list[int], cache: KvCache, rows: Embeds | None) -> int:
+        """Run the LLM over new tokens; see `GreedyLLM.step`."""
+        logits = self.logits(ids, cache, rows)
+        token = int(logits.argmax())  # of NaN, the first; of equals, the lowest id
+        if not np.isfinite(logits[token]):
+            raise BackendError(
+                f"{NAME}: the LLM's output is not finite with '{self.path}'; convert it from a "
+                "checkpoint in float32 or bfloat16"
+            )
+        return token
+
+    def logits(self, ids: list[int], cache: KvCache, rows: Embeds | None) -> Embeds:
+        """Run the LLM over new tokens; see `GreedyLLM.step`.
+
+        Returns:
+            The logits behind the last of them, float32 [V].
+        """
+        places = frozenset(self.prompts.placeholders.values()) if rows is not None else frozenset()
+        return self._pool.decode(ids, cache, places, rows)
+
+
+class KvCache:
+    """A conversation's sequence in the context.
+
+    Attributes:
+        sequence: Its id.
+        length: Tokens in it.
+    """
+
+    def __init__(self, sequence: int) -> None:
+        self.sequence = sequence
+        self.length = 0
+
+
+class _Pool:
+    """A context of llama.cpp, shared by sequences; one thread at a time runs it.
+
+    Args:
+        model: The GGUF.
+        length: Tokens that its KV cache holds, of all sequences together.
+
+    Raises:
+        BackendError: The memory could not be had.
+    """
+
+    def __init__(self, model: GgufModel, length: int) -> None:
+        library = model.library
+        self._model, self._length = model, length
+        self._width = int(library.llama_model_n_embd(model.handle))
+        self._vocabulary = int(library.llama_vocab_n_tokens(model.vocabulary))
+        parameters = library.llama_context_default_params()
+        parameters.n_ctx = length
+        parameters.n_batch = parameters.n_ubatch = _BATCH
+        parameters.n_seq_max = _CONVERSATIONS
+        parameters.kv_unified = True  # else each sequence has but its share
+        parameters.n_threads = parameters.n_threads_batch = _cores()
+        parameters.no_perf = True
+        if model.text("general.file_type") == str(_F32):
+            # Else keys and values are rounded to half precision, which nobody who keeps a file in
+            # float32 wants. Older versions have flash attention off.
+            parameters.type_k = parameters.type_v = _F32
+            if hasattr(parameters, "flash_attn_type"):
+                parameters.flash_attn_type = _FLASH_OFF
+        with listening() as errors:
+            self._context = library.llama_init_from_model(model.handle, parameters)
+        if not self._context:
+            raise BackendError(
+                f"{NAME}: no context of {length} tokens could be made for '{model.path}' "
+                f"({said(errors)}); free memory, or open it with a smaller context"
+            )
+        # The model is an argument so that it outlives the context.
+        weakref.finalize(self, _free, model, self._context)
+        self._memory = library.llama_get_memory(self._context)
+        self._lock = threading.Lock()
+        self._free = list(reversed(range(_CONVERSATIONS)))
+        self._lengths: dict[int, int] = {}
+        # Sequences of dropped conversations. They are dropped at any time, in any thread, maybe
+        # amid a call of llama.cpp: what is to be done about it waits for the next call.
+        self._dropped: collections.deque[int] = collections.deque()
+
+    def new(self) -> KvCache:
+        """Return an empty sequence, which is removed when it is dropped."""
+        with self._lock:
+            self._sweep()
+            if not self._free:
+                raise BackendError(
+                    f"{NAME}: {_CONVERSATIONS} conversations are open, and no more fit into one "
+                    "context; drop those that have ended"
+                )
+            cache = KvCache(self._free.pop())
+            self._lengths[cache.sequence] = 0
+        weakref.finalize(cache, self._dropped.append, cache.sequence)
+        return cache
+
+    def decode(
+        self, ids: list[int], cache: KvCache, places: frozenset[int], rows: Embeds | None
+    ) -> Embeds:
+        """Add tokens to a sequence.
+
+        Args:
+            ids: Their ids, [m].
+            cache: The sequence.
+            places: Ids at which `rows` stand instead.
+            rows: [n, L]; None without any.
+
+        Returns:
+            The logits behind the last of them, float32 [V].
+
+        Raises:
+            BackendError: There is no room, or llama.cpp failed.
+        """
+        with self._lock:
+            self._sweep()
+            others = sum(self._lengths.values()) - cache.length
+            if others + cache.length + len(ids) > self._length:
+                raise BackendError(
+                    f"{NAME}: {len(ids)} new tokens don't fit into the context of {self._length}, "
+                    f"of which this conversation holds {cache.length} and others {others}; drop "
+                    "conversations that have ended, or open the LLM with a larger context"
+                )
+            taken = 0
+            for start, stop, embedded in _runs(ids, places):
+                count = stop - start
+                batch: list[int] | Embeds = ids[start:stop]
+                if embedded and rows is not None:
+                    batch = np.ascontiguousarray(rows[taken : taken + count], dtype=np.float32)
+                    taken += count
+                self._decode(batch, cache, last=stop == len(ids))
+            found = self._model.library.llama_get_logits_ith(self._context, -1)
+            return np.array(np.ctypeslib.as_array(found, (self._vocabulary,)))
+
+    def _decode(self, tokens: list[int] | Embeds, cache: KvCache, *, last: bool) -> None:
+        """Run llama.cpp once, over ids or over embeddings."""
+        library, count = self._model.library, len(tokens)
+        embedded = isinstance(tokens, np.ndarray)
+        batch = library.llama_batch_init(count, self._width if embedded else 0, 1)
+        try:
+            batch.n_tokens = count
+            view = np.ctypeslib.as_array
+            if isinstance(tokens, np.ndarray):
+                view(batch.embd, tokens.shape)[:] = tokens
+            else:
+                view(batch.token, (count,))[:] = tokens
+            view(batch.pos, (count,))[:] = np.arange(cache.length, cache.length + count)
+            view(batch.n_seq_id, (count,))[:] = 1
+            view(batch.logits, (count,))[:] = 0
+            batch.logits[count - 1] = last
+            for place in range(count):
+                batch.seq_id[place][0] = cache.sequence
+            with listening() as errors:
+                status = library.llama_decode(self._context, batch)
+        finally:
+            library.llama_batch_free(batch)
+        if status != 0:
+            raise BackendError(
+                f"{NAME}: llama_decode failed with {status} at {cache.length} tokens "
+                f"({said(errors)}); begin a new conversation, or free memory and open the LLM "
+                "again"
+            )
+        cache.length += count
+        self._lengths[cache.sequence] = cache.length
+
+    def _sweep(self) -> None:
+        """Remove the sequences of dropped conversations."""
+        while self._dropped:
+            sequence = self._dropped.popleft()
+            self._model.library.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+            del self._lengths[sequence]
+            self._free.append(sequence)
+
+
+def open_llm(where: str, bundle: Bundle) -> LlamaCppLLM:
+    """Open a GGUF for a bundle's tokens; see `vzip.runtime.llm.programs`."""
+    return LlamaCppLLM(
+        Path(where).expanduser(),
+        tokens=ImageTokens.of(bundle.manifest),
+        family=bundle.manifest.model.family,
+    )
+
+
+def _check_file(path: Path) -> None:
+    """Refuse what is no GGUF."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_MAGIC))
+    except OSError as error:
+        raise CheckpointError(
+            f"{NAME}: '{path}' can't be read ({error.strerror}), expected a GGUF; check the path, "
+            "or make one with 'vzip convert MODEL --gguf FILE.gguf'"
+        ) from error
+    if start != _MAGIC:
+        raise CheckpointError(
+            f"{NAME}: '{path}' begins with {start!r}, expected a GGUF, which begins with "
+            f"{_MAGIC!r}; make one with 'vzip convert MODEL --gguf FILE.gguf'"
+        )
+
+
+def _placeholders(model: GgufModel, tokens: ImageTokens | None, path: Path) -> dict[Kind, int]:
+    """Return the ids of the placeholders: the GGUF's, or the bundle's where it names none."""
+    stored: dict[Kind, int] = {}
+    for kind in KINDS:
+        text = model.text(Key.TOKEN_ID.format(kind))
+        if text is not None:
+            stored[kind] = int(text)
+    if "image" in stored:
+        return stored
+    if tokens is None:
+        raise _wordless(path)
+    given: dict[Kind, int] = {"image": tokens.image_token_id}
+    if tokens.video_token_id is not None:
+        given["video"] = tokens.video_token_id
+    for kind, token_id in given.items():
+        if not model.has_token(token_id):
+            continue  # a marker, which the LLM never sees
+        token = model.library.llama_vocab_get_text(model.vocabulary, token_id).decode()
+        if token != f"<{kind}>":
+            raise InvalidInputError(
+                f"{NAME}: the bundle's {kind} token id is {token_id}, which is {token!r} in "
+                f"'{path}', expected <{kind}> or an id beyond its vocabulary; give the GGUF of the "
+                "checkpoint that the bundle was exported from (--llm)"
+            )
+    return given
+
+
+def _words(model: GgufModel, tokens: ImageTokens | None, family: str | None, path: Path) -> Words:
+    """Return the words around questions: the GGUF's, or LLaVA-1.5's where it was trained so."""
+    stored = model.text(Key.WORDS)
+    if stored is not None:
+        try:
+            return Words.from_json(json.loads(stored))
+        except (ValueError, CheckpointError) as error:
+            raise CheckpointError(
+                f"{NAME}: '{path}' has unreadable words ({error}); make it again with 'vzip "
+                "convert'"
+            ) from error
+    if family in _LLAVA_15_FAMILIES and model.text("general.architecture") == "llama":
+        return llava_15_words(videos=tokens is not None and tokens.video_token_id is not None)
+    raise _wordless(path)
+
+
+def _wordless(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{NAME}: '{path}' does not say in which words its LLM is asked, expected the key "
+        f"{Key.WORDS!r}, or the GGUF of a Llama for a bundle of a LLaVA-1.5; make it with 'vzip "
+        "convert MODEL --gguf FILE.gguf'"
+    )
+
+
+def _runs(ids: list[int], places: frozenset[int]) -> Iterator[tuple[int, int, bool]]:
+    """Yield start, end and whether they are places, of stretches that one llama_decode takes."""
+    start = 0
+    while start < len(ids):
+        embedded, stop = ids[start] in places, start + 1
+        while stop < len(ids) and stop - start < _BATCH and (ids[stop] in places) == embedded:
+            stop += 1
+        yield start, stop, embedded
+        start = stop
+
+
+def _cores() -> int:
+    """Return how many cores this process may run on, unless OMP_NUM_THREADS says how many."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
+    try:
+        allowed = os.sched_getaffinity(0)
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
+    cores = set()  # two threads of one core share it: more than one would slow the other down
+    for cpu in allowed:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text())
+        except OSError:
+            return len(allowed)
+    return len(cores)
+
+
+def _free(model: GgufModel, context: Any) -> None:
+    quietly(model.library.llama_free, context)

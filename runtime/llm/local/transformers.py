@@ -1,0 +1,477 @@
+"""Compressed tokens into the LLaVAs of transformers, each with the class of its family.
+
+A conversation puts the tokens in by ``inputs_embeds`` (any version of transformers): the prompt's
+token embeddings, with the rows of as many placeholders overwritten. The prompt is never expanded by
+the family's processor, which always writes one placeholder per patch. Whoever wants transformers'
+own ``generate``, with its sampling, beams and batches, gets what it takes from `generation_inputs`:
+in that form, or as ``mm_encoder_outputs`` (transformers 5.18 and newer).
+
+An image has one placeholder in the chat template. A video has one of its own where the LLM knows
+videos; where it doesn't, its frames are images that follow each other, each with its placeholder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from vzip.runtime.errors import (
+    BackendError,
+    CheckpointError,
+    InvalidInputError,
+    MissingDependencyError,
+    missing,
+)
+from vzip.runtime.llm import (
+    DEFAULT_MAX_NEW_TOKENS,
+    ImageTokens,
+    check_context,
+    check_max_new_tokens,
+    check_question,
+)
+from vzip.runtime.llm.chat_template import make_prompts
+from vzip.runtime.llm.conversation import GreedyLLM, expand
+from vzip.runtime.llm.prompts import KINDS, Kind
+from vzip.runtime.models import locate
+
+if TYPE_CHECKING:
+    import torch
+
+    from vzip.runtime.bundle.reader import Bundle
+    from vzip.runtime.llm import Embeds
+
+NAME = "transformers"
+
+CLASSES: Mapping[str, str] = MappingProxyType(
+    {
+        "llava": "LlavaForConditionalGeneration",
+        "vipllava": "VipLlavaForConditionalGeneration",
+        "llava_next": "LlavaNextForConditionalGeneration",
+        "video_llava": "VideoLlavaForConditionalGeneration",
+        "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+    }
+)
+"""A configuration's ``model_type`` → the class of transformers that runs it."""
+
+# Families, and their LLMs, that were trained with LLaVA-1.5's words; others need a chat template.
+_LLAVA_15_WORDS = {"llava": ("llama", "mistral"), "video_llava": ("llama",)}
+
+# What a class takes as encoder outputs in a list [K, L] each; all others in one tensor [n, K, L].
+# Read in transformers 5.23's forward methods, which concatenate the former themselves.
+_LISTED = {("llava", "image"), ("llava_next", "image"), ("llava_onevision", "image")}
+
+# Modules that are the bundle's business, and may be absent.
+_VISION = ("vision_tower", "image_tower", "video_tower", "multi_modal_projector", "image_newline")
+
+
+class TransformersLLM(GreedyLLM):
+    """A LLaVA of transformers that answers questions about compressed tokens.
+
+    Attributes:
+        model: The model, of one of `CLASSES`.
+        tokenizer: Its tokenizer, as given.
+        device: Where it is.
+        dtype: torch's dtype of its embeddings.
+    """
+
+    name = NAME
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, template: str | None, tokens: ImageTokens | None = None
+    ) -> None:
+        """Take a model that is already in memory; `open` is for those that are not.
+
+        Args:
+            model: A model of one of `CLASSES`.
+            tokenizer: Its tokenizer.
+            template: Its chat template, or ``None`` for LLaVA-1.5's prompt.
+            tokens: What the bundle says about its tokens; ``None`` to take any number.
+
+        Raises:
+            InvalidInputError: The bundle's tokens are not made for this LLM.
+            CheckpointError: The tokenizer does not belong to a LLaVA.
+        """
+        import torch
+
+        config = model.config
+        text = config.get_text_config()
+        if tokens is not None:
+            _check_config(config, tokens, str(config.name_or_path or "given"))
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.tokens = tokens
+        self.prompts = make_prompts(tokenizer, _placeholder_ids(config), template)
+        self.dtype = model.get_input_embeddings().weight.dtype
+        self.device = model.device
+        self.largest = float(torch.finfo(self.dtype).max)
+        ends = model.generation_config.eos_token_id
+        listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        self.eos_ids = frozenset({self.prompts.eos_id, *map(int, listed)})
+        self.hidden_size = int(text.hidden_size)
+        context = getattr(text, "max_position_embeddings", None)
+        self.context = None if context is None else int(context)
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Path,
+        *,
+        tokens: ImageTokens | None = None,
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+    ) -> TransformersLLM:
+        """Load the LLM of a checkpoint.
+
+        Configuration and tokenizer are read and compared with the bundle before any weight is.
+
+        Args:
+            model: An alias (``demo``), a hub id or a local folder, as for ``vzip export --model``.
+            tokens: What the bundle says about its tokens, from `ImageTokens.of`.
+            revision: Commit on the hub.
+            device: torch's name of a device; ``auto`` is CUDA where there is a GPU, else the CPU.
+            dtype: torch's name of a dtype; ``auto`` is the checkpoint's, except that float16
+                becomes float32 on a CPU, where half precision is slow and rounds more.
+
+        Raises:
+            MissingDependencyError: torch or transformers is not installed.
+            CheckpointError: The checkpoint was not found, is incomplete, is no LLaVA of
+                transformers, or lacks the chat template that its family needs.
+            InvalidInputError: The bundle's tokens are not made for this LLM.
+        """
+        try:
+            import torch
+            import transformers
+        except ImportError as error:
+            package = error.name or "transformers"
+            raise missing(package, needed_for="answering questions", extra="export") from error
+        folder = _fetch(model, revision, ("*.json", "*.jinja", "*.model"))
+        with _reading(model):
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            processor, _ = transformers.LlavaProcessor.get_processor_dict(
+                folder, local_files_only=True
+            )
+        _check_architecture(config, str(model))
+        template = processor.get("chat_template") or tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template["default"]
+        if template is None:
+            _check_words(config, str(model))
+        if tokens is not None:
+            _check_config(config, tokens, str(model))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        folder = _fetch(model, revision, ("*.json", "*.jinja", "*.model", "*.safetensors"))
+        with _reading(model):
+            llava, report = getattr(transformers, CLASSES[config.model_type]).from_pretrained(
+                folder,
+                dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        # Tower and projector are the bundle's business; a hole in the LLM would be filled with
+        # random numbers.
+        lost = sorted(
+            key for key in report["missing_keys"] if not any(part in key for part in _VISION)
+        )
+        if lost:
+            raise CheckpointError(
+                f"{NAME}: the checkpoint {str(model)!r} lacks {len(lost)} tensors of its LLM, "
+                f"such as {lost[0]}; shards are missing or it is of another layout: give a whole "
+                "llava-hf checkpoint (--llm)"
+            )
+        if dtype == "auto" and device == "cpu" and llava.dtype == torch.float16:
+            llava = llava.float()
+        return cls(llava.to(device), tokenizer, template=template, tokens=tokens)
+
+    def new_cache(self) -> Any:
+        """Return an empty KV cache."""
+        from transformers import DynamicCache
+
+        return DynamicCache()
+
+    def step(self, ids: list[int], cache: Any, rows: Embeds | None) -> int:
+        """Run the LLM over new tokens; see `GreedyLLM.step`."""
+        import torch
+
+        with torch.inference_mode(), self._memory(lambda: cache.get_seq_length() + len(ids)):
+            new = torch.tensor([ids], device=self.device)  # [1, m]
+            result = self.model(
+                inputs_embeds=self._embeddings(new, rows),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            best, token = result.logits[0, -1].float().max(dim=-1)
+            if not best.isfinite():  # NaN anywhere in the row is what max returns
+                raise BackendError(
+                    f"{NAME}: the LLM's output is not finite in {self.dtype}; open it with "
+                    "dtype='float32'"
+                )
+        return int(token)
+
+    def generation_inputs(
+        self,
+        embeds: Sequence[Embeds | Sequence[Embeds]],
+        questions: Sequence[str],
+        *,
+        frames: int | None = None,
+        form: Literal["inputs_embeds", "mm_encoder_outputs"] = "inputs_embeds",
+    ) -> dict[str, Any]:
+        """Return what ``model.generate`` takes for a batch of questions, each with its images.
+
+        Prompts are padded on the left. With ``inputs_embeds`` generate returns the new ids alone,
+        with ``mm_encoder_outputs`` the prompt's in front of them. Beam search changes the object
+        that the latter holds: make the inputs anew for every call.
+
+        Args:
+            embeds: For each question what `conversation` takes: an image's tokens or a list of
+                several images'; of videos, which all have as many frames.
+            questions: As many, without any prompt around them.
+            frames: Frames of each video; ``None`` for images.
+            form: How the tokens go in; ``mm_encoder_outputs`` needs transformers 5.18.
+
+        Returns:
+            ``attention_mask`` int64 [B, m] and ``inputs_embeds`` [B, m, L] in the LLM's dtype; or
+            ``input_ids`` int64 [B, m], ``attention_mask`` and ``mm_encoder_outputs``.
+
+        Raises:
+            InvalidInputError: Not as many questions as embeds, none at all, or one of them is
+                wrong; the first that is, is named.
+            MissingDependencyError: This transformers does not know ``mm_encoder_outputs``.
+        """
+        import torch
+
+        if len(embeds) != len(questions) or not questions:
+            raise InvalidInputError(
+                f"{NAME}: got {len(embeds)} images' tokens and {len(questions)} questions; it "
+                "takes as many of both, 1 or more"
+            )
+        if form == "mm_encoder_outputs":
+            self._check_encoder_outputs()
+        all_shown, prompts = [], []
+        for number, (each, question) in enumerate(zip(embeds, questions, strict=True)):
+            engine = f"{NAME}: question {number}" if len(questions) > 1 else NAME
+            check_question(engine, question)
+            shown = self.check(each, frames, where=engine)
+            all_shown.append(shown)
+            prompts.append(expand(self.prompts, shown, question.strip()))
+        longest = max(map(len, prompts))
+        pads = [longest - len(ids) for ids in prompts]
+        # Under the mask nothing is read, so any ordinary token pads.
+        input_ids = torch.tensor(
+            [[self.prompts.eos_id] * pad + ids for pad, ids in zip(pads, prompts, strict=True)],
+            device=self.device,
+        )
+        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=self.device)
+        parts = [part for shown in all_shown for part in shown.parts]
+        if form == "inputs_embeds":
+            with torch.no_grad(), self._memory(mask.numel):
+                made = self._embeddings(input_ids, np.concatenate(parts))
+            return {"inputs_embeds": made, "attention_mask": mask}
+        return {
+            "input_ids": input_ids,
+            "attention_mask": mask,
+            "mm_encoder_outputs": self._encoder_outputs(all_shown[0].kind, parts),
+        }
+
+    def ask_batch(
+        self,
+        embeds: Sequence[Embeds | Sequence[Embeds]],
+        questions: Sequence[str],
+        *,
+        frames: int | None = None,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+    ) -> list[str]:
+        """Answer questions about as many images in one batch, greedily.
+
+        Rounding differs from that of one question alone, as in any batch.
+
+        Args:
+            embeds: As for `generation_inputs`.
+            questions: As many.
+            frames: Frames of each video; ``None`` for images.
+            max_new_tokens: Longest answer, in tokens.
+
+        Returns:
+            The answers, without white space around them.
+
+        Raises:
+            InvalidInputError: As for `generation_inputs`; or a prompt and its answer don't fit into
+                the LLM's context.
+            BackendError: Out of memory.
+        """
+        import torch
+
+        check_max_new_tokens(NAME, max_new_tokens)
+        inputs = self.generation_inputs(embeds, questions, frames=frames)
+        batch, longest = inputs["attention_mask"].shape
+        check_context(
+            NAME, cached=0, new=longest, max_new_tokens=max_new_tokens, context=self.context
+        )
+        with torch.inference_mode(), self._memory(lambda: batch * (longest + max_new_tokens)):
+            made = self.model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                eos_token_id=sorted(self.eos_ids),
+                pad_token_id=self.prompts.eos_id,
+            )
+        return [self.prompts.decode(self._spoken(ids)) for ids in made.tolist()]
+
+    def _spoken(self, ids: list[int]) -> list[int]:
+        """Return an answer's ids up to its end."""
+        ends = (place for place, token in enumerate(ids) if token in self.eos_ids)
+        return ids[: next(ends, len(ids))]
+
+    def _embeddings(self, ids: torch.Tensor, rows: Embeds | None) -> torch.Tensor:
+        """Return [B, m, L] of ids [B, m], in which the placeholders' are `rows` [n, L]."""
+        import torch
+
+        embed = self.model.get_input_embeddings()
+        if rows is None:
+            return embed(ids)  # type: ignore[no-any-return]
+        places = torch.isin(ids, ids.new_tensor(list(self.prompts.placeholders.values())))
+        # A placeholder need not have a row of its own in the LLM's embeddings.
+        made: torch.Tensor = embed(ids.masked_fill(places, 0))
+        made[places] = torch.from_numpy(rows).to(self.device, self.dtype)
+        return made
+
+    def _encoder_outputs(self, kind: Kind, parts: Sequence[Embeds]) -> dict[Kind, Any]:
+        """Return ``mm_encoder_outputs`` of images or videos, [K, L] each."""
+        import torch
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        features = [torch.tensor(part).to(self.device, self.dtype) for part in parts]
+        if (self.model.config.model_type, kind) in _LISTED:
+            return {kind: BaseModelOutputWithPooling(pooler_output=features)}
+        counts = [len(part) for part in parts]
+        if len(set(counts)) > 1:
+            raise InvalidInputError(
+                f"{NAME}: got {kind}s of {counts} tokens, but the mm_encoder_outputs of "
+                f"{type(self.model).__name__} take as many of each; use form='inputs_embeds'"
+            )
+        return {kind: BaseModelOutputWithPooling(pooler_output=torch.stack(features))}
+
+    def _check_encoder_outputs(self) -> None:
+        """Refuse a transformers that doesn't know them."""
+        if "mm_encoder_outputs" not in inspect.signature(self.model.forward).parameters:
+            import transformers
+
+            raise MissingDependencyError(
+                f"{NAME}: transformers {transformers.__version__} doesn't take mm_encoder_outputs "
+                f"for {type(self.model).__name__}, which 5.18 and newer do; upgrade it, or use "
+                "form='inputs_embeds'"
+            )
+
+    @contextlib.contextmanager
+    def _memory(self, tokens: Callable[[], int]) -> Iterator[None]:
+        """Say in one line that memory ran out."""
+        import torch
+
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise BackendError(
+                f"{NAME}: out of memory on {self.device} at {tokens()} tokens; begin a new "
+                "conversation, free memory, or use a bundle with fewer tokens per image"
+            ) from error
+
+
+def open_llm(where: str, bundle: Bundle, *, revision: str | None = None) -> TransformersLLM:
+    """Open the LLM of a checkpoint for a bundle's tokens; see `vzip.runtime.llm.programs`."""
+    return TransformersLLM.open(where, tokens=ImageTokens.of(bundle.manifest), revision=revision)
+
+
+def _check_config(config: Any, tokens: ImageTokens, model: str) -> None:
+    """Compare an LLM's configuration with what the bundle says."""
+    placeholders = _placeholder_ids(config)
+    tokens.check_llm(
+        NAME,
+        model=model,
+        hidden_size=int(config.get_text_config().hidden_size),
+        image_token_id=placeholders["image"],
+        video_token_id=placeholders.get("video"),
+    )
+
+
+def _placeholder_ids(config: Any) -> dict[Kind, int]:
+    """Return the id of the placeholder of an image; and of a video, if there is one."""
+    ids = {kind: getattr(config, f"{kind}_token_index", None) for kind in KINDS}
+    return {kind: int(token_id) for kind, token_id in ids.items() if token_id is not None}
+
+
+def _check_architecture(config: Any, model: str) -> None:
+    """Refuse what is not a LLaVA in transformers' layout."""
+    architectures = config.architectures or []
+    if CLASSES.get(config.model_type) not in architectures:
+        raise CheckpointError(
+            f"{NAME}: {model!r} is a {config.model_type!r} model ({', '.join(architectures)}), "
+            f"but this engine takes a {', '.join(CLASSES.values())}; for a checkpoint in the "
+            "original LLaVA layout give its llava-hf twin, such as --llm llava-1.5-7b"
+        )
+
+
+def _check_words(config: Any, model: str) -> None:
+    """Refuse an LLM without a chat template that was not trained with LLaVA-1.5's words."""
+    text = config.get_text_config().model_type
+    if text not in _LLAVA_15_WORDS.get(config.model_type, ()):
+        raise CheckpointError(
+            f"{NAME}: {model!r} has no chat template, which a {config.model_type!r} model with a "
+            f"{text!r} LLM needs; without it the LLM would be asked in words that it was not "
+            "trained with: fetch chat_template.json or chat_template.jinja of the published "
+            "checkpoint"
+        )
+
+
+def _fetch(model: str | Path, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    """Return the local folder of a checkpoint, downloading what of it is not there yet.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, or the hub can't be reached and the cache
+            does not hold it.
+    """
+    location = locate(str(model))
+    if location.folder is not None:
+        return location.folder
+    assert location.hub_id is not None
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise missing("huggingface_hub", needed_for="a hub model", extra="export") from error
+    try:
+        folder = snapshot_download(
+            location.hub_id, revision=revision, allow_patterns=list(patterns)
+        )
+    except Exception as error:  # its HTTP library's classes change between versions
+        wanted = location.hub_id if revision is None else f"{location.hub_id} at {revision}"
+        raise CheckpointError(
+            f"{NAME}: the LLM {wanted} is neither in the local cache nor to be had from the hub "
+            f"({_first_line(error)}); connect to the network, or give a local folder (--llm)"
+        ) from error
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def _reading(model: str | Path) -> Iterator[None]:
+    """Turn the libraries' errors about a checkpoint's files into one of ours."""
+    try:
+        yield
+    except Exception as error:  # of a damaged file the libraries raise anything
+        raise CheckpointError(
+            f"{NAME}: the LLM {str(model)!r} can't be loaded ({_first_line(error)}); give a whole "
+            "llava-hf checkpoint with its tokenizer (--llm)"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,235 @@
+r"""Questions as token ids, in the words that an LLM was trained with; without a template language.
+
+A chat template is a program. What an engine needs of it are a few pieces of text, which are taken
+from it once (`vzip.runtime.llm.local.transformers`), so that an edge box with neither Jinja nor
+transformers says the same to its LLM.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Final, Literal, Protocol
+
+from vzip.runtime.errors import CheckpointError, InvalidInputError
+
+Kind = Literal["image", "video"]
+"""What a placeholder stands for."""
+
+KINDS: Final[tuple[Kind, ...]] = ("image", "video")
+
+
+class Tokenizer(Protocol):
+    """What a prompt needs of a tokenizer.
+
+    Attributes:
+        bos: The beginning-of-sequence token as text; None if there is none.
+        eos: The end-of-sequence token as text.
+        eos_id: Its id.
+    """
+
+    bos: str | None
+    eos: str
+    eos_id: int
+
+    def token(self, token_id: int) -> str | None:
+        """Return a token as text; None for an id beyond the vocabulary."""
+        ...
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Return a text's ids; special tokens and placeholders that it holds become theirs.
+
+        Args:
+            text: The text.
+            special: Whether the tokens that begin a sequence are added.
+        """
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of some ids, without special tokens."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstTurn:
+    r"""The first turn: ``before P between P … after QUESTION end``, P being a placeholder.
+
+    Attributes:
+        before: Text before the first placeholder, such as ``USER: ``.
+        between: Text between two placeholders, such as ``\n``; None where the LLM takes one only.
+        after: Text between the last placeholder and the question.
+        end: Text behind the question, such as `` ASSISTANT:``.
+    """
+
+    before: str
+    between: str | None
+    after: str
+    end: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LaterTurn:
+    """A later turn, behind the end-of-sequence token of the answer: ``before QUESTION end``."""
+
+    before: str
+    end: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """What stands around questions.
+
+    Attributes:
+        first: The first turn, by what is shown; a kind that is not there can't be shown.
+        later: Later turns; None where the chat template drops the turns before.
+    """
+
+    first: Mapping[Kind, FirstTurn]
+    later: LaterTurn | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads."""
+        return {
+            "first": {kind: dataclasses.asdict(turn) for kind, turn in self.first.items()},
+            "later": None if self.later is None else dataclasses.asdict(self.later),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Words:
+        """Read what `to_json` returned.
+
+        Raises:
+            CheckpointError: It is something else.
+        """
+        try:
+            first = {
+                kind: FirstTurn(**data["first"][kind]) for kind in KINDS if kind in data["first"]
+            }
+            later = None if data["later"] is None else LaterTurn(**data["later"])
+            texts = [text for turn in first.values() for text in dataclasses.astuple(turn)]
+            texts += [] if later is None else dataclasses.astuple(later)
+        except (TypeError, KeyError):
+            first, later, texts = {}, None, []
+        if not first or not all(text is None or isinstance(text, str) for text in texts):
+            raise CheckpointError(
+                f"the LLM's prompt words are {str(data)[:80]!r}, expected 'first' and 'later' with "
+                "texts; the file was changed or is another version's: make it again"
+            )
+        return cls(first, later)
+
+
+def llava_15_words(*, videos: bool = False) -> Words:
+    r"""Return LLaVA-1.5's words, for checkpoints without a chat template.
+
+    ``USER: <image>\n{question} ASSISTANT:``, and for later turns ``USER: {question} ASSISTANT:``.
+
+    Args:
+        videos: Whether the LLM has a placeholder for videos too.
+    """
+    turn = FirstTurn("USER: ", "\n", "\n", " ASSISTANT:")
+    kinds = KINDS if videos else KINDS[:1]
+    return Words(dict.fromkeys(kinds, turn), LaterTurn("USER: ", " ASSISTANT:"))
+
+
+class Prompts:
+    """Questions as token ids.
+
+    Args:
+        engine: The engine's name, for messages.
+        tokenizer: The LLM's tokenizer.
+        words: What stands around a question.
+        placeholders: Id of an image's placeholder; and of a video's, if the LLM has one.
+
+    Attributes:
+        eos_id: Id of the end-of-sequence token.
+        words: As given.
+
+    Raises:
+        CheckpointError: The tokenizer has no such placeholder.
+    """
+
+    def __init__(
+        self, engine: str, tokenizer: Tokenizer, words: Words, placeholders: Mapping[Kind, int]
+    ) -> None:
+        self.words = words
+        self.eos_id = tokenizer.eos_id
+        self._engine, self._tokenizer = engine, tokenizer
+        self._tokens: dict[Kind, tuple[str, int]] = {}
+        for kind, token_id in placeholders.items():
+            token = tokenizer.token(token_id)
+            if token is None:
+                raise CheckpointError(
+                    f"{engine}: the LLM's tokenizer has no token of id {token_id}, which a LLaVA "
+                    "checkpoint has; the tokenizer's files are another model's or incomplete: "
+                    "fetch the checkpoint again"
+                )
+            self._tokens[kind] = token, token_id
+
+    @property
+    def placeholders(self) -> Mapping[Kind, int]:
+        """Id of the placeholder of each kind that the LLM has."""
+        return MappingProxyType({kind: token_id for kind, (_, token_id) in self._tokens.items()})
+
+    def first(self, question: str, kind: Kind = "image", count: int = 1) -> list[int]:
+        """Return the first turn's ids, with one placeholder per image or video.
+
+        Args:
+            question: The question.
+            kind: What is shown.
+            count: How many of them.
+
+        Raises:
+            CheckpointError: The LLM's words have no place for that.
+            InvalidInputError: The question contains a placeholder.
+        """
+        turn = self.words.first.get(kind)
+        if kind not in self._tokens or turn is None or (count > 1 and turn.between is None):
+            several = turn is not None and turn.between is None
+            raise CheckpointError(
+                f"{self._engine}: the LLM's chat template has no place for "
+                f"{f'{count} {kind}s, but for one' if several else f'{kind}s'}; ask about "
+                f"{'one at a time' if several else 'something else'}, or repair its "
+                "chat_template.jinja"
+            )
+        token, _ = self._tokens[kind]
+        places = (turn.between or "").join([token] * count)
+        text = f"{turn.before}{places}{turn.after}{question}{turn.end}"
+        bos = self._tokenizer.bos
+        # A template may write the beginning-of-sequence token itself; once is right.
+        written = bool(bos) and text.startswith(str(bos))
+        ids = self._tokenizer.encode(text, special=not written)
+        return self._checked(ids, {kind: count})
+
+    def later(self, question: str) -> list[int]:
+        """Return the ids of a later turn, which follow the end-of-sequence token of the answer.
+
+        Raises:
+            CheckpointError: The LLM's words know no later turns.
+            InvalidInputError: The question contains a placeholder.
+        """
+        turn = self.words.later
+        if turn is None:
+            raise CheckpointError(
+                f"{self._engine}: the LLM's chat template drops the assistant's turns, so it "
+                "serves one question only; use 'vzip ask', or repair chat_template.jinja"
+            )
+        # Encoded as it stands in the whole conversation: a word after a special token can be
+        # another id than the same word at the beginning of a text.
+        text = f"{self._tokenizer.eos}{turn.before}{question}{turn.end}"
+        return self._checked(self._tokenizer.encode(text, special=False)[1:], {})
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return an answer's text, without special tokens and white space around it."""
+        return self._tokenizer.decode(ids).strip()
+
+    def _checked(self, ids: list[int], expected: Mapping[Kind, int]) -> list[int]:
+        """Return a prompt's ids; it has a place for every image or video and no other."""
+        for kind, (token, token_id) in self._tokens.items():
+            got, takes = ids.count(token_id), expected.get(kind, 0)
+            if got != takes:
+                raise InvalidInputError(
+                    f"{self._engine}: the prompt has {got} {kind} placeholders {token!r} (id "
+                    f"{token_id}), but it takes {takes}; a question must not contain {token!r}"
+                )
+        return ids

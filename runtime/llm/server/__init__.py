@@ -1,0 +1,1 @@
+"""LLM servers, spoken to over HTTP."""

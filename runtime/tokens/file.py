@@ -1,0 +1,387 @@
+"""Files of compressed tokens, in the safetensors format, read and written without its package.
+
+The format: eight bytes with the length of a header, the header (JSON: for each tensor its dtype,
+shape and place, and one flat object of texts, ``__metadata__``), then the tensors without a gap.
+`docs/tokens.md` says what vzip puts into it. Source: the format's description in the README of
+huggingface/safetensors; `tests/parity/test_token_file_parity.py` holds this module to the package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
+
+import numpy as np
+
+from vzip.runtime.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+FORMAT: Final = "vzip-tokens"
+VERSION: Final = "1"
+LARGEST_HEADER: Final = 100_000_000
+"""Bytes of the header; safetensors itself reads no longer one."""
+
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "I64": np.dtype("<i8"),
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_METADATA = "__metadata__"
+_TOKENS, _KEPT = "tokens/", "kept/"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What all tokens of a file have in common.
+
+    Attributes:
+        fingerprint: Of the bundle; see `vzip.runtime.bundle.fingerprint`.
+        model: The manifest's `model.id`.
+        token_order: The manifest's `token_order`.
+        hidden_size: L, width of a token.
+        image_token_id: Id of the placeholder that the tokens replace in the prompt.
+    """
+
+    fingerprint: str
+    model: str
+    token_order: str
+    hidden_size: int
+    image_token_id: int
+
+
+@dataclass(frozen=True, eq=False)
+class ImageTokens:
+    """The tokens of one image.
+
+    Attributes:
+        name: The image's name, unique in its file.
+        sha256: SHA-256 of the image: of the encoded file, as it lay on the disk.
+        tokens: float32 or float16 [n, L], all that the language model gets for the image.
+        kept: int64 [tiles, dominant], which tower tokens were kept; the base tile is first. One
+            tile where the bundle cuts none.
+    """
+
+    name: str
+    sha256: str
+    tokens: Array
+    kept: NDArray[np.int64]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the tokens' bytes and then those of the kept indices."""
+        digest = hashlib.sha256(_raw(self.tokens))
+        digest.update(_raw(self.kept))
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a file's header says about one image.
+
+    Attributes:
+        name: Its name.
+        sha256: SHA-256 of the image.
+        digest: `ImageTokens.digest`.
+        dtype: ``F32`` or ``F16``, of the tokens.
+        shape: n and L.
+        kept: Shape of the kept indices.
+    """
+
+    name: str
+    sha256: str
+    digest: str
+    dtype: str
+    shape: tuple[int, ...]
+    kept: tuple[int, ...]
+
+
+def record_of(image: ImageTokens) -> Record:
+    """Return what a header will say about an image.
+
+    Raises:
+        InvalidInputError: The arrays are not what `ImageTokens` says, or the name is no text.
+    """
+    tokens, kept = image.tokens, image.kept
+    right = tokens.ndim == 2 and tokens.dtype in (np.float32, np.float16)
+    if not right or kept.ndim != 2 or kept.dtype != np.int64:
+        raise InvalidInputError(
+            f"got tokens {tokens.dtype} {list(tokens.shape)} and kept {kept.dtype} "
+            f"{list(kept.shape)}, expected float32 or float16 [n, L] and int64 [tiles, dominant]; "
+            "give them as VisionEncoder.image_tokens returned them"
+        )
+    try:
+        image.name.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(
+            f"got the image name {image.name!r}, expected Unicode text; rename the file"
+        ) from error
+    dtype = _NAMES[tokens.dtype.newbyteorder("<")]
+    return Record(image.name, image.sha256, image.digest, dtype, tokens.shape, kept.shape)
+
+
+def to_bytes(origin: Origin, images: Sequence[ImageTokens]) -> bytes:
+    """Return the content of a file with these images, in this order.
+
+    Raises:
+        InvalidInputError: Two have one name, an array is not what it should be, or the header would
+            be longer than `LARGEST_HEADER`.
+    """
+    parts: list[bytes | memoryview] = [header(origin, [record_of(image) for image in images])]
+    parts += [_raw(image.kept) for image in images]
+    parts += [_raw(image.tokens) for image in images]
+    return b"".join(parts)
+
+
+def header(origin: Origin, records: Sequence[Record]) -> bytes:
+    """Return what a file begins with: the kept indices of all images follow, then all tokens.
+
+    Integers come first, so that every tensor lies at a multiple of its element's size.
+
+    Raises:
+        InvalidInputError: Two images have one name, or it is longer than `LARGEST_HEADER`.
+    """
+    entries = [
+        {"name": each.name, "sha256": each.sha256, "digest": each.digest} for each in records
+    ]
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        **{key: str(value) for key, value in vars(origin).items()},
+        "images": json.dumps(entries, ensure_ascii=False, separators=(",", ":")),
+    }
+    tensors = [(_KEPT + each.name, "I64", each.kept) for each in records]
+    tensors += [(_TOKENS + each.name, each.dtype, each.shape) for each in records]
+    value: dict[str, object] = {_METADATA: metadata}
+    place = 0
+    for name, dtype, shape in tensors:
+        if name in value:
+            raise InvalidInputError(
+                f"got two images with the name {name.partition('/')[2]!r}, expected one of each "
+                "name in a file; rename one"
+            )
+        end = place + math.prod(shape) * _DTYPES[dtype].itemsize
+        value[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > LARGEST_HEADER:
+        raise InvalidInputError(
+            f"got {len(records)} images, whose header would have {len(text)} bytes, expected at "
+            f"most {LARGEST_HEADER} in one file; write shards with --shard-size"
+        )
+    return len(text).to_bytes(8, "little") + text
+
+
+class TokenFile:
+    """A file of tokens, open for reading; made by `TokenFile.open`, a context manager.
+
+    Attributes:
+        path: The file.
+        origin: What all its tokens have in common.
+        records: What it holds, by the images' names, in its order.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path = path
+        self._file = file
+        self._length = os.fstat(file.fileno()).st_size
+        parsed = self._header()
+        self.origin, entries = self._metadata(parsed.pop(_METADATA, None))
+        self._places = self._tensors(parsed)
+        self.records = self._records(entries)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> TokenFile:
+        """Open a file and read its header.
+
+        Raises:
+            InvalidInputError: There is none, or it isn't one that `vzip encode` wrote, whole.
+        """
+        path = Path(path)
+        try:
+            file = path.open("rb")
+        except OSError as error:
+            raise InvalidInputError(
+                f"{path}: can't be read ({error.strerror}), expected a file that 'vzip encode' "
+                "wrote; check the path and its permissions"
+            ) from error
+        try:
+            return cls(path, file)
+        except BaseException:
+            file.close()
+            raise
+
+    def read(self, name: str) -> ImageTokens:
+        """Return one image's tokens, after comparing their digest.
+
+        Raises:
+            InvalidInputError: There is no image of that name, or its tokens are damaged.
+        """
+        record = self.records.get(name)
+        if record is None:
+            raise InvalidInputError(
+                f"{self.path}: got the image name {name!r}, expected one of the "
+                f"{len(self.records)} in the file, such as {list(self.records)[:3]}"
+            )
+        tokens, kept = self._array(_TOKENS + name), self._array(_KEPT + name)
+        image = ImageTokens(name, record.sha256, tokens, kept)
+        if image.digest != record.digest:
+            raise self._malformed(f"the tokens of {name!r} are not those that were written")
+        return image
+
+    def close(self) -> None:
+        """Close the file; closing twice does nothing."""
+        self._file.close()
+
+    def __enter__(self) -> TokenFile:  # noqa: PYI034 - typing.Self is newer than 3.10
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _malformed(self, what: str) -> InvalidInputError:
+        """Return the error for a file that isn't ours or isn't whole."""
+        return InvalidInputError(
+            f"{self.path}: {what}, expected a file that 'vzip encode' wrote; it was damaged or "
+            "made by another tool: remove it and encode the images again"
+        )
+
+    def _header(self) -> dict[str, Any]:
+        """Return the header's JSON; the file's position is then that of the first tensor."""
+        length = int.from_bytes(self._file.read(8), "little")
+        if self._length < 10 or not 2 <= length <= min(LARGEST_HEADER, self._length - 8):
+            raise self._malformed(f"its {self._length} bytes are no safetensors file")
+        self._start = 8 + length
+        try:
+            value = json.loads(self._file.read(length).decode(), object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
+            raise self._malformed("its header is no strict JSON") from error
+        if not isinstance(value, dict):
+            raise self._malformed("its header is no object")
+        return value
+
+    def _metadata(self, found: object) -> tuple[Origin, list[dict[str, str]]]:
+        """Return origin and list of images."""
+        keys = ("format", "version", *Origin.__dataclass_fields__, "images")
+        metadata = found if isinstance(found, dict) else {}
+        if metadata.get("format") != FORMAT:
+            raise self._malformed(f"it doesn't say '{FORMAT}'")
+        if metadata.get("version") != VERSION:
+            raise self._malformed(f"its version is {metadata.get('version')!r} and not '{VERSION}'")
+        if set(metadata) != set(keys) or not all(type(each) is str for each in metadata.values()):
+            raise self._malformed(f"its metadata is not the texts {sorted(keys)}")
+        fields: dict[str, Any] = {key: metadata[key] for key in Origin.__dataclass_fields__}
+        try:
+            for key in ("hidden_size", "image_token_id"):
+                fields[key] = int(fields[key])
+            entries = _entries(metadata["images"])
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise self._malformed("its metadata can't be understood") from error
+        return Origin(**fields), entries
+
+    def _tensors(self, parsed: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...], int]]:
+        """Return dtype, shape and place of each tensor; together they fill the file."""
+        found, expected = {}, 0
+        for name, entry in parsed.items():
+            try:
+                dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+                size = math.prod(shape) * _DTYPES[dtype].itemsize
+                counts = [type(each) is int and each >= 0 for each in (*shape, begin, end)]
+            except (TypeError, KeyError, ValueError) as error:
+                raise self._malformed(f"the tensor {name!r} can't be understood") from error
+            if not all(counts) or begin != expected or end - begin != size:
+                raise self._malformed(f"the tensor {name!r} doesn't lie where the one before ends")
+            found[name] = (dtype, tuple(shape), begin)
+            expected = end
+        if self._start + expected != self._length:
+            raise self._malformed(
+                f"it has {self._length} bytes where its header speaks of {self._start + expected}"
+            )
+        return found
+
+    def _records(self, entries: Sequence[Mapping[str, str]]) -> dict[str, Record]:
+        """Return what the file holds; tensors and list of images must be about the same."""
+        records = {}
+        left = dict(self._places)
+        for entry in entries:
+            name = entry["name"]
+            dtype, shape, _ = left.pop(_TOKENS + name, ("", (), 0))
+            kept_dtype, kept, _ = left.pop(_KEPT + name, ("", (), 0))
+            if (
+                dtype not in ("F32", "F16")
+                or len(shape) != 2
+                or shape[1] != self.origin.hidden_size
+            ):
+                raise self._malformed(f"it has no tokens [n, L] for {name!r}")
+            if kept_dtype != "I64" or len(kept) != 2:
+                raise self._malformed(f"it has no kept indices [tiles, dominant] for {name!r}")
+            records[name] = Record(**entry, dtype=dtype, shape=shape, kept=kept)
+        if left:
+            raise self._malformed(f"its list of images doesn't have {sorted(left)[0]!r}")
+        return records
+
+    def _array(self, tensor: str) -> Array:
+        """Return one tensor."""
+        dtype, shape, place = self._places[tensor]
+        array = np.empty(shape, _DTYPES[dtype])
+        self._file.seek(self._start + place)
+        if self._file.readinto(_view(array)) != array.nbytes:  # type: ignore[attr-defined]
+            raise self._malformed("it became shorter while it was read")
+        return array
+
+
+def write_tokens(file: BinaryIO, images: Iterable[ImageTokens]) -> None:
+    """Write the tokens of images where a file has its header and kept indices already."""
+    for image in images:
+        file.write(_raw(image.tokens))
+
+
+def write_kept(file: BinaryIO, images: Iterable[ImageTokens]) -> None:
+    """Write the kept indices of images behind a file's header."""
+    for image in images:
+        file.write(_raw(image.kept))
+
+
+def _entries(text: str) -> list[dict[str, str]]:
+    """Return the list of images of a file's metadata; raises what Python raises on a bad one."""
+    entries: list[dict[str, str]] = json.loads(text, object_pairs_hook=_unique)
+    if not all(set(entry) == {"name", "sha256", "digest"} for entry in entries):
+        raise ValueError("another key")
+    if not all(type(value) is str for entry in entries for value in entry.values()):
+        raise ValueError("not a text")
+    return entries
+
+
+def _view(array: Array) -> memoryview:
+    """Return the memory of a contiguous array as bytes."""
+    return array.reshape(-1).view(np.uint8).data
+
+
+def _raw(array: Array) -> memoryview:
+    """Return the bytes of an array as they stand in a file: C order, little endian."""
+    return _view(np.ascontiguousarray(array, array.dtype.newbyteorder("<")))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; a key that stands twice is refused."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key stands twice")
+    return value

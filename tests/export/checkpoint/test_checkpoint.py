@@ -1,0 +1,602 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.export.layouts import (
+    FAMILIES,
+    LAYOUTS,
+    TINY,
+    TOWER_FOLDER,
+    layouts_of,
+    model_state,
+    upstream_model,
+    write_layout,
+)
+from vzip.export.architecture import needed_tensors, tensor_shapes
+from vzip.export.checkpoint import reader as module
+from vzip.export.checkpoint.reader import Checkpoint, read_projector, read_vision, vision_config
+from vzip.runtime.errors import CheckpointError, InvalidInputError
+
+SHARDED = tuple(name for name in LAYOUTS if "single" not in name and "file" not in name)
+LAST_LAYER = "tower.encoder.layers.3."
+Q0 = "tower.encoder.layers.0.self_attn.q_proj.weight"
+
+
+def dead(name: str) -> bool:
+    return name.startswith((LAST_LAYER, "tower.post_layernorm."))
+
+
+def edit_json(path: Path, **change: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+def message(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        read_vision(Checkpoint.open(folder))
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+# Every layout
+
+
+@pytest.mark.parametrize("llm", ["absent", "corrupt", "written"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_gives_the_same_tensors(name: str, llm: Any, tmp_path: Path) -> None:
+    expected = write_layout(name, tmp_path, seed=5, llm=llm)
+    weights = read_vision(Checkpoint.open(tmp_path))
+    assert list(weights.tensors) == list(tensor_shapes(weights.config))
+    assert set(weights.tensors) == set(expected)
+    for key, tensor in weights.tensors.items():
+        assert torch.equal(tensor, expected[key]), key
+
+
+OTHERS = tuple(family for family in FAMILIES if family != "llava")
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [(family, name) for family in OTHERS for name in layouts_of(family)]
+)
+def test_every_layout_of_the_other_families(family: str, name: str, tmp_path: Path) -> None:
+    expected = write_layout(name, tmp_path, seed=5, family=family)
+    weights = read_vision(Checkpoint.open(tmp_path))
+    assert list(weights.tensors) == list(tensor_shapes(weights.config))
+    for key, tensor in weights.tensors.items():
+        assert torch.equal(tensor, expected[key]), key
+    # The other tower of Video-LLaVA is all that is left over.
+    left = {key.partition(".")[0] for key in set(expected) - set(weights.tensors)}
+    assert left == ({"image_tower"} if family == "video-llava" else set())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_upstream_model_has_the_weights_that_are_written(family: str, tmp_path: Path) -> None:
+    """So what is compared with it was not mixed up in writing: names by hand, not `layouts`'."""
+    write_layout("llava-hf", tmp_path, seed=3, family=family)
+    weights = read_vision(Checkpoint.open(tmp_path))
+    model = upstream_model(family, 3).model
+    tower = getattr(model, weights.config.tower_module).state_dict()
+    projector = model.multi_modal_projector.state_dict()
+    compared = 0
+    for key, tensor in weights.tensors.items():
+        part, _, name = key.partition(".")
+        if part == "image_newline":
+            assert torch.equal(tensor, model.image_newline)
+        else:
+            assert torch.equal(tensor, {"tower": tower, "projector": projector}[part].pop(name))
+        compared += 1
+    assert compared == len(weights.tensors)
+    assert not projector
+    assert not [name for name in tower if not name.startswith("head.")]
+
+
+@pytest.mark.parametrize("name", layouts_of("video-llava"))
+def test_media_says_which_tower_is_read(name: str, tmp_path: Path) -> None:
+    written = write_layout(name, tmp_path, family="video-llava")
+    checkpoint = Checkpoint.open(tmp_path)
+    image, video = read_vision(checkpoint, "image"), read_vision(checkpoint, "video")
+    assert (image.config.tower_module, video.config.tower_module) == ("image_tower", "video_tower")
+    for key, tensor in image.tensors.items():
+        module = key.replace("tower.", "image_tower.", 1) if key.startswith("tower.") else key
+        assert torch.equal(tensor, written[module])
+    assert not torch.equal(image.tensors[Q0], video.tensors[Q0])
+    assert torch.equal(
+        image.tensors["projector.linear_1.weight"], video.tensors["projector.linear_1.weight"]
+    )
+
+
+def test_onevisions_views_have_the_same_tensors(tmp_path: Path) -> None:
+    write_layout("llava-hf", tmp_path, family="llava-onevision")
+    checkpoint = Checkpoint.open(tmp_path)
+    image, video = read_vision(checkpoint), read_vision(checkpoint, "video")
+    assert (image.config.pool, video.config.pool) == (1, 2)
+    assert list(image.tensors) == list(video.tensors)
+    assert all(torch.equal(image.tensors[key], video.tensors[key]) for key in image.tensors)
+
+
+def test_media_that_a_family_has_no_graph_for(tmp_path: Path) -> None:
+    write_layout("llava-hf", tmp_path)
+    with pytest.raises(InvalidInputError, match="media is 'video', and the family 'llava' has a"):
+        read_vision(Checkpoint.open(tmp_path), "video")
+    with pytest.raises(InvalidInputError, match="media is 'video', and the family 'llava' has a"):
+        vision_config(tmp_path, media="video")
+
+
+@pytest.mark.parametrize("family", ["llava-next", "llava-onevision"])
+@pytest.mark.parametrize("name", ["llava-hf", "transformers-5-model"])
+def test_a_missing_newline_embedding(name: str, family: str, tmp_path: Path) -> None:
+    write_layout(name, tmp_path, family=family, keep=lambda key: key != "image_newline")
+    text = message(tmp_path)
+    assert text.startswith("tensor 'image_newline' is not in ")
+    assert "looked for image_newline, model.image_newline; similar" in text
+
+
+def test_a_missing_layer_norm_of_vip_llava(tmp_path: Path) -> None:
+    key = "projector.projector_layernorm.weight"
+    write_layout("llava-hf", tmp_path, family="vip-llava", keep=lambda other: other != key)
+    assert f"tensor '{key}' is not in " in message(tmp_path)
+
+
+def test_a_missing_tower_of_video_llava(tmp_path: Path) -> None:
+    write_layout(
+        "llava-hf",
+        tmp_path,
+        family="video-llava",
+        keep=lambda key: not key.startswith("tower."),
+    )
+    text = message(tmp_path)
+    assert "looked for video_tower.vision_model.embeddings." in text
+    read_vision(Checkpoint.open(tmp_path), "image")
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_transformers_own_saving_of_the_other_families_reads(family: str, tmp_path: Path) -> None:
+    model = upstream_model(family, 2)
+    expected = write_layout("llava-hf", tmp_path / "written", seed=2, family=family)
+    for original_format in (True, False):
+        folder = tmp_path / str(original_format)
+        model.save_pretrained(folder, save_original_format=original_format)
+        processor = dict(TINY[family].processor)
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+        weights = read_vision(Checkpoint.open(folder))
+        assert list(weights.tensors) == list(tensor_shapes(weights.config))
+        assert all(torch.equal(tensor, expected[k]) for k, tensor in weights.tensors.items())
+        assert weights.config == read_vision(Checkpoint.open(tmp_path / "written")).config
+
+
+def test_canonical_names_are_those_of_transformers(tmp_path: Path) -> None:
+    write_layout("llava-hf", tmp_path)
+    tensors = read_vision(Checkpoint.open(tmp_path)).tensors
+    upstream = {
+        name.removeprefix("model."): tensor
+        for name, tensor in model_state(0).items()
+        if "language_model" not in name and name != "lm_head.weight"
+    }
+    for canonical, tensor in tensors.items():
+        part, _, key = canonical.partition(".")
+        prefix = {"tower": "vision_tower.", "projector": "multi_modal_projector."}[part]
+        assert torch.equal(upstream.pop(prefix + key), tensor)
+    assert not upstream
+
+
+def test_transformers_own_saving_reads(tmp_path: Path) -> None:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    from tests.export.layouts import CONFIG, PROCESSOR
+
+    model = LlavaForConditionalGeneration(LlavaConfig.from_dict(CONFIG))
+    for original_format in (True, False):
+        folder = tmp_path / str(original_format)
+        model.save_pretrained(folder, save_original_format=original_format)
+        (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+        tensors = read_vision(Checkpoint.open(folder)).tensors
+        state = model.model.vision_tower.state_dict()
+        assert {k.removeprefix("tower.") for k in tensors if k.startswith("tower.")} == set(state)
+        for key, tensor in state.items():
+            assert torch.equal(tensors[f"tower.{key}"], tensor)
+        for key, tensor in model.model.multi_modal_projector.state_dict().items():
+            assert torch.equal(tensors[f"projector.{key}"], tensor)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_only_the_needed_files_and_tensors_are_read(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_layout(name, tmp_path, llm="written")
+    read: dict[str, set[str]] = {}
+
+    def record(path: Path, names: Any) -> dict[str, torch.Tensor]:
+        read.setdefault(path.name, set()).update(names)
+        return original(path, names)
+
+    original = module.read_tensors
+    monkeypatch.setattr(module, "read_tensors", record)
+    read_vision(Checkpoint.open(tmp_path))
+    assert not [file for file in read if "-00001-of-" in file or "-00004-of-" in file]
+    words = ("vision", "projector", "embeddings", "encoder", "norm")
+    assert all(any(word in tensor for word in words) for names in read.values() for tensor in names)
+
+
+def test_a_shard_that_also_holds_the_llm_gives_only_its_vision_tensors(tmp_path: Path) -> None:
+    write_layout("llava-hf", tmp_path)
+    shard = tmp_path / "model-00003-of-00004.safetensors"
+    state = load_file(shard) | {"language_model.model.norm.weight": torch.ones(48)}
+    save_file(state, shard)
+    tensors = read_vision(Checkpoint.open(tmp_path)).tensors
+    assert not [name for name in tensors if "language" in name]
+
+
+def test_dtypes_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    write_layout("llava-hf-single", tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
+    tensors = read_vision(Checkpoint.open(tmp_path)).tensors
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
+# Dead and missing tensors
+
+
+@pytest.mark.parametrize("name", ["llava-hf", "original", "original-copy"])
+def test_dead_tensors_may_be_absent(name: str, tmp_path: Path) -> None:
+    write_layout(name, tmp_path, keep=lambda key: not dead(key))
+    weights = read_vision(Checkpoint.open(tmp_path))
+    assert set(weights.tensors) == needed_tensors(weights.config)
+
+
+def test_a_missing_tensor_says_what_was_looked_for_and_what_is_there(tmp_path: Path) -> None:
+    write_layout("llava-hf", tmp_path, keep=lambda key: key != Q0)
+    text = message(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    assert text.startswith(f"tensor '{Q0}' is not in {index}; looked for vision_tower.vision_model")
+    assert ", model.vision_tower.encoder.layers.0.self_attn.q_proj.weight," in text
+    assert "similar names there: vision_tower.vision_model.encoder.layers." in text
+    assert text.endswith("compare it with the published one")
+
+
+@pytest.mark.parametrize("key", ["projector.linear_2.bias", "tower.pre_layrnorm.weight"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_misses_needed_tensors(name: str, key: str, tmp_path: Path) -> None:
+    write_layout(name, tmp_path, keep=lambda other: other != key)
+    assert f"tensor '{key}' is not in " in message(tmp_path)
+
+
+def test_a_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
+    write_layout("llava-hf-single", tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    stored = "vision_tower.vision_model.pre_layrnorm.weight"
+    state["model.vision_tower.pre_layrnorm.weight"] = state[stored] + 1
+    save_file(state, file)
+    text = message(tmp_path)
+    assert "'tower.pre_layrnorm.weight' under two names" in text
+    assert stored in text
+
+
+def test_a_copy_of_the_tower_comes_before_the_tower_it_was_made_from(tmp_path: Path) -> None:
+    copied = write_layout("original-copy", tmp_path, seed=1)
+    write_layout("original", tmp_path / "other", seed=2)
+    (tmp_path / TOWER_FOLDER / "pytorch_model.bin").write_bytes(
+        (tmp_path / "other" / TOWER_FOLDER / "pytorch_model.bin").read_bytes()
+    )
+    tensors = read_vision(Checkpoint.open(tmp_path)).tensors
+    assert torch.equal(tensors[Q0], copied[Q0])
+
+
+def test_the_checkpoints_own_projector_comes_before_the_separate_file(tmp_path: Path) -> None:
+    own = write_layout("original", tmp_path, seed=1)
+    write_layout("original-projector-file", tmp_path / "other", seed=2)
+    (tmp_path / "mm_projector.bin").write_bytes(
+        (tmp_path / "other" / "mm_projector.bin").read_bytes()
+    )
+    tensors = read_vision(Checkpoint.open(tmp_path)).tensors
+    assert torch.equal(tensors["projector.linear_1.weight"], own["projector.linear_1.weight"])
+
+
+# Damage
+
+
+def test_a_wrong_shape(tmp_path: Path) -> None:
+    write_layout("llava-hf", tmp_path)
+    shard = tmp_path / "model-00003-of-00004.safetensors"
+    state = load_file(shard)
+    state["multi_modal_projector.linear_1.weight"] = torch.zeros(48, 31)
+    save_file(state, shard)
+    text = message(tmp_path)
+    assert "tensor 'multi_modal_projector.linear_1.weight' in " in text
+    assert "has shape [48, 31], expected [48, 32] by its configuration" in text
+
+
+def test_a_transposed_tensor_is_refused(tmp_path: Path) -> None:
+    write_layout("llava-hf-single", tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    name = "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
+    save_file(state | {name: state[name].t().contiguous()}, file)
+    assert "has shape [32, 64], expected [64, 32]" in message(tmp_path)
+
+
+def test_even_a_dead_tensor_has_its_shape(tmp_path: Path) -> None:
+    write_layout("llava-hf-single", tmp_path)
+    file = tmp_path / "model.safetensors"
+    name = "vision_tower.vision_model.post_layernorm.weight"
+    save_file(load_file(file) | {name: torch.ones(31)}, file)
+    assert "has shape [31], expected [32]" in message(tmp_path)
+
+
+def test_a_quantised_tensor(tmp_path: Path) -> None:
+    write_layout("llava-hf-single", tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    name = "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
+    save_file(state | {name: state[name].to(torch.int8)}, file)
+    assert "is int8, expected floating point; the checkpoint is quantised" in message(tmp_path)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    write_layout("llava-hf", tmp_path)
+    (tmp_path / "model-00002-of-00004.safetensors").unlink()
+    text = message(tmp_path)
+    assert f"{tmp_path} has no model-00002-of-00004.safetensors, expected for " in text
+    assert "tensors that" in text
+    assert "the folder holds config.json" in text
+
+
+def test_no_tensor_file_at_all(tmp_path: Path) -> None:
+    write_layout("llava-hf", tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    text = message(tmp_path)
+    assert "has no model.safetensors or pytorch_model.bin or model.safetensors.index.json" in text
+    assert "expected for the tensors 'tower.…'" in text
+
+
+def test_an_index_of_another_checkpoint(tmp_path: Path) -> None:
+    write_layout("llava-hf", tmp_path)
+    shard = tmp_path / "model-00002-of-00004.safetensors"
+    state = load_file(shard)
+    del state["vision_tower.vision_model.pre_layrnorm.weight"]
+    save_file(state, shard)
+    text = message(tmp_path)
+    assert f"{shard} lacks the tensor 'vision_tower.vision_model.pre_layrnorm.weight'" in text
+
+
+def test_a_truncated_shard(tmp_path: Path) -> None:
+    write_layout("llava-hf", tmp_path)
+    shard = tmp_path / "model-00002-of-00004.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    text = message(tmp_path)
+    assert f"can't read tensors from {shard}" in text
+    assert "truncated or damaged: download it again" in text
+
+
+def test_a_missing_configuration(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    text = message(tmp_path)
+    assert f"{tmp_path} has no config.json, expected for the model's architecture" in text
+    assert "the folder holds model.safetensors" in text
+
+
+def test_a_broken_configuration(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llava",')
+    assert f"{tmp_path / 'config.json'} is no valid JSON (" in message(tmp_path)
+
+
+def test_an_unknown_family_says_which_there_are_and_what_decided(tmp_path: Path) -> None:
+    write_layout("llava-hf", tmp_path, change={"model_type": "qwen2_vl"})
+    text = message(tmp_path)
+    assert "{'model_type': 'qwen2_vl', 'architectures': ['LlavaForConditionalGeneration']}" in text
+    assert "the vision keys ['vision_config'], which no family of vzip knows" in text
+    assert "llava (model_type 'llava' with a vision_config); llava-original (" in text
+    for model_type in ("vipllava", "llava_next", "video_llava", "llava_onevision"):
+        assert f"(model_type '{model_type}')" in text
+
+
+def test_a_revision_of_a_local_folder(tmp_path: Path) -> None:
+    write_layout("llava-hf", tmp_path)
+    with pytest.raises(CheckpointError, match=r"revision 'main' was given for the local folder"):
+        Checkpoint.open(tmp_path, revision="main")
+
+
+# What it says of itself
+
+
+def test_identity_of_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_layout("llava-hf", tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    opened = Checkpoint.open("mine")
+    assert (opened.model_id, opened.revision) == (str((tmp_path / "mine").resolve()), None)
+    assert opened.config["model_type"] == "llava"
+
+
+# Preprocessing settings
+
+
+def test_nested_settings_come_before_the_older_file(tmp_path: Path) -> None:
+    write_layout("transformers-5", tmp_path)
+    nested = json.loads((tmp_path / "processor_config.json").read_text())["image_processor"]
+    older = nested | {"image_mean": [0.1, 0.2, 0.3]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(older))
+    assert Checkpoint.open(tmp_path).vision().preprocessing.mean == tuple(nested["image_mean"])
+
+
+def test_a_processor_without_image_settings_leaves_the_older_file(tmp_path: Path) -> None:
+    write_layout("llava-hf", tmp_path)
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "LlavaProcessor"}')
+    assert Checkpoint.open(tmp_path).vision().preprocessing.image_size == 32
+
+
+def test_no_settings_is_an_error_for_hugging_faces_form(tmp_path: Path) -> None:
+    write_layout("llava-hf", tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert f"{tmp_path} has no preprocessor_config.json, expected for image" in message(tmp_path)
+
+
+def test_original_takes_its_towers_settings(tmp_path: Path) -> None:
+    write_layout("original", tmp_path)
+    preprocessing = Checkpoint.open(tmp_path).vision().preprocessing
+    assert (preprocessing.mode, preprocessing.image_size) == ("pad_square", 32)
+    (tmp_path / TOWER_FOLDER / "preprocessor_config.json").unlink()
+    assert f"{TOWER_FOLDER} has no preprocessor_config.json" in message(tmp_path)
+
+
+def test_originals_own_settings_come_first(tmp_path: Path) -> None:
+    write_layout("original", tmp_path)
+    settings = json.loads((tmp_path / TOWER_FOLDER / "preprocessor_config.json").read_text())
+    own = settings | {"image_mean": [0.1, 0.2, 0.3]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(own))
+    assert Checkpoint.open(tmp_path).vision().preprocessing.mean == (0.1, 0.2, 0.3)
+
+
+def test_video_has_settings_of_its_own(tmp_path: Path) -> None:
+    write_layout("transformers-5", tmp_path, family="llava-onevision")
+    file = tmp_path / "processor_config.json"
+    saved = json.loads(file.read_text())
+
+    def mean(media: Any) -> tuple[float, ...]:
+        return Checkpoint.open(tmp_path).vision(media).preprocessing.mean
+
+    edit_json(file, video_processor=saved["video_processor"] | {"image_mean": [0.1, 0.2, 0.3]})
+    assert (mean("video"), mean("image")) == ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
+    # A file of its own comes after the part, and before the image processor's settings.
+    own = saved["video_processor"] | {"image_mean": [0.4, 0.5, 0.6]}
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(own))
+    assert mean("video") == (0.1, 0.2, 0.3)
+    edit_json(file, video_processor=None)
+    assert (mean("video"), mean("image")) == ((0.4, 0.5, 0.6), (0.5, 0.5, 0.5))
+    (tmp_path / "video_preprocessor_config.json").unlink()
+    assert mean("video") == (0.5, 0.5, 0.5)
+
+
+# Original LLaVA's tower
+
+
+def test_original_llava_next_is_refused_before_its_tower_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(module.HubFolder, "open", forbidden)
+    write_layout("original", tmp_path, change={"image_aspect_ratio": "anyres"})
+    (tmp_path / TOWER_FOLDER).rename(tmp_path / "elsewhere")
+    text = message(tmp_path)
+    assert "image_aspect_ratio = 'anyres', expected 'pad', 'square' or none" in text
+    assert "such as llava-hf/llava-v1.6-vicuna-7b-hf" in text
+
+
+def test_a_tower_beside_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = write_layout("original", tmp_path / "llava")
+    (tmp_path / "llava" / "openai").rename(tmp_path / "openai")
+    monkeypatch.chdir(tmp_path)
+    tensors = read_vision(Checkpoint.open("llava")).tensors
+    assert torch.equal(tensors[Q0], expected[Q0])
+
+
+def test_a_tower_that_is_not_there(tmp_path: Path) -> None:
+    write_layout("original", tmp_path, change={"mm_vision_tower": "./clip/nowhere"})
+    text = message(tmp_path)
+    assert f"the tower './clip/nowhere' that {tmp_path} names in mm_vision_tower: " in text
+    assert "does not exist" in text
+    assert "may also hold it in a folder of that name" in text
+
+
+def test_a_tower_that_is_no_clip(tmp_path: Path) -> None:
+    write_layout("original", tmp_path)
+    edit_json(tmp_path / TOWER_FOLDER / "config.json", model_type="siglip")
+    assert "model_type of mm_vision_tower = 'siglip', expected 'clip' or" in message(tmp_path)
+
+
+# Random weights
+
+
+def test_aliases_need_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(module.HubFolder, "open", forbidden)
+    config = vision_config("llava-1.5-7b")
+    assert (config.tower.tokens, config.tower.num_layers, config.layers_run) == (577, 24, 23)
+    assert (config.tower.hidden_size, config.tower.intermediate_size) == (1024, 4096)
+    assert (config.tower.num_heads, config.tower.activation) == (16, "quick_gelu")
+    assert (config.llm_hidden_size, config.image_token_id) == (4096, 32000)
+    assert config.preprocessing.image_size == config.preprocessing.shortest_edge == 336
+    assert vision_config("llava-hf/llava-1.5-7b-hf") == config
+    assert vision_config("llava-1.5-13b").llm_hidden_size == 5120
+    assert vision_config("video-llava-7b").tower_module == "video_tower"
+    assert vision_config("video-llava-7b", media="image").tower_module == "image_tower"
+    with pytest.raises(AssertionError, match="the hub was asked"):
+        vision_config("llava-1.5-7b", revision="main")  # another revision may differ
+    with pytest.raises(AssertionError, match="the hub was asked"):
+        vision_config("someone/llava")
+
+
+def test_a_folder_needs_only_its_configuration(tmp_path: Path) -> None:
+    write_layout("llava-hf", tmp_path)
+    for file in tmp_path.glob("model*"):
+        file.unlink()
+    assert vision_config(tmp_path).tower.tokens == 65
+
+
+# A tuned projector
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        "linear_{}",
+        "projector.linear_{}",
+        "multi_modal_projector.linear_{}",
+        "model.multi_modal_projector.linear_{}",
+        "model.mm_projector.{}",
+        "mm_projector.{}",
+    ],
+)
+def test_a_projector_reads_under_any_name(names: str, suffix: str, tmp_path: Path) -> None:
+    write_layout("llava-hf", tmp_path)
+    config = Checkpoint.open(tmp_path).vision().projector
+    numbers = ("0", "2") if "mm_projector" in names else ("1", "2")
+    first, second = (names.format(number) for number in numbers)
+    state = {
+        f"{first}.weight": torch.randn(48, 32),
+        f"{first}.bias": torch.randn(48),
+        f"{second}.weight": torch.randn(48, 48),
+        f"{second}.bias": torch.randn(48),
+    }
+    file = tmp_path / f"tuned{suffix}"
+    save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
+    tensors = read_projector(file, config)
+    assert list(tensors) == [
+        f"projector.linear_{i}.{k}" for i in (1, 2) for k in ("weight", "bias")
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(tensors.values(), state.values(), strict=True))
+
+
+def test_projector_faults(tmp_path: Path) -> None:
+    write_layout("llava-hf", tmp_path)
+    config = Checkpoint.open(tmp_path).vision().projector
+    file = tmp_path / "tuned.safetensors"
+    with pytest.raises(CheckpointError, match=r"tuned\.safetensors does not exist; check the path"):
+        read_projector(file, config)
+    state = {"linear_1.weight": torch.zeros(48, 32), "linear_1.bias": torch.zeros(48)}
+    save_file(state, file)
+    with pytest.raises(
+        CheckpointError, match=r"tensor 'projector\.linear_2\.weight' is not in .*tuned"
+    ):
+        read_projector(file, config)
+    save_file(
+        state | {"linear_2.weight": torch.zeros(32, 48), "linear_2.bias": torch.zeros(32)}, file
+    )
+    with pytest.raises(CheckpointError, match=r"has shape \[32, 48\], expected \[48, 48\]"):
+        read_projector(file, config)
+    (tmp_path / "tuned.pt").touch()
+    with pytest.raises(CheckpointError, match=r"expected \.safetensors or \.bin"):
+        read_projector(tmp_path / "tuned.pt", config)

@@ -1,0 +1,185 @@
+"""What a TensorRT can do is read off its names; these are held to the real wheels' names."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tensorrt_rtx
+
+from tests.export import fake_tensorrt
+from tests.places import GOLDEN
+from vzip.export.engines.tensorrt.api import capabilities_of, installed_stack, load_stack
+from vzip.runtime.errors import BackendError, InvalidInputError, MissingDependencyError
+
+NAMES: dict[str, dict[str, list[str]]] = json.loads((GOLDEN / "trt_names.json").read_text())
+# Instances of the fake hold these, as the real ones do; the rest of its attributes are notes.
+SET_BY_VZIP = {
+    "IBuilderConfig": {"builder_optimization_level", "profiling_verbosity"},
+    "ILayer": {"precision", "set_output_type", "get_input", "get_output", "type", "num_inputs"},
+}
+
+
+def names_of(owner: Any) -> set[str]:
+    """Return the public names of a class or the members of an enumeration."""
+    members = getattr(owner, "__members__", None)
+    if members is not None:
+        return set(members)
+    return {name for name in dir(owner) if not name.startswith("_")}
+
+
+def test_the_fake_of_8_6_has_no_name_that_8_6_has_not() -> None:
+    real, fake = NAMES["tensorrt 8.6.0"], fake_tensorrt.make("8.6")
+    classes = [name for name, value in vars(fake).items() if isinstance(value, type)]
+    assert set(classes) <= set(real)
+    for name in classes:
+        assert names_of(getattr(fake, name)) <= set(real[name]), name
+    assert names_of(fake.ILogger.Severity) <= set(real["ILogger.Severity"])
+    for name, used in SET_BY_VZIP.items():
+        assert used <= set(real[name]), name
+    for absent in ("IProgressMonitor", "ComputeCapability"):
+        assert absent not in real
+
+
+@pytest.mark.parametrize("version", ["10.13", "11.4"])
+def test_the_fake_of_newer_ones_has_names_of_8_6_and_rtx_alone(version: Any) -> None:
+    fake = fake_tensorrt.make(version)
+    for name, value in vars(fake).items():
+        if isinstance(value, type):
+            known = {each for real in NAMES.values() for each in real.get(name, [])}
+            assert names_of(value) <= known | {"EDITABLE_TIMING_CACHE"}, name
+
+
+def test_the_list_of_rtx_is_the_installed_packages() -> None:
+    (listed,) = (names for stack, names in NAMES.items() if stack.startswith("tensorrt_rtx"))
+    for name, expected in listed.items():
+        owner: Any = tensorrt_rtx
+        for part in name.split("."):
+            owner = getattr(owner, part)
+        assert set(expected) <= names_of(owner), name
+
+
+def test_what_each_version_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    can = {}
+    for version in ("8.6", "10.3", "10.13", "11.4"):
+        fake_tensorrt.install(monkeypatch, fake_tensorrt.make(version))  # type: ignore[arg-type]
+        can[version] = load_stack("tensorrt").can
+    assert [each.strongly_typed for each in can.values()] == [False, True, True, True]
+    assert [each.strongly_typed_flag for each in can.values()] == [False, True, True, False]
+    assert [each.weakly_typed for each in can.values()] == [True, True, True, False]
+    assert [each.progress_monitor for each in can.values()] == [False, True, True, True]
+    assert [each.editable_timing_cache for each in can.values()] == [False, False, True, True]
+    assert [each.explicit_batch_flag for each in can.values()] == [True, True, True, False]
+    assert can["8.6"].external_tactics == ("CUBLAS", "CUBLAS_LT", "CUDNN")
+    assert can["11.4"].external_tactics == ()
+    assert not any(each.ahead_of_time for each in can.values())
+    assert [each.profile_sharing for each in can.values()] == [True, False, False, False]
+    assert not any(each.user_allocation for each in can.values())
+    assert all(each.timing_cache for each in can.values())
+
+
+def test_the_real_rtx() -> None:
+    stack = load_stack("tensorrt_rtx")
+    assert str(stack) == f"TensorRT-RTX {tensorrt_rtx.__version__}"
+    assert stack.can.strongly_typed
+    assert not stack.can.weakly_typed
+    assert not stack.can.timing_cache  # its timing cache does nothing
+    assert stack.can.progress_monitor
+    assert stack.can.user_allocation
+    assert not stack.can.profile_sharing  # its contexts share profiles anyway
+    assert {"75", "80", "86", "89", "120"} <= set(stack.can.ahead_of_time)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("sm86", ("86",)),
+        ("sm89,sm86", ("86", "89")),
+        ("8.9, SM_8.6 ,86", ("86", "89")),
+        ("sm120,7.5", ("75", "120")),
+        ("12.1", ("121",)),
+    ],
+)
+def test_names_of_gpus(text: str, expected: tuple[str, ...]) -> None:
+    assert capabilities_of(text, load_stack("tensorrt_rtx")) == expected
+
+
+@pytest.mark.parametrize("text", ["", "sm86,", "ampere", "8.6.1", "sm", "rtx3090", "8,6", "sm86;"])
+def test_names_that_are_none(text: str) -> None:
+    with pytest.raises(InvalidInputError, match=r"expected compute capabilities such as 'sm86"):
+        capabilities_of(text, load_stack("tensorrt_rtx"))
+
+
+@pytest.mark.parametrize("text", ["sm87", "9.0", "sm86,sm110", "10.0"])
+def test_gpus_that_need_their_own_machine(text: str) -> None:
+    with pytest.raises(InvalidInputError, match=r"builds without a GPU for sm75, sm80, .* only"):
+        capabilities_of(text, load_stack("tensorrt_rtx"))
+
+
+def test_tensorrt_cant_build_ahead_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_tensorrt.install(monkeypatch, fake_tensorrt.make("10.3"))
+    with pytest.raises(InvalidInputError, match=r"10\.3\.0\.30 can't build without a GPU"):
+        capabilities_of("sm86", load_stack("tensorrt"))
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that comes first on the path, and no TensorRT imported."""
+    for name in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name in ("tensorrt", "tensorrt_rtx"):
+        sys.modules.pop(name, None)
+
+
+def test_the_first_that_is_installed(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # This environment has TensorRT-RTX and no TensorRT.
+    assert installed_stack(ahead_of_time=False).name == "tensorrt_rtx"
+    fake_tensorrt.install(monkeypatch, fake_tensorrt.make("10.3"))
+    assert installed_stack(ahead_of_time=False).name == "tensorrt"
+    assert installed_stack(ahead_of_time=True).name == "tensorrt_rtx"
+
+
+def test_neither_is_installed(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(packages)])
+    with pytest.raises(MissingDependencyError, match=r"neither is installed .*JetPack") as caught:
+        installed_stack(ahead_of_time=False)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(MissingDependencyError, match=r"TensorRT-RTX .* is not installed"):
+        installed_stack(ahead_of_time=True)
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (
+            "raise ImportError('libcudnn.so.8: cannot open shared object file: No such file')",
+            "the library libcudnn.so.8 is missing",
+        ),
+        ("raise OSError('libnvinfer.so.10: cannot open')", "the library libnvinfer.so.10 is"),
+        ("import tensorrt_libs", "a part of it is missing .*No module named 'tensorrt_libs'"),
+    ],
+)
+def test_one_that_is_installed_and_broken_is_not_passed_over(
+    packages: Path, code: str, expected: str
+) -> None:
+    (packages / "tensorrt.py").write_text(code)
+    with pytest.raises(MissingDependencyError, match=expected):
+        installed_stack(ahead_of_time=False)
+
+
+def test_something_else_of_that_name(packages: Path) -> None:
+    (packages / "tensorrt").mkdir()
+    with pytest.raises(BackendError, match=r"has the version None, expected numbers"):
+        load_stack("tensorrt")
+
+
+def test_a_lean_runtime_cant_build(packages: Path) -> None:
+    (packages / "tensorrt.py").write_text("__version__ = '10.3.0'\nclass Runtime: pass\n")
+    with pytest.raises(BackendError, match=r"tensorrt 10\.3\.0 has no Builder"):
+        load_stack("tensorrt")

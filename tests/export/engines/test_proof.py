@@ -1,0 +1,331 @@
+"""The proof of an engine passes what is right and, above all, fails what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tests.export.layouts import write_layout
+from vzip.export.algorithm.budget import Budget
+from vzip.export.engines.tensorrt.proof import load_reference
+from vzip.export.graph.trace import GraphOptions
+from vzip.export.pictures import reference_images
+from vzip.export.pipeline import Method, WeightSource, export_bundle
+from vzip.runtime.agreement import Proof, Reference, prove, read_reference
+from vzip.runtime.backends import open_backend
+from vzip.runtime.bundle.manifest import Manifest
+from vzip.runtime.bundle.reader import Bundle, read_bundle
+from vzip.runtime.errors import BundleError
+
+Array = NDArray[Any]
+Output = dict[str, Array]
+
+PICTURES, PATCHES, BATCHES = 5, 16, (1, 3)
+
+
+@pytest.fixture
+def manifest(tiny_bundle: Path) -> Manifest:
+    return read_bundle(tiny_bundle).manifest
+
+
+@pytest.fixture
+def reference(golden: Mapping[str, Array]) -> Reference:
+    """What the golden bundle computes; the scores fit what is kept."""
+    scores = np.linspace(1.0, 2.0, PATCHES, dtype=np.float32) * np.ones((PICTURES, 1), np.float32)
+    for row, kept in zip(scores, golden["kept"], strict=True):
+        row[kept[1:] - 1] += 10.0
+    return Reference(
+        input=golden["images"],
+        kept=golden["kept"],
+        scores=scores,
+        embeds=golden["embeds"].astype(np.float32),
+    )
+
+
+def proof(
+    reference: Reference,
+    manifest: Manifest,
+    change: Callable[[Output], None] = lambda output: None,
+) -> Proof:
+    """Judge an engine that is right but for a change."""
+
+    def run(array: Array) -> Output:
+        places = [
+            next(n for n, each in enumerate(reference.input) if np.array_equal(each, image))
+            for image in array
+        ]
+        output = {
+            "image_embeds": reference.embeds[places].copy(),
+            "kept_indices": reference.kept[places].copy(),
+        }
+        change(output)
+        return output
+
+    return prove(run, reference, manifest, BATCHES)
+
+
+def test_what_is_right_passes(reference: Reference, manifest: Manifest) -> None:
+    result = proof(reference, manifest)
+    assert result.passed
+    assert result.images == PICTURES
+    assert result.runs == 5 + 6  # one by one; then by threes, the first picture once more
+    assert (result.kept_swaps, result.kept_disagreements) == (0, 0)
+    assert result.contextual_compared == 3 * result.runs
+    assert result.min_cosine == pytest.approx(1.0)
+    assert result.max_error == 0.0
+    assert "passed on 5 pictures (11 runs)" in str(result)
+    assert result.to_json()["passed"] is True
+
+
+def one_is_nan(output: Output) -> None:
+    output["image_embeds"][0, 1, 2] = np.nan
+
+
+def one_is_infinite(output: Output) -> None:
+    output["image_embeds"][0, 5, 0] = np.inf
+
+
+def all_zero(output: Output) -> None:
+    output["image_embeds"][:] = 0.0
+
+
+def noise(output: Output) -> None:
+    random = np.random.default_rng(0).normal(size=output["image_embeds"].shape)
+    output["image_embeds"] += 0.2 * np.abs(output["image_embeds"]).max() * random
+
+
+def twice_as_large(output: Output) -> None:
+    output["image_embeds"] *= 2.0
+
+
+def two_rows_exchanged(output: Output) -> None:
+    output["image_embeds"][:, [1, 2]] = output["image_embeds"][:, [2, 1]]
+
+
+def merged_tokens_in_another_order(output: Output) -> None:
+    output["image_embeds"][:, 4:] = output["image_embeds"][:, :3:-1]
+
+
+def merged_first(output: Output) -> None:
+    output["image_embeds"] = np.roll(output["image_embeds"], 3, axis=1)
+
+
+def another_token_kept(output: Output) -> None:
+    for kept in output["kept_indices"]:
+        kept[-1] = next(token for token in range(1, 17) if token not in kept)
+
+
+def without_cls(output: Output) -> None:
+    output["kept_indices"][:, 0] = 99
+
+
+def a_duplicate(output: Output) -> None:
+    output["kept_indices"][:, -1] = output["kept_indices"][:, -2]
+
+
+def everything_elsewhere(output: Output) -> None:
+    output["kept_indices"] += 20
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        *(one_is_nan, one_is_infinite, all_zero, noise, twice_as_large, two_rows_exchanged),
+        *(merged_tokens_in_another_order, merged_first, another_token_kept, without_cls),
+        *(a_duplicate, everything_elsewhere),
+    ],
+)
+def test_what_is_wrong_fails(
+    reference: Reference,
+    manifest: Manifest,
+    mistake: Callable[[Output], None],
+    precision: Any,
+) -> None:
+    changed = dataclasses.replace(manifest, precision=precision)
+    result = proof(reference, changed, mistake)
+    assert not result.passed
+    assert all(np.isfinite(value) for value in vars(result).values())  # the manifest takes them
+    assert "FAILED" in str(result)
+
+
+def test_a_mistake_in_the_largest_batch_alone_fails(
+    reference: Reference, manifest: Manifest
+) -> None:
+    def last_of_three(output: Output) -> None:
+        if len(output["image_embeds"]) == 3:
+            output["image_embeds"][2] = output["image_embeds"][0]
+
+    assert not proof(reference, manifest, last_of_three).passed
+
+
+def test_a_swap_within_the_margin_is_rounding(reference: Reference, manifest: Manifest) -> None:
+    """In FP16, a token whose score is nearly that of the last one kept may take its place."""
+    half = dataclasses.replace(manifest, precision="fp16")
+    image, kept = 0, reference.kept[0]
+    lost = int(kept[-1])
+    other = next(token for token in range(1, 17) if token not in kept)
+    scores = reference.scores.copy()
+    scores[image, lost - 1] = 10.0
+    close = dataclasses.replace(reference, scores=scores)
+
+    def swapped(output: Output) -> None:
+        for embeds, chosen in zip(output["image_embeds"], output["kept_indices"], strict=True):
+            if np.array_equal(chosen, kept):
+                chosen[chosen == lost] = other
+                order = np.argsort(chosen)
+                chosen[:] = chosen[order]
+                embeds[:4] = embeds[:4][order]
+
+    for score, swaps, wrong in ((9.9, 3, 0), (9.0, 0, 3)):  # the picture is in three runs
+        scores[image, other - 1] = score
+        result = proof(close, half, swapped)
+        assert (result.kept_swaps, result.kept_disagreements) == (swaps, wrong)
+        assert result.passed == (wrong == 0)
+        assert result.kept_overlap == pytest.approx(1 - 3 / 44)
+        assert result.contextual_compared < 33  # targets that moved aren't compared
+    scores[image, other - 1] = 9.9
+    assert not proof(close, manifest, swapped).passed  # FP32 has no such excuse
+
+
+def test_rounding_of_fp16_passes_in_fp16(reference: Reference, manifest: Manifest) -> None:
+    def rounded(output: Output) -> None:
+        random = np.random.default_rng(0).normal(size=output["image_embeds"].shape)
+        scale = np.abs(output["image_embeds"]).max()
+        output["image_embeds"] = (output["image_embeds"] + 2e-3 * scale * random).astype(np.float16)
+
+    assert proof(reference, dataclasses.replace(manifest, precision="fp16"), rounded).passed
+    assert not proof(reference, manifest, rounded).passed
+
+
+# The file
+
+
+def archive(**arrays: Array) -> io.BytesIO:
+    data = io.BytesIO()
+    np.savez(data, **arrays)
+    data.seek(0)
+    return data
+
+
+def test_reads_what_was_written(reference: Reference, manifest: Manifest) -> None:
+    found = read_reference(archive(**vars(reference)), manifest)
+    for name, value in vars(reference).items():
+        assert np.array_equal(getattr(found, name), value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "expected"),
+    [
+        ("kept", lambda a: a[:, :3], r"int64 \[5, 3\] for 'kept', expected int64 \[5, 4\]"),
+        ("kept", lambda a: a.astype(np.int32), r"int32 \[5, 4\] for 'kept'"),
+        ("scores", lambda a: a[:, 1:], r"float32 \[5, 15\] for 'scores'"),
+        ("embeds", lambda a: a[1:], r"float32 \[4, 7, 6\] for 'embeds'"),
+        ("embeds", lambda a: a.astype(np.float64), r"float64 \[5, 7, 6\] for 'embeds'"),
+        ("input", lambda a: a[..., :2], r"uint8 \[5, 16, 16, 2\] for 'input'"),
+        ("input", lambda a: a[:0], r"uint8 \[0, 16, 16, 3\] for 'input'.* at least one picture"),
+        ("scores", None, "nothing for 'scores'"),
+    ],
+)
+def test_another_form_is_refused(
+    reference: Reference,
+    manifest: Manifest,
+    name: str,
+    change: Callable[[Array], Array] | None,
+    expected: str,
+) -> None:
+    arrays = dict(vars(reference))
+    if change is None:
+        del arrays[name]
+    else:
+        arrays[name] = change(arrays[name])
+    with pytest.raises(BundleError, match=expected):
+        read_reference(archive(**arrays), manifest)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and nothing", b"hello"])
+def test_no_archive(content: bytes, manifest: Manifest) -> None:
+    with pytest.raises(BundleError, match=r"can't be read .* expected an archive"):
+        read_reference(io.BytesIO(content), manifest)
+
+
+def test_pickles_are_not_read(reference: Reference, manifest: Manifest) -> None:
+    arrays = {**vars(reference), "kept": np.array([object()], dtype=object)}
+    with pytest.raises(BundleError, match=r"can't be read .*allow_pickle"):
+        read_reference(archive(**arrays), manifest)
+
+
+# What export writes
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("proof") / "tiny"
+    write_layout("llava-hf-single", folder)
+    return folder
+
+
+def export(checkpoint: Path, folder: Path, **change: Any) -> Bundle:
+    options: dict[str, Any] = {
+        "method": Method(Budget(12, 4)),
+        "precision": "fp32",
+        "options": GraphOptions(batch=4, dynamic_batch=True),
+        "check_images": reference_images(),
+        "step": lambda _: None,
+    }
+    return export_bundle(WeightSource(str(checkpoint)), folder / "bundle", **{**options, **change})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"method": Method(Budget(12, 4, cls_token=False), "sum")},
+        {"precision": "fp16"},
+        {"options": GraphOptions(graph_input="pixel_values", batch=2, opset=17)},
+    ],
+    ids=["plain", "sum-nocls", "fp16", "pixel_values"],
+)
+@pytest.mark.parametrize("engine", ["onnxruntime", "pytorch"])
+def test_a_right_graph_passes_its_own_reference(
+    checkpoint: Path, tmp_path: Path, change: dict[str, Any], engine: str
+) -> None:
+    """FP16 with PyTorch rounds after every operator, as an engine does."""
+    bundle = export(checkpoint, tmp_path, **change)
+    reference, batch = load_reference(bundle), bundle.manifest.batch
+    assert len(reference.input) == len(reference_images())
+    _, session = open_backend(engine, bundle)
+    name = bundle.manifest.input.name
+    sizes = [1, batch.max] if batch.dynamic else [batch.max]
+    result = prove(lambda a: session.run({name: a}), reference, bundle.manifest, sizes)
+    session.close()
+    assert result.passed, result
+    if bundle.manifest.precision == "fp32":
+        assert result.kept_overlap == 1.0
+        assert result.contextual_cosine > 0.99999
+
+
+def test_without_a_check_there_is_no_reference(checkpoint: Path, tmp_path: Path) -> None:
+    bundle = export(checkpoint, tmp_path, check_images=())
+    assert "reference.npz" not in bundle.manifest.files
+
+
+def test_a_damaged_reference_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    bundle = export(checkpoint, tmp_path)
+    path = bundle.path / "reference.npz"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match=r"reference.npz isn't the file"):
+        load_reference(bundle)
+    path.unlink()
+    with pytest.raises(BundleError, match=r"reference.npz can't be read"):
+        load_reference(bundle)

@@ -1,0 +1,883 @@
+"""`vzip build`: with the real TensorRT-RTX what needs no GPU, with a fake TensorRT the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+from tests.export import fake_tensorrt
+from tests.export.fake_tensorrt import Layer, Tensor
+from vzip.export.engines.tensorrt import build as trt_build
+from vzip.export.engines.tensorrt import layers as engine_layers
+from vzip.export.engines.tensorrt import memory as build_memory
+from vzip.export.engines.tensorrt import proof as engine_proof
+from vzip.export.engines.tensorrt import publish as engine
+from vzip.export.engines.tensorrt.api import load_stack
+from vzip.export.engines.tensorrt.memory import compare, estimate
+from vzip.export.engines.tensorrt.publish import (
+    BuildRequest,
+    Machine,
+    Result,
+    build_engine,
+    reusable,
+)
+from vzip.runtime.agreement import Proof
+from vzip.runtime.backends.tensorrt import backend as tensorrt
+from vzip.runtime.backends.tensorrt.engine_file import read_engine
+from vzip.runtime.bundle.engine_record import EngineBatch
+from vzip.runtime.bundle.manifest import Manifest
+from vzip.runtime.bundle.reader import Bundle, open_engine, read_bundle
+from vzip.runtime.bundle.writer import bundle_writer
+from vzip.runtime.cli.main import main
+from vzip.runtime.errors import (
+    BackendError,
+    BundleError,
+    ExportError,
+    InvalidInputError,
+    ParityError,
+)
+from vzip.runtime.machine import sensors
+
+AHEAD = BuildRequest(rtx="sm86,sm89")
+NAME = "rtx-sm86-sm89"
+
+
+def quiet(line: str) -> None:
+    """Be told what goes on and keep it to oneself."""
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(each.relative_to(folder)) for each in folder.rglob("*"))
+
+
+def ahead(path: Path, **change: Any) -> Result:
+    return build_engine(path, dataclasses.replace(AHEAD, **change), say=quiet)
+
+
+# Ahead of time, for real
+
+
+def test_builds_publishes_and_says_so(
+    tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["build", str(tiny_bundle), "--rtx", "sm89,8.6", "--level", "2"]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{tiny_bundle}/engines/{NAME}.plan\n"
+    bundle = read_bundle(tiny_bundle)
+    record = bundle.manifest.engines[NAME]
+    plan = read_engine(bundle, NAME)
+    assert plan[:4] == b"vtrt"
+    assert record.stack == "tensorrt_rtx"
+    assert record.version == load_stack("tensorrt_rtx").version
+    assert (record.gpu, record.jetpack, record.proof, record.fused_attention) == (None,) * 4
+    assert record.sm == ("86", "89")
+    assert record.batch == EngineBatch(1, 3, 3)
+    assert record.model_sha256 == bundle.manifest.files["model.onnx"].sha256
+    assert record.settings == {
+        "typing": "strong",
+        "low_memory": False,
+        "tf32": False,
+        "optimization_level": 2,
+        "ahead_of_time": True,
+        "user_allocation": True,
+    }
+    assert record.seconds > 0
+    assert "the build needs about 450 MiB (estimate" in said.err
+    assert "not proven: it was built without a GPU" in said.err
+    assert files(tiny_bundle / "engines") == [".lock", f"{NAME}.plan"]
+    # Again: nothing is built.
+    before = (tiny_bundle / "manifest.json").read_bytes()
+    assert main(["build", str(tiny_bundle), "--rtx", "sm86,sm89", "--level", "2"]) == 0
+    assert "there already, the same in every respect" in capsys.readouterr().err
+    assert (tiny_bundle / "manifest.json").read_bytes() == before
+
+
+def test_what_rtx_builds_can_be_captured_in_a_graph(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt = load_stack("tensorrt_rtx").module
+    flags: list[set[str]] = []
+    real = trt.Builder.build_serialized_network
+
+    def build(self: Any, network: Any, config: Any) -> Any:
+        every = trt.BuilderFlag.__members__.items()
+        flags.append({name for name, flag in every if config.get_flag(flag)})
+        return real(self, network, config)
+
+    monkeypatch.setattr(trt.Builder, "build_serialized_network", build)
+    ahead(tiny_bundle)
+    assert flags == [{"REQUIRE_USER_ALLOCATION"}]
+
+
+def test_a_static_batch_has_one_size(tiny_static_bundle: Path) -> None:
+    record = ahead(tiny_static_bundle, name="two").record
+    assert record.batch == EngineBatch(2, 2, 2)
+    assert record.precision == "fp16"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sha256": "0" * 64},
+        {"version": "1.7.0.1"},
+        {"stack": "tensorrt"},
+        {"gpu": "NVIDIA RTX"},
+        {"sm": ("86",)},
+        {"jetpack": "6.2"},
+        {"precision": "fp16"},
+        {"batch": EngineBatch(1, 1, 3)},
+        {"model_sha256": "0" * 64},
+        {"settings": {}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_an_engine_that_differs_in_any_field_is_not_reused(
+    tiny_bundle: Path, change: dict[str, Any]
+) -> None:
+    result = ahead(tiny_bundle)
+    assert reusable(result.bundle, NAME, result.record) == result.record
+    other = dataclasses.replace(result.record, **change)
+    manifest = dataclasses.replace(result.bundle.manifest, engines={NAME: other})
+    assert reusable(Bundle(tiny_bundle, manifest), NAME, result.record) is None
+    assert reusable(result.bundle, "another", result.record) is None
+
+
+@pytest.mark.parametrize("spoil", ["flip", "truncate", "remove"])
+def test_a_damaged_engine_is_built_again(tiny_bundle: Path, spoil: str) -> None:
+    first = ahead(tiny_bundle)
+    data = bytearray(first.path.read_bytes())
+    if spoil == "remove":
+        first.path.unlink()
+    else:
+        data[len(data) // 2] ^= 1
+        first.path.write_bytes(data if spoil == "flip" else data[:100])
+    again = ahead(tiny_bundle)
+    assert not again.reused
+    assert read_engine(again.bundle, NAME)
+    assert ahead(tiny_bundle).reused
+
+
+def test_other_settings_replace_the_engine(tiny_bundle: Path) -> None:
+    ahead(tiny_bundle)
+    result = ahead(tiny_bundle, opt_batch=1)
+    assert not result.reused
+    assert result.record.batch == EngineBatch(1, 1, 3)
+    assert list(result.bundle.manifest.engines) == [NAME]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--rtx", "sm87"], "builds without a GPU for sm75"),
+        (["--rtx", "orin"], "expected compute capabilities such as"),
+        (["--rtx", "sm86", "--level", "6"], "--level is 6, expected 0"),
+        (["--rtx", "sm86", "--workspace", "0"], "--workspace is 0, expected MiB from 1"),
+        (["--rtx", "sm86", "--opt-batch", "4"], "--opt-batch is 4, but the graph takes 1 to 3"),
+        (["--rtx", "sm86", "--name", "../x"], "--name is '../x', expected letters"),
+        ([], "libcudart"),  # TensorRT-RTX is there, a GPU is not
+    ],
+)
+def test_what_cant_be_asked_for(
+    tiny_bundle: Path,
+    arguments: list[str],
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vzip.runtime.backends.tensorrt import cuda
+
+    monkeypatch.setattr(cuda, "candidates", lambda: iter(()))  # a machine with a GPU tests it too
+    before = files(tiny_bundle)
+    assert main(["build", str(tiny_bundle), *arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    *before_it, line = said.err.splitlines()
+    assert expected in line
+    if not arguments:  # what it needs is said before the GPU is asked for
+        (memory,) = before_it
+        assert memory.startswith("memory: the build needs about")
+    else:
+        assert before_it == []
+    assert files(tiny_bundle) == before
+
+
+def with_graph(bundle: Path, folder: Path, change: Callable[[onnx.ModelProto], None]) -> Path:
+    """Return a bundle with another graph and the same manifest."""
+    manifest = read_bundle(bundle).manifest
+    model = onnx.load(bundle / "model.onnx")
+    change(model)
+    with bundle_writer(folder / "other") as writer:
+        onnx.save(model, writer.folder / "model.onnx")
+        writer.publish(manifest)
+    return folder / "other"
+
+
+def test_the_parsers_own_words_in_one_line(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unknown(model: onnx.ModelProto) -> None:
+        model.graph.node[-1].op_type = "Nonsense"
+
+    path = with_graph(tiny_bundle, tmp_path, unknown)
+    assert main(["build", str(path), "--rtx", "sm86"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("vzip: error: the parser of TensorRT-RTX 1.7")
+    assert "Nonsense 'image_embeds'" in line
+    assert not read_bundle(path).manifest.engines
+    assert files(path / "engines") == [".lock"]
+
+
+def test_a_network_that_isnt_the_manifests(tiny_bundle: Path, tmp_path: Path) -> None:
+    def narrower(model: onnx.ModelProto) -> None:
+        (first,) = (node for node in model.graph.node if node.output[0] == "image_embeds")
+        first.output[0] = "all"
+        axes = [("start", [0]), ("end", [2]), ("axis", [2])]
+        for name, value in axes:
+            model.graph.initializer.append(
+                onnx.helper.make_tensor(name, onnx.TensorProto.INT64, [1], value)
+            )
+        model.graph.node.append(
+            helper.make_node("Slice", ["all", "start", "end", "axis"], ["image_embeds"])
+        )
+        model.graph.output[0].type.tensor_type.shape.dim[2].dim_value = 2
+
+    path = with_graph(tiny_bundle, tmp_path, narrower)
+    with pytest.raises(ExportError, match=r"found .*image_embeds FLOAT \[-1, 7, 2\].* expected"):
+        ahead(path)
+
+
+def build_bytes(model: bytes, path: Path, manifest: Manifest) -> trt_build.Built:
+    settings = trt_build.Settings(
+        workspace_mib=None,
+        level=None,
+        low_memory=False,
+        opt_batch=1,
+        islands="graph",
+        capabilities=("86",),
+    )
+    stack = load_stack("tensorrt_rtx")
+    return trt_build.build(stack, model, path, manifest, settings=settings, timing_cache=b"")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello\n", b"\x00" * 99, b"onnx" * 99])
+def test_bytes_that_are_no_graph(tiny_bundle: Path, content: bytes) -> None:
+    manifest = read_bundle(tiny_bundle).manifest
+    with pytest.raises(ExportError, match="the parser of TensorRT-RTX"):
+        build_bytes(content, tiny_bundle / "model.onnx", manifest)
+
+
+def test_external_data_is_missing(tiny_bundle: Path) -> None:
+    bundle = read_bundle(tiny_bundle)
+    model = bundle.read_model()
+    (tiny_bundle / "model.onnx.data").unlink()
+    with pytest.raises(BundleError, match=r"model.onnx.data can't be read"):
+        ahead(tiny_bundle)
+    with pytest.raises(ExportError, match=r"Failed to open file.*model\.onnx\.data"):
+        build_bytes(model, tiny_bundle / "model.onnx", bundle.manifest)
+
+
+def test_ctrl_c_cancels_the_build(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: object, phase: str, parent: str | None, steps: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trt_build.Progress, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ahead(tiny_bundle)
+    assert files(tiny_bundle / "engines") == [".lock"]
+    monkeypatch.undo()
+    assert not ahead(tiny_bundle).reused  # and the lock is free
+
+
+# In processes of their own
+
+RUN = "import sys; from vzip.runtime.cli.main import main; sys.exit(main(sys.argv[1:]))"
+
+
+def start(path: Path, *arguments: str, before: str = "") -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", before + RUN, "build", str(path), "--rtx", "sm86", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_builders_at_once(tiny_bundle: Path) -> None:
+    slowly = (
+        "import time; from vzip.export import trt_build; build = trt_build.build\n"
+        "from vzip.export import engine\n"
+        "def slow(*a, **k): time.sleep(3); return build(*a, **k)\n"
+        "engine.build = slow\n"
+    )
+    one = start(tiny_bundle, before=slowly)
+    while not (tiny_bundle / "engines" / ".lock").exists():
+        time.sleep(0.05)
+        assert one.poll() is None
+    time.sleep(0.2)
+    two = start(tiny_bundle)
+    said = [each.communicate(timeout=120) for each in (one, two)]
+    assert (one.returncode, two.returncode) == (0, 0), said
+    assert "waiting for it to end" in said[1][1]
+    assert "there already, the same in every respect" in said[1][1]
+    assert "built in" in said[0][1]
+    bundle = read_bundle(tiny_bundle)
+    assert read_engine(bundle, "rtx-sm86")
+    assert files(tiny_bundle / "engines") == [".lock", "rtx-sm86.plan"]
+
+
+def test_killed_while_writing(tiny_bundle: Path) -> None:
+    ahead(tiny_bundle, rtx="sm86")
+    before = read_bundle(tiny_bundle)
+    plan = read_engine(before, "rtx-sm86")
+    # At the first flush: the engine's bytes are under a hidden name.
+    killing = "import os; os.fsync = lambda _: os.kill(os.getpid(), 9)\n"
+    process = start(tiny_bundle, "--level", "1", before=killing)
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    assert read_bundle(tiny_bundle) == before
+    assert read_engine(before, "rtx-sm86") == plan
+    assert ahead(tiny_bundle, rtx="sm86").reused
+    assert not ahead(tiny_bundle, rtx="sm86", level=1).reused
+
+
+def test_no_room_on_the_disk(tiny_bundle: Path) -> None:
+    limited = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "import sys; sys.dont_write_bytecode = True\n"
+    )
+    process = start(tiny_bundle, before=limited)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 2, said
+    assert "the disk or quota is full" in said.splitlines()[-1]
+    assert not read_bundle(tiny_bundle).manifest.engines
+    assert files(tiny_bundle / "engines") == [".lock"]
+
+
+def test_a_folder_that_cant_be_written(tiny_bundle: Path) -> None:
+    (tiny_bundle / "engines").write_text("in the way")
+    with pytest.raises(BundleError, match=r"engines: can't be written .* copy the bundle"):
+        ahead(tiny_bundle)
+
+
+# On a GPU, with a fake TensorRT
+
+ORIN = Machine("Orin", ("87",), "6.2")
+GOOD = Proof(4, 8, 1.0, 0, 0, 0.9999, 0.99999, 1e-3, 40, 0.9999, passed=True)
+BAD = dataclasses.replace(GOOD, min_cosine=0.14, passed=False)
+
+
+class Jetson:
+    """A machine with a fake TensorRT, whose proofs give what is in `proofs`, one after another."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
+        self.proofs: list[Proof] = []
+        self.said: list[str] = []
+        self.available, self.swap = 6000, 0
+        monkeypatch.setattr(engine, "this_machine", lambda: ORIN)
+        monkeypatch.setattr(engine_layers.cuda, "load", lambda: None)
+        monkeypatch.setattr(engine, "prove_engine", lambda *_: self.proofs.pop(0))
+        monkeypatch.setattr(
+            sensors,
+            "memory",
+            lambda: sensors.Memory(
+                7600, self.available, self.swap, self.swap, 0, None, None, self.swap
+            ),
+        )
+
+    def install(self, version: Any, bundle: Path, **options: Any) -> Any:
+        manifest = read_bundle(bundle).manifest
+        names = {"uint8": "UINT8", "float32": "FLOAT", "float16": "HALF"}
+        names["int64"] = "INT32" if version == "8.6" else "INT64"
+
+        def io(tensors: Any) -> list[Any]:
+            return [
+                (each.name, names[each.dtype], tuple(-1 if d == "batch" else d for d in each.shape))
+                for each in tensors
+            ]
+
+        module = fake_tensorrt.make(
+            version, inputs=io(manifest.inputs), outputs=io(manifest.outputs), **options
+        )
+        return fake_tensorrt.install(self.monkeypatch, module)
+
+    def build(self, path: Path, **request: Any) -> Result:
+        self.said.clear()
+        return build_engine(path, BuildRequest(**request), say=self.said.append)
+
+
+@pytest.fixture
+def jetson(monkeypatch: pytest.MonkeyPatch) -> Jetson:
+    return Jetson(monkeypatch)
+
+
+def with_reference(path: Path) -> Path:
+    """Give a bundle a reference.npz; what is in it is the proof's affair."""
+    manifest = read_bundle(path).manifest
+    with bundle_writer(path) as writer:
+        for name in manifest.files:
+            (writer.folder / name).write_bytes((path / name).read_bytes())
+        (writer.folder / "reference.npz").write_bytes(b"a reference")
+        writer.publish(manifest)
+    return path
+
+
+@pytest.mark.parametrize("version", ["8.6", "10.3", "10.13", "11.4"])
+def test_every_version_builds_proves_and_publishes(
+    version: Any, tiny_bundle: Path, jetson: Jetson
+) -> None:
+    trt = jetson.install(version, with_reference(tiny_bundle))
+    jetson.proofs = [GOOD]
+    result = jetson.build(tiny_bundle, workspace_mib=512, level=4)
+    record = result.record
+    assert result.name == "trt-sm87"
+    assert (record.gpu, record.sm, record.jetpack) == ("Orin", ("87",), "6.2")
+    assert record.proof == GOOD.to_json()
+    assert record.fused_attention == 2
+    assert (record.version, record.stack) == (trt.__version__, "tensorrt")
+    (network,), (config,) = trt.made.networks, trt.made.configs
+    creation = trt.NetworkDefinitionCreationFlag
+    wanted = 0
+    for name in ("EXPLICIT_BATCH", "STRONGLY_TYPED"):
+        if hasattr(creation, name):
+            wanted |= 1 << int(getattr(creation, name))
+    assert network.created_with == wanted
+    assert trt.BuilderFlag.TF32 not in config.flags
+    assert config.pools == {trt.MemoryPoolType.WORKSPACE: 512 << 20}
+    assert config.builder_optimization_level == 4
+    (profile,) = config.profiles
+    assert profile.shapes == ("image", (1, 16, 16, 3), (3, 16, 16, 3), (3, 16, 16, 3))
+    assert (tiny_bundle / "engines" / "timing.cache").read_bytes() == b"the GPU's timings"
+    editable = getattr(trt.BuilderFlag, "EDITABLE_TIMING_CACHE", None)
+    assert editable is None or editable in config.flags
+    assert any("fused attention: 2 layers" in line for line in jetson.said)
+    # The same again is reused; its proof stands.
+    assert jetson.build(tiny_bundle, workspace_mib=512, level=4).reused
+    # Another JetPack, or another version of TensorRT: built again.
+    jetson.monkeypatch.setattr(engine, "this_machine", lambda: Machine("Orin", ("87",), "7.2"))
+    jetson.proofs = [GOOD]
+    assert not jetson.build(tiny_bundle, workspace_mib=512, level=4).reused
+
+
+def parsed(trt: Any) -> list[Layer]:
+    """What a parser could make of an FP16 graph with FP32 scores."""
+    single, half, whole = trt.DataType.FLOAT, trt.DataType.HALF, trt.DataType.INT32
+    kinds = trt.LayerType
+
+    def layer(name: str, kind: Any, ins: list[Any], outs: list[Any]) -> Layer:
+        made = [[Tensor(f"{name}{n}", each, ()) for n, each in enumerate(s)] for s in (ins, outs)]
+        return Layer(name, kind, *made)
+
+    return [
+        layer("weights", kinds.CONSTANT, [], [single]),
+        layer("linear", kinds.MATRIX_MULTIPLY, [half, half], [half]),
+        layer("norm", kinds.NORMALIZATION, [half, half, half], [half]),
+        layer("attention", kinds.SOFTMAX, [half], [half]),
+        layer("to single", kinds.CAST, [half], [single]),
+        layer("scores", kinds.SOFTMAX, [single], [single]),
+        layer("top", kinds.TOPK, [single], [single, whole]),
+        layer("equal", kinds.ELEMENTWISE, [whole, whole], [trt.DataType.BOOL]),
+    ]
+
+
+def test_8_6_holds_what_is_fp32_in_the_graph_to_fp32(
+    tiny_static_bundle: Path, jetson: Jetson
+) -> None:
+    trt = jetson.install("8.6", tiny_static_bundle, layers=parsed)
+    record = jetson.build(tiny_static_bundle).record
+    assert record.settings["typing"] == "weak"
+    assert record.settings["fp32_layers"] == "graph"
+    (config,), (network,) = trt.made.configs, trt.made.networks
+    assert config.previews == {trt.PreviewFeature.PROFILE_SHARING_0806: True}
+    assert record.settings["profile_sharing"] is True
+    assert {trt.BuilderFlag.FP16, trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS} <= config.flags
+    assert config.profiles == []  # the batch is static
+    held = {each.name: each.output_types for each in network.layers if each.precision is not None}
+    single = trt.DataType.FLOAT
+    assert held == {"scores": {0: single}, "top": {0: single}}
+    assert {each.precision for each in network.layers} == {None, single}
+
+
+def test_fp32_on_8_6_has_no_fp16_flag(tiny_bundle: Path, jetson: Jetson) -> None:
+    trt = jetson.install("8.6", tiny_bundle, layers=parsed)
+    jetson.build(tiny_bundle)
+    assert trt.made.configs[0].flags == set()
+
+
+def test_without_a_reference_nothing_is_proven_and_that_is_said(
+    tiny_bundle: Path, jetson: Jetson
+) -> None:
+    jetson.install("10.3", tiny_bundle)
+    assert jetson.build(tiny_bundle).record.proof is None
+    assert any("not proven: the bundle has no reference.npz" in line for line in jetson.said)
+    assert jetson.build(tiny_bundle).reused
+
+
+def test_an_engine_that_fails_is_not_published(tiny_bundle: Path, jetson: Jetson) -> None:
+    jetson.install("10.3", with_reference(tiny_bundle))
+    jetson.proofs = [GOOD]
+    before = jetson.build(tiny_bundle).bundle
+    plan = read_engine_file(before)
+    jetson.proofs = [BAD]
+    with pytest.raises(ParityError, match=r"not published .*'min_cosine': 0.14.*--safer"):
+        jetson.build(tiny_bundle, level=5)
+    assert read_bundle(tiny_bundle) == before
+    assert read_engine_file(before) == plan
+    assert files(tiny_bundle / "engines") == [".lock", "timing.cache", "trt-sm87.plan"]
+
+
+def read_engine_file(bundle: Bundle) -> bytes:
+    return (bundle.path / "engines" / "trt-sm87.plan").read_bytes()
+
+
+def test_the_next_safer_way_is_tried_when_asked(tiny_bundle: Path, jetson: Jetson) -> None:
+    jetson.install("10.3", with_reference(tiny_bundle))
+    jetson.proofs = [BAD, GOOD]
+    record = jetson.build(tiny_bundle, safer=True).record
+    assert record.settings["optimization_level"] == 0
+    assert jetson.build(tiny_bundle, safer=True).reused  # what came out of it counts
+    jetson.proofs = [BAD, BAD]
+    with pytest.raises(ParityError) as caught:
+        jetson.build(tiny_bundle, safer=True, opt_batch=1)
+    assert str(caught.value).count("min_cosine") == 2
+    assert "--safer" not in str(caught.value)
+
+
+def test_safer_on_8_6_is_more_fp32(tiny_static_bundle: Path, jetson: Jetson) -> None:
+    trt = jetson.install("8.6", with_reference(tiny_static_bundle), layers=parsed)
+    jetson.proofs = [BAD, BAD, GOOD]
+    record = jetson.build(tiny_static_bundle, safer=True).record
+    assert record.settings["fp32_layers"] == "all"
+    graph, norms, everything = trt.made.networks
+    held = [
+        {each.name for each in n.layers if each.precision is not None} for n in trt.made.networks
+    ]
+    assert held == [{"scores", "top"}, {"scores", "top", "norm", "attention"}, set()]
+    assert trt.BuilderFlag.FP16 not in trt.made.configs[2].flags
+    assert everything.layers
+    assert graph.layers[2].output_types == norms.layers[2].output_types == {}
+
+
+@pytest.mark.parametrize("content", [b"damaged", b"none at all", b"of another GPU"])
+def test_a_timing_cache_that_cant_be_used(
+    tiny_bundle: Path, jetson: Jetson, content: bytes
+) -> None:
+    trt = jetson.install("10.3", tiny_bundle)
+    (tiny_bundle / "engines").mkdir()
+    cache = tiny_bundle / "engines" / "timing.cache"
+    cache.write_bytes(content)
+    jetson.build(tiny_bundle)
+    assert any("warning: the timing cache is damaged, or from another" in s for s in jetson.said)
+    assert trt.made.caches == [content, b""]
+    assert cache.read_bytes() == b"the GPU's timings"
+    # What was written is good: the next build uses it and says nothing.
+    jetson.build(tiny_bundle, level=1)
+    assert not any("timing cache" in line for line in jetson.said)
+    assert trt.made.caches[-1] == b"the GPU's timings"
+
+
+def test_a_timing_cache_that_is_a_link_is_ignored(tiny_bundle: Path, jetson: Jetson) -> None:
+    trt = jetson.install("10.3", tiny_bundle)
+    (tiny_bundle / "engines").mkdir()
+    (tiny_bundle / "engines" / "timing.cache").symlink_to("/dev/zero")
+    jetson.build(tiny_bundle)
+    assert any("is no plain file" in line for line in jetson.said)
+    assert trt.made.caches == [b""]
+
+
+def test_the_builders_own_words(tiny_bundle: Path, jetson: Jetson) -> None:
+    jetson.install("10.3", tiny_bundle, build=lambda *_: "Could not find any\nimplementation")
+    with pytest.raises(
+        BackendError, match=r"\(Could not find any implementation\).*--low-memory"
+    ) as e:
+        jetson.build(tiny_bundle)
+    assert "cma=" not in str(e.value)  # on a workstation that is no cure
+    orin = sensors.Jetson("Orin Nano", "36.4.3", "6.2")
+    jetson.monkeypatch.setattr(sensors, "jetson", lambda: orin)
+    with pytest.raises(BackendError, match=r"NvMap error 12, contiguous .* cma=512M to the APPEND"):
+        jetson.build(tiny_bundle)
+
+
+def test_a_header_that_the_runtime_would_refuse(tiny_bundle: Path, jetson: Jetson) -> None:
+    for header, found in (
+        (lambda made: b"trt2" + made[4:], r"begins with b'trt2', expected b'ftrt'"),
+        (lambda made: made[:24] + bytes([11, 0, 0, 0]), r"was made by TensorRT 11.0.0.0, expected"),
+    ):
+        jetson.install("10.3", tiny_bundle, header=header)
+        with pytest.raises(
+            BackendError, match=rf"built an engine that {found}.*vzip's check of headers doesn't"
+        ):
+            jetson.build(tiny_bundle)
+        assert not read_bundle(tiny_bundle).manifest.engines
+
+
+def test_no_gpu(tiny_bundle: Path, jetson: Jetson) -> None:
+    jetson.install("10.3", tiny_bundle, gpu=False)
+    with pytest.raises(BackendError, match=r"can't start its builder \(CUDA initialization"):
+        jetson.build(tiny_bundle)
+
+
+def test_the_parser_of_8_6_refuses(tiny_bundle: Path, jetson: Jetson) -> None:
+    jetson.install("8.6", tiny_bundle, parse=lambda *_: ["No importer\nfor Foo", "echo"])
+    with pytest.raises(
+        ExportError, match=r"TensorRT 8\.6\.2 doesn't take .*: No importer for Foo;"
+    ):
+        jetson.build(tiny_bundle)
+
+
+def test_low_memory(tiny_bundle: Path, jetson: Jetson) -> None:
+    trt = jetson.install("10.3", tiny_bundle)
+    record = jetson.build(tiny_bundle, low_memory=True).record
+    assert record.settings["workspace_mib"] == 256
+    assert record.settings["optimization_level"] == 2
+    assert record.settings["low_memory"] is True
+    (config,) = trt.made.configs
+    on = [each.name for each in trt.TacticSource if config.sources >> int(each) & 1]
+    assert on == ["EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"]
+    assert any("memory: the build needs about 906 MiB (estimate" in line for line in jetson.said)
+
+
+def test_low_memory_refuses_what_cant_fit(tiny_bundle: Path, jetson: Jetson) -> None:
+    trt = jetson.install("10.3", tiny_bundle)
+    jetson.available = 800
+    with pytest.raises(
+        BackendError, match=r"needs about 906 MiB .* 800 MiB .*can't fit and was not"
+    ):
+        jetson.build(tiny_bundle, low_memory=True)
+    assert trt.made.networks == []
+    # Without the mode it is said, and tried.
+    jetson.build(tiny_bundle)
+    assert any("it may run out of memory: try --low-memory" in line for line in jetson.said)
+
+
+def large(path: Path) -> Manifest:
+    """A manifest of 624 MiB of weights: an FP16 ViT-L's."""
+    manifest = read_bundle(path).manifest
+    entry = dataclasses.replace(manifest.files["model.onnx.data"], bytes=624 * 2**20)
+    return dataclasses.replace(manifest, files={**manifest.files, "model.onnx.data": entry})
+
+
+def test_swap_on_a_disk_counts_for_the_hosts_part_alone(tiny_bundle: Path) -> None:
+    needed = estimate(large(tiny_bundle), workspace_mib=256, low_memory=True, gpu=True)
+    assert (needed.on_host, needed.on_gpu) == (1997, 624)
+    short = needed.total - 1997
+
+    def outlook(available: int, swap: int, zram: int = 0) -> build_memory.Outlook:
+        memory = sensors.Memory(
+            7600, available, swap + zram, swap + zram, zram, None, None, disk_swap_free=swap
+        )
+        return compare(needed, memory, precision="fp16")
+
+    assert outlook(needed.total, 0).cure is None
+    assert outlook(short, 1997).cure is None
+    assert outlook(short + 997, 1000).cure is None
+    assert "1000 MiB of swap, which serve the host's copies of the weights (1997) alone" in (
+        outlook(short + 997, 1000).line
+    )
+    assert "swap" not in outlook(short, 0).line
+    assert "add swap on a disk" in str(outlook(short, 1996).cure)
+    assert "add swap on a disk" in str(outlook(short, 0, zram=8000).cure)
+    # What the GPU holds can't be swapped, however much there is.
+    assert "add swap" not in str(outlook(short - 1, 8000).cure)
+    assert "stop the desktop" in str(outlook(short - 1, 8000).cure)
+
+
+def test_low_memory_counts_swap(tiny_bundle: Path, jetson: Jetson) -> None:
+    jetson.install("10.3", tiny_bundle)
+    whole = large(tiny_bundle)
+    jetson.monkeypatch.setattr(
+        engine.build_memory,
+        "estimate",
+        lambda manifest, **options: estimate(whole, **options),
+    )
+    jetson.available, jetson.swap = 2000, 0
+    with pytest.raises(BackendError, match=r"can't fit .*add swap"):
+        jetson.build(tiny_bundle, low_memory=True)
+    jetson.swap = 4000
+    jetson.build(tiny_bundle, low_memory=True)
+
+
+def test_memory_is_said_and_the_bundle_read_before_the_gpu_is_asked_for(
+    tiny_bundle: Path, jetson: Jetson, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jetson.install("10.3", tiny_bundle)
+
+    def none() -> Machine:
+        raise BackendError("there is no GPU")
+
+    monkeypatch.setattr(engine, "this_machine", none)
+    jetson.available = 800
+    for low_memory in (False, True):
+        with pytest.raises(BackendError, match="there is no GPU"):
+            jetson.build(tiny_bundle, low_memory=low_memory)
+        (line,) = jetson.said
+        assert line.startswith("memory: the build needs about")
+    with pytest.raises(BundleError, match="found nothing, expected the folder"):
+        jetson.build(tiny_bundle.parent / "nothere")
+    assert jetson.said == []
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(BundleError, match="found nothing, expected the folder"):
+        jetson.build(tiny_bundle.parent / "nothere")
+
+
+def test_the_estimate_grows_with_weights_and_workspace(tiny_bundle: Path) -> None:
+    manifest = large(tiny_bundle)
+
+    def total(workspace: int | None, *, low_memory: bool, gpu: bool = True) -> int:
+        needed = estimate(manifest, workspace_mib=workspace, low_memory=low_memory, gpu=gpu)
+        return needed.total
+
+    assert total(256, low_memory=True) == total(512, low_memory=True) - 256
+    assert total(256, low_memory=True) < total(None, low_memory=False)
+    assert 3 * 624 < total(None, low_memory=False, gpu=False) < total(256, low_memory=True) < 3700
+    needed = estimate(manifest, workspace_mib=256, low_memory=True, gpu=True)
+    unknown = compare(needed, None, precision="fp16")
+    assert "doesn't say" in unknown.line
+    assert unknown.cure is None
+    little = sensors.Memory(4000, 2000, 0, 0, 0, None, None, 0)
+    assert "export with --precision fp16" in str(compare(needed, little, precision="fp32").cure)
+
+
+def test_an_unproven_engine_is_where_nobody_looks(tiny_bundle: Path) -> None:
+    result = ahead(tiny_bundle)
+    plan = memoryview(result.path.read_bytes())
+    left = tiny_bundle / "engines" / ".old.vzip-tmp"
+    left.mkdir()
+    (left / "part").write_bytes(b"of a killed builder")
+    with engine_proof.staged(result.bundle, result.record, plan) as candidate:
+        (name,) = candidate.manifest.engines
+        assert read_engine(candidate, name) == bytes(plan)
+        assert read_bundle(tiny_bundle) == result.bundle
+        assert not left.exists()
+    assert files(tiny_bundle / "engines") == [".lock", f"{NAME}.plan"]
+
+
+def test_no_room_for_the_engine_that_is_to_be_proven(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = ahead(tiny_bundle)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with (
+        pytest.raises(BundleError, match=r"can't be written \(No space left .* MiB"),
+        engine_proof.staged(result.bundle, result.record, memoryview(b"")),
+    ):
+        pass
+    assert files(tiny_bundle / "engines") == [".lock", f"{NAME}.plan"]
+
+
+def test_the_proof_runs_the_staged_engine_in_both_batches(
+    tiny_bundle: Path, golden: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a backend that knows the answers, in place of the one that needs a GPU."""
+    result = ahead(tiny_bundle)
+    manifest = result.bundle.manifest
+    scores = np.ones((5, 16), np.float32)
+    for row, kept in zip(scores, golden["kept"], strict=True):
+        row[kept[1:] - 1] = 9.0
+    with bundle_writer(tiny_bundle) as writer:
+        for name in manifest.files:
+            (writer.folder / name).write_bytes((tiny_bundle / name).read_bytes())
+        np.savez(
+            writer.folder / "reference.npz",
+            input=golden["images"],
+            kept=golden["kept"],
+            scores=scores,
+            embeds=golden["embeds"].astype(np.float32),
+        )
+        bundle = writer.publish(manifest)
+    (tiny_bundle / "engines").mkdir()
+    ran: list[int] = []
+    plan = memoryview(b"a plan" * 9)
+    record = dataclasses.replace(
+        result.record, sha256=hashlib.sha256(plan).hexdigest(), bytes=len(plan), gpu="Orin"
+    )
+
+    class Knowing:
+        def __init__(self, candidate: Bundle, *, engine: str) -> None:
+            with open_engine(candidate, engine) as file:
+                assert file.read() == bytes(plan)
+            assert candidate.manifest.engines[engine] == record
+
+        def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+            (array,) = feeds.values()
+            ran.append(len(array))
+            places = [
+                next(n for n, each in enumerate(golden["images"]) if np.array_equal(each, image))
+                for image in array
+            ]
+            return {
+                "image_embeds": golden["embeds"][places].astype(np.float32),
+                "kept_indices": golden["kept"][places],
+            }
+
+        def close(self) -> None:
+            ran.append(0)
+
+    monkeypatch.setattr(tensorrt, "TensorRt", Knowing)
+    assert engine_proof.prove_engine(bundle, record, plan).passed
+    # Each size again: from its second run on it is a captured graph that computes.
+    assert ran == [1, 1, 1, 1, 1, 3, 3] * 2 + [0]
+    assert files(tiny_bundle / "engines") == []
+
+
+def test_invalid_names_are_input_errors() -> None:
+    with pytest.raises(InvalidInputError):
+        BuildRequest(name="a b")
+
+
+@pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="no such flag here")
+def test_a_lock_that_is_a_link(tiny_bundle: Path) -> None:
+    (tiny_bundle / "engines").mkdir()
+    (tiny_bundle / "engines" / ".lock").symlink_to(tiny_bundle / "elsewhere")
+    with pytest.raises(BundleError, match="can't be written"):
+        ahead(tiny_bundle)
+    assert not (tiny_bundle / "elsewhere").exists()
+
+
+class Terminal(io.StringIO):
+    """A standard error that somebody watches."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_sees_how_far_it_is(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    ahead(tiny_bundle)
+    assert "Building engine:" in terminal.getvalue()
+    # Without tqdm, as on most Jetsons, in a line that is written over.
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    ahead(tiny_bundle, level=2)
+    said = terminal.getvalue()
+    assert re.search(r"\rBuilding engine\S* 1/\d+\x1b\[K", said), said
+    assert said.endswith("\r\x1b[K")  # and taken away
+    assert "\n" not in said
+    monkeypatch.undo()
+    assert not ahead(tiny_bundle, level=1).reused
+    assert capsys.readouterr().err == ""  # and a file doesn't

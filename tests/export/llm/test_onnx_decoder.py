@@ -1,0 +1,352 @@
+"""`vzip export --with-llm`: what is refused, what is compared, what is left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from tests.parity.tiny_llm import IMAGE, make_tokenizer
+from tests.runtime.llm.demo_llm import demo_with_llm
+from vzip.export.llm import decoder_graph as llm_graph
+from vzip.export.llm import onnx_decoder as llm
+from vzip.runtime import VisionEncoder, demo
+from vzip.runtime.bundle.manifest import LLM_FILES
+from vzip.runtime.bundle.reader import Bundle, read_bundle
+from vzip.runtime.bundle.writer import bundle_writer
+from vzip.runtime.cli.main import main
+from vzip.runtime.errors import CheckpointError, ExportError, ParityError
+from vzip.runtime.llm.llm_files import Settings
+from vzip.runtime.llm.local.onnx_decoder import OnnxRuntimeLLM
+from vzip.runtime.llm.local.transformers import TransformersLLM
+from vzip.runtime.machine import sensors
+
+QUICK = ("--tokens", "9", "--no-check", "--with-llm")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's checkpoint with the smallest LLM: one layer; no test changes it."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "small"
+    shutil.copytree(demo.checkpoint(), folder, copy_function=shutil.copyfile)
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype="float32")
+    decoder = model.get_decoder()
+    decoder.layers = decoder.layers[:1]
+    model.config.text_config.num_hidden_layers = 1
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def settings(checkpoint: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Copies of the checkpoint with other settings of its LLM."""
+
+    def change(**text: Any) -> Path:
+        folder = Path(shutil.copytree(checkpoint, tmp_path / "changed"))
+        config = json.loads((folder / "config.json").read_text())
+        config["text_config"] |= text
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return change
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """Return the one line that an export ends with, which leaves nothing behind."""
+    output = Path(arguments[-1])
+    assert main(["export", *map(str, arguments)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert [*output.parent.glob(".*"), *output.parent.glob(output.name)] == []
+    return err.splitlines()[-1]
+
+
+# ── refused before any work ─────────────────────────────────────────────────────────────────────
+
+
+def test_random_weights_answer_nothing(tmp_path: Path, capsys: Any) -> None:
+    arguments = ("--model", "demo", "--weights", "random", "--with-llm", "-o", tmp_path / "x")
+    assert refused(capsys, *arguments) == (
+        "vzip: error: --with-llm and --weights random were both given; the answers of an LLM to "
+        "random tokens mean nothing: leave out one of the two"
+    )
+
+
+def test_a_model_without_room_is_refused(
+    checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sensors, "memory", lambda: types.SimpleNamespace(available=1))  # MiB
+    text = refused(capsys, "--model", checkpoint, *QUICK, "-o", tmp_path / "x")
+    assert "--with-llm: the LLM has 0.00 billion parameters" in text
+    assert "export takes about 0.0 GiB of memory" in text
+    assert "quantized one of llama.cpp" in text
+    size = llm.Size(6_738_415_616)
+    monkeypatch.setattr(sensors, "memory", lambda: types.SimpleNamespace(available=24 * 1024))
+    with pytest.raises(
+        ExportError, match=r"6\.74 billion parameters, .* about 37\.7 GiB .* but 24"
+    ):
+        size.check_fits()
+    for enough in (types.SimpleNamespace(available=64 * 1024), None):
+        monkeypatch.setattr(sensors, "memory", lambda enough=enough: enough)
+        size.check_fits()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"model_type": "gemma"}, "is a 'gemma', expected one of llama, mistral, qwen2"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "has rotary embeddings of the type 'dynamic', which change with the length",
+        ),
+    ],
+)
+def test_an_llm_of_another_kind_is_refused(
+    settings: Callable[..., Path], change: dict[str, Any], text: str, tmp_path: Path, capsys: Any
+) -> None:
+    line = refused(capsys, "--model", settings(**change), *QUICK, "-o", tmp_path / "x")
+    assert text in line
+    assert "leave out --with-llm" in line
+
+
+def test_the_original_layout_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "original"))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava_llama"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="export the llava-hf twin of the checkpoint"):
+        llm.plan(str(folder), None)
+
+
+# ── refused after a comparison ──────────────────────────────────────────────────────────────────
+
+
+def add(checkpoint: Path, output: Path, precision: Literal["fp32", "fp16"] = "fp32") -> Bundle:
+    """Export the LLM alone, into a bundle with the demo's vision graph."""
+    vision = read_bundle(demo_with_llm(), verify=False)
+    manifest = vision.manifest
+    if precision == "fp16":
+        outputs = (dataclasses.replace(manifest.embeds, dtype="float16"), manifest.kept)
+        manifest = dataclasses.replace(manifest, precision="fp16", outputs=outputs)
+    with bundle_writer(output) as writer:
+        for name in ("model.onnx", "model.onnx.data"):
+            shutil.copyfile(vision.path / name, writer.folder / name)
+        llm.add_llm(writer, manifest, model=str(checkpoint), revision=None, step=lambda text: None)
+        return writer.publish(manifest)
+
+
+@pytest.mark.slow
+def test_a_graph_that_differs_is_not_published(
+    checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = llm_graph.trace
+
+    def spoiled(decoder: llm_graph.Decoder) -> Any:
+        with torch.no_grad():
+            decoder.decoder.norm.weight.mul_(1.001)
+        return trace(decoder)
+
+    monkeypatch.setattr(llm, "trace", spoiled)
+    line = refused(capsys, "--model", checkpoint, *QUICK, "-o", tmp_path / "x")
+    assert "the LLM's graph differs from the untouched model at call 0 of 6" in line
+    assert "expected at most 1e-04 of the largest logit; nothing was written" in line
+
+
+@pytest.mark.slow
+def test_in_fp16_more_may_differ(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = add(checkpoint, tmp_path / "half", "fp16")
+    assert Settings.of(made).dtype == "float16"
+    trial = llm.Trial(TransformersLLM.open(checkpoint, device="cpu", dtype="float32"))
+    trial.compare(made)
+    trial._logits[1] = trial._logits[1] * np.float32(1.03)
+    with pytest.raises(ParityError, match=r"at call 1 of 6 .* expected at most 2e-02"):
+        trial.compare(made)
+    trial._logits[1][:] = np.nan
+    with pytest.raises(ParityError, match="at call 1 of 6"):
+        trial.compare(made)
+
+
+def test_a_graph_that_forgets_its_cache_is_not_published(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forget(self: Any, keys: Any, values: Any, layer: int, *_: Any, **__: Any) -> Any:
+        both = self.parts[2 * layer : 2 * layer + 2]
+        new = (keys, values)
+        grown = [torch.cat([old * 0, each], 2) for old, each in zip(both, new, strict=True)]
+        self.parts[2 * layer : 2 * layer + 2] = grown
+        return tuple(grown)
+
+    monkeypatch.setattr(llm_graph._Cache, "update", forget)
+    with pytest.raises(ParityError, match=r"untouched model at call 1 of 6 \(1 tokens\)"):
+        add(checkpoint, tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_that_differs_is_not_published(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = llm._tokenizer
+
+    def other(of: TransformersLLM) -> str:
+        data = json.loads(tokenizer(of))
+        data["post_processor"] = None  # no beginning of a sequence
+        return json.dumps(data)
+
+    monkeypatch.setattr(llm, "_tokenizer", other)
+    with pytest.raises(ParityError, match=r"the LLM's tokenizer gives .* where the checkpoint's"):
+        add(checkpoint, tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_beyond_fp16_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    model = TransformersLLM.open(checkpoint, device="cpu", dtype="float32")
+    with torch.no_grad():
+        model.model.get_decoder().layers[0].mlp.up_proj.weight[0, 0] = 7e4
+    with pytest.raises(ExportError, match=r"up_proj.weight has numbers up to 7e\+04, but FP16"):
+        llm.write(model, tmp_path, precision="fp16")
+
+
+def test_a_tokenizer_without_a_file_of_its_own_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    model = TransformersLLM.open(checkpoint, device="cpu", dtype="float32")
+    model.tokenizer = types.SimpleNamespace()
+    with pytest.raises(CheckpointError, match="is a SimpleNamespace, which has no form that the"):
+        llm.write(model, tmp_path, precision="fp32")
+
+
+# ── what is written ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_tokenizers_file_has_no_state_of_earlier_calls(checkpoint: Path) -> None:
+    model = TransformersLLM.open(checkpoint, device="cpu", dtype="float32")
+    fresh = llm._tokenizer(model)
+    model.tokenizer(["a", "b c d"], padding=True, truncation=True, max_length=2)
+    assert llm._tokenizer(model) == fresh
+    assert json.loads(fresh)["truncation"] is None
+    assert json.loads(fresh)["padding"] is None
+
+
+def test_attention_that_slides_serves_its_window(tmp_path: Path) -> None:
+    """Within the window it is the same; beyond it the context ends."""
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    text = transformers.MistralConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=512,
+        sliding_window=24,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        image_size=28, patch_size=14,
+    )  # fmt: skip
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=4
+    )
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    untouched = TransformersLLM(model, tokenizer, template=None)
+    made = llm._settings(untouched, "fp32")
+    assert made.context == 24
+    ids = list(range(5, 29))
+    with torch.no_grad():
+        row = torch.tensor([ids])
+        expected = untouched.model(
+            inputs_embeds=untouched.model.get_input_embeddings()(row)
+        ).logits[0, -1]
+        decoder = llm_graph.Decoder(model)
+        empty = [torch.zeros(1, 1, 0, 32)] * 2
+        logits, *_ = decoder(model.get_input_embeddings()(row), empty)
+    torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-5)
+
+
+def test_a_bundle_with_an_llm_is_a_bundle(capsys: Any, tmp_path: Path) -> None:
+    """`vzip check` and an encoder take it; `check` leaves the LLM as it was."""
+    folder = Path(shutil.copytree(demo_with_llm(), tmp_path / "copy"))
+    bundle = read_bundle(folder)
+    assert set(LLM_FILES) <= set(bundle.manifest.files)
+    assert bundle.manifest.parity is None
+    capsys.readouterr()
+    assert main(["check", str(folder), str(demo.pictures() / "scene-1.jpg")]) == 0
+    assert "passed: True" in capsys.readouterr().out
+    checked = read_bundle(folder)
+    assert checked.manifest.files == bundle.manifest.files
+    picture = demo.pictures() / "scene-2.jpg"
+    with VisionEncoder.open(checked) as encoder:
+        embeds = encoder.image_embeds(picture)
+    assert OnnxRuntimeLLM(checked).ask(embeds, "What digit is there?")
+    assert Settings.of(checked).layers == 4
+
+
+def test_the_graph_carries_no_path_of_this_machine() -> None:
+    data = (demo_with_llm() / "llm.onnx").read_bytes()
+    for text in (b"/work", b"site-packages", os.fsencode(Path.home()) + b"/", b".py"):
+        assert text not in data
+
+
+def test_the_table_is_the_models(checkpoint: Path) -> None:
+    table = np.load(demo_with_llm() / "llm_embeddings.npy", mmap_mode="r", allow_pickle=False)
+    model = TransformersLLM.open("demo", device="cpu", dtype="float32").model
+    assert np.array_equal(table, model.get_input_embeddings().weight.detach().numpy())
+
+
+# ── killed ──────────────────────────────────────────────────────────────────────────────────────
+
+KILLED = """
+import os, signal, sys
+from vzip.export import llm
+from vzip.runtime.cli.main import main
+name = sys.argv[1]
+real = getattr(llm, name)
+def dies(*arguments, **more):
+    real(*arguments, **more)
+    os.kill(os.getpid(), signal.SIGKILL)
+setattr(llm, name, dies)
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+def test_killed_behind_the_last_file_of_the_llm(checkpoint: Path, tmp_path: Path) -> None:
+    """The old bundle stays, and the next writer removes what was left."""
+    output = tmp_path / "bundle"
+    shutil.copytree(demo_with_llm(), output)
+    before = read_bundle(output).manifest
+    options = ["export", "--model", str(checkpoint), *QUICK, "-o", str(output)]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, "write", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    hidden = [path for path in tmp_path.iterdir() if path != output]
+    assert len(hidden) == 1
+    assert hidden[0].name.startswith(".bundle.")
+    assert set(LLM_FILES) < {path.name for path in hidden[0].iterdir()}
+    assert read_bundle(output).manifest == before
+    with bundle_writer(output) as writer:
+        for name in before.files:
+            shutil.copyfile(demo_with_llm() / name, writer.folder / name)
+        writer.publish(before)
+    assert [path for path in tmp_path.iterdir() if path != output] == []

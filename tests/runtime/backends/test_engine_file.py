@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vzip.runtime.backends.tensorrt.engine_file import (
+    Machine,
+    read_engine,
+    rebuild_command,
+    unfit,
+    versions_agree,
+)
+from vzip.runtime.bundle.engine_record import EngineBatch, EngineRecord
+from vzip.runtime.bundle.reader import Bundle, read_bundle
+from vzip.runtime.bundle.writer import add_engine
+from vzip.runtime.errors import BundleError
+
+# The first 64 bytes of an engine that TensorRT-RTX 1.7.1.116 made of tests/golden/tiny_bundle.
+RTX_HEADER = bytes.fromhex(
+    "7674727400000000020000000000000074e12600000000000107017476747274"
+    "0400000000000000000000000000000000000000000000008413000000000000"
+)
+# As `shared/spec/tensorrt.md` has it for TensorRT; 10.3.0.30.
+TRT_HEADER = b"ftrt" + bytes(20) + bytes([10, 3, 0, 30]) + bytes(36)
+
+ORIN = Machine("tensorrt", "10.3.0.30", "Orin", "87")
+
+
+def with_plan(folder: Path, plan: bytes, **changes: Any) -> Bundle:
+    """Put an engine into a bundle, whatever it is."""
+    bundle = read_bundle(folder)
+    record = EngineRecord(
+        sha256=sha256(plan).hexdigest(),
+        bytes=len(plan),
+        stack="tensorrt",
+        version="10.3.0.30",
+        gpu="Orin",
+        sm=("87",),
+        jetpack="6.2",
+        precision="fp16",
+        batch=EngineBatch(1, 1, 1),
+        model_sha256=bundle.manifest.files["model.onnx"].sha256,
+        settings={},
+        seconds=1.0,
+        fused_attention=None,
+        proof={"passed": True},
+    )
+    return add_engine(bundle, "e", dataclasses.replace(record, **changes), plan)
+
+
+RTX = {"stack": "tensorrt_rtx", "version": "1.7.1.116", "gpu": None, "sm": ("86", "89")}
+
+
+@pytest.mark.parametrize(
+    ("header", "changes"), [(TRT_HEADER, {}), (RTX_HEADER, RTX)], ids=["tensorrt", "rtx"]
+)
+def test_reads_what_was_recorded(tiny_bundle: Path, header: bytes, changes: dict[str, Any]) -> None:
+    plan = header + bytes(range(256)) * 10
+    assert read_engine(with_plan(tiny_bundle, plan, **changes), "e") == plan
+
+
+@pytest.mark.parametrize("version", ["10.3", "10.3.0", "10.3.0.30", "10.3.0.286"])
+def test_a_version_may_have_fewer_numbers_and_a_build_more_than_a_byte_holds(
+    tiny_bundle: Path, version: str
+) -> None:
+    bundle = with_plan(tiny_bundle, TRT_HEADER, version=version)
+    assert read_engine(bundle, "e") == TRT_HEADER
+
+
+@pytest.mark.parametrize("header", [TRT_HEADER, RTX_HEADER], ids=["tensorrt", "rtx"])
+def test_any_flipped_bit_is_refused(tiny_bundle: Path, header: bytes) -> None:
+    plan = header + b"code"
+    bundle = with_plan(tiny_bundle, plan, **(RTX if header is RTX_HEADER else {}))
+    path = tiny_bundle / "engines" / "e.plan"
+    for place in range(len(plan)):
+        for bit in range(8):
+            spoilt = bytearray(plan)
+            spoilt[place] ^= 1 << bit
+            path.write_bytes(spoilt)
+            with pytest.raises(BundleError, match=r"begins with|was made by|has SHA-256") as raised:
+                read_engine(bundle, "e")
+            if place in range(4):
+                assert "begins with" in str(raised.value)
+            elif place in range(24, 28):
+                assert "was made by TensorRT" in str(raised.value)
+    path.write_bytes(plan)
+    assert read_engine(bundle, "e") == plan
+
+
+def test_every_truncation_and_every_addition_is_refused(tiny_bundle: Path) -> None:
+    plan = TRT_HEADER + b"code"
+    bundle = with_plan(tiny_bundle, plan)
+    path = tiny_bundle / "engines" / "e.plan"
+    for spoilt in (*(plan[:end] for end in range(len(plan))), plan + b"\0"):
+        path.write_bytes(spoilt)
+        with pytest.raises(
+            BundleError, match=rf"the engine 'e' has {len(spoilt)} bytes, expected 68"
+        ):
+            read_engine(bundle, "e")
+
+
+@pytest.mark.parametrize(
+    ("plan", "changes", "message"),
+    [
+        (b"\x7fELF" + bytes(60), {}, r"begins with b'\\x7fELF', expected b'ftrt' as TensorRT's"),
+        (
+            b"ftrt",
+            {},
+            r"begins with b'ftrt', expected b'ftrt' as TensorRT's engines do; it is some",
+        ),
+        (RTX_HEADER, {}, r"begins with b'vtrt', expected b'ftrt' as TensorRT's engines do"),
+        (TRT_HEADER, RTX, r"begins with b'ftrt', expected b'vtrt' as TensorRT-RTX's engines do"),
+        (
+            TRT_HEADER,
+            {"version": "10.16.0.12"},
+            r"was made by TensorRT 10.3.0.30, expected 10.16.0.12; it is something else, or not",
+        ),
+    ],
+)
+def test_a_header_that_contradicts_its_record_is_refused(
+    tiny_bundle: Path, plan: bytes, changes: dict[str, Any], message: str
+) -> None:
+    bundle = with_plan(tiny_bundle, plan, **changes)  # digest and size are right
+    with pytest.raises(BundleError, match=message) as raised:
+        read_engine(bundle, "e")
+    assert f"vzip build {tiny_bundle}" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_engine_that_fits_has_no_fault(tiny_bundle: Path) -> None:
+    bundle = with_plan(tiny_bundle, TRT_HEADER)
+    assert unfit(bundle, "e") is None
+    assert unfit(bundle, "e", ORIN) is None
+    assert unfit(bundle, "e", dataclasses.replace(ORIN, version="10.3.0")) is None
+
+
+@pytest.mark.parametrize(
+    ("machine", "message"),
+    [
+        (
+            dataclasses.replace(ORIN, version="10.16.0.12"),
+            "was built with TensorRT 10.3.0.30, this machine has TensorRT 10.16.0.12, and",
+        ),
+        (
+            dataclasses.replace(ORIN, stack="tensorrt_rtx"),
+            "was built with TensorRT 10.3.0.30, this machine has TensorRT-RTX 10.3.0.30, and",
+        ),
+        (
+            dataclasses.replace(ORIN, gpu="NVIDIA Thor", sm="110"),
+            "was built for SM 87 (Orin), this machine's NVIDIA Thor has SM 110",
+        ),
+    ],
+)
+def test_an_engine_of_another_machine_names_both_sides_and_the_cure(
+    tiny_bundle: Path, machine: Machine, message: str
+) -> None:
+    bundle = with_plan(tiny_bundle, TRT_HEADER)
+    said = unfit(bundle, "e", machine)
+    assert said is not None
+    assert said.startswith(f"the engine 'e' {message}")
+    assert said.endswith(f"; build it again: vzip build {tiny_bundle}")
+
+
+def test_an_engine_of_another_graph_names_both_digests(tiny_bundle: Path) -> None:
+    bundle = with_plan(tiny_bundle, TRT_HEADER)
+    digest = bundle.manifest.files["model.onnx"].sha256
+    record = dataclasses.replace(bundle.manifest.engines["e"], model_sha256="a" * 64)
+    manifest = dataclasses.replace(bundle.manifest, engines={"e": record})
+    assert unfit(Bundle(tiny_bundle, manifest), "e") == (
+        "the engine 'e' was built from a graph with SHA-256 aaaaaaaaaaaa…, the bundle's "
+        f"model.onnx has {digest[:12]}…; build it again: vzip build {tiny_bundle}"
+    )
+
+
+def test_the_command_for_an_engine_made_ahead_of_time(tiny_bundle: Path) -> None:
+    bundle = with_plan(tiny_bundle, RTX_HEADER, **RTX)
+    record = bundle.manifest.engines["e"]
+    assert rebuild_command(bundle, record) == f"vzip build {tiny_bundle} --rtx sm86,sm89"
+    machine = Machine("tensorrt_rtx", "1.7.1.116", "RTX 5090", "120")
+    assert unfit(bundle, "e", machine) == (
+        "the engine 'e' was built for SM 86, 89 (ahead of time), this machine's RTX 5090 has SM "
+        f"120; build it again: vzip build {tiny_bundle} --rtx sm120"
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "agree"),
+    [
+        ("8.6.2", "8.6.2.3", True),
+        ("10.3.0.30", "10.3.0.30", True),
+        ("10.3.0.30", "10.3.0.26", False),
+        ("10.3", "10.30", False),
+        ("8.6.1", "8.6.2", False),
+    ],
+)
+def test_versions_agree_as_far_as_both_go(one: str, other: str, agree: bool) -> None:
+    assert versions_agree(one, other) is agree
+    assert versions_agree(other, one) is agree
+
+
+@pytest.mark.parametrize("spoil", [lambda p: p.unlink(), lambda p: (p.unlink(), p.mkdir())])
+def test_a_missing_engine_is_one_line(tiny_bundle: Path, spoil: Callable[[Path], Any]) -> None:
+    bundle = with_plan(tiny_bundle, TRT_HEADER)
+    spoil(tiny_bundle / "engines" / "e.plan")
+    with pytest.raises(BundleError, match=r"engines: e.plan (can't be read|is no plain file)"):
+        read_engine(bundle, "e")

@@ -1,0 +1,661 @@
+from __future__ import annotations
+
+import dataclasses
+import errno
+import io
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vzip.runtime.bundle.manifest import Manifest, Tiling
+from vzip.runtime.bundle.reader import LARGEST_MANIFEST, Bundle, read_bundle
+from vzip.runtime.bundle.writer import BundleWriter, bundle_writer, update_manifest
+from vzip.runtime.errors import BundleError
+from vzip.runtime.files import atomic
+
+FILES = ["manifest.json", "model.onnx", "model.onnx.data"]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def rewrite(bundle: Path, change: Callable[[dict[str, object]], None]) -> None:
+    """Change a manifest's JSON."""
+    parsed = json.loads((bundle / "manifest.json").read_text("utf-8"))
+    change(parsed)
+    (bundle / "manifest.json").write_text(json.dumps(parsed), "utf-8")
+
+
+def sign(bundle: Path) -> None:
+    """Write the digests of the files as they are: what an attacker would do."""
+    from hashlib import sha256
+
+    def change(parsed: dict[str, object]) -> None:
+        parsed["files"] = {
+            name: {"sha256": sha256(data).hexdigest(), "bytes": len(data)}
+            for name in FILES[1:]
+            if (data := (bundle / name).read_bytes())
+        }
+
+    rewrite(bundle, change)
+
+
+def fill(writer: BundleWriter, source: Path) -> Manifest:
+    """Put the files of another bundle into a new one; return its manifest without files."""
+    for name in FILES[1:]:
+        shutil.copyfile(source / name, writer.folder / name)
+    return dataclasses.replace(read_bundle(source).manifest, files={})
+
+
+def publish(
+    target: Path, source: Path, spoil: Callable[[BundleWriter], object] = lambda writer: None
+) -> Bundle:
+    """Publish the files of another bundle, after `spoil` has done its worst."""
+    with bundle_writer(target) as writer:
+        manifest = fill(writer, source)
+        spoil(writer)
+        return writer.publish(manifest)
+
+
+# Reading
+
+
+def test_reads_a_bundle(tiny_bundle: Path) -> None:
+    bundle = read_bundle(str(tiny_bundle))
+    assert bundle.path == tiny_bundle
+    assert bundle.manifest.selection.dominant == 4
+    assert bundle.data_path == tiny_bundle / "model.onnx.data"
+    assert bundle.read_model() == (tiny_bundle / "model.onnx").read_bytes()
+
+
+def test_a_relative_path_stays_valid(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny_bundle.parent)
+    bundle = read_bundle(tiny_bundle.name)
+    monkeypatch.chdir("/")
+    assert bundle.read_model()
+
+
+def test_what_lies_beside_the_listed_files_is_not_read(tiny_bundle: Path) -> None:
+    (tiny_bundle / "overlay.png").write_bytes(b"")
+    assert read_bundle(tiny_bundle)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_refuses_a_missing_file(tiny_bundle: Path, name: str) -> None:
+    (tiny_bundle / name).unlink()
+    with pytest.raises(BundleError, match=f"{name} can't be read .*the bundle is incomplete"):
+        read_bundle(tiny_bundle)
+
+
+def test_refuses_what_is_no_folder(tiny_bundle: Path) -> None:
+    with pytest.raises(BundleError, match="found a file, expected the folder"):
+        read_bundle(tiny_bundle / "model.onnx")
+    with pytest.raises(BundleError, match="absent: found nothing, expected the folder"):
+        read_bundle(tiny_bundle / "absent")
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
+def test_refuses_another_size(tiny_bundle: Path, name: str, verify: bool) -> None:
+    path = tiny_bundle / name
+    data = path.read_bytes()
+    for spoilt in (b"", data[:-1], data + b"\0"):
+        path.write_bytes(spoilt)
+        with pytest.raises(BundleError, match=rf"{name} has {len(spoilt)} bytes, expected"):
+            read_bundle(tiny_bundle, verify=verify)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
+def test_refuses_any_flipped_bit(tiny_bundle: Path, name: str) -> None:
+    path = tiny_bundle / name
+    good = path.read_bytes()
+    for place in (0, len(good) // 2, len(good) - 1):
+        spoilt = bytearray(good)
+        spoilt[place] ^= 1
+        path.write_bytes(spoilt)
+        with pytest.raises(BundleError, match=f"{name} has SHA-256 .*…, expected"):
+            read_bundle(tiny_bundle)
+    path.write_bytes(good)
+    assert read_bundle(tiny_bundle)
+
+
+def test_verify_false_trusts_the_content_of_the_weights_alone(tiny_bundle: Path) -> None:
+    path = tiny_bundle / "model.onnx.data"
+    path.write_bytes(b"\1" * path.stat().st_size)
+    bundle = read_bundle(tiny_bundle, verify=False)
+    with pytest.raises(BundleError, match=r"model\.onnx\.data has SHA-256"):
+        bundle.read_model()
+
+
+def test_refuses_a_manifest_that_was_tampered_with(tiny_bundle: Path) -> None:
+    rewrite(tiny_bundle, lambda parsed: parsed.update(token_order="reversed"))
+    with pytest.raises(BundleError, match=rf"{tiny_bundle}: manifest.json: 'token_order' is"):
+        read_bundle(tiny_bundle)
+
+
+def test_refuses_a_manifest_without_the_graph(tiny_bundle: Path) -> None:
+    rewrite(tiny_bundle, lambda parsed: parsed.update(files={}))
+    with pytest.raises(BundleError, match=r"'files' lacks model\.onnx"):
+        read_bundle(tiny_bundle)
+
+
+def test_reads_no_more_than_a_manifest_can_have(tiny_bundle: Path) -> None:
+    with (tiny_bundle / "manifest.json").open("ab") as file:
+        file.write(b" " * LARGEST_MANIFEST)
+    with pytest.raises(BundleError, match="has more than 1048576 bytes"):
+        read_bundle(tiny_bundle)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("kind", ["symlink", "hard link", "fifo", "folder", "socket", "device"])
+def test_refuses_everything_but_plain_files(tiny_bundle: Path, name: str, kind: str) -> None:
+    path, aside = tiny_bundle / name, tiny_bundle / "aside"
+    path.rename(aside)
+    if kind == "symlink":
+        path.symlink_to(aside.name)
+    elif kind == "hard link":
+        path.hardlink_to(aside)
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as listener:
+            cwd = Path.cwd()
+            os.chdir(tiny_bundle)  # paths of sockets are short
+            listener.bind(name)
+            os.chdir(cwd)
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(BundleError, match=rf"{name} (is|can't be read)") as raised:
+        read_bundle(tiny_bundle)
+    assert "expected a plain file" in str(raised.value)
+    if kind in {"symlink", "hard link"}:
+        assert {"symlink": "a symbolic link", "hard link": "a hard link"}[kind] in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        *("../x", "/etc/hostname", "./model.onnx.data", "model.onnx", "sub/model.onnx.data", ""),
+        "*/_ORT_MEM_ADDR_/*",  # ONNX Runtime takes what follows as an address in memory
+    ],
+)
+def test_refuses_external_data_elsewhere(tiny_bundle: Path, location: str) -> None:
+    path = tiny_bundle / "model.onnx"
+    path.write_bytes(with_location(path.read_bytes(), location))
+    sign(tiny_bundle)
+    with pytest.raises(BundleError, match=r"the tensor 'extra' lies in .*a graph may not read"):
+        read_bundle(tiny_bundle)
+
+
+@pytest.mark.parametrize(("offset", "length"), [(0, 10**6), (10**6, 1), (3868, 1), (0, 10**18)])
+def test_refuses_external_data_out_of_range(tiny_bundle: Path, offset: int, length: int) -> None:
+    path = tiny_bundle / "model.onnx"
+    path.write_bytes(with_location(path.read_bytes(), "model.onnx.data", offset, length))
+    sign(tiny_bundle)
+    with pytest.raises(BundleError, match=rf"takes bytes {offset} to {offset + length} of"):
+        read_bundle(tiny_bundle)
+
+
+def test_refuses_external_data_that_the_manifest_does_not_list(tiny_bundle: Path) -> None:
+    rewrite(tiny_bundle, lambda parsed: parsed["files"].pop("model.onnx.data"))  # type: ignore[attr-defined]
+    with pytest.raises(BundleError, match="which the manifest doesn't list"):
+        read_bundle(tiny_bundle)
+
+
+def with_location(model: bytes, location: str, offset: int = 0, length: int = 4) -> bytes:
+    """Append an external tensor to a model, by protobuf's merging of what stands twice."""
+
+    def message(number: int, data: bytes) -> bytes:
+        assert len(data) < 2**14
+        return bytes([number << 3 | 2, len(data) & 0x7F | 0x80, len(data) >> 7]) + data
+
+    pairs = {"location": location, "offset": str(offset), "length": str(length)}
+    entries = b"".join(
+        message(13, message(1, key.encode()) + message(2, value.encode()))
+        for key, value in pairs.items()
+    )
+    tensor = message(8, b"extra") + entries + bytes([14 << 3, 1])
+    return model + message(7, message(5, tensor))
+
+
+# Writing
+
+
+def test_publishes_what_can_be_read(tmp_path: Path, tiny_bundle: Path) -> None:
+    target = tmp_path / "new"
+    with bundle_writer(str(target)) as writer:
+        assert writer.folder.parent == tmp_path  # the same file system: a rename must do
+        manifest = fill(writer, tiny_bundle)
+        assert not target.exists()
+        published = writer.publish(manifest)
+    assert published == read_bundle(target) == Bundle(target, read_bundle(tiny_bundle).manifest)
+    assert names(target) == FILES
+    assert names(tmp_path) == ["new", "tiny_bundle"]
+
+
+def test_staging_gives_a_bundle_that_can_be_checked_first(
+    tmp_path: Path, tiny_bundle: Path
+) -> None:
+    with bundle_writer(tmp_path / "new") as writer:
+        manifest = fill(writer, tiny_bundle)
+        staged = writer.stage(manifest)
+        assert read_bundle(staged.path) == staged
+        assert not (tmp_path / "new").exists()
+        writer.publish(dataclasses.replace(manifest, parity={"passed": True}))
+    assert read_bundle(tmp_path / "new").manifest.parity == {"passed": True}
+
+
+def test_a_parity_gate_that_fails_leaves_the_old_bundle(
+    tiny_bundle: Path, tiny_static_bundle: Path
+) -> None:
+    before = read_bundle(tiny_bundle)
+
+    def gate(writer: BundleWriter) -> None:
+        writer.stage(before.manifest)
+        raise RuntimeError("gate")
+
+    with pytest.raises(RuntimeError, match="gate"):
+        publish(tiny_bundle, tiny_static_bundle, gate)
+    assert read_bundle(tiny_bundle) == before
+    assert names(tiny_bundle.parent) == ["tiny_bundle", "tiny_static_bundle"]
+
+
+def test_replaces_a_bundle(tiny_bundle: Path, tiny_static_bundle: Path) -> None:
+    publish(tiny_bundle, tiny_static_bundle)
+    assert read_bundle(tiny_bundle).manifest == read_bundle(tiny_static_bundle).manifest
+    assert names(tiny_bundle.parent) == ["tiny_bundle", "tiny_static_bundle"]
+
+
+def test_replaces_a_damaged_bundle_and_one_of_another_version(
+    tiny_bundle: Path, tiny_static_bundle: Path
+) -> None:
+    rewrite(tiny_bundle, lambda parsed: parsed.update(schema_version=0))
+    shutil.copyfile(tiny_static_bundle / "manifest.json", tiny_static_bundle / "copy")
+    text = (tiny_static_bundle / "copy").read_text()
+    (tiny_static_bundle / "copy").unlink()
+    (tiny_bundle / "manifest.json").write_text(text[:200])
+    publish(tiny_bundle, tiny_static_bundle)
+    assert read_bundle(tiny_bundle)
+
+
+def test_fills_an_empty_folder(tmp_path: Path, tiny_bundle: Path) -> None:
+    (tmp_path / "new").mkdir()
+    publish(tmp_path / "new", tiny_bundle)
+    assert read_bundle(tmp_path / "new")
+
+
+def test_files_have_the_mode_of_the_umask(tmp_path: Path, tiny_bundle: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with bundle_writer(tmp_path / "new") as writer:
+            manifest = fill(writer, tiny_bundle)
+            (writer.folder / "model.onnx.data").chmod(0o600)  # as onnx leaves it
+            writer.publish(manifest)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o750
+    for name in FILES:
+        assert (tmp_path / "new" / name).stat().st_mode & 0o777 == 0o640
+
+
+def test_every_file_and_folder_is_flushed_before_it_is_renamed(
+    tmp_path: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    with bundle_writer(tmp_path / "new") as writer:
+        manifest, hidden = fill(writer, tiny_bundle), writer.folder.name
+        rename = Path.rename
+
+        def note_rename(self: Path, to: Path) -> Path:
+            flushed.append(f"{self.name} → {to.name}")
+            return rename(self, to)
+
+        monkeypatch.setattr(Path, "rename", note_rename)
+        writer.publish(manifest)
+    last = flushed.index(f"{hidden} → new")
+    assert {*FILES, hidden} <= set(flushed[:last])
+    assert flushed[last + 1 :] == [tmp_path.name]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt(), SystemExit(1)])
+def test_an_exception_leaves_nothing_behind(
+    tmp_path: Path, tiny_bundle: Path, error: BaseException
+) -> None:
+    def fail(writer: BundleWriter) -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        publish(tmp_path / "new", tiny_bundle, fail)
+    assert names(tmp_path) == ["tiny_bundle"]
+
+
+def test_a_writer_that_publishes_nothing_says_so(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="never published"), bundle_writer(tmp_path / "new"):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, tiny_bundle: Path) -> None:
+    def fill_up(writer: BundleWriter) -> None:
+        with Path("/dev/full").open("wb", buffering=0) as file:  # the kernel's own ENOSPC
+            file.write(b"x")
+
+    with pytest.raises(BundleError, match=r"new: can't be written \(No space .*the disk or quota"):
+        publish(tmp_path / "new", tiny_bundle, fill_up)
+    assert names(tmp_path) == ["tiny_bundle"]
+
+
+@pytest.mark.parametrize("when", range(6))
+def test_a_disk_that_fills_while_flushing_leaves_the_old_bundle(
+    tiny_bundle: Path,
+    tiny_static_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    when: int,
+) -> None:
+    before, calls, fsync = read_bundle(tiny_bundle), [0], os.fsync
+
+    def fail(descriptor: int) -> None:
+        calls[0] += 1
+        if calls[0] > when:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with pytest.raises(BundleError, match="the disk or quota is full; free some space"):
+        publish(
+            tiny_bundle, tiny_static_bundle, lambda writer: monkeypatch.setattr(os, "fsync", fail)
+        )
+    assert read_bundle(tiny_bundle) == before
+    assert names(tiny_bundle.parent) == ["tiny_bundle", "tiny_static_bundle"]
+
+
+def test_a_read_only_folder_is_one_line(tmp_path: Path, tiny_bundle: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    user = os.geteuid()
+    for folder in [tmp_path, *tmp_path.parents][:4]:  # pytest-xdist adds one
+        if user == 0:
+            folder.chmod(folder.stat().st_mode | 0o055)
+    if user == 0:  # root may write everywhere
+        os.seteuid(65534)
+    try:
+        with (
+            pytest.raises(BundleError, match=r"new: can't be written \(Permission denied\): the"),
+            bundle_writer(closed / "new"),
+        ):
+            pass
+    finally:
+        os.seteuid(user)
+    assert names(closed) == []
+
+
+def test_a_missing_parent_is_one_line(tmp_path: Path) -> None:
+    with (
+        pytest.raises(BundleError, match=r"a is no folder; create it, or choose another with -o"),
+        bundle_writer(tmp_path / "a" / "new"),
+    ):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_other_errors_of_the_system_are_not_explained_away(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), bundle_writer(tmp_path / "new"):
+        (tmp_path / "weights of the user").read_bytes()
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "symlink", "folder", "more files", "no bundle"])
+def test_replaces_nothing_but_a_bundle(tmp_path: Path, tiny_bundle: Path, kind: str) -> None:
+    target = tmp_path / "precious"
+    if kind == "file":
+        target.write_text("thesis")
+    elif kind == "symlink":
+        target.symlink_to(tiny_bundle)
+    elif kind == "more files":
+        tiny_bundle.rename(target)
+        (target / "thesis.txt").write_text("thesis")
+    else:
+        target.mkdir()
+        name = "thesis.txt" if kind == "folder" else "manifest.json"
+        (target / name).write_text('{"name": "a web app"}')
+    before = sorted(tmp_path.rglob("*"))
+    with (
+        pytest.raises(BundleError, match=r"precious: .*expected .*to replace; choose another"),
+        bundle_writer(target),
+    ):
+        pytest.fail("it was about to be replaced")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_does_not_replace_what_appeared_meanwhile(tmp_path: Path, tiny_bundle: Path) -> None:
+    target = tmp_path / "new"
+
+    def appear(writer: BundleWriter) -> None:
+        target.mkdir()
+        (target / "thesis.txt").write_text("thesis")
+
+    with pytest.raises(BundleError, match="to replace; choose another"):
+        publish(target, tiny_bundle, appear)
+    assert names(target) == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("extra", ["notes.txt", "model.onnx.data2"])
+def test_publishes_no_file_that_a_reader_does_not_know(
+    tmp_path: Path, tiny_bundle: Path, extra: str
+) -> None:
+    with pytest.raises(BundleError, match=r"expected model\.onnx and perhaps"):
+        publish(
+            tmp_path / "new", tiny_bundle, lambda writer: (writer.folder / extra).write_bytes(b"x")
+        )
+    assert names(tmp_path) == ["tiny_bundle"]
+
+
+def test_publishes_nothing_that_a_reader_would_refuse(tmp_path: Path, tiny_bundle: Path) -> None:
+    def lead_out(writer: BundleWriter) -> None:
+        model = writer.folder / "model.onnx"
+        model.write_bytes(with_location(model.read_bytes(), "weights.bin"))
+
+    def empty(writer: BundleWriter) -> None:
+        (writer.folder / "model.onnx.data").write_bytes(b"")
+
+    with pytest.raises(BundleError, match="a graph may not read other files"):
+        publish(tmp_path / "new", tiny_bundle, lead_out)
+    with pytest.raises(BundleError, match=r"model\.onnx\.data is empty"):
+        publish(tmp_path / "new", tiny_bundle, empty)
+    assert names(tmp_path) == ["tiny_bundle"]
+
+
+def test_two_builders_of_one_bundle_do_not_disturb_each_other(
+    tmp_path: Path, tiny_bundle: Path, tiny_static_bundle: Path
+) -> None:
+    target = tmp_path / "new"
+    with bundle_writer(target) as one, bundle_writer(target) as other:
+        first = one.publish(fill(one, tiny_bundle))
+        assert read_bundle(target) == first
+        second = other.publish(fill(other, tiny_static_bundle))
+        assert read_bundle(target) == second
+    assert names(tmp_path) == ["new", "tiny_bundle", "tiny_static_bundle"]
+
+
+# Parity numbers
+
+
+def test_update_manifest_changes_the_parity_alone(tiny_bundle: Path) -> None:
+    before = read_bundle(tiny_bundle)
+    after = update_manifest(before, parity={"passed": False, "cosine_min": 0.5})
+    assert read_bundle(tiny_bundle) == after
+    assert dataclasses.replace(after.manifest, parity=None) == before.manifest
+    assert update_manifest(after, parity=None) == before
+    assert names(tiny_bundle) == FILES
+
+
+def test_update_manifest_refuses_a_bundle_that_was_replaced(tiny_bundle: Path) -> None:
+    bundle = read_bundle(tiny_bundle)
+    update_manifest(bundle, parity={"passed": True})
+    with pytest.raises(BundleError, match="is another one than when the bundle was opened"):
+        update_manifest(bundle, parity={"passed": False})
+    assert read_bundle(tiny_bundle).manifest.parity == {"passed": True}
+
+
+def test_update_manifest_leaves_the_old_one_when_the_disk_is_full(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = read_bundle(tiny_bundle)
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(atomic.os, "fsync", fail)
+    with pytest.raises(BundleError, match="the disk or quota is full"):
+        update_manifest(bundle, parity={"passed": True})
+    monkeypatch.undo()
+    assert read_bundle(tiny_bundle) == bundle
+    assert names(tiny_bundle) == FILES
+
+
+# The newline embedding
+
+NEWLINE = np.arange(6, dtype=np.float32) - 2.5
+
+
+def npy(array: Any, version: tuple[int, int] = (1, 0)) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array(file, np.asarray(array), version)
+    return file.getvalue()
+
+
+def with_newline(target: Path, source: Path, data: bytes) -> Bundle:
+    """Publish another bundle's files and a newline embedding."""
+    return publish(
+        target, source, lambda writer: (writer.folder / "image_newline.npy").write_bytes(data)
+    )
+
+
+def test_reads_the_newline_embedding(tmp_path: Path, tiny_bundle: Path) -> None:
+    bundle = with_newline(tmp_path / "new", tiny_bundle, npy(NEWLINE))
+    assert sorted(bundle.manifest.files) == ["image_newline.npy", *FILES[1:]]
+    newline = bundle.newline()
+    assert newline.dtype == np.float32
+    assert np.array_equal(newline, NEWLINE)
+    assert np.array_equal(read_bundle(bundle.path).newline(), NEWLINE)
+    # It is one of the files that a bundle may be replaced with, and without.
+    assert with_newline(bundle.path, tiny_bundle, npy(2 * NEWLINE)).newline()[0] == -5
+    assert names(publish(bundle.path, tiny_bundle).path) == FILES
+
+
+def test_a_bundle_without_newline_says_so(tiny_bundle: Path) -> None:
+    with pytest.raises(
+        BundleError, match=r"'files' lacks image_newline\.npy, expected it, since it"
+    ):
+        read_bundle(tiny_bundle).newline()
+
+
+def test_the_newlines_digest_is_checked_whenever_it_is_read(
+    tmp_path: Path, tiny_bundle: Path
+) -> None:
+    bundle = with_newline(tmp_path / "new", tiny_bundle, npy(NEWLINE))
+    (bundle.path / "image_newline.npy").write_bytes(npy(-NEWLINE))
+    with pytest.raises(BundleError, match=r"image_newline\.npy has SHA-256 .*…, expected"):
+        read_bundle(bundle.path)
+    unverified = read_bundle(bundle.path, verify=False)
+    with pytest.raises(BundleError, match=r"image_newline\.npy has SHA-256 .*…, expected"):
+        unverified.newline()
+    (bundle.path / "image_newline.npy").unlink()
+    with pytest.raises(BundleError, match=r"image_newline\.npy can't be read"):
+        bundle.newline()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            npy(NEWLINE[:5]),
+            r"holds float32 \[5\] in 20 bytes, expected float32 \[6\] in 24; it is of",
+        ),
+        (npy(NEWLINE[None]), r"holds float32 \[1, 6\] in 24 bytes"),
+        (npy(NEWLINE.astype(np.float16)), r"holds float16 \[6\] in 12 bytes"),
+        (npy(NEWLINE.astype(">f4")), r"holds >f4 \[6\] in 24 bytes"),
+        (npy(NEWLINE)[:-4], r"holds float32 \[6\] in 20 bytes"),
+        (npy(NEWLINE) + b"more", r"holds float32 \[6\] in 28 bytes"),
+        (npy(np.array([None] * 6, object)), r"holds object \[6\]"),
+        (npy(NEWLINE, (2, 0)), r"is no file in NumPy's format 1\.0, expected float32 \[6\]"),
+        (b"no array", "is no file in NumPy's format"),
+        (npy(NEWLINE)[:9], "is no file in NumPy's format"),
+        (npy(NEWLINE).replace(b"'<f4'", b"[[[[["), "is no file in NumPy's format"),
+        (npy(NEWLINE).replace(b"{'descr'", b"{{[]: 1}"), "is no file in NumPy's format"),
+        (npy(NEWLINE).replace(b"(6,)", b"(~6)"), "is no file in NumPy's format"),
+        (npy(NEWLINE * np.inf), "has numbers that are NaN or infinite, expected finite ones"),
+        (npy(np.zeros(4000, np.float32)), "has 16128 bytes, expected at most 10024 for float32"),
+    ],
+)
+def test_refuses_a_newline_that_is_not_the_manifests(
+    tmp_path: Path, tiny_bundle: Path, data: bytes, message: str
+) -> None:
+    bundle = with_newline(tmp_path / "new", tiny_bundle, data)
+    with pytest.raises(BundleError, match=f"^{bundle.path}: image_newline.npy {message}"):
+        bundle.newline()
+
+
+def test_a_header_that_promises_more_than_there_is_takes_no_memory(
+    tmp_path: Path, tiny_bundle: Path
+) -> None:
+    data = npy(NEWLINE).replace(b"(6,), }" + 13 * b" ", b"(99999999999999,), }")
+    bundle = with_newline(tmp_path / "new", tiny_bundle, data)
+    with pytest.raises(BundleError, match=r"holds float32 \[99999999999999\] in 24 bytes"):
+        bundle.newline()
+
+
+def newline_rows(manifest: Manifest) -> Manifest:
+    preprocessing = dataclasses.replace(manifest.preprocessing, mode="stretch")
+    tiling = Tiling(((16, 32),), "newline")
+    return dataclasses.replace(manifest, preprocessing=preprocessing, tiling=tiling)
+
+
+def pooled(manifest: Manifest) -> Manifest:
+    tower = dataclasses.replace(manifest.tower, tokens=4, grid=(2, 2), cls_token=False, pool=2)
+    selection = dataclasses.replace(manifest.selection, dominant=2, contextual=1, cls_token=False)
+    embeds, kept = manifest.outputs
+    outputs = (
+        dataclasses.replace(embeds, shape=("batch", 3, 6)),
+        dataclasses.replace(kept, shape=("batch", 2)),
+    )
+    return dataclasses.replace(
+        manifest, tower=tower, selection=selection, outputs=outputs, media=("video",)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (newline_rows, "'tiling.order' is 'newline'"),
+        (pooled, "'tower.pool' is 2, and one ends a clip"),
+    ],
+)
+def test_refuses_a_bundle_that_lacks_the_newline_that_its_tokens_take(
+    tmp_path: Path, tiny_bundle: Path, change: Callable[[Manifest], Manifest], why: str
+) -> None:
+    target = tmp_path / "new"
+    message = f"lacks image_newline.npy, expected it, since {why}; the model has no newline"
+    with pytest.raises(BundleError, match=message), bundle_writer(target) as writer:
+        writer.publish(change(fill(writer, tiny_bundle)))
+    with bundle_writer(target) as writer:
+        manifest = change(fill(writer, tiny_bundle))
+        (writer.folder / "image_newline.npy").write_bytes(npy(NEWLINE))
+        bundle = writer.publish(manifest)
+    assert np.array_equal(bundle.newline(), NEWLINE)

@@ -1,0 +1,615 @@
+"""Quantised graphs in bundles: read with suspicion, added whole, and run as what they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.precisions import a_record, add_precision, fill, golden_precisions
+from vzip.runtime import VisionEncoder
+from vzip.runtime.backends.tensorrt.engine_file import Machine, rebuild_command, unfit
+from vzip.runtime.bundle.engine_record import EngineBatch, EngineRecord
+from vzip.runtime.bundle.fingerprint import fingerprint
+from vzip.runtime.bundle.manifest import Manifest
+from vzip.runtime.bundle.precision_record import PrecisionRecord, Quantised
+from vzip.runtime.bundle.precision_writer import precision_writer
+from vzip.runtime.bundle.reader import Bundle, read_bundle, waiting_folder
+from vzip.runtime.bundle.writer import add_engine, bundle_writer
+from vzip.runtime.cli.main import main
+from vzip.runtime.errors import BundleError, InvalidInputError
+from vzip.runtime.files import atomic
+from vzip.runtime.tokens.cache import TokenCache, cached_image_embeds
+from vzip.runtime.tokens.file import TokenFile
+
+Golden = dict[str, np.ndarray]
+
+OWN = ["manifest.json", "model.onnx", "model.onnx.data"]
+INT8 = ["calibration.int8.json", "model.int8.onnx", "model.int8.onnx.data"]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(entry.relative_to(folder)) for entry in folder.rglob("*"))
+
+
+def report(path: Path) -> str:
+    """Return what the report of the INT8 graph says, as a reader finds it."""
+    with read_bundle(path).open_file("calibration.int8.json") as file:
+        return file.read().decode()
+
+
+# Running one
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_runs_the_graph_of_a_precision(
+    tiny_bundle: Path, golden: Golden, backend: str, precision: Quantised
+) -> None:
+    add_precision(tiny_bundle, precision)
+    if backend == "tensorrt":
+        from vzip.export.engines.tensorrt.publish import BuildRequest, build_engine
+
+        build_engine(tiny_bundle, BuildRequest(precision=precision), say=lambda _: None)
+    with VisionEncoder.open(tiny_bundle, backend=backend, precision=precision) as encoder:
+        assert encoder.precision == precision
+        tokens = encoder.encode(list(golden["images"]))
+        if backend != "tensorrt":
+            assert np.array_equal(tokens.groups, golden["groups"])
+    assert np.array_equal(tokens.kept, golden["kept"])
+    expected = golden_precisions()[precision]
+    tolerance = (5e-3 if backend == "tensorrt" else 1e-6) * np.abs(expected).max()
+    np.testing.assert_allclose(tokens.embeds, expected, rtol=0, atol=tolerance)
+    assert np.abs(tokens.embeds - golden["embeds"]).max() > 10 * tolerance
+
+
+@pytest.mark.parametrize("precision", [None, "fp32"])
+def test_the_bundles_own_graph_is_what_it_was(
+    tiny_bundle: Path, golden: Golden, precision: str | None
+) -> None:
+    add_precision(tiny_bundle)
+    with VisionEncoder.open(tiny_bundle, "onnxruntime", precision=precision) as encoder:
+        assert encoder.precision == "fp32"
+        embeds = encoder.encode(list(golden["images"])).embeds
+    np.testing.assert_allclose(embeds, golden["embeds"], rtol=0, atol=1e-5)
+
+
+def test_a_precision_that_is_not_there(tiny_bundle: Path) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        VisionEncoder.open(tiny_bundle, precision="int8")
+    assert str(caught.value) == (
+        "got precision='int8', expected one of this bundle's: fp32; make it with: vzip calibrate "
+        f"{tiny_bundle} --images FOLDER --precision int8"
+    )
+    add_precision(tiny_bundle)
+    with pytest.raises(InvalidInputError, match=r"this bundle's: fp32, int8; make it .*fp8$"):
+        VisionEncoder.open(tiny_bundle, precision="fp8")
+    with pytest.raises(InvalidInputError, match=r"'fp16', expected .*: fp32, int8; export the b"):
+        VisionEncoder.open(tiny_bundle, precision="fp16")
+
+
+# The manifest
+
+
+def test_a_bundle_as_exported_has_no_such_key(tiny_bundle: Path) -> None:
+    before = (tiny_bundle / "manifest.json").read_bytes()
+    assert b"precisions" not in before
+    manifest = read_bundle(tiny_bundle).manifest
+    assert manifest.precisions == {}
+    assert manifest.to_bytes() == before
+
+
+def test_the_manifest_says_what_was_added(tiny_bundle: Path) -> None:
+    added = add_precision(tiny_bundle)
+    read = read_bundle(tiny_bundle)
+    assert (added.path, added.manifest, added.quantised) == (tiny_bundle, read.manifest, "int8")
+    assert read.manifest.precisions == {"int8": a_record("int8")}
+    assert Manifest.from_bytes(read.manifest.to_bytes()) == read.manifest
+    assert names(tiny_bundle) == sorted([*OWN, *INT8])
+    assert sorted(read.manifest.files) == sorted([*OWN[1:], *INT8])
+    assert (added.precision, added.graph_file) == ("int8", "model.int8.onnx")
+    assert (read.precision, read.graph_file) == ("fp32", "model.onnx")
+    assert added.at(None) == read
+    both = add_precision(tiny_bundle, "fp8").manifest
+    assert set(both.precisions) == {"int8", "fp8"}
+    assert len(both.files) == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"opset": 16}, "'precisions.opset' is 16, expected an integer from 17 to 21"),
+        ({"opset": True}, "'precisions.opset' is True"),
+        ({"samples_sha256": "x"}, "'precisions.samples_sha256' is 'x', expected 64"),
+        ({"images": 0}, "'precisions.images' is 0, expected an integer at least 1"),
+        ({"recipe": None}, "'precisions.recipe' is None, expected an object"),
+        ({"recipe": {"a": None}}, "'precisions.recipe.a' is None, expected true"),
+        ({"agreement": {"a": float("nan")}}, "'precisions.agreement.a' is nan, expected true"),
+        ({"agreement": {"": 1}}, "'precisions.agreement' is '', expected a printable text"),
+    ],
+)
+def test_refuses_wrong_records(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        a_record("int8", **change)
+
+
+def edited(path: Path, change: Callable[[dict[str, Any]], object]) -> Callable[[], Manifest]:
+    value = read_bundle(path).manifest.to_json()
+    change(value)
+    return lambda: Manifest.from_json(value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v["files"].pop("model.int8.onnx"), r"expected also \['model.int8.onnx'\]"),
+        (lambda v: v["files"].pop("calibration.int8.json"), r"also \['calibration.int8.json'\]"),
+        (lambda v: v.pop("precisions"), r"'precisions' is \[\], expected also 'int8'"),
+        (lambda v: v["precisions"].clear(), r"'precisions' is \[\], expected also 'int8'"),
+        (lambda v: v.update(precisions=[]), r"'precisions' is \[\], expected an object"),
+        (lambda v: v["precisions"].update(int4=v["precisions"]["int8"]), "'int4', expected one of"),
+        (lambda v: v["precisions"]["int8"].pop("opset"), r"'precisions.int8' lacks \['opset'\]"),
+        (lambda v: v["precisions"]["int8"].update(x=1), r"'precisions.int8' has the unknown \['x'"),
+    ],
+)
+def test_refuses_manifests_that_contradict_themselves(
+    tiny_bundle: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    add_precision(tiny_bundle)
+    with pytest.raises(BundleError, match=message):
+        edited(tiny_bundle, change)()
+
+
+def test_the_weights_may_be_in_the_graph(tiny_bundle: Path) -> None:
+    add_precision(tiny_bundle)
+    manifest = edited(tiny_bundle, lambda v: v["files"].pop("model.int8.onnx.data"))()
+    assert Bundle(tiny_bundle, manifest, "int8").data_path is None
+    with pytest.raises(BundleError, match=r"model.int8.onnx.data, which the manifest doesn't"):
+        Bundle(tiny_bundle, manifest, "int8").read_model()
+
+
+def test_records_are_objects_of_their_class(tiny_bundle: Path) -> None:
+    manifest = add_precision(tiny_bundle).manifest
+    with pytest.raises(BundleError, match="expected a PrecisionRecord"):
+        dataclasses.replace(manifest, precisions={"int8": {}})  # type: ignore[dict-item]
+
+
+def publish(
+    bundle: Bundle, write: Callable[[Path], None], *, forget: bool = False, **change: Any
+) -> None:
+    """Publish an INT8 graph, or forget to."""
+    with precision_writer(bundle, "int8") as writer:
+        write(writer.folder)
+        if not forget:
+            writer.publish(a_record("int8", **change))
+
+
+# Damage
+
+
+@pytest.mark.parametrize("name", INT8)
+def test_a_damaged_file_spoils_its_precision_alone(tiny_bundle: Path, name: str) -> None:
+    add_precision(tiny_bundle)
+    data = bytearray((tiny_bundle / name).read_bytes())
+    data[-1] ^= 1
+    (tiny_bundle / name).write_bytes(data)
+    message = f"{tiny_bundle}: {name} has SHA-256"
+    with pytest.raises(BundleError, match=message):
+        read_bundle(tiny_bundle)
+    with pytest.raises(BundleError, match=message):
+        VisionEncoder.open(tiny_bundle, "onnxruntime", precision="int8")
+    VisionEncoder.open(tiny_bundle, "onnxruntime").close()
+    (tiny_bundle / name).write_bytes(data[:-1])
+    with pytest.raises(BundleError, match=f"{name} has .* bytes, expected"):
+        VisionEncoder.open(tiny_bundle, "onnxruntime")
+
+
+def test_a_damaged_own_graph_leaves_the_quantised_one_usable(tiny_bundle: Path) -> None:
+    bundle = add_precision(tiny_bundle)
+    data = bytearray((tiny_bundle / "model.onnx.data").read_bytes())
+    data[0] ^= 1
+    (tiny_bundle / "model.onnx.data").write_bytes(data)
+    assert bundle.read_model()
+    with pytest.raises(BundleError, match=r"model.onnx.data has SHA-256"):
+        bundle.at(None).read_model()
+
+
+@pytest.mark.parametrize("where", ["file", "waiting folder"])
+def test_opens_no_link(tiny_bundle: Path, where: str) -> None:
+    bundle = add_precision(tiny_bundle)
+    path = tiny_bundle / "model.int8.onnx.data"
+    aside = tiny_bundle.parent / "aside"
+    if where == "file":
+        path.rename(aside)
+        path.symlink_to(aside)
+    else:
+        aside.mkdir()
+        shutil.copyfile(path, aside / path.name)
+        waiting_folder(tiny_bundle, bundle.manifest, "int8").symlink_to(aside)
+    with pytest.raises(BundleError, match="is a symbolic link, expected a plain file"):
+        read_bundle(tiny_bundle)
+
+
+def test_a_graph_that_reads_the_other_graphs_weights(tiny_bundle: Path) -> None:
+    bundle = read_bundle(tiny_bundle)
+
+    def write(folder: Path) -> None:
+        fill(folder, "int8")
+        shutil.copyfile(tiny_bundle / "model.onnx", folder / "model.int8.onnx")
+
+    message = r"lies in 'model.onnx.data', expected 'model.int8.onnx.data'"
+    with pytest.raises(BundleError, match=message):
+        publish(bundle, write)
+    assert names(tiny_bundle) == OWN
+
+
+# Adding one
+
+
+@pytest.mark.parametrize("fault", ["none", "half", "foreign", "unpublished", "failed"])
+def test_what_is_not_published_leaves_nothing(tiny_bundle: Path, fault: str) -> None:
+    before = read_bundle(tiny_bundle)
+    message = {
+        "none": r"for int8 there is \[\], expected \['calibration.int8.json', 'model.int8.onnx'\]",
+        "half": "defect of the quantiser",
+        "foreign": "there is .*'thesis.txt'.*defect of the quantiser",
+        "unpublished": "written but never published",
+        "failed": "no memory",
+    }[fault]
+
+    def write(folder: Path) -> None:
+        if fault != "none":
+            fill(folder, "int8")
+        if fault == "half":
+            (folder / "calibration.int8.json").unlink()
+        if fault == "foreign":
+            (folder / "thesis.txt").write_text("thesis")
+        if fault == "failed":
+            raise BundleError("no memory")
+
+    with pytest.raises(BundleError, match=message):
+        publish(before, write, forget=fault == "unpublished")
+    assert read_bundle(tiny_bundle) == before
+    assert names(tiny_bundle) == OWN
+
+
+def test_a_staged_graph_runs_before_anybody_sees_it(tiny_bundle: Path, golden: Golden) -> None:
+    before = read_bundle(tiny_bundle)
+    with precision_writer(before, "int8") as writer:
+        fill(writer.folder, "int8")
+        staged = writer.stage(a_record("int8"))
+        with VisionEncoder.open(staged, "onnxruntime") as encoder:
+            embeds = encoder.run(golden["images"][:2]).embeds
+        np.testing.assert_allclose(embeds, golden_precisions()["int8"][:2], rtol=0, atol=1e-5)
+        assert read_bundle(tiny_bundle) == before
+        writer.publish(a_record("int8"))
+    assert names(tiny_bundle) == sorted([*OWN, *INT8])
+
+
+def test_a_new_graph_takes_the_place_of_the_old(tiny_bundle: Path) -> None:
+    add_precision(tiny_bundle, report="old")
+    add_precision(tiny_bundle, "fp8")
+    bundle = add_precision(tiny_bundle, report="new")
+    assert (report(tiny_bundle), bundle.read_model() != b"") == ("new", True)
+    assert len(names(tiny_bundle)) == 9
+    # The same once more, with another record: nothing is moved.
+    publish(read_bundle(tiny_bundle), lambda folder: fill(folder, "int8", "new"), images=99)
+    after = read_bundle(tiny_bundle).manifest
+    assert after.precisions["int8"].images == 99
+    assert after.files == bundle.manifest.files
+    assert len(names(tiny_bundle)) == 9
+
+
+def test_weights_that_are_no_longer_beside_the_graph_are_removed(tiny_bundle: Path) -> None:
+    add_precision(tiny_bundle)
+
+    def write(folder: Path) -> None:
+        (folder / "model.int8.onnx").write_bytes(b":\0")  # an empty graph
+        (folder / "calibration.int8.json").write_text("{}")
+
+    publish(read_bundle(tiny_bundle), write)
+    assert names(tiny_bundle) == sorted([*OWN, *INT8[:2]])
+
+
+def test_refuses_a_bundle_that_was_changed_meanwhile(tiny_bundle: Path) -> None:
+    first = read_bundle(tiny_bundle)
+    add_precision(tiny_bundle, report="theirs")
+    with pytest.raises(BundleError, match="is another one than when the bundle was opened"):
+        publish(first, lambda folder: fill(folder, "int8", "mine"))
+    assert report(tiny_bundle) == "theirs"
+    assert names(tiny_bundle) == sorted([*OWN, *INT8])
+
+
+@pytest.mark.parametrize("when", range(12))
+def test_a_full_disk_leaves_the_old_graph_or_the_new(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, when: int
+) -> None:
+    add_precision(tiny_bundle, report="old")
+    calls, fsync = [0], os.fsync
+
+    def fail(descriptor: int) -> None:
+        calls[0] += 1
+        if calls[0] > when:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(atomic.os, "fsync", fail)
+    failed = False
+    try:
+        add_precision(tiny_bundle, report="new")
+    except BundleError as error:
+        failed = True
+        assert "the disk or quota is full; free some space" in str(error)  # noqa: PT017
+    monkeypatch.undo()
+    # From the rename of the manifest on (its seventh flush), the new one is there.
+    assert report(tiny_bundle) == ("old" if when < 6 else "new")
+    assert failed == (calls[0] > when)
+    if when < 6:
+        assert names(tiny_bundle) == sorted([*OWN, *INT8])
+    VisionEncoder.open(tiny_bundle, "onnxruntime", precision="int8").close()
+    add_precision(tiny_bundle, report="third")
+    assert names(tiny_bundle) == sorted([*OWN, *INT8])
+
+
+def killed(work: Callable[[], object], steps: int) -> bool:
+    """Return whether a fork of this process that does `work` was killed at a step, by SIGKILL."""
+    child = os.fork()
+    if child == 0:
+        left = [steps]
+
+        def counting(call: Callable[..., Any]) -> Callable[..., Any]:
+            def step(*args: Any, **options: Any) -> Any:
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left[0] -= 1
+                return call(*args, **options)
+
+            return step
+
+        for name in ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir"):
+            setattr(os, name, counting(getattr(os, name)))
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def test_sigkill_at_any_step_leaves_the_old_graph_or_the_new(
+    tiny_bundle: Path, golden: Golden
+) -> None:
+    start, found = tiny_bundle.parent / "start", []
+    add_precision(tiny_bundle, report="old")
+    shutil.copytree(tiny_bundle, start)
+    own = read_bundle(start).read_model()
+    for steps in range(200):
+        shutil.rmtree(tiny_bundle)
+        shutil.copytree(start, tiny_bundle)
+        was_killed = killed(lambda: add_precision(tiny_bundle, report="new"), steps)
+        bundle = read_bundle(tiny_bundle)  # with all digests
+        found.append(report(tiny_bundle))
+        assert bundle.read_model() == own
+        with VisionEncoder.open(tiny_bundle, "onnxruntime", precision="int8") as encoder:
+            assert encoder.run(golden["images"][:1]).kept.tolist() == golden["kept"][:1].tolist()
+        # The next writer gets through, whatever it writes, and nothing is left behind.
+        last = ("new", "old", "third")[steps % 3]
+        add_precision(tiny_bundle, report=last)
+        assert report(tiny_bundle) == last
+        there = names(tiny_bundle)
+        hidden = [name for name in there if name.startswith(".manifest.json.")]  # goes on export
+        assert sorted(set(there) - set(hidden)) == sorted([*OWN, *INT8])
+        if not was_killed:
+            break
+    assert found == ["old"] * found.count("old") + ["new"] * found.count("new")
+    assert found.count("old") > 5
+    assert found.count("new") > 3
+
+
+def waits(path: Path, report: str) -> Bundle:
+    """Leave a bundle as a writer does that is killed after the manifest and before any rename."""
+    bundle = add_precision(path, report=report)
+    waiting = waiting_folder(path, bundle.manifest, "int8")
+    waiting.mkdir()
+    for name in INT8:
+        (path / name).rename(waiting / name)
+        (path / name).write_bytes(b"of an older graph")
+    return bundle
+
+
+@pytest.mark.parametrize("moved", range(4))
+def test_files_that_wait_are_run_from_where_they_wait(
+    tiny_bundle: Path, golden: Golden, backend: str, moved: int
+) -> None:
+    if backend == "tensorrt":
+        backend = "onnxruntime"  # an engine holds its weights itself
+    bundle = waits(tiny_bundle, "waits")
+    waiting = waiting_folder(tiny_bundle, bundle.manifest, "int8")
+    for name in INT8[:moved]:
+        (waiting / name).replace(tiny_bundle / name)
+    assert report(tiny_bundle) == "waits"
+    with VisionEncoder.open(tiny_bundle, backend, precision="int8") as encoder:
+        embeds = encoder.run(golden["images"][:3]).embeds
+    np.testing.assert_allclose(embeds, golden_precisions()["int8"][:3], rtol=0, atol=1e-5)
+
+
+def test_a_file_that_takes_its_place_while_it_is_opened(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = waits(tiny_bundle, "waits")
+    waiting = waiting_folder(tiny_bundle, bundle.manifest, "int8")
+    opened = os.open
+
+    def raced(path: str | Path, *arguments: int) -> int:
+        path = Path(path)
+        if path.parent == waiting and path.exists():
+            path.replace(tiny_bundle / path.name)
+        return opened(path, *arguments)
+
+    monkeypatch.setattr(os, "open", raced)
+    assert report(tiny_bundle) == "waits"
+    assert bundle.read_model()
+
+
+def test_an_export_drops_quantised_graphs(tiny_bundle: Path, tiny_static_bundle: Path) -> None:
+    other = add_precision(tiny_static_bundle).manifest
+    add_precision(tiny_bundle, "fp8")
+    waits(tiny_bundle, "waits")
+    (tiny_bundle / ".fp8.0123.vzip-tmp").mkdir()
+    with bundle_writer(tiny_bundle) as writer:
+        for name in OWN[1:]:
+            shutil.copyfile(tiny_static_bundle / name, writer.folder / name)
+        writer.publish(other)
+    assert names(tiny_bundle) == OWN
+    assert read_bundle(tiny_bundle).manifest.precisions == {}
+
+
+def test_an_export_writes_no_quantised_graph(tiny_bundle: Path, tmp_path: Path) -> None:
+    manifest = add_precision(tiny_bundle).manifest
+
+    def export() -> None:
+        with bundle_writer(tmp_path / "new") as writer:
+            for name in manifest.files:
+                shutil.copyfile(tiny_bundle / name, writer.folder / name)
+            writer.publish(manifest)
+
+    with pytest.raises(BundleError, match="exporter left other files"):
+        export()
+
+
+# Engines
+
+
+def an_engine(bundle: Bundle) -> EngineRecord:
+    return EngineRecord(
+        sha256="0" * 64,
+        bytes=1,
+        stack="tensorrt",
+        version="10.3.0.30",
+        gpu="Orin",
+        sm=("87",),
+        jetpack=None,
+        precision=bundle.precision,
+        batch=EngineBatch(1, 1, 3),
+        model_sha256=bundle.manifest.files[bundle.graph_file].sha256,
+        settings={},
+        seconds=1.0,
+        fused_attention=None,
+        proof=None,
+    )
+
+
+def with_engines(path: Path) -> Bundle:
+    """Return a bundle with an engine from its own graph and one from its INT8 graph."""
+    quantised = add_precision(path)
+    own = quantised.at(None)
+    manifest = dataclasses.replace(
+        own.manifest, engines={"own": an_engine(own), "small": an_engine(quantised)}
+    )
+    return dataclasses.replace(own, manifest=manifest)
+
+
+def test_an_engine_fits_the_graph_it_was_built_from(tiny_bundle: Path) -> None:
+    own = with_engines(tiny_bundle)
+    int8, machine = own.at("int8"), Machine("tensorrt", "10.3.0.30", "Orin", "87")
+    assert unfit(own, "own", machine) is None
+    assert unfit(int8, "small", machine) is None
+    assert unfit(own, "small", machine) == (
+        "the engine 'small' was built from the graph in int8, the bundle was opened with that in "
+        "fp32; open it with precision='int8' (--precision int8) to run this engine"
+    )
+    assert "in fp32, the bundle was opened with that in int8" in str(unfit(int8, "own", machine))
+
+
+def test_an_engine_of_an_older_calibration_is_refused(tiny_bundle: Path) -> None:
+    bundle = with_engines(tiny_bundle).at("int8")
+    record = dataclasses.replace(bundle.manifest.engines["small"], model_sha256="d" * 64)
+    manifest = dataclasses.replace(bundle.manifest, engines={"small": record})
+    said = unfit(dataclasses.replace(bundle, manifest=manifest), "small")
+    assert said is not None
+    assert "SHA-256 dddddddddddd…, the bundle's model.int8.onnx has" in said
+    assert said.endswith(f"build it again: vzip build {tiny_bundle} --precision int8")
+    ahead = dataclasses.replace(record, gpu=None, stack="tensorrt_rtx", sm=("86", "89"))
+    assert rebuild_command(bundle, ahead) == (
+        f"vzip build {tiny_bundle} --precision int8 --rtx sm86,sm89"
+    )
+
+
+def test_an_engine_is_added_to_the_graph_it_was_built_from(tiny_bundle: Path) -> None:
+    bundle, plan = add_precision(tiny_bundle), b"a plan"
+    record = dataclasses.replace(
+        an_engine(bundle), sha256=hashlib.sha256(plan).hexdigest(), bytes=len(plan)
+    )
+    with pytest.raises(BundleError, match=r"built from a model.onnx with SHA-256"):
+        add_engine(bundle.at(None), "small", record, plan)
+    after = add_engine(bundle, "small", record, plan)
+    assert after == read_bundle(tiny_bundle).at("int8")
+    assert after.manifest.engines["small"].quantised == "int8"
+
+
+# What tokens are compared by
+
+
+def test_the_fingerprint_differs_by_precision(tiny_bundle: Path) -> None:
+    before = fingerprint(read_bundle(tiny_bundle).manifest)
+    manifest = add_precision(tiny_bundle, "fp8").manifest
+    manifest = add_precision(tiny_bundle).manifest
+    found = {fingerprint(manifest), fingerprint(manifest, "int8"), fingerprint(manifest, "fp8")}
+    assert len(found) == 3
+    assert before in found
+    # How it was judged is no part of it, what it computes is.
+    other = add_precision(tiny_bundle, report="another").manifest
+    assert fingerprint(other, "int8") == fingerprint(manifest, "int8")
+    files = dict(other.files)
+    files["model.int8.onnx.data"] = dataclasses.replace(
+        files["model.int8.onnx.data"], sha256="0" * 64
+    )
+    changed = dataclasses.replace(other, files=files)
+    assert fingerprint(changed, "int8") != fingerprint(manifest, "int8")
+    assert fingerprint(changed) == before
+
+
+def test_a_cache_keeps_precisions_apart(tiny_bundle: Path, golden: Golden, tmp_path: Path) -> None:
+    add_precision(tiny_bundle)
+    cache, image = TokenCache(tmp_path / "cache"), golden["images"][0]
+    embeds = {}
+    for precision in (None, "int8", None, "int8"):
+        with VisionEncoder.open(tiny_bundle, "onnxruntime", precision=precision) as encoder:
+            got = cached_image_embeds(encoder, image, cache)
+            assert np.array_equal(got, embeds.setdefault(precision, got))
+    assert not np.array_equal(embeds[None], embeds["int8"])
+
+
+def test_the_command_line_takes_a_precision(
+    tiny_bundle: Path, golden: Golden, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    add_precision(tiny_bundle)
+    picture, output = tmp_path / "a.png", tmp_path / "tokens.safetensors"
+    Image.fromarray(golden["images"][0]).save(picture)
+    arguments = ["encode", str(tiny_bundle), str(picture), "-o", str(output)]
+    arguments += ["--backend", "onnxruntime"]
+    assert main([*arguments, "--precision", "int8"]) == 0
+    with TokenFile.open(output) as file:
+        assert file.origin.fingerprint == fingerprint(read_bundle(tiny_bundle).manifest, "int8")
+        tokens = file.read("a.png").tokens
+    np.testing.assert_allclose(tokens, golden_precisions()["int8"][0], rtol=0, atol=1e-5)
+    assert main(arguments) == 2  # tokens of two graphs don't belong together
+    assert "was made by a bundle with the fingerprint" in capsys.readouterr().err
+    shown = ["show", str(tiny_bundle), str(picture), "--backend", "onnxruntime"]
+    assert main([*shown, "-o", str(tmp_path / "o.png"), "--precision", "int8"]) == 0
+    assert main([*shown, "-o", str(tmp_path / "o.png"), "--precision", "fp8"]) == 2
+    assert "make it with: vzip calibrate" in capsys.readouterr().err
+
+
+def test_the_record_is_what_its_json_says() -> None:
+    record = a_record("int8")
+    assert PrecisionRecord.from_json("precisions.int8", record.to_json()) == record

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from vzip.runtime.bundle.onnx_wire import ExternalTensor, external_tensors, with_output
+from vzip.runtime.errors import BundleError
+
+
+def varint(value: int) -> bytes:
+    out = b""
+    while value > 0x7F:
+        out, value = out + bytes([value & 0x7F | 0x80]), value >> 7
+    return out + bytes([value])
+
+
+def message(number: int, data: bytes) -> bytes:
+    return varint(number << 3 | 2) + varint(len(data)) + data
+
+
+def entry(key: str, value: str) -> bytes:
+    return message(13, message(1, key.encode()) + message(2, value.encode()))
+
+
+def tensor(location: str = "model.onnx.data", *more: bytes, external: bool = True) -> bytes:
+    flag = varint(14 << 3) + b"\x01" if external else b""
+    where = entry("location", location) + entry("offset", "8") + entry("length", "4")
+    return message(8, b"w") + where + flag + b"".join(more)
+
+
+def model(graph: bytes = b"") -> bytes:
+    return varint(1 << 3) + b"\x08" + message(7, graph)
+
+
+FOUND = ExternalTensor("w", "model.onnx.data", 8, 4)
+
+
+def node(attribute: bytes) -> bytes:
+    return message(1, message(5, attribute))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(model(message(5, tensor())), id="initializer"),
+        pytest.param(model(message(5, tensor(external=False))), id="location-not-external"),
+        pytest.param(model(message(15, message(1, tensor()))), id="sparse-values"),
+        pytest.param(model(message(15, message(2, tensor()))), id="sparse-indices"),
+        pytest.param(model(node(message(5, tensor()))), id="attribute-tensor"),
+        pytest.param(model(node(message(10, tensor()))), id="attribute-tensors"),
+        pytest.param(model(node(message(22, message(1, tensor())))), id="attribute-sparse"),
+        pytest.param(model(node(message(23, message(1, tensor())))), id="attribute-sparses"),
+        pytest.param(model(node(message(6, message(5, tensor())))), id="subgraph"),
+        pytest.param(model(node(message(11, message(5, tensor())))), id="subgraphs"),
+        pytest.param(
+            model() + message(25, message(7, message(5, message(5, tensor())))), id="function"
+        ),
+        pytest.param(model() + message(25, message(11, message(5, tensor()))), id="default"),
+        pytest.param(model() + message(20, message(1, message(5, tensor()))), id="training-init"),
+        pytest.param(model() + message(20, message(2, message(5, tensor()))), id="training-step"),
+        pytest.param(model() + model(message(5, tensor())), id="graph-in-two-parts"),
+    ],
+)
+def test_finds_external_tensors_wherever_they_stand(data: bytes) -> None:
+    assert external_tensors(data) == [FOUND]
+
+
+def test_ignores_tensors_that_hold_their_data() -> None:
+    assert external_tensors(model(message(5, message(8, b"w") + message(9, b"1234")))) == []
+
+
+def test_keeps_the_order_of_the_file() -> None:
+    data = model(message(5, tensor("a")) + node(message(5, tensor("b"))) + message(5, tensor("c")))
+    assert [each.location for each in external_tensors(data)] == ["a", "b", "c"]
+
+
+def test_reads_the_golden_bundle(tiny_bundle: Path) -> None:
+    found = external_tensors((tiny_bundle / "model.onnx").read_bytes())
+    size = (tiny_bundle / "model.onnx.data").stat().st_size
+    assert sum(each.length for each in found) == size
+    assert {each.location for each in found} == {"model.onnx.data"}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param(entry("location", "/etc/passwd"), id="location-twice"),
+        pytest.param(entry("checksum", "0"), id="unknown-key"),
+        pytest.param(entry("offset", "8"), id="offset-twice"),
+    ],
+)
+def test_refuses_ambiguous_descriptions(more: bytes) -> None:
+    with pytest.raises(BundleError, match="exactly one each of location, offset and length"):
+        external_tensors(model(message(5, tensor("model.onnx.data", more))))
+
+
+@pytest.mark.parametrize("number", ["-1", "0x10", "", " 8", "1e3", "٣", "9" * 20])
+def test_refuses_offsets_that_are_no_plain_numbers(number: str) -> None:
+    where = entry("location", "model.onnx.data") + entry("offset", number) + entry("length", "4")
+    with pytest.raises(BundleError, match="the last two in digits"):
+        external_tensors(model(message(5, where)))
+
+
+def test_refuses_an_external_tensor_without_a_place() -> None:
+    with pytest.raises(BundleError, match="'w' is described by \\[\\], expected exactly one each"):
+        external_tensors(model(message(5, message(8, b"w") + varint(14 << 3) + b"\x01")))
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"", "there is no graph in it"),
+        (b"\x08", "it ends within a number"),
+        (b"\x3a\x05ab", "it ends within a field"),
+        (b"\x3b", "wire type 3"),
+        (b"\x3f", "wire type 7"),
+        (b"\x02\x00", "field number 0"),
+        (b"\x38\x01", "wire type 0 where a GraphProto was expected"),
+        (b"\x08" + b"\xff" * 9 + b"\x7f", "a number has more than 64 bits"),
+        (b"\x08" + b"\xff" * 10 + b"\x01", "a number has more than 64 bits"),
+        (b"\x0d\x00\x00", "it ends within a field"),
+        (model(message(5, message(8, b"\xff"))), "a text is not UTF-8"),
+        (b"not an ONNX file, just text", "malformed"),
+    ],
+)
+def test_refuses_what_is_no_model(data: bytes, what: str) -> None:
+    with pytest.raises(BundleError, match=what):
+        external_tensors(data)
+
+
+def test_refuses_graphs_nested_too_deeply() -> None:
+    graph = b""
+    for _ in range(100):
+        graph = node(message(6, graph))
+    with pytest.raises(BundleError, match="nested more than 64 deep"):
+        external_tensors(model(graph))
+
+
+def test_every_truncation_is_refused_or_harmless(tiny_bundle: Path) -> None:
+    whole = (tiny_bundle / "model.onnx").read_bytes()
+    expected = external_tensors(whole)
+    for end in range(0, len(whole), 7):
+        try:
+            found = external_tensors(whole[:end])
+        except BundleError:
+            continue
+        assert found == expected  # only what follows the graph was cut off
+
+
+def test_no_flipped_bit_raises_anything_but_a_bundle_error(tiny_bundle: Path) -> None:
+    whole = (tiny_bundle / "model.onnx").read_bytes()
+    refused = 0
+    for place, bit in itertools.product(range(0, len(whole), 5), range(0, 8, 3)):
+        data = bytearray(whole)
+        data[place] ^= 1 << bit
+        try:
+            external_tensors(bytes(data))
+        except BundleError:
+            refused += 1
+    assert refused > 100
+
+
+def test_with_output_appends_one_output() -> None:
+    data = model(message(5, tensor()))
+    longer = with_output(data, "token_weights")
+    assert longer == data + message(7, message(12, message(1, b"token_weights")))
+    assert external_tensors(longer) == [FOUND]
+
+
+def test_with_output_writes_long_names() -> None:
+    name = "a" * 300
+    assert with_output(b"", name) == message(7, message(12, message(1, name.encode())))

@@ -1,0 +1,796 @@
+"""The command line: what it imports, prints and returns, and what it says about bad input."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.places import GOLDEN
+from vzip.runtime import VisionEncoder, console
+from vzip.runtime.cli import ask as commands
+from vzip.runtime.cli import main as cli
+from vzip.runtime.cli.main import COMMANDS, ENTRY_POINTS, main
+from vzip.runtime.errors import InvalidInputError, MissingDependencyError, VzipError
+from vzip.runtime.llm.local.transformers import TransformersLLM
+
+BUNDLE = GOLDEN / "tiny_bundle"
+HEAVY = ("torch", "onnxruntime", "transformers", "onnx", "vzip.export", "vzip.calibration")
+
+
+def run(*argv: str, **kwargs) -> subprocess.CompletedProcess[str]:
+    """Run vzip in a process of its own."""
+    command = [sys.executable, "-m", "vzip.runtime.cli.main", *argv]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
+
+
+def python(code: str, **kwargs) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipe = subprocess.PIPE
+    kwargs = {"stdout": pipe, "stderr": pipe, "text": True, "env": env, **kwargs}
+    return subprocess.run([sys.executable, "-c", code], check=False, **kwargs)
+
+
+def one_line(capsys, prog: str = "vzip") -> str:
+    """The one line on stderr, after which nothing was printed."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"{prog}: error: ")
+    assert captured.err.endswith("\n")
+    assert captured.err.count("\n") == 1
+    return captured.err.removeprefix(f"{prog}: error: ").strip()
+
+
+@pytest.fixture
+def image(tmp_path) -> Path:
+    path = tmp_path / "image.png"
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    return path
+
+
+def test_without_standard_error_nothing_is_said(monkeypatch, capsys):
+    console.say("reading …")
+    assert capsys.readouterr() == ("", "reading …\n")
+    monkeypatch.setattr(sys, "stderr", None)  # as with 2>&-
+    console.say("reading …")
+    assert capsys.readouterr().out == ""
+
+
+# --- the table -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argv", [["-h"], ["--version"], ["ask", "-h"], ["chat", "-h"], ["show", "-h"]]
+)
+def test_help_imports_nothing_heavy(argv):
+    result = python(
+        "import sys\n"
+        "from vzip.runtime.cli.main import main\n"
+        f"main({argv})\n"
+        f"print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
+    )
+    assert result.stderr.splitlines()[-1] == "[]"
+
+
+def test_help_lists_every_command_in_one_line():
+    result = run("-h")
+    assert result.returncode == 0
+    assert result.stderr == ""
+    lines = [line.split(None, 1) for line in result.stdout.splitlines()]
+    for group, listed in COMMANDS.items():
+        assert lines.count([f"{group}:"]) == 1
+        for name, text in listed.items():
+            assert lines.count([name, text]) == 1
+    assert max(map(len, result.stdout.splitlines())) <= 100
+
+
+def test_every_command_is_a_function_that_an_entry_point_names():
+    installed = {each.name: each for each in metadata.entry_points(group=ENTRY_POINTS)}
+    assert set(installed) == {name for group in COMMANDS.values() for name in group}
+    for name, place in installed.items():
+        function = place.load()
+        assert [*inspect.signature(function).parameters] == ["argv", "prog"], name
+
+
+def test_commands_get_their_arguments_and_their_name(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        commands, "show", lambda argv, *, prog: calls.append((list(argv), prog)) or 7
+    )
+    assert main(["show", "-o", "x y"]) == 7
+    assert calls == [(["-o", "x y"], "vzip show")]
+
+
+def test_arguments_of_the_process_are_the_default(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["vzip", "--version"])
+    main()
+    assert "vzip" in "".join(capsys.readouterr())
+
+
+def test_version(capsys, monkeypatch):
+    monkeypatch.setattr(metadata, "version", {"vzip": "1.2.3"}.__getitem__)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == "vzip 1.2.3\n"
+
+
+def test_version_of_a_folder_that_was_never_installed(capsys, monkeypatch):
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    assert main(["--version"]) == 2
+    assert "never installed; install it with: pip install -e ." in one_line(capsys)
+
+
+def test_without_a_command_the_help_goes_to_stderr(capsys):
+    assert main([]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("usage: vzip COMMAND")
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("exprot", "unknown command 'exprot'; did you mean 'export'?"),
+        ("zzz", "unknown command 'zzz'; 'vzip -h' lists what there is"),
+        ("--hlep", "unknown option '--hlep'; did you mean '--help'?"),
+        ("", "unknown command ''; 'vzip -h' lists what there is"),
+    ],
+)
+def test_unknown_words_get_a_suggestion(word, line, capsys):
+    assert main([word]) == 2
+    assert one_line(capsys) == line
+
+
+# --- how commands end ------------------------------------------------------------------------
+
+
+def fail_with(error):
+    def command():
+        raise error
+
+    return command
+
+
+def test_an_error_of_ours_is_one_line(capsys):
+    error = VzipError("the hub said\n  no:\nnever")
+    assert console.run_command(fail_with(error), prog="vzip-export") == 2
+    assert one_line(capsys, "vzip-export") == "the hub said no: never"
+
+
+def test_an_interrupt_has_no_traceback(capsys):
+    assert console.run_command(fail_with(KeyboardInterrupt()), prog="vzip") == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        console.run_command(fail_with(ZeroDivisionError()), prog="vzip")
+
+
+@pytest.mark.parametrize(("code", "status"), [(None, 0), (0, 0), (2, 2)])
+def test_argparses_exits_become_statuses(code, status):
+    assert console.run_command(fail_with(SystemExit(code)), prog="vzip") == status
+
+
+def test_a_commands_status_is_the_exit_status():
+    assert console.run_command(lambda: 1, prog="vzip") == 1
+
+
+@pytest.mark.parametrize("argv", [["-h"], ["ask", "-h"]])
+def test_a_reader_that_goes_away_is_no_error(argv):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as stdout:
+        result = python(
+            f"import sys; from vzip.runtime.cli.main import main; sys.exit(main({argv}))",
+            stdout=stdout,
+        )
+    assert result.returncode == 141
+    assert result.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's device that is always full")
+@pytest.mark.parametrize("code", ["emit('answer')", "print('answer')"])
+def test_a_full_disk_is_one_line(code):
+    with Path("/dev/full").open("w") as stdout:
+        result = python(
+            "import sys; from vzip.runtime.console import emit, run_command\n"
+            f"sys.exit(run_command(lambda: {code} or 0, prog='vzip'))",
+            stdout=stdout,
+        )
+    assert result.returncode == 2
+    assert result.stderr.startswith("vzip: error: standard output can't be written (No space left")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_closed_stdout_is_one_line():
+    code = (
+        "import sys; from vzip.runtime.console import emit, run_command; "
+        "sys.exit(run_command(lambda: emit('answer') or 0, prog='vzip'))"
+    )
+    result = subprocess.run(
+        ["/bin/sh", "-c", 'exec "$0" -c "$1" >&-', sys.executable, code],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("vzip: error: standard output is closed")
+
+
+def test_a_character_that_the_terminal_lacks_is_escaped():
+    result = python(
+        "from vzip.runtime.console import emit; emit('a 字 b')",
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert result.stdout == "a \\u5b57 b\n"
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal and remembers what was flushed when."""
+
+    def __init__(self, text: str = "", *, terminal: bool = True) -> None:
+        super().__init__(text)
+        self.terminal = terminal
+        self.flushed: list[str] = []
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def flush(self) -> None:
+        self.flushed.append(self.getvalue())
+
+
+def test_progress_is_quiet_when_nobody_watches(monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("a bar without a terminal")
+
+    monkeypatch.setitem(sys.modules, "tqdm", SimpleNamespace(tqdm=never))
+    monkeypatch.setattr(sys, "stderr", Terminal(terminal=False))
+    items = [1, 2]
+    assert console.progress(items, desc="reading") is items
+    monkeypatch.setattr(sys, "stderr", None)
+    assert console.progress(items, desc="reading") is items
+
+
+def test_progress_works_without_tqdm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert list(console.progress([1, 2], desc="reading")) == [1, 2]
+
+
+def test_progress_shows_a_bar_on_a_terminal(monkeypatch):
+    seen = {}
+
+    def bar(items, **kwargs):
+        seen.update(kwargs)
+        return (item for item in items)
+
+    monkeypatch.setitem(sys.modules, "tqdm", SimpleNamespace(tqdm=bar))
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert list(console.progress(iter([1, 2]), desc="reading", total=2, unit="shard")) == [1, 2]
+    assert seen == {"desc": "reading", "total": 2, "unit": "shard", "leave": False}
+
+
+# --- ask and chat ----------------------------------------------------------------------------
+
+
+class Conversation:
+    """Answers with the question, in pieces of three letters."""
+
+    def __init__(self) -> None:
+        self.limits: list[int] = []
+
+    def stream(self, question, *, max_new_tokens):
+        if "?" not in question:
+            raise InvalidInputError("that is no question")
+        self.limits.append(max_new_tokens)
+        text = f"<{question.strip()}>"
+        return (text[first : first + 3] for first in range(0, len(text), 3))
+
+    def ask(self, question, *, max_new_tokens):
+        return "".join(self.stream(question, max_new_tokens=max_new_tokens))
+
+
+@pytest.fixture
+def conversation(monkeypatch):
+    made = Conversation()
+    monkeypatch.setattr(commands, "_conversation", lambda arguments: made)
+    return made
+
+
+def test_ask_prints_the_answer_alone(conversation, capsys):
+    assert main(["ask", "b", "i", "what is it?"]) == 0
+    assert capsys.readouterr() == ("<what is it?>\n", "")
+    assert conversation.limits == [256]
+
+
+def test_ask_passes_the_limit(conversation):
+    assert main(["ask", "b", "i", "what?", "--max-new-tokens", "5"]) == 0
+    assert conversation.limits == [5]
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["ask", "b", "i", ""], "ask: the question is empty"),
+        (["ask", "b", "i", " \n"], "ask: the question is empty"),
+        (["ask", "b", "i", "\udcff?"], "not valid Unicode text (at character 0)"),
+        (["ask", "b", "i", "what?", "--max-new-tokens", "0"], "limit of 0 new tokens"),
+        (["chat", "b", "i", "--max-new-tokens", "-1"], "limit of -1 new tokens"),
+        (["ask", "b", "i", "what?", "--frames", "0"], "ask: got --frames 0; it takes 1 or more"),
+        (["chat", "b", "i", "--frames", "-3"], "chat: got --frames -3; it takes 1 or more"),
+    ],
+)
+def test_what_can_be_refused_at_once_is(argv, text, capsys, monkeypatch):
+    monkeypatch.setattr(commands, "_conversation", lambda arguments: pytest.fail("too late"))
+    assert main(argv) == 2
+    assert text in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["ask", "b", "i"], "required: QUESTION"),
+        (["ask", "b", "i", "q?", "--bakend", "x"], "unrecognized arguments: --bakend x"),
+        (["ask", "b", "i", "q?", "--max-new", "5"], "unrecognized arguments: --max-new 5"),
+        (["ask", "b", "i", "q?", "--max-new-tokens", "many"], "invalid int value: 'many'"),
+        (["show", "b", "i", "-o", "o.png", "--frames", "2"], "unrecognized arguments: --frames 2"),
+        (["show", "b", "i"], "required: -o/--output"),
+    ],
+)
+def test_mistyped_arguments(argv, text, capsys):
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert text in captured.err.splitlines()[-1]
+    assert captured.err.splitlines()[-1].startswith(f"vzip {argv[0]}: error: ")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["b", "1", "2", "3", "-q?", "--backend", "x"],
+        ["b", "1", "2", "3", "--backend", "x", "-q?"],
+        ["b", "1", "--backend", "x", "2", "3", "-q?"],
+        ["--backend", "x", "b", "1", "2", "3", "-q?"],
+    ],
+)
+@pytest.mark.parametrize("dash", [False, True])
+def test_options_may_stand_anywhere(argv, dash, conversation, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(commands, "_conversation", lambda each: seen.append(each) or conversation)
+    if dash and argv[-1] == "-q?":
+        argv = [*argv[:-1], "--", "-q?"]
+    else:
+        argv = ["q?" if each == "-q?" else each for each in argv]
+    assert main(["ask", *argv]) == 0
+    assert capsys.readouterr().out.strip("<->\n") == "q?"
+    assert (str(seen[0].bundle), seen[0].backend) == ("b", "x")
+    assert list(map(str, seen[0].images)) == ["1", "2", "3"]
+
+
+def test_chat_answers_each_line_as_it_is_made(conversation, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", Terminal("one?\n\n  \ntwo? \n三?", terminal=False))
+    stdout, stderr = Terminal(terminal=False), Terminal(terminal=False)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    assert main(["chat", "b", "i"]) == 0
+    assert stdout.getvalue() == "<one?>\n<two?>\n<三?>\n"
+    assert stderr.getvalue() == "", "the prompt is for terminals"
+    assert stdout.flushed[:3] == ["<on", "<one?>", "<one?>\n"]
+
+
+def test_chat_of_nothing_says_nothing(conversation, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", Terminal("", terminal=False))
+    assert main(["chat", "b", "i"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_chat_in_a_pipe_ends_at_a_question_that_fails(conversation, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", Terminal("one?\ntwo\nthree?\n", terminal=False))
+    assert main(["chat", "b", "i"]) == 2
+    assert capsys.readouterr() == ("<one?>\n", "vzip: error: that is no question\n")
+
+
+def test_chat_at_a_terminal_prompts_and_goes_on(conversation, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", Terminal("two\nthree?\n"))
+    assert main(["chat", "b", "i"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "<three?>\n"
+    assert captured.err == "> vzip: error: that is no question\n> > \n"
+
+
+def test_chat_without_stdin(conversation, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["chat", "b", "i"]) == 2
+    assert "chat: standard input is closed" in one_line(capsys)
+
+
+def test_chat_with_questions_that_are_no_text(conversation, monkeypatch, capsys):
+    raw = io.TextIOWrapper(io.BytesIO(b"caf\xe9?\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", raw)
+    assert main(["chat", "b", "i"]) == 2
+    assert "standard input is not UTF-8 text" in one_line(capsys)
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers"])
+def test_without_the_llms_packages_the_extra_is_named(package, monkeypatch):
+    if package == "transformers":  # torch is imported first, and need not be here
+        monkeypatch.setitem(sys.modules, "torch", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingDependencyError) as caught:
+        TransformersLLM.open("demo")
+    assert f"the package '{package}'" in str(caught.value)
+    assert "pip install 'vzip[export]'" in str(caught.value)
+
+
+# --- real bundles and images -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["ask", "chat", "show"])
+@pytest.mark.parametrize(
+    "fault", ["image absent", "image broken", "bundle absent", "bundle a file", "backend"]
+)
+def test_bad_input_is_one_line_and_leaves_nothing(command, fault, image, tmp_path, capsys):
+    bundle, extra = BUNDLE, []
+    if fault == "image absent":
+        image, text = tmp_path / "absent.png", "absent.png"
+    elif fault == "image broken":
+        image.write_bytes(image.read_bytes()[:300])
+        text = "image.png"
+    elif fault == "bundle absent":
+        bundle, text = tmp_path / "absent", "found nothing, expected the folder that `vzip export"
+    elif fault == "bundle a file":
+        bundle, text = BUNDLE / "model.onnx", "found a file, expected the folder that `vzip export"
+    else:
+        extra, text = ["--backend", "tensorflow"], "tensorflow"
+    last = {"ask": ["what?"], "chat": [], "show": ["-o", str(tmp_path / "overlay.png")]}[command]
+    before = sorted(tmp_path.iterdir())
+    assert main([command, str(bundle), str(image), *last, *extra]) == 2
+    assert text in one_line(capsys)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_llm_that_does_not_exist_is_refused(image, capsys):
+    assert main(["ask", str(BUNDLE), str(image), "what?", "--llm", "./nowhere"]) == 2
+    assert "'./nowhere' does not exist" in one_line(capsys)
+
+
+@pytest.mark.parametrize("command", ["ask", "chat"])
+def test_frames_of_an_image_are_refused(command, image, capsys):
+    last = ["what?"] if command == "ask" else []
+    assert main([command, str(BUNDLE), str(image), *last, "--frames", "4"]) == 2
+    assert "image.png' is not a video that is known here" in one_line(capsys)
+
+
+@pytest.mark.parametrize("command", ["ask", "chat"])
+def test_a_video_that_is_not_there(command, tmp_path, capsys):
+    last = ["what?"] if command == "ask" else []
+    absent = tmp_path / "nope.mp4"
+    assert main([command, str(BUNDLE), str(absent), *last, "--frames", "4"]) == 2
+    assert f"the video '{absent}' does not exist" in one_line(capsys)
+
+
+def test_what_is_neither_image_nor_video(tmp_path, capsys):
+    (odd := tmp_path / "odd.mp4").write_bytes(b"neither of them")
+    video = "or, for a video, one of MP4, MOV, MKV, WebM, AVI"
+    assert main(["ask", str(BUNDLE), str(odd), "what?"]) == 2
+    assert video in (line := one_line(capsys))
+    assert "expected one of JPEG, PNG" in line
+    assert main(["show", str(BUNDLE), str(odd), "-o", str(tmp_path / "overlay.png")]) == 2
+    assert video not in one_line(capsys)
+
+
+class Asked(list):
+    """The tokens that an LLM was given, call by call."""
+
+    def open(self, bundle):
+        return self
+
+    def conversation(self, embeds, *, frames):
+        assert frames is None
+        self.append(embeds)
+        return Conversation()
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    made = Asked()
+    monkeypatch.setattr(commands, "own", lambda bundle: made)
+    monkeypatch.setattr(commands.ImageTokens, "of", lambda manifest: None)  # its weights are random
+    return made
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Bundles whose graph was opened, and how many images each encoded."""
+    made = []
+
+    class Counted(VisionEncoder):
+        def __init__(self, bundle, backend, opened):
+            super().__init__(bundle, backend, opened)
+            made.append([bundle.path.name, 0])
+
+        def image_tokens(self, image):
+            made[-1][1] += 1
+            return super().image_tokens(image)
+
+    monkeypatch.setattr("vzip.runtime.encoder.VisionEncoder", Counted)
+    return made
+
+
+def noise(path, seed, **options):
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def ask(bundle, *argv):
+    return main(["ask", str(bundle), *map(str, argv), "what?"])
+
+
+def test_an_animation_is_its_first_frame_and_that_is_said(tmp_path, asked, opened, capsys):
+    first, second = (Image.new("RGB", (20, 20), colour) for colour in ("red", "blue"))
+    output = tmp_path / "overlay.png"
+    for suffix in ("gif", "webp", "png"):
+        path = tmp_path / f"a.{suffix}"
+        first.save(path, save_all=True, append_images=[second])
+        says = f"a.{suffix} is animated: its first frame is taken"
+        more = "give a folder of frames or a video for more"
+        assert main(["show", str(BUNDLE), str(path), "-o", str(output)]) == 0
+        assert capsys.readouterr().err == f"{says}\n"
+        opened.clear()
+        for options in ([], ["--cache", tmp_path / "cache"], ["--cache", tmp_path / "cache"]):
+            assert ask(BUNDLE, path, *options) == 0
+            assert capsys.readouterr().err == f"{says}; {more}\n"
+        assert len(opened) == 2, "the last is from the cache"
+        first.save(path)
+        assert ask(BUNDLE, path) == 0
+        assert capsys.readouterr().err == ""
+
+
+def test_pictures_behind_a_photo_are_no_animation(tmp_path, asked, capsys):
+    photo, depth = (Image.new("RGB", (20, 20), colour) for colour in ("red", "blue"))
+    path = tmp_path / "photo.jpg"
+    photo.save(path, format="MPO", save_all=True, append_images=[depth])
+    assert ask(BUNDLE, path) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_picture_in_the_cache_is_not_encoded(image, tmp_path, asked, opened, monkeypatch):
+    cache = tmp_path / "cache"
+    assert ask(BUNDLE, image) == 0
+    assert ask(BUNDLE, image, "--cache", cache) == 0
+    assert opened == [["tiny_bundle", 1]] * 2
+    assert ask(BUNDLE, image, "--cache", cache) == 0
+    twin = tmp_path / "another name.jpg"
+    twin.write_bytes(image.read_bytes())
+    assert ask(BUNDLE, twin, "--cache", cache) == 0
+    monkeypatch.setattr(sys, "stdin", io.StringIO("what?"))
+    assert main(["chat", str(BUNDLE), str(image), "--cache", str(cache)]) == 0
+    assert opened == [["tiny_bundle", 1]] * 2, "no graph was opened"
+    assert len(asked) == 5
+    for (tokens,) in asked:
+        assert tokens.dtype == np.float32
+        np.testing.assert_array_equal(tokens, asked[0][0])
+
+
+def test_of_several_pictures_those_that_lack_are_encoded(tmp_path, asked, opened):
+    one, two, three = (noise(tmp_path / f"{seed}.png", seed) for seed in (1, 2, 3))
+    cache = tmp_path / "cache"
+    assert ask(BUNDLE, two, "--cache", cache) == 0
+    assert ask(BUNDLE, one, two, three, one, "--cache", cache) == 0
+    assert ask(BUNDLE, one, two, three, one) == 0
+    assert opened == [["tiny_bundle", 1], ["tiny_bundle", 2], ["tiny_bundle", 3]]
+    assert len({tokens.tobytes() for tokens in asked[1]}) == 3
+    np.testing.assert_array_equal(asked[1], asked[2])
+    np.testing.assert_array_equal(asked[1][1], asked[0][0])
+
+
+def test_another_bundles_tokens_and_another_pictures_are_not_taken(image, tmp_path, asked, opened):
+    cache, other = tmp_path / "cache", BUNDLE.with_name("tiny_static_bundle")
+    assert ask(BUNDLE, image, "--cache", cache) == 0
+    assert ask(other, image, "--cache", cache) == 0
+    assert [tokens[0].dtype for tokens in asked] == [np.float32, np.float16]
+    assert ask(BUNDLE, noise(image, 9), "--cache", cache) == 0  # under the same path
+    assert ask(BUNDLE, image, "--cache", tmp_path / "other cache") == 0
+    assert [name for name, _ in opened] == [BUNDLE.name, other.name, BUNDLE.name, BUNDLE.name]
+    assert not np.array_equal(asked[2], asked[0])
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_the_same_pixels_turned_are_another_picture(tmp_path, asked, opened):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    cache = tmp_path / "cache"
+    upright = noise(tmp_path / "a.jpg", 1)
+    assert ask(BUNDLE, upright, "--cache", cache) == 0
+    assert ask(BUNDLE, noise(tmp_path / "b.jpg", 1, exif=turned), "--cache", cache) == 0
+    assert len(opened) == 2
+    assert not np.array_equal(asked[0], asked[1])
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "none"])
+def test_a_damaged_entry_is_encoded_again(damage, image, tmp_path, asked, opened):
+    cache = tmp_path / "cache"
+    assert ask(BUNDLE, image, "--cache", cache) == 0
+    (entry,) = cache.iterdir()
+    data = bytearray(entry.read_bytes())
+    if damage == "bit":
+        data[-5] ^= 4
+    entry.write_bytes(data[:-4] if damage == "cut" else data)
+    for _ in range(2):
+        assert ask(BUNDLE, image, "--cache", cache) == 0
+    assert len(opened) == (1 if damage == "none" else 2)
+    np.testing.assert_array_equal(asked[1], asked[0])
+    np.testing.assert_array_equal(asked[2], asked[0])
+
+
+@pytest.mark.parametrize("kind", ["video", "folder", "several"])
+@pytest.mark.parametrize("command", ["ask", "chat"])
+def test_a_cache_holds_no_videos(command, kind, image, tmp_path, capsys):
+    shown = [tmp_path]
+    if kind != "folder":
+        shown = [tmp_path / "clip.mp4"]
+        shown[0].write_bytes(b"\0\0\0\x18ftypisom" + b"x" * 500)
+    shown = [str(each) for each in (shown if kind != "several" else [image, *shown])]
+    last = ["what?"] if command == "ask" else []
+    cache = tmp_path / "cache"
+    assert main([command, "no bundle", *shown, *last, "--cache", str(cache)]) == 2
+    assert "got --cache and a video, expected images" in one_line(capsys)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("fault", ["absent", "broken", "text", "frames"])
+def test_a_bad_image_is_explained_with_a_cache_as_without(fault, image, tmp_path, capsys):
+    options = []
+    if fault == "absent":
+        image.unlink()
+    elif fault == "broken":
+        image.write_bytes(image.read_bytes()[:300])
+    elif fault == "text":
+        image.write_text("no picture")
+    else:
+        options = ["--frames", "2"]
+    assert ask(BUNDLE, image, *options) == 2
+    line = one_line(capsys)
+    assert f"'{image}'" in line
+    assert ask(BUNDLE, image, *options, "--cache", tmp_path / "cache") == 2
+    assert one_line(capsys) == line
+    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("place", ["image.png", "absent/cache"])
+def test_a_cache_that_can_t_be_made_is_one_line(place, image, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(VisionEncoder, "open", lambda *_: pytest.fail("too late"))
+    assert ask(BUNDLE, image, "--cache", tmp_path / place) == 2
+    assert one_line(capsys).startswith(f"{tmp_path / place}: no token cache can be made there")
+
+
+def test_a_cache_that_can_t_be_written_is_one_line(image, tmp_path, asked, capsys, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert ask(BUNDLE, image, "--cache", tmp_path / "cache") == 2
+    assert "cache: the token cache can't be written (No space left on" in one_line(capsys)
+    assert asked == []
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_video_is_asked_about_alone(order, image, tmp_path, capsys):
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(b"\0\0\0\x18ftypisom" + b"x" * 500)
+    shown = [image, clip][::order]
+    assert ask("no bundle", *shown) == 2
+    assert "got 2 files and folders, expected one video or any number of images" in one_line(capsys)
+
+
+@pytest.mark.parametrize("fault", ["video broken", "folder empty", "frame broken"])
+def test_a_bad_video_is_one_line(fault, image, tmp_path, capsys):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    shown, text = folder, "is a folder without images"
+    if fault == "video broken":
+        shown, text = tmp_path / "clip.mp4", "clip.mp4' can't be decoded"
+        shown.write_bytes(b"\0\0\0\x18ftypisom" + b"x" * 500)
+    elif fault == "frame broken":
+        (folder / "frame7.png").write_bytes(image.read_bytes()[:300])
+        text = "frame7.png"
+    for argv in (["ask", "what?"], ["chat"]):
+        assert main([argv[0], str(BUNDLE), str(shown), *argv[1:]]) == 2
+        assert text in one_line(capsys)
+
+
+def test_an_engine_is_asked_for_by_name(image, tmp_path, capsys):
+    output = tmp_path / "overlay.png"
+    assert main(["show", str(BUNDLE), str(image), "-o", str(output), "--engine", "orin"]) == 2
+    assert "has no engine, expected one for this machine" in one_line(capsys)
+    mixed = ["--engine", "orin", "--backend", "onnxruntime"]
+    assert main(["show", str(BUNDLE), str(image), "-o", str(output), *mixed]) == 2
+    assert "expected backend='tensorrt'" in one_line(capsys)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("kind", ["video", "folder"])
+def test_show_refuses_what_is_no_image(kind, tmp_path, capsys):
+    shown = tmp_path
+    if kind == "video":
+        shown = tmp_path / "clip.mp4"
+        shown.write_bytes(b"\0\0\0\x18ftypisom" + b"x" * 500)
+    assert main(["show", str(BUNDLE), str(shown), "-o", str(tmp_path / "overlay.png")]) == 2
+    assert "is a video or a folder, but one image is drawn; take a frame" in one_line(capsys)
+
+
+def test_show_writes_the_overlay_and_prints_its_path(image, tmp_path, capsys):
+    output = tmp_path / "new" / "overlay.PNG"
+    output.parent.mkdir()
+    assert main(["show", str(BUNDLE), str(image), "-o", str(output)]) == 0
+    assert capsys.readouterr() == (f"{output}\n", "")
+    assert list(output.parent.iterdir()) == [output]
+    with Image.open(output) as picture:
+        assert picture.format == "PNG"
+        assert picture.mode == "RGB"
+        assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 100
+    output.write_text("old")
+    assert main(["show", str(BUNDLE), str(image), "-o", str(output)]) == 0
+    assert output.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_show_says_that_tiles_are_not_drawn(image, tmp_path, tiny_bundle, capsys):
+    manifest = tiny_bundle / "manifest.json"
+    values = json.loads(manifest.read_text())
+    values["tiling"] = {"pinpoints": [[16, 32]], "order": "reference"}
+    values["preprocessing"]["mode"] = "stretch"
+    manifest.write_text(json.dumps(values))
+    assert main(["show", str(tiny_bundle), str(image), "-o", str(tmp_path / "o.png")]) == 0
+    assert capsys.readouterr().err == "show: this bundle cuts tiles; the base tile is drawn\n"
+
+
+@pytest.mark.parametrize(
+    ("output", "text"),
+    [
+        ("overlay.jpg", "but the picture is a PNG; give a file name that ends with .png"),
+        ("overlay", "but the picture is a PNG"),
+        ("absent/overlay.png", "absent' does not exist; create it first"),
+        ("folder.png", "which is a folder; give a file name in it"),
+    ],
+)
+def test_show_refuses_an_output_before_any_work(output, text, tmp_path, capsys):
+    (tmp_path / "folder.png").mkdir()
+    assert main(["show", "no bundle", "no image", "-o", str(tmp_path / output)]) == 2
+    assert text in one_line(capsys)
+
+
+def test_show_that_can_not_write_keeps_the_old_picture(image, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "overlay.png"
+    output.write_text("old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(["show", str(BUNDLE), str(image), "-o", str(output)]) == 2
+    assert "can't be written (No space left on device); give a file" in one_line(capsys)
+    assert output.read_text() == "old"
+    assert sorted(tmp_path.iterdir()) == [image, output]
+
+
+def test_the_console_is_run_as_a_module():
+    assert run("nonsense").returncode == 2
+    assert cli.PROG == "vzip"

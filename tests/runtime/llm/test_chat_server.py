@@ -1,0 +1,616 @@
+"""The client of OpenAI-compatible servers, against a real server in a thread."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from tests.runtime.llm.fake_chat_server import (
+    FakeServer,
+    answer,
+    event,
+    fake_server,
+    piece,
+    send,
+    stream,
+)
+from vzip.runtime.errors import BackendError, InvalidInputError
+from vzip.runtime.llm import ImageTokens
+from vzip.runtime.llm.server import http_client
+from vzip.runtime.llm.server.chat_server import ServerLLM
+
+KEY = "TINY_API_KEY"
+TOKENS = ImageTokens(count=2, hidden_size=4, image_token_id=3)
+EMBEDS = np.arange(8, dtype=np.float32).reshape(2, 4)
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+
+
+class TinyServer(ServerLLM):
+    name = "tiny"
+    key_variable = KEY
+
+    def part(self, embeds, uuid):
+        return {"type": "tokens", "rows": embeds.tolist(), "uuid": uuid}
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
+    monkeypatch.delenv(KEY, raising=False)
+    with fake_server() as server:
+        yield server
+
+
+def ask(fake: FakeServer, question: str = "What is it?") -> str:
+    return TinyServer(fake.url, TOKENS).ask(EMBEDS, question)
+
+
+def asked(fake: FakeServer, question: str = "What is it?") -> pytest.ExceptionInfo[Exception]:
+    """Return the error that a question ends in; it is one line."""
+    with pytest.raises((BackendError, InvalidInputError)) as caught:
+        ask(fake, question)
+    assert str(caught.value).startswith("tiny: ")
+    assert "\n" not in str(caught.value)
+    return caught
+
+
+class TestRequest:
+    def test_body_of_the_first_turn(self, fake):
+        llm = TinyServer(fake.url, TOKENS)
+        first = llm.conversation([EMBEDS, EMBEDS + 1])
+        assert first.ask("  What is it? ", max_new_tokens=7) == "An answer."
+        (body,) = fake.asked
+        parts = body["messages"][0]["content"]
+        uuids = [part.pop("uuid") for part in parts[:2]]
+        assert body == {
+            "model": "demo",
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "tokens", "rows": EMBEDS.tolist()},
+                        {"type": "tokens", "rows": (EMBEDS + 1).tolist()},
+                        {"type": "text", "text": "What is it?"},
+                    ],
+                }
+            ],
+            "max_tokens": 7,
+            "temperature": 0,
+            "stream": True,
+        }
+        assert uuids[0] != uuids[1]
+        assert all(len(uuid) == 64 for uuid in uuids)
+
+    def test_uuid_is_that_of_the_tokens(self, fake):
+        llm = TinyServer(fake.url, TOKENS)
+
+        def uuid(embeds):
+            llm.conversation(embeds).ask("?")
+            return fake.asked[-1]["messages"][0]["content"][0]["uuid"]
+
+        assert uuid(EMBEDS) == uuid(EMBEDS.copy()) == uuid(np.asfortranarray(EMBEDS))
+        assert uuid(EMBEDS) != uuid(EMBEDS.astype(np.float16))
+        assert uuid(EMBEDS) != uuid(EMBEDS[::-1])
+
+    def test_later_turns_carry_all_before(self, fake):
+        conversation = TinyServer(fake.url, TOKENS).conversation(EMBEDS)
+        assert conversation.ask("What is it?") == "An answer."
+        assert conversation.ask("And why?") == "An answer."
+        first, second = (body["messages"] for body in fake.asked)
+        assert second == [
+            *first,
+            {"role": "assistant", "content": "An answer."},
+            {"role": "user", "content": "And why?"},
+        ]
+        assert list(conversation.messages) == [
+            *second,
+            {"role": "assistant", "content": "An answer."},
+        ]
+
+    def test_frames_are_images(self, fake):
+        video = np.concatenate([EMBEDS, EMBEDS + 1, EMBEDS + 2])
+        TinyServer(fake.url, TOKENS).ask(video, "?", frames=3)
+        parts = fake.asked[0]["messages"][0]["content"]
+        assert [part.get("rows") for part in parts] == [
+            EMBEDS.tolist(),
+            (EMBEDS + 1).tolist(),
+            (EMBEDS + 2).tolist(),
+            None,
+        ]
+
+    def test_video_with_a_place_of_its_own_is_refused(self, fake):
+        tokens = ImageTokens(2, 4, 3, video_token_id=5, frame_count=2)
+        with pytest.raises(InvalidInputError, match=r"^tiny: got a video's tokens, which this LLM"):
+            TinyServer(fake.url, tokens).conversation(EMBEDS, frames=1)
+
+    @pytest.mark.parametrize("path", ["", "/", "/v1", "/v1/", "/llm/v1", "/llm/"])
+    def test_address_with_and_without_v1(self, fake, path):
+        prefix = "/llm" if "llm" in path else ""
+        fake.pages[f"{prefix}/v1/models"] = {"data": [{"id": "other"}]}
+        llm = TinyServer(fake.url + path, TOKENS)
+        assert (llm.model, llm.url) == ("other", fake.url + prefix)
+
+    @pytest.mark.parametrize(
+        ("url", "what"),
+        [
+            ("localhost:8000", "expected that of a server"),
+            ("ftp://localhost", "expected that of a server"),
+            ("http://", "expected that of a server"),
+            ("http://localhost:eighty", "expected that of a server"),
+            ("http://[::1", "expected that of a server"),
+            ("http://local host", "expected that of a server"),
+            ("http://lö", "expected that of a server"),
+            ("http://localhost?key=1", "expected one without '?' and '#'"),
+        ],
+    )
+    def test_what_is_no_address(self, url, what):
+        with pytest.raises(InvalidInputError) as caught:
+            TinyServer(url, TOKENS)
+        assert str(caught.value).startswith(f"tiny: got the address {url!r}, {what}")
+
+    def test_password_in_the_address_is_not_repeated(self):
+        with pytest.raises(InvalidInputError, match="holds a user name or password") as caught:
+            TinyServer("http://me:secret@localhost:1", TOKENS)
+        assert "secret" not in str(caught.value)
+
+
+class TestChecks:
+    @pytest.mark.parametrize(
+        ("embeds", "what"),
+        [
+            (EMBEDS[:1], "got tokens of shape [1, 4]; it takes"),
+            (EMBEDS[:, :3], "got tokens of shape [2, 3]; it takes"),
+            (EMBEDS[None], "got tokens of shape [1, 2, 4]; it takes"),
+            (EMBEDS * np.nan, "2 of 2 tokens (first: row 0) hold NaN"),
+            (EMBEDS.astype(np.float64), "got tokens of dtype float64"),
+            ([], "got an empty list of images"),
+        ],
+    )
+    def test_tokens_before_the_call(self, fake, embeds, what):
+        llm = TinyServer(fake.url, TOKENS)
+        with pytest.raises(InvalidInputError) as caught:
+            llm.conversation(embeds)
+        assert what in str(caught.value)
+        assert fake.asked == []
+
+    @pytest.mark.parametrize(
+        ("question", "limit", "what"),
+        [
+            (" ", 1, "the question is empty"),
+            ("\ud800", 1, "not valid Unicode"),
+            ("Is <image> this?", 1, "the question contains '<image>'"),
+            ("Is <video> this?", 1, "the question contains '<video>'"),
+            ("What?", 0, "got a limit of 0 new tokens"),
+        ],
+    )
+    def test_questions_before_the_call(self, fake, question, limit, what):
+        conversation = TinyServer(fake.url, TOKENS).conversation(EMBEDS)
+        with pytest.raises(InvalidInputError) as caught:
+            conversation.stream(question, max_new_tokens=limit)
+        assert what in str(caught.value)
+        assert fake.asked == []
+        assert conversation.messages == ()
+
+
+class TestModels:
+    def test_one_is_taken_several_are_listed(self, fake):
+        fake.models = ("a", "b")
+        with pytest.raises(InvalidInputError) as caught:
+            TinyServer(fake.url, TOKENS)
+        assert str(caught.value) == (
+            f"tiny: {fake.url} serves 'a', 'b', but none was named; serve one model, or give one "
+            "of these names in Python: TinyServer(…, model=…)"
+        )
+        assert TinyServer(fake.url, TOKENS, model="b").model == "b"
+        with pytest.raises(InvalidInputError, match="serves 'a', 'b', but 'c' is not among them"):
+            TinyServer(fake.url, TOKENS, model="c")
+
+    @pytest.mark.parametrize("page", [{"data": []}, {"models": ["a"]}, [], "x", None])
+    def test_no_list_of_models(self, fake, page):
+        fake.pages["/v1/models"] = lambda handler, _: send(handler, json.dumps(page).encode())
+        with pytest.raises(BackendError, match="/v1/models lists no models; it is no OpenAI-"):
+            TinyServer(fake.url, TOKENS)
+
+    def test_not_json(self, fake):
+        fake.pages["/v1/models"] = lambda handler, _: send(handler, b"<html>", kind="text/html")
+        with pytest.raises(BackendError, match="answered with text/html that is not JSON"):
+            TinyServer(fake.url, TOKENS)
+
+    def test_not_there(self, fake):
+        fake.pages["/v1/models"] = lambda handler, _: send(handler, b"<h1>Not here", 404)
+        with pytest.raises(BackendError) as caught:
+            TinyServer(fake.url, TOKENS)
+        assert str(caught.value) == (
+            f"tiny: the server at {fake.url} answered HTTP 404 Not Found; it has no /v1/models: "
+            "give the address of a server of this engine"
+        )
+
+
+class TestStream:
+    def test_pieces_come_as_they_are_sent(self, fake):
+        go_on = threading.Event()
+
+        def reply(handler, body):
+            def chunks():
+                yield piece("One")
+                assert go_on.wait(10)
+                yield piece(" two") + piece(None, "stop") + event("[DONE]")
+
+            stream(handler, chunks())
+
+        fake.reply = reply
+        pieces = TinyServer(fake.url, TOKENS).conversation(EMBEDS).stream("Count")
+        assert next(pieces) == "One"  # before the server says more
+        go_on.set()
+        assert list(pieces) == [" two"]
+
+    @pytest.mark.parametrize("size", [1, 2, 3, 7, 10_000])
+    def test_bytes_divided_anywhere(self, fake, size):
+        # A character of two, three and four bytes, and every way to end a line.
+        text = answer("  é", " 水", "🎉 \n", "\n", "x ", " ").replace(b"\n\n", b"\r\n\r\n", 2)
+        text = b": keep-alive\n\nid: 1\nevent: message\nretry: 5\n" + text
+        fake.reply = lambda handler, _: stream(
+            handler, [text[at : at + size] for at in range(0, len(text), size)]
+        )
+        conversation = TinyServer(fake.url, TOKENS).conversation(EMBEDS)
+        # White space goes out with what follows it.
+        assert list(conversation.stream("?")) == ["é", " 水", "🎉", " \n\nx"]
+        assert conversation.messages[-1] == {"role": "assistant", "content": "é 水🎉 \n\nx"}
+
+    def test_data_of_several_lines_and_without_a_blank(self, fake):
+        text = b'data:{"choices": [{"delta":\ndata: {"content": "x"}}]}\n\n'
+        fake.reply = lambda handler, _: stream(handler, [text + answer()])
+        assert ask(fake) == "x"
+
+    def test_usage_and_null_content_are_no_pieces(self, fake):
+        fake.reply = lambda handler, _: stream(
+            handler,
+            [
+                event({"choices": [{"delta": {"content": None}}]}),
+                piece("x"),
+                piece(None, "length"),
+                event({"choices": [], "usage": {"total_tokens": 3}}),
+            ],
+        )  # no [DONE]: why it ended was said
+        assert ask(fake) == "x"
+
+    def test_empty_answer(self, fake):
+        fake.reply = lambda handler, _: stream(handler, [answer(" ", "\n")])
+        conversation = TinyServer(fake.url, TOKENS).conversation(EMBEDS)
+        assert conversation.ask("?") == ""
+        conversation.ask("On?")
+        assert fake.asked[1]["messages"][1] == {"role": "assistant", "content": ""}
+
+    def test_without_chunks(self, fake):
+        fake.reply = lambda handler, _: send(handler, answer("x"), kind="text/event-stream")
+        assert ask(fake) == "x"
+
+
+class TestTurns:
+    def test_an_answer_left_unread_counts_as_far_as_it_came(self, fake):
+        fake.reply = lambda handler, _: stream(handler, [answer("One", " two", " three")])
+        conversation = TinyServer(fake.url, TOKENS).conversation(EMBEDS)
+        left = conversation.stream("Count")
+        assert next(left) == "One"
+        assert conversation.ask("On?") == "One two three"
+        assert [message["content"] for message in fake.asked[1]["messages"][1:]] == ["One", "On?"]
+        with pytest.raises(InvalidInputError, match=r"^tiny: this answer was left behind by a"):
+            next(left)
+        assert len(conversation.messages) == 4
+
+    def test_closed_early(self, fake):
+        closed = threading.Event()
+
+        def reply(handler, body):
+            try:
+                stream(handler, [piece("One"), *([piece("!" * 9_000)] * 10_000)])
+            finally:
+                closed.set()
+
+        fake.reply = reply
+        conversation = TinyServer(fake.url, TOKENS).conversation(EMBEDS)
+        pieces = conversation.stream("Count")
+        next(pieces)
+        pieces.close()
+        assert closed.wait(10), "the server sees that nobody listens"
+        assert conversation.messages[-1] == {"role": "assistant", "content": "One"}
+
+    def test_a_later_question_ends_what_is_left_unread(self, fake):
+        closed = threading.Event()
+        whole = fake.reply
+
+        def reply(handler, body):
+            try:
+                stream(handler, [piece("One"), *([piece("!" * 9_000)] * 10_000)])
+            finally:
+                closed.set()
+
+        fake.reply = reply
+        conversation = TinyServer(fake.url, TOKENS).conversation(EMBEDS)
+        left = conversation.stream("Count")
+        assert next(left) == "One"
+        fake.reply = whole
+        assert conversation.ask("On?") == "An answer."
+        assert closed.wait(10)
+
+    def test_an_answer_never_read_was_never_asked_for(self, fake):
+        conversation = TinyServer(fake.url, TOKENS).conversation(EMBEDS)
+        unread = conversation.stream("Never")
+        assert conversation.ask("First?") == "An answer."
+        assert [body["messages"][0]["content"][1]["text"] for body in fake.asked] == ["First?"]
+        with pytest.raises(InvalidInputError, match="left behind"):
+            next(unread)
+        assert len(fake.asked) == 1
+
+    @pytest.mark.parametrize("turns", [0, 1])
+    def test_a_turn_that_failed_is_taken_back(self, fake, turns):
+        conversation = TinyServer(fake.url, TOKENS).conversation(EMBEDS)
+        for _ in range(turns):
+            conversation.ask("Before?")
+        whole = fake.reply
+        fake.reply = lambda handler, _: stream(handler, [piece("Half")], end=False)
+        pieces = conversation.stream("What?")
+        assert next(pieces) == "Half"
+        with pytest.raises(BackendError, match="closed the connection; see its log"):
+            next(pieces)
+        assert len(conversation.messages) == 2 * turns
+        fake.reply = whole
+        assert conversation.ask("What?") == "An answer."
+        failed, again = fake.asked[-2:]
+        assert failed == again
+
+    def test_refused_question_is_taken_back(self, fake):
+        conversation = TinyServer(fake.url, TOKENS).conversation(EMBEDS)
+        whole = fake.reply
+        fake.reply = lambda handler, _: send(handler, b'{"error": {"message": "too long"}}', 400)
+        with pytest.raises(InvalidInputError, match=r"answered HTTP 400 Bad Request: too long$"):
+            conversation.ask("What?")
+        assert conversation.messages == ()
+        fake.reply = whole
+        assert conversation.ask("What?") == "An answer."
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("status", "page", "error", "words"),
+        [
+            (
+                401,
+                b'{"error": "Unauthorized"}',
+                BackendError,
+                f"Unauthorized: Unauthorized; the environment variable {KEY} is not set: set the",
+            ),
+            (
+                404,
+                b'{"error": {"message": "The model `x` does not exist.", "code": 404}}',
+                BackendError,
+                "answered HTTP 404 Not Found: The model `x` does not exist; see the server's log",
+            ),
+            (
+                404,
+                b'{"detail": "Not Found"}',
+                BackendError,
+                "answered HTTP 404 Not Found: Not Found; it has no /v1/chat/completions: give",
+            ),
+            (
+                422,
+                b'{"detail": [{"loc": ["body"], "msg": "Field required"}]}',
+                InvalidInputError,
+                ": Field required",
+            ),
+            (
+                400,
+                b'{"object": "error", "message": "At most 1 image(s).\\nSee there."}',
+                InvalidInputError,
+                "answered HTTP 400 Bad Request: At most 1 image(s). See there",
+            ),
+            (
+                500,
+                b"<html><h1>Oops</h1></html>",
+                BackendError,
+                "answered HTTP 500 Internal Server Error; see the server's log",
+            ),
+            (
+                502,
+                b"no upstream",
+                BackendError,
+                "answered HTTP 502 Bad Gateway: no upstream; see the server's log",
+            ),
+            (
+                503,
+                b"",
+                BackendError,
+                "answered HTTP 503 Service Unavailable; it is busy or not ready yet",
+            ),
+            (500, b'{"error": {"code": 3}}', BackendError, 'Error: {"code": 3}; see the'),
+        ],
+    )
+    def test_http_status(self, fake, status, page, error, words):
+        fake.reply = lambda handler, _: send(handler, page, status, "text/html")
+        caught = asked(fake)
+        assert caught.type is error
+        assert words in str(caught.value)
+
+    def test_long_pages_are_cut(self, fake):
+        fake.reply = lambda handler, _: send(handler, b"x" * 100_000, 500)
+        assert len(str(asked(fake).value)) < 600
+
+    @pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions"])
+    @pytest.mark.parametrize("status", [302, 307])
+    def test_redirection_is_not_followed(self, fake, path, status):
+        with fake_server() as other:
+
+            def reply(handler, body):
+                handler.send_response(status)
+                handler.send_header("Location", f"{other.url}{path}")
+                handler.send_header("Content-Length", "0")
+                handler.end_headers()
+
+            fake.reply = fake.pages["/v1/models"] = reply
+            if path != "/v1/models":
+                del fake.pages["/v1/models"]
+            words = str(asked(fake).value)
+            assert other.requests == []
+        assert f"answered HTTP {status} " in words
+        assert f"; it redirects to {other.url}{path}, and requests with a body don't" in words
+
+    @pytest.mark.parametrize(
+        ("sent", "words"),
+        [
+            (
+                event({"error": {"message": "CUDA out of memory", "code": 500}}),
+                "CUDA out of memory",
+            ),
+            (b"event: error\n" + event({"object": "error", "message": "Oh"}), "answering: Oh; see"),
+            (piece("x", "abort"), "ended the answer with 'abort'; ask again"),
+            (piece("x"), "broke off in the middle of an answer"),
+            (b"", "broke off in the middle of an answer"),
+            (event("garbage"), "sent an event that is no piece of an answer: 'garbage'"),
+            (event({"choices": [{"text": "x"}]}), "sent an event that is no piece of an answer"),
+            (event({"choices": [{"delta": {"content": 7}}]}), "sent an event that is no piece"),
+            (event([1]), "sent an event that is no piece"),
+            (b'data: {"choices": [{"delta": {"content": "\\ud800"}}]}\n\n', "that is no piece"),
+            (b"data: \xff\xfe\n\n", "sent an answer that is not UTF-8"),
+            (b"x" * (1 << 20), "sent a line of 1048576 characters or more"),
+        ],
+    )
+    def test_broken_streams(self, fake, sent, words):
+        fake.reply = lambda handler, _: stream(handler, [sent] if sent else [])
+        caught = asked(fake)
+        assert caught.type is BackendError
+        assert words in str(caught.value)
+
+    def test_no_stream(self, fake):
+        fake.reply = lambda handler, _: send(handler, b'{"error": {"message": "No."}}')
+        assert "answered with no stream of events: No.; see" in str(asked(fake).value)
+        fake.reply = lambda handler, _: send(handler, b"<html>", kind="text/html")
+        assert "answered with no stream of events: text/html; see" in str(asked(fake).value)
+
+    @pytest.mark.parametrize(
+        ("raw", "words"),
+        [
+            (b"", "closed the connection; see its log"),
+            (b"SSH-2.0-OpenSSH_9.6\r\n", "answered with something that is not HTTP"),
+            (
+                HEAD + b"Content-Length: 900\r\n\r\n" + piece("x"),
+                "broke off in the middle of an answer",
+            ),
+            (
+                HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+                "closed the connection; see its log",
+            ),
+        ],
+    )
+    def test_dies_halfway(self, fake, raw, words):
+        def reply(handler, body):
+            handler.wfile.write(raw)
+            handler.close_connection = True
+
+        fake.reply = reply
+        assert words in str(asked(fake).value)
+
+    def test_nobody_there(self, fake, monkeypatch):
+        with fake_server() as gone:
+            pass
+        with pytest.raises(BackendError) as caught:
+            TinyServer(gone.url, TOKENS)
+        assert str(caught.value) == (
+            f"tiny: the server at {gone.url} refuses connections; start it, or check the address "
+            "and its port"
+        )
+
+    def test_unknown_host(self):
+        with pytest.raises(BackendError, match="is at a host that is not known here; check the"):
+            TinyServer("http://nowhere.invalid:8000", TOKENS)
+
+    @pytest.mark.parametrize("late", [b"", piece("x")])
+    def test_too_slow(self, fake, monkeypatch, late):
+        done = threading.Event()
+
+        def reply(handler, body):
+            if late:
+                stream(handler, [late], end=False)
+            done.wait(10)
+
+        fake.reply = reply
+        monkeypatch.setattr(http_client, "ANSWER_SECONDS", 0.3)
+        llm = TinyServer(fake.url, TOKENS)
+        began = time.monotonic()
+        with pytest.raises(BackendError, match=r"did not answer within 0 s; check the address"):
+            llm.ask(EMBEDS, "?")
+        done.set()
+        assert time.monotonic() - began < 5
+
+
+class TestKey:
+    def test_goes_along_and_is_never_shown(self, fake, monkeypatch):
+        monkeypatch.setenv(KEY, "sk-secret\n")
+        assert ask(fake) == "An answer."
+        assert {each.headers["authorization"] for each in fake.requests} == {"Bearer sk-secret"}
+        fake.reply = lambda handler, _: send(handler, b'{"error": "bad key: sk-secret"}', 401)
+        words = str(asked(fake).value)
+        assert "Unauthorized: bad key: ***; the environment variable TINY_API_KEY holds an" in words
+        assert "sk-secret" not in words
+
+    def test_none_is_sent_without_one(self, fake):
+        ask(fake)
+        assert not any("authorization" in each.headers for each in fake.requests)
+
+    def test_what_no_header_takes(self, fake, monkeypatch):
+        for key in ("two\nlines", "schlüssel"):
+            monkeypatch.setenv(KEY, key)
+            with pytest.raises(InvalidInputError, match="holds characters that no HTTP") as caught:
+                TinyServer(fake.url, TOKENS)
+            assert key not in str(caught.value)
+
+
+class TestNetwork:
+    def test_proxy_is_for_others_than_this_machine(self, fake, monkeypatch):
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        port = fake.url.rpartition(":")[2]
+        with fake_server() as proxy:
+            monkeypatch.setenv("http_proxy", proxy.url)
+            for host in ("127.0.0.1", "localhost", "0.0.0.0"):
+                assert TinyServer(f"http://{host}:{port}", TOKENS).model == "demo"
+            assert proxy.requests == []
+            proxy.pages["http://server.example:1/v1/models"] = {"data": [{"id": "far"}]}
+            assert TinyServer("http://server.example:1", TOKENS).model == "far"
+        with pytest.raises(BackendError) as caught:
+            TinyServer("http://server.example:1", TOKENS)
+        assert "refuses connections (through the proxy that the environment names)" in str(
+            caught.value
+        )
+        monkeypatch.setenv("no_proxy", "server.invalid")
+        with pytest.raises(BackendError, match="is at a host that is not known here; check"):
+            TinyServer("http://server.invalid:1", TOKENS)
+
+    def test_https(self, tmp_path, monkeypatch):
+        openssl = shutil.which("openssl")
+        if openssl is None:
+            pytest.skip("openssl, which makes the certificate, is not installed")
+        names = ("-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1")
+        files = ("-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem"))
+        subprocess.run(
+            [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", *names, *files],
+            check=True,
+            capture_output=True,
+        )
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+        with fake_server(context) as fake:
+            with pytest.raises(BackendError, match="has a certificate that is not trusted here"):
+                TinyServer(fake.url, TOKENS)
+            monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+            assert ask(fake) == "An answer."
+
+    def test_https_at_a_plain_server(self, fake):
+        with pytest.raises(BackendError, match="does not speak TLS"):
+            TinyServer(fake.url.replace("http:", "https:"), TOKENS)

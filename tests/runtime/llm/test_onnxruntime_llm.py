@@ -1,0 +1,652 @@
+"""The language model in a bundle, run by ONNX Runtime, against transformers' own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.parity.test_handoff_families import (
+    CHAT_ML,
+    FAMILIES,
+    WIDTH,
+    WITH_VIDEO,
+    make_model,
+)
+from tests.parity.tiny_llm import IMAGE, make_tokenizer
+from tests.places import GOLDEN
+from tests.runtime.llm.demo_llm import demo_with_llm
+from tests.snippets import run_snippets
+from vzip.calibration.demo import accuracy, scenes
+from vzip.export.llm import onnx_decoder as llm_export
+from vzip.runtime import VisionEncoder, demo
+from vzip.runtime.bundle.manifest import LLM_FILES, Manifest
+from vzip.runtime.bundle.reader import Bundle, read_bundle
+from vzip.runtime.bundle.writer import bundle_writer
+from vzip.runtime.cli.main import main
+from vzip.runtime.errors import (
+    BackendError,
+    BundleError,
+    CheckpointError,
+    InvalidInputError,
+    MissingDependencyError,
+)
+from vzip.runtime.llm import ImageTokens
+from vzip.runtime.llm import programs as engines
+from vzip.runtime.llm.chat_template import HubTokenizer
+from vzip.runtime.llm.json_tokenizer import JsonTokenizer
+from vzip.runtime.llm.llm_files import Settings
+from vzip.runtime.llm.local.onnx_decoder import OnnxRuntimeLLM, open_llm
+from vzip.runtime.llm.local.transformers import TransformersLLM
+
+TINY_BUNDLE = GOLDEN / "tiny_bundle"
+QUESTIONS = ("what is it?", "is it red?", "and the 7?")
+TURNS = ("What digit is there?", "What color is it?", "How many shapes are there?")
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return read_bundle(demo_with_llm())
+
+
+@pytest.fixture(scope="module")
+def ours(bundle: Bundle) -> OnnxRuntimeLLM:
+    return OnnxRuntimeLLM(bundle, tokens=ImageTokens.of(bundle.manifest))
+
+
+@pytest.fixture(scope="module")
+def theirs(bundle: Bundle) -> TransformersLLM:
+    return TransformersLLM.open("demo", tokens=ImageTokens.of(bundle.manifest), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def held_out() -> accuracy.HeldOut:
+    return accuracy.held_out(77, 40)
+
+
+@pytest.fixture(scope="module")
+def shown(bundle: Bundle, held_out: accuracy.HeldOut) -> list[np.ndarray]:
+    """The compressed tokens of each held-out picture, float32 [43, L]."""
+    with VisionEncoder.open(bundle) as encoder:
+        return [encoder.image_embeds(picture) for picture in held_out.pictures]
+
+
+# ── the demo ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_held_out_questions_get_the_answers_that_transformers_gives(
+    ours: OnnxRuntimeLLM,
+    theirs: TransformersLLM,
+    shown: list[np.ndarray],
+    held_out: accuracy.HeldOut,
+) -> None:
+    asked = right = 0
+    for embeds, questions in zip(shown, held_out.questions, strict=True):
+        for question in questions:
+            answer = ours.ask(embeds, question.text)
+            assert answer == theirs.ask(embeds, question.text)
+            asked, right = asked + 1, right + (answer == question.answer)
+    assert asked >= 200
+    assert right >= 0.75 * asked, "answers that mean something"
+
+
+@pytest.mark.engine
+def test_three_turns_equal_and_later_ones_feed_only_what_is_new(
+    ours: OnnxRuntimeLLM,
+    theirs: TransformersLLM,
+    shown: list[np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fed: list[tuple[int, bool]] = []
+    logits = ours.logits
+
+    def watched(ids: list[int], cache: Any, rows: Any) -> Any:
+        fed.append((len(ids), rows is not None))
+        return logits(ids, cache, rows)
+
+    monkeypatch.setattr(ours, "logits", watched)
+    for limit in (256, 1):  # answers that end by themselves, and ones that are cut short
+        one, other = ours.conversation(shown[0]), theirs.conversation(shown[0])
+        for turn, question in enumerate(TURNS):
+            fed.clear()
+            before = len(one.ids)
+            assert one.ask(question, max_new_tokens=limit) == other.ask(
+                question, max_new_tokens=limit
+            )
+            assert one.ids == other.ids
+            (prompt, with_image), *single = fed
+            assert with_image == (turn == 0)
+            assert set(single) <= {(1, False)}
+            if turn:
+                assert prompt == len(one.ids) - before - len(single) < 43
+            else:
+                assert prompt > 43
+
+
+@pytest.mark.engine
+def test_conversations_keep_caches_of_their_own(
+    ours: OnnxRuntimeLLM, shown: list[np.ndarray]
+) -> None:
+    alone = [ours.conversation(embeds) for embeds in shown[:2]]
+    expected = [[each.ask(question) for question in TURNS] for each in alone]
+    assert expected[0] != expected[1]
+    mixed = [ours.conversation(embeds) for embeds in shown[:2]]
+    answers = [[each.ask(question) for each in mixed] for question in TURNS]
+    assert [list(turns) for turns in zip(*answers, strict=True)] == expected
+
+
+@pytest.mark.engine
+def test_an_answer_comes_in_pieces(
+    ours: OnnxRuntimeLLM, theirs: TransformersLLM, shown: list[np.ndarray]
+) -> None:
+    long = [list(llm.stream(shown[1], "Where is the digit?")) for llm in (ours, theirs)]
+    assert long[0] == long[1]
+    assert "".join(long[0]) == ours.ask(shown[1], "Where is the digit?")
+    stream = ours.stream(shown[1], TURNS[0])
+    assert next(stream) == ours.ask(shown[1], TURNS[0])[:1]
+
+
+@pytest.mark.engine
+def test_several_images_and_the_frames_of_a_video(
+    ours: OnnxRuntimeLLM, theirs: TransformersLLM, bundle: Bundle, shown: list[np.ndarray]
+) -> None:
+    for question in TURNS:
+        assert ours.ask(shown[:3], question) == theirs.ask(shown[:3], question)
+    rng = np.random.default_rng(5)
+    scene = scenes.draw_scene(rng, "test")
+    frames = [Image.fromarray(scenes.paint(scene, 112)) for _ in range(4)]
+    with VisionEncoder.open(bundle) as encoder:
+        video = encoder.video_embeds(frames)
+    one, other = ours.conversation(video, frames=4), theirs.conversation(video, frames=4)
+    for question in scenes.ask(rng, scene):
+        assert one.ask(question.text) == other.ask(question.text)
+    assert one.ids == other.ids
+    assert one.ids.count(IMAGE) == 4 * 43
+
+
+@pytest.mark.engine
+def test_the_context_is_a_limit(ours: OnnxRuntimeLLM, shown: list[np.ndarray]) -> None:
+    with pytest.raises(InvalidInputError, match=r"^onnxruntime: .* the LLM's context takes 1024"):
+        ours.conversation(shown[0]).ask("What digit is there?", max_new_tokens=1000)
+    with pytest.raises(InvalidInputError, match=r"onnxruntime: got tokens of shape \[42, 128\]"):
+        ours.conversation(shown[0][:42])
+
+
+@pytest.mark.engine
+def test_the_bundles_own_llm_is_the_default(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert engines.own(bundle) == engines.Choice("onnxruntime", str(bundle.path))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    picture, asked = next(
+        iter(json.loads((demo.pictures() / "questions.json").read_text()).items())
+    )
+    question = next(each for each in asked if each["kind"] == "digit")
+    capsys.readouterr()
+    command = ["ask", str(bundle.path), str(demo.pictures() / picture), question["question"]]
+    assert main(command) == 0
+    assert capsys.readouterr() == (question["answer"] + "\n", "")
+
+
+@pytest.mark.engine
+def test_another_bundles_llm_can_be_named(
+    bundle: Bundle, shown: list[np.ndarray], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    plain = tmp_path / "plain"
+    with bundle_writer(plain) as writer:
+        for name in ("model.onnx", "model.onnx.data"):
+            shutil.copyfile(bundle.path / name, writer.folder / name)
+        without = writer.publish(bundle.manifest)
+    assert engines.own(without).engine == "transformers"
+    choice = engines.parse(f"onnxruntime:{bundle.path}")
+    assert choice.open(without).ask(shown[0], TURNS[0]) == open_llm(str(bundle.path), bundle).ask(
+        shown[0], TURNS[0]
+    )
+    with pytest.raises(BundleError, match="no language model in this bundle; export it with"):
+        open_llm(str(plain), without)
+    with pytest.raises(BundleError, match="found nothing, expected the folder"):
+        open_llm(str(tmp_path / "nowhere"), without)
+    other = dataclasses.replace(
+        without.manifest,
+        llm=dataclasses.replace(without.manifest.llm, image_token_id=7),
+    )
+    with pytest.raises(InvalidInputError, match="onnxruntime: the bundle's image token id is 7"):
+        open_llm(str(bundle.path), Bundle(without.path, other))
+
+
+@pytest.mark.engine
+def test_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    picture = demo.pictures() / "scene-1.jpg"
+    replaced = {"llava-64": str(demo_with_llm()), "photo.jpg": str(picture)}
+    names = run_snippets("engines/onnxruntime.md", replaced)
+    assert names["answer"]
+    assert names["second"]
+    assert names["answer"] in capsys.readouterr().out
+
+
+# ── tiny models of every kind of LLM ────────────────────────────────────────────────────────────
+
+
+def put(folder: Path, llm: TransformersLLM, precision: str = "fp32") -> Bundle:
+    """Write a bundle with this LLM; its vision graph is the tiny one's and has nothing to do."""
+    tiny = read_bundle(TINY_BUNDLE)
+    with bundle_writer(folder) as writer:
+        for name in ("model.onnx", "model.onnx.data"):
+            shutil.copyfile(TINY_BUNDLE / name, writer.folder / name)
+        llm_export.write(llm, writer.folder, precision=precision)
+        return writer.publish(tiny.manifest)
+
+
+@pytest.fixture(scope="module", params=["llava", "bakllava", "onevision"])
+def tiny(request: Any, tmp_path_factory: pytest.TempPathFactory) -> types.SimpleNamespace:
+    """A tiny LLaVA with a Llama, a Mistral or a Qwen2, untouched and in a bundle."""
+    family = FAMILIES[request.param]
+    tokenizer = make_tokenizer(special=WITH_VIDEO)
+
+    def llm() -> TransformersLLM:
+        model = make_model(family, len(tokenizer))
+        return TransformersLLM(model, tokenizer, template=family.template)
+
+    folder = tmp_path_factory.mktemp(request.param)
+    written = put(folder / "bundle", llm())
+    return types.SimpleNamespace(family=family, theirs=llm(), bundle=written, again=llm)
+
+
+def embeds_of(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((count, WIDTH)).astype(np.float32)
+
+
+def full(llm: TransformersLLM, ids: list[int], rows: np.ndarray) -> np.ndarray:
+    """Logits behind the last of `ids`, all recomputed; the first placeholders are the rows."""
+    everything = torch.tensor([ids])
+    places = torch.isin(everything, torch.tensor(list(llm.prompts.placeholders.values())))
+    with torch.no_grad():
+        made = llm.model.get_input_embeddings()(everything)
+        made[0, places[0].nonzero()[: len(rows), 0]] = torch.from_numpy(rows)
+        return llm.model(inputs_embeds=made).logits[0, -1].numpy()
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_logits_equal_a_full_recompute(tiny: types.SimpleNamespace, kind: str) -> None:
+    if kind == "video" and not tiny.family.videos:
+        pytest.skip("its LLM has no placeholder of a video")
+    llm, rows = OnnxRuntimeLLM(tiny.bundle), embeds_of(9)
+    assert llm.prompts.placeholders == tiny.theirs.prompts.placeholders
+    first = llm.prompts.first(QUESTIONS[0], kind)
+    assert first == tiny.theirs.prompts.first(QUESTIONS[0], kind)
+    place = llm.prompts.placeholders[kind]
+    ids = [token for each in first for token in [each] * (9 if each == place else 1)]
+    later = [2, *llm.prompts.later(QUESTIONS[1])]
+    assert later[1:] == tiny.theirs.prompts.later(QUESTIONS[1])
+    cache, seen = llm.new_cache(), []
+    for call, new in enumerate([ids, [300], [17], [IMAGE], later, [40], [41, 42]]):
+        logits = llm.logits(new, cache, None if call else rows)
+        seen += new
+        expected = full(tiny.theirs, seen, rows)
+        assert logits.dtype == np.float32
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+        assert logits.argmax() == expected.argmax()
+    assert np.ptp(expected) > 1, "the test wants logits that differ"
+
+
+@pytest.mark.engine
+def test_conversations_equal_transformers(tiny: types.SimpleNamespace) -> None:
+    llm = OnnxRuntimeLLM(tiny.bundle)
+    for embeds, frames in ((embeds_of(7), None), ([embeds_of(5), embeds_of(3)], None)) + (
+        ((embeds_of(8), 2),) if tiny.family.videos else ()
+    ):
+        one = llm.conversation(embeds, frames=frames)
+        other = tiny.theirs.conversation(embeds, frames=frames)
+        for question in QUESTIONS:
+            pieces = [list(each.stream(question, max_new_tokens=12)) for each in (one, other)]
+            assert pieces[0] == pieces[1]
+        assert one.ids == other.ids
+        assert len(set(one.ids)) > 20, "the test wants answers that say something"
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_in_fp16_weights_and_cache_are_half_as_wide(
+    tiny: types.SimpleNamespace, tmp_path: Path
+) -> None:
+    half = put(tmp_path / "half", tiny.again(), "fp16")
+    sizes = [
+        sum(each.manifest.files[name].bytes for name in ("llm.onnx.data", "llm_embeddings.npy"))
+        for each in (half, tiny.bundle)
+    ]
+    assert sizes[0] < 0.6 * sizes[1]
+    llm, rows = OnnxRuntimeLLM(half), embeds_of(9)
+    assert llm.largest == 65504
+    cache = llm.new_cache()
+    ids = [1, *[IMAGE] * 9, 40, 41]
+    logits = llm.logits(ids, cache, rows)
+    assert {value.numpy().dtype for value in cache} == {np.dtype(np.float16)}
+    assert [value.shape() for value in cache] == [[1, 1, 12, 32]] * 4
+    expected = full(tiny.theirs, ids, rows)
+    assert 0 < np.abs(logits - expected).max() < 0.02 * np.abs(expected).max()
+    with pytest.raises(InvalidInputError, match="the LLM's dtype holds at most 65504"):
+        llm.conversation(np.full((3, WIDTH), 1e6, np.float32))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle with a tiny Llama."""
+    tokenizer = make_tokenizer(special=WITH_VIDEO)
+    model = make_model(FAMILIES["llava"], len(tokenizer))
+    return put(
+        tmp_path_factory.mktemp("plain") / "bundle",
+        TransformersLLM(model, tokenizer, template=CHAT_ML),
+    )
+
+
+@pytest.mark.engine
+def test_of_equal_logits_the_lower_id_is_said(plain: Bundle, monkeypatch: Any) -> None:
+    llm = OnnxRuntimeLLM(plain)
+    logits = np.zeros(300, np.float32)
+    logits[[41, 40, 200]] = 5
+    monkeypatch.setattr(llm, "logits", lambda ids, cache, rows: logits)
+    assert llm.step([5], llm.new_cache(), None) == 40
+    for bad in (np.nan, np.inf):
+        logits[70] = bad
+        with pytest.raises(BackendError, match=r"^onnxruntime: the LLM's output is not finite in"):
+            llm.step([5], llm.new_cache(), None)
+
+
+@pytest.mark.engine
+def test_a_graph_that_fails_breaks_its_conversation_alone(plain: Bundle, monkeypatch: Any) -> None:
+    llm = OnnxRuntimeLLM(plain)
+    expected = llm.ask(embeds_of(3), QUESTIONS[0], max_new_tokens=4)
+    conversation = llm.conversation(embeds_of(3))
+    session = llm._session
+
+    def fails(binding: Any) -> None:
+        raise RuntimeError("bad allocation\nand more")
+
+    broken = types.SimpleNamespace(io_binding=session.io_binding, run_with_iobinding=fails)
+    monkeypatch.setattr(llm, "_session", broken)
+    with pytest.raises(BackendError, match=r"LLM failed at \d+ new tokens \(bad allocation\); mem"):
+        conversation.ask(QUESTIONS[0])
+    monkeypatch.setattr(llm, "_session", session)
+    with pytest.raises(BackendError, match="begin a new conversation"):
+        conversation.ask(QUESTIONS[0])
+    assert llm.ask(embeds_of(3), QUESTIONS[0], max_new_tokens=4) == expected
+
+
+@pytest.mark.engine
+def test_a_token_without_an_embedding(plain: Bundle) -> None:
+    llm = OnnxRuntimeLLM(plain)
+    rows = llm.settings.vocabulary
+    with pytest.raises(InvalidInputError, match=f"token of id {rows}, of which the LLM has no emb"):
+        llm.logits([5, rows], llm.new_cache(), None)
+
+
+@pytest.mark.engine
+def test_a_placeholder_needs_no_embedding(tmp_path: Path) -> None:
+    """LLaVA-NeXT's 32000 is one past a vocabulary of 32000 that nobody extended."""
+    tokenizer = make_tokenizer()
+    vocabulary = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<video>"]})
+
+    def llm() -> TransformersLLM:
+        model = make_model(FAMILIES["video-llava"], vocabulary, video_token_index=vocabulary)
+        return TransformersLLM(model, tokenizer, template=None)
+
+    ours = OnnxRuntimeLLM(put(tmp_path / "bundle", llm()))
+    assert ours.settings.placeholders["video"] == ours.settings.vocabulary
+    conversations = [each.conversation(embeds_of(6), frames=2) for each in (ours, llm())]
+    said = [each.ask(QUESTIONS[0], max_new_tokens=6) for each in conversations]
+    assert said[0] == said[1]
+    assert conversations[0].ids == conversations[1].ids
+
+
+# ── what is wrong with a bundle is said ─────────────────────────────────────────────────────────
+
+
+def rewritten(bundle: Bundle, folder: Path, change: Callable[[Path], None]) -> Bundle:
+    """Return a copy of a bundle, changed, whose manifest has the digests of what is there."""
+    with bundle_writer(folder) as writer:
+        for name in bundle.manifest.files:
+            shutil.copyfile(bundle.path / name, writer.folder / name)
+        change(writer.folder)
+        return writer.publish(bundle.manifest)
+
+
+@pytest.mark.parametrize("name", LLM_FILES)
+@pytest.mark.parametrize("damage", ["flipped", "short", "absent", "link"])
+def test_a_damaged_file_is_refused_before_it_runs(
+    plain: Bundle, name: str, damage: str, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(plain.path, tmp_path / "copy"))
+    file = folder / name
+    data = bytearray(file.read_bytes())
+    if damage == "flipped":
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    elif damage == "short":
+        file.write_bytes(data[:-1])
+    else:
+        file.rename(tmp_path / "elsewhere")
+        if damage == "link":
+            file.symlink_to(tmp_path / "elsewhere")
+    expected = {
+        "flipped": "has SHA-256",
+        "short": f"bytes, expected {len(data)}",
+        "absent": "can't be read",
+        "link": "is a symbolic link",
+    }
+    with pytest.raises(BundleError) as caught:
+        OnnxRuntimeLLM(Bundle(folder, plain.manifest))
+    assert f"{folder}: {name} {expected[damage]}" in str(caught.value).replace(
+        f"{name} has {len(data) - 1} bytes", f"{name} bytes"
+    )
+    assert "\n" not in str(caught.value)
+    with pytest.raises(BundleError, match=name):
+        read_bundle(folder)
+    if damage == "flipped":  # the vision encoder doesn't read it
+        VisionEncoder.open(folder).close()
+
+
+def test_a_part_of_an_llm_is_no_llm(plain: Bundle, tmp_path: Path) -> None:
+    for lost in ("llm.onnx", "llm.json", "llm_embeddings.npy", "llm_tokenizer.json"):
+        folder = tmp_path / lost
+        with pytest.raises(BundleError, match=f"but lacks {lost}, expected the whole language"):
+            rewritten(plain, folder, lambda staged, lost=lost: (staged / lost).unlink())
+        assert not folder.exists()
+    with pytest.raises(BundleError, match=r"lies in llm.onnx.data, which the manifest doesn't"):
+        rewritten(plain, tmp_path / "x", lambda staged: (staged / "llm.onnx.data").unlink())
+
+
+def test_a_graph_reads_its_own_weights_alone(plain: Bundle, tmp_path: Path) -> None:
+    def elsewhere(staged: Path) -> None:
+        data = (staged / "llm.onnx").read_bytes()
+        (staged / "llm.onnx").write_bytes(data.replace(b"llm.onnx.data", b"../../etc/pass"[:13]))
+
+    with pytest.raises(BundleError, match=r"llm.onnx: the tensor .* lies in '../../etc/pas'"):
+        rewritten(plain, tmp_path / "x", elsewhere)
+    with pytest.raises(BundleError, match=r"llm.onnx is malformed: .*, expected an ONNX ModelP"):
+        rewritten(
+            plain, tmp_path / "y", lambda staged: (staged / "llm.onnx").write_bytes(b"\x0f" * 9)
+        )
+
+
+def edited(**values: Any) -> Callable[[Path], None]:
+    def change(staged: Path) -> None:
+        settings = json.loads((staged / "llm.json").read_text())
+        for name, value in values.items():
+            if value is None:
+                del settings[name]
+            else:
+                settings[name] = value
+        (staged / "llm.json").write_text(json.dumps(settings))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            edited(version=2),
+            "llm.json: 'version' is 2, expected 1; the language model was exported",
+        ),
+        (edited(version=True), "'version' is True, expected 1"),
+        (edited(format="else"), "expected 'format': 'vzip-llm'"),
+        (edited(eos=None), "expected exactly the keys"),
+        (edited(more=1), "expected exactly the keys"),
+        (edited(layers=0), "layers is '0', expected a whole number, 1 or more"),
+        (edited(layers=True), "layers is 'True', expected a whole number"),
+        (edited(context="long"), "context is 'long', expected a whole number"),
+        (edited(eos_ids=[]), "eos_ids is '[]', expected a list of ids"),
+        (edited(eos_ids=[7]), "expected one of them to be 2"),
+        (edited(eos_id=-1), "eos_id is '-1', expected a whole number, 0 or more"),
+        (edited(eos=""), "eos is '', expected a text"),
+        (edited(bos=1), "bos is '1', expected a text or null"),
+        (edited(dtype="int8"), "dtype is 'int8', expected float32 or float16"),
+        (edited(placeholders={"video": 4}), "expected an object with 'image'"),
+        (edited(placeholders={"image": -200}), "placeholders is '-200', expected a whole number"),
+        (edited(words={"first": {}, "later": 1}), "llm.json: the LLM's prompt words are"),
+        (lambda staged: (staged / "llm.json").write_text("{"), "llm.json: the file is 'no JSON'"),
+        (
+            lambda staged: (staged / "llm.json").write_bytes(b" " * (2**20 + 1)),
+            "llm.json has 1048577 bytes, expected about 1000",
+        ),
+        (edited(vocabulary=9), "llm_embeddings.npy holds float32 [306, 64] in"),
+        (edited(dtype="float16"), "expected float16 [306, 64]"),
+        (
+            lambda staged: (
+                np.savez(staged / "llm_embeddings.npy.npz")
+                or (staged / "llm_embeddings.npy.npz").rename(staged / "llm_embeddings.npy")
+            ),
+            "llm_embeddings.npy is no file in NumPy's format 1.0, expected float32 [306, 64]",
+        ),
+    ],
+)
+def test_settings_of_another_kind_are_refused(
+    plain: Bundle, change: Callable[[Path], None], text: str, tmp_path: Path
+) -> None:
+    bundle = rewritten(plain, tmp_path / "x", change)
+    with pytest.raises(BundleError) as caught:
+        OnnxRuntimeLLM(bundle)
+    assert text in str(caught.value)
+    assert str(caught.value).startswith(str(bundle.path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"layers": 1}, {"kv_heads": 2}, {"head_size": 16}])
+def test_a_graph_of_another_model_is_refused(
+    plain: Bundle, change: dict[str, int], tmp_path: Path
+) -> None:
+    bundle = rewritten(plain, tmp_path / "x", edited(**change))
+    with pytest.raises(
+        BundleError, match=r"^onnxruntime: the graph of the LLM in .* is not the one"
+    ):
+        OnnxRuntimeLLM(bundle)
+
+
+def test_a_tokenizer_of_another_kind_is_refused(plain: Bundle, tmp_path: Path) -> None:
+    def write(text: str) -> Callable[[Path], None]:
+        return lambda staged: (staged / "llm_tokenizer.json").write_text(text) and None
+
+    bundle = rewritten(plain, tmp_path / "x", write('{"version": "9"}'))
+    with pytest.raises(CheckpointError, match="can't read the LLM's tokenizer"):
+        OnnxRuntimeLLM(bundle)
+    bundle = rewritten(plain, tmp_path / "y", edited(eos="<end>"))
+    with pytest.raises(CheckpointError, match="tokenizer lacks '<end>' or '<s>'"):
+        OnnxRuntimeLLM(bundle)
+    bundle = rewritten(plain, tmp_path / "z", edited(placeholders={"image": 9999}))
+    with pytest.raises(CheckpointError, match=r"^onnxruntime: the LLM's tokenizer has no token of"):
+        OnnxRuntimeLLM(bundle)
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "tokenizers"])
+def test_a_package_that_is_absent(plain: Bundle, package: str, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingDependencyError) as caught:
+        OnnxRuntimeLLM(plain)
+    assert str(caught.value) == (
+        f"the LLM engine 'onnxruntime' needs the package '{package}', which can't be imported "
+        "here; install it with: pip install 'vzip[llm-cpu]'"
+    )
+
+
+def test_settings_survive_their_file(plain: Bundle) -> None:
+    settings = Settings.of(plain)
+    assert Settings.from_bytes(settings.to_bytes()) == settings
+    assert settings.words.later is not None
+    assert settings.context == 512
+
+
+def test_a_bundle_with_an_llm_is_replaced_by_one_without(plain: Bundle, tmp_path: Path) -> None:
+    target = rewritten(plain, tmp_path / "x", lambda staged: None).path
+    bundle = rewritten(
+        plain, target, lambda staged: [(staged / name).unlink() for name in LLM_FILES] and None
+    )
+    assert not bundle.has_llm
+    assert sorted(path.name for path in target.iterdir()) == [
+        "manifest.json",
+        "model.onnx",
+        "model.onnx.data",
+    ]
+    assert isinstance(bundle.manifest, Manifest)
+
+
+# ── the tokenizer ───────────────────────────────────────────────────────────────────────────────
+
+TEXTS = (
+    "USER: <image>\nwhat is the shape? ASSISTANT:",
+    "it is a red circle</s>USER: is there a 7 below it? ASSISTANT:",
+    "  two  blanks, <s>, <pad> and <unk>",
+    "Größe 大きさ 🙂 \x00\t\n",
+    "",
+)
+
+
+def pair(kind: str) -> tuple[HubTokenizer, JsonTokenizer]:
+    tokenizer = make_tokenizer(kind)
+    text = tokenizer.backend_tokenizer.to_str()
+    return HubTokenizer(tokenizer), JsonTokenizer(
+        text.encode(), bos="<s>", eos="</s>", needed_for="a test", extra="llm-cpu"
+    )
+
+
+@pytest.mark.parametrize("kind", ["bytes", "llama", "first"])
+def test_the_tokenizers_file_gives_what_transformers_gives(kind: str) -> None:
+    theirs, ours = pair(kind)
+    assert (ours.bos, ours.eos, ours.eos_id) == (theirs.bos, theirs.eos, theirs.eos_id)
+    for text in TEXTS:
+        for special in (False, True):
+            ids = ours.encode(text, special=special)
+            assert ids == theirs.encode(text, special=special)
+            for end in range(len(ids) + 1):  # characters of several bytes in the making, too
+                assert ours.decode(ids[:end]) == theirs.decode(ids[:end])
+    count = len(theirs._tokenizer)
+    assert [ours.token(i) for i in range(count)] == [theirs.token(i) for i in range(count)]
+    assert ours.token(count) is None
+    assert ours.token(-200) is None
+    if kind == "bytes":
+        assert ours.decode(ours.encode("大", special=False)[:1]) == "\ufffd"
+
+
+@pytest.mark.engine
+def test_a_character_of_several_tokens_comes_in_one_piece(plain: Bundle, monkeypatch: Any) -> None:
+    llm = OnnxRuntimeLLM(plain)
+    ids = iter([*llm.prompts._tokenizer.encode("a 大きさ 🙂!", special=False), llm.prompts.eos_id])
+    monkeypatch.setattr(llm, "step", lambda new, cache, rows: next(ids))
+    pieces = list(llm.stream(embeds_of(2), "what?"))
+    assert "".join(pieces) == "a 大きさ 🙂!"
+    assert {"大", "き", "さ"} <= {piece.strip() for piece in pieces}
+    assert not any("\ufffd" in piece for piece in pieces)

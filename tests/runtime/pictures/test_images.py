@@ -1,0 +1,668 @@
+"""Images from outside: each either has the result that is written down, or one clear line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import socket
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.pictures import images
+from vzip.runtime.pictures.images import MAX_ENCODED_BYTES, MAX_PIXELS, load_image
+
+
+def noise(width: int = 31, height: int = 24, channels: int = 3) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(0).integers(0, 256, (height, width, channels), np.uint8)
+
+
+def encoded(image: Image.Image, name: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, name, **options)
+    return file.getvalue()
+
+
+def exif(orientation: int) -> Image.Exif:
+    data = Image.Exif()
+    data[0x0112] = orientation
+    return data
+
+
+def png(
+    width: int,
+    height: int,
+    *,
+    depth: int = 8,
+    colour: int = 2,
+    pixels: bytes = b"",
+    extra: bytes = b"",
+) -> bytes:
+    """Return a PNG written by hand, so that its header can say anything."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + extra
+        + chunk(b"IDAT", zlib.compress(pixels))
+        + chunk(b"IEND", b"")
+    )
+
+
+def rejected(source: Any) -> str:
+    """Return the message with which a source is refused; it is one line, and nothing is warned."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(InvalidInputError) as caught:
+            load_image(source)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# ---- what comes in -------------------------------------------------------------------------------
+
+
+def test_path_bytes_pil_and_array_agree(tmp_path: Path) -> None:
+    array = noise()
+    data = encoded(Image.fromarray(array), "PNG")
+    path = tmp_path / "picture.png"
+    path.write_bytes(data)
+    for source in (path, str(path), data, Image.fromarray(array), array):
+        image = load_image(source)
+        assert image.mode == "RGB"
+        assert np.array_equal(np.asarray(image), array)
+
+
+def test_upright_rgb_image_is_returned_as_it_is() -> None:
+    image = Image.fromarray(noise())
+    assert load_image(image) is image
+
+
+def test_grey_array_becomes_three_equal_channels() -> None:
+    grey = noise()[..., 0]
+    assert np.array_equal(np.asarray(load_image(grey)), np.repeat(grey[..., None], 3, axis=2))
+
+
+def test_array_is_copied() -> None:
+    for array in (noise(), noise()[..., 0].copy()):
+        before = array.copy()
+        image = load_image(array)
+        array[:] = 0
+        expected = before if before.ndim == 3 else np.repeat(before[..., None], 3, axis=2)
+        assert np.array_equal(np.asarray(image), expected)
+
+
+def test_array_that_is_not_contiguous() -> None:
+    array = noise()[::-2, ::3]
+    assert np.array_equal(np.asarray(load_image(array)), array)
+
+
+@pytest.mark.parametrize(
+    ("array", "got", "cure"),
+    [
+        (np.zeros((4, 5, 3), np.float32), "float32 and shape [4, 5, 3]", "(array * 255).round()"),
+        (np.zeros((4, 5, 3), np.int64), "int64 and shape [4, 5, 3]", ".astype('uint8')"),
+        (np.zeros((4, 5), bool), "bool and shape [4, 5]", ".astype('uint8')"),
+        (np.zeros((3, 8, 9), np.uint8), "uint8 and shape [3, 8, 9]", "array.transpose(1, 2, 0)"),
+        (np.zeros((8, 9, 4), np.uint8), "uint8 and shape [8, 9, 4]", "array[..., :3]"),
+        (np.zeros((8, 9, 1), np.uint8), "uint8 and shape [8, 9, 1]", "array[..., 0]"),
+        (np.zeros((8, 9, 2), np.uint8), "uint8 and shape [8, 9, 2]", "order of its axes"),
+        (np.zeros((2, 8, 9, 3), np.uint8), "uint8 and shape [2, 8, 9, 3]", "a list of images"),
+        (np.zeros(9, np.uint8), "uint8 and shape [9]", "order of its axes"),
+    ],
+    ids=lambda value: str(value.shape) if isinstance(value, np.ndarray) else "",
+)
+def test_array_of_another_dtype_or_layout(array: np.ndarray[Any, Any], got: str, cure: str) -> None:
+    message = rejected(array)
+    assert got in message
+    assert "expected uint8 [H, W, 3] (RGB) or [H, W] (grey)" in message
+    assert cure in message
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3), (5, 0, 3), (0, 0), (5, 0)])
+def test_empty_array(shape: tuple[int, ...]) -> None:
+    assert f"{shape[1]}×{shape[0]} pixels, expected at least 1×1" in rejected(
+        np.zeros(shape, np.uint8)
+    )
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
+def test_empty_pil_image(size: tuple[int, int]) -> None:
+    assert f"{size[0]}×{size[1]} pixels, expected at least 1×1" in rejected(Image.new("RGB", size))
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        (None, "NoneType"),
+        (7, "int"),
+        ([1], "list"),
+        (bytearray(b"x"), "bytearray"),
+        (io.BytesIO(), "_io.BytesIO"),
+    ],
+)
+def test_other_types(source: Any, name: str) -> None:
+    message = rejected(source)
+    assert f"type {name}; expected a path, bytes, a PIL image or a uint8 numpy array" in message
+
+
+# ---- paths ---------------------------------------------------------------------------------------
+
+
+def test_missing_file_names_the_place_that_was_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = rejected("no/such.jpg")
+    assert "'no/such.jpg' does not exist" in message
+    assert str(tmp_path / "no" / "such.jpg") in message
+
+
+def test_folder(tmp_path: Path) -> None:
+    assert "is a folder; expected an image file" in rejected(tmp_path)
+
+
+def test_path_through_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    assert "can't be read: Not a directory" in rejected(tmp_path / "file" / "picture.png")
+
+
+@pytest.mark.parametrize("text", ["a\0b.png", "x" * 5000 + ".png"])
+def test_impossible_path(text: str) -> None:
+    assert "can't be read: " in rejected(text)
+
+
+def test_empty_path() -> None:
+    assert "got an empty path" in rejected("")
+
+
+def test_line_break_in_a_path_stays_one_line() -> None:
+    assert r"'a\nb.png' does not exist" in rejected("a\nb.png")
+
+
+def test_file_without_permission(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    path.write_bytes(encoded(Image.fromarray(noise()), "PNG"))
+    path.chmod(0)
+    if os.access(path, os.R_OK):  # root reads everything: let the system say so in its place
+        assert load_image(path).mode == "RGB"
+        with pytest.MonkeyPatch.context() as patch:
+
+            def refuse(*args: Any, **kwargs: Any) -> Any:
+                raise PermissionError(13, "Permission denied", str(path))
+
+            patch.setattr(Path, "open", refuse)
+            assert "can't be read: Permission denied" in rejected(path)
+    else:
+        assert "can't be read: Permission denied" in rejected(path)
+
+
+def test_named_pipe_and_device_are_not_opened(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)  # opening it would wait for a writer that never comes
+    for path in (pipe, Path("/dev/zero")):
+        assert "is a device, pipe or socket; expected an ordinary image file" in rejected(path)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://example.org/a.jpg",
+        "HTTP://example.org/a.jpg",
+        "file:///tmp/a.jpg",
+        "s3://bucket/a.jpg",
+        "data:image/png;base64,iVBORw0KGgo=",
+        Path("https://example.org/a.jpg"),
+    ],
+)
+def test_url_is_refused_and_nothing_is_opened(
+    url: str | Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> Any:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    message = rejected(url)
+    assert "got the URL" in message
+    assert "expected the path of a local file" in message
+
+
+# ---- formats -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["PNG", "BMP", "GIF", "WEBP", "JPEG"])
+def test_formats_of_the_whitelist(name: str) -> None:
+    options = {"WEBP": {"lossless": True}}.get(name, {})
+    image = Image.fromarray(noise())
+    data = encoded(image, name, **options)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert np.array_equal(np.asarray(load_image(data)), expected)
+    if name in {"PNG", "BMP", "WEBP"}:
+        assert np.array_equal(expected, noise())
+
+
+@pytest.mark.parametrize("name", ["TIFF", "PPM", "ICO", "TGA", "PCX", "JPEG2000", "EPS", "PDF"])
+def test_formats_that_pillow_knows_and_we_refuse(name: str) -> None:
+    try:
+        data = encoded(Image.fromarray(noise()), name)
+    except (OSError, KeyError):  # this Pillow was built without it: then its first bytes do
+        data = b"\0\0\0\x0cjP  \r\n\x87\n"
+    message = rejected(data)
+    assert f"is not in a format read here: it begins with {data[:12]!r}" in message
+    assert "expected one of JPEG, PNG, WEBP, BMP, GIF" in message
+
+
+def test_wrong_extension_is_read_by_content(tmp_path: Path) -> None:
+    path = tmp_path / "picture.jpg"
+    path.write_bytes(encoded(Image.fromarray(noise()), "PNG"))
+    assert np.array_equal(np.asarray(load_image(path)), noise())
+
+
+def test_text_file_with_an_image_name(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    path.write_text("<html>404 not found</html>")
+    assert "it begins with b'<html>404 no'" in rejected(path)
+
+
+def test_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    path.touch()
+    assert "it is empty" in rejected(path)
+    assert "it is empty" in rejected(b"")
+
+
+# ---- size ----------------------------------------------------------------------------------------
+
+WIDTH, HEIGHT = 60000, 50000  # 12 GB if they were believed
+WEBP_WIDTH, WEBP_HEIGHT = 16383, 12345  # WebP's header has no room for more
+
+
+def bombs() -> dict[str, bytes]:
+    """Return small files whose headers announce huge images."""
+    jpeg = encoded(Image.fromarray(noise()), "JPEG")
+    frame = jpeg.index(b"\xff\xc0")
+    jpeg = jpeg[: frame + 5] + struct.pack(">HH", HEIGHT, WIDTH) + jpeg[frame + 9 :]
+    bmp = encoded(Image.fromarray(noise()), "BMP")
+    bmp = bmp[:18] + struct.pack("<ii", WIDTH, HEIGHT) + bmp[26:]
+    gif = encoded(Image.fromarray(noise()[..., 0]), "GIF")
+    screen = gif[:6] + struct.pack("<HH", WIDTH, HEIGHT) + gif[10:]
+    first = gif.index(b",", 13 + 3 * 256)
+    frame_of_gif = gif[: first + 5] + struct.pack("<HH", WIDTH, HEIGHT) + gif[first + 9 :]
+    alpha = Image.fromarray(noise(channels=4))
+    canvas = encoded(alpha, "WEBP")
+    assert canvas[12:16] == b"VP8X"
+    sides = [(side - 1).to_bytes(3, "little") for side in (WEBP_WIDTH, WEBP_HEIGHT)]
+    canvas = canvas[:24] + b"".join(sides) + canvas[30:]
+    lossless = encoded(Image.fromarray(noise()), "WEBP", lossless=True)
+    assert lossless[12:16] == b"VP8L"
+    bits = (WEBP_HEIGHT - 1) << 14 | (WEBP_WIDTH - 1)
+    lossless = lossless[:21] + bits.to_bytes(4, "little") + lossless[25:]
+    lossy = encoded(Image.fromarray(noise()), "WEBP")
+    assert lossy[12:16] == b"VP8 "
+    lossy = lossy[:26] + struct.pack("<HH", WEBP_WIDTH, WEBP_HEIGHT) + lossy[30:]
+    return {
+        "png": png(WIDTH, HEIGHT, pixels=b"\0" * 1000),
+        "jpeg": jpeg,
+        "bmp": bmp,
+        "gif screen": screen,
+        "gif frame": frame_of_gif,
+        "webp canvas": canvas,
+        "webp lossless": lossless,
+        "webp lossy": lossy,
+    }
+
+
+@pytest.mark.parametrize("name", list(bombs()))
+@pytest.mark.parametrize("pillow_limit", [None, 10, 89478485])
+def test_bomb_is_refused_from_its_header(
+    name: str, pillow_limit: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Pillow's own limit is the application's: nothing here hangs on it.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillow_limit)
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("pixels were decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", refuse)
+    message = rejected(bombs()[name])
+    size = (WEBP_WIDTH, WEBP_HEIGHT) if name.startswith("webp") else (WIDTH, HEIGHT)
+    assert f"is {size[0]}×{size[1]} = {size[0] * size[1]} pixels" in message
+    assert f"expected at most {MAX_PIXELS}" in message
+    assert "decompression bomb" in message
+    assert pillow_limit == Image.MAX_IMAGE_PIXELS
+
+
+def test_bombs_stay_small_in_memory(tmp_path: Path) -> None:
+    for index, data in enumerate(bombs().values()):
+        (tmp_path / str(index)).write_bytes(data)
+    # Each time a fresh process: the largest size that a process ever had can't be reset.
+    code = f"""
+import resource
+from pathlib import Path
+from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.pictures.images import _plugin, load_image
+_plugin("PNG")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sorted(Path({str(tmp_path)!r}).iterdir()):
+    try:
+        load_image(path)
+    except InvalidInputError:
+        continue
+    raise SystemExit(f"{{path}} was loaded")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 30_000  # KiB
+
+
+def test_cap_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", 31 * 24)
+    for source in (noise(), Image.fromarray(noise()), encoded(Image.fromarray(noise()), "PNG")):
+        assert load_image(source).size == (31, 24)
+    monkeypatch.setattr(images, "MAX_PIXELS", 31 * 24 - 1)
+    for source in (noise(), Image.fromarray(noise()), encoded(Image.fromarray(noise()), "PNG")):
+        assert "31×24 = 744 pixels; expected at most 743" in rejected(source)
+
+
+def test_pillows_limit_does_not_stop_a_small_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("PNG", "JPEG", "BMP"):
+            assert load_image(encoded(Image.fromarray(noise()), name)).size == (31, 24)
+
+
+@pytest.mark.parametrize("kind", [Image.DecompressionBombError, Image.DecompressionBombWarning])
+def test_pillows_bomb_error_is_ours(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise kind("Image size (744 pixels)\nexceeds limit of 20 pixels")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", refuse)
+    message = rejected(encoded(Image.fromarray(noise()), "JPEG"))
+    assert "can't be decoded as JPEG: Image size (744 pixels) exceeds limit" in message
+    assert "raise MAX_IMAGE_PIXELS" in message
+
+
+def test_lazy_pil_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    image = Image.open(io.BytesIO(png(WIDTH, HEIGHT)))
+    assert f"expected at most {MAX_PIXELS}" in rejected(image)
+
+
+def test_encoded_size_is_checked_before_reading(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    with path.open("wb") as file:
+        file.truncate(MAX_ENCODED_BYTES + 1)  # a sparse file: it takes no room
+    assert f"has {MAX_ENCODED_BYTES + 1} bytes; expected at most {MAX_ENCODED_BYTES}" in rejected(
+        path
+    )
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
+def test_png_of_size_zero(size: tuple[int, int]) -> None:
+    assert "can't be decoded as PNG" in rejected(png(*size))
+
+
+# ---- damage --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
+def test_every_truncation_is_refused_or_changes_nothing(name: str) -> None:
+    data = encoded(Image.fromarray(noise()), name)
+    whole = np.asarray(load_image(data))
+    # What may be lost is what comes after the pixels: a trailer, a last row's padding.
+    for length in range(len(data) - 20):
+        rejected(data[:length])
+    for length in range(len(data) - 20, len(data)):
+        with contextlib.suppress(InvalidInputError):
+            assert np.array_equal(np.asarray(load_image(data[:length])), whole)
+
+
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
+def test_truncated_message(name: str) -> None:
+    data = encoded(Image.fromarray(noise()), name)
+    message = rejected(data[: len(data) // 2])
+    assert f"the encoded image can't be decoded as {name}: " in message
+    assert "it is truncated, corrupt or closed: save it again" in message
+
+
+def test_truncated_lazy_pil_image() -> None:
+    data = encoded(Image.fromarray(noise()), "PNG")
+    message = rejected(Image.open(io.BytesIO(data[: len(data) // 2])))
+    assert "the PIL image can't be decoded: " in message
+
+
+def test_closed_pil_image(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    path.write_bytes(encoded(Image.fromarray(noise()), "PNG"))
+    image = Image.open(path)
+    image.close()
+    assert "the PIL image can't be decoded: " in rejected(image)
+
+
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
+def test_damaged_bytes_never_raise_anything_else(name: str) -> None:
+    rng = np.random.default_rng(7)
+    whole = np.frombuffer(encoded(Image.fromarray(noise()), name, exif=exif(6)), np.uint8)
+    for _ in range(300):
+        data = whole.copy()
+        places = rng.integers(0, rng.choice([40, 120, len(data)]), 3) % len(data)
+        data[places] = rng.integers(0, 256, 3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's about EXIF
+            try:
+                assert load_image(data.tobytes()).mode == "RGB"
+            except InvalidInputError as error:
+                assert "\n" not in str(error)  # noqa: PT017 - either outcome is right
+
+
+def test_unreadable_exif_is_refused_not_guessed() -> None:
+    data = encoded(Image.fromarray(noise()), "PNG", exif=b"Exif\0\0not a TIFF header")
+    assert "can't be decoded: " in rejected(data)
+
+
+# ---- modes ---------------------------------------------------------------------------------------
+
+
+def test_alpha_is_composited_onto_white() -> None:
+    array = np.zeros((2, 3, 4), np.uint8)
+    array[0] = (200, 100, 0, 255)
+    array[1, 0] = (200, 100, 0, 0)
+    array[1, 1] = (200, 100, 0, 128)
+    for source in (Image.fromarray(array), encoded(Image.fromarray(array), "PNG")):
+        result = np.asarray(load_image(source))
+        assert (result[0] == (200, 100, 0)).all()
+        assert (result[1, 0] == 255).all()
+        assert np.abs(result[1, 1].astype(int) - (227, 177, 127)).max() <= 1
+
+
+def test_palette_with_a_transparent_colour() -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putdata([0, 1])
+    data = encoded(image, "PNG", transparency=1)
+    assert np.asarray(load_image(data)).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+    data = encoded(image, "PNG")
+    assert np.asarray(load_image(data)).tolist() == [[[10, 20, 30], [40, 50, 60]]]
+
+
+def test_rgb_with_a_transparent_colour() -> None:
+    image = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
+    once = load_image(encoded(image, "PNG", transparency=(4, 5, 6)))
+    assert np.asarray(once).tolist() == [[[1, 2, 3], [255, 255, 255]]]
+    # White is no transparent colour of the result, nor is (4, 5, 6) any more.
+    assert np.array_equal(np.asarray(load_image(once)), np.asarray(once))
+
+
+def test_cmyk_jpeg() -> None:
+    image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    result = np.asarray(load_image(encoded(image, "JPEG", quality=95)))
+    assert np.abs(result.astype(int) - (255, 0, 0)).max() <= 4
+
+
+def test_one_bit() -> None:
+    image = Image.fromarray(np.array([[0, 255], [255, 0]], np.uint8)).convert("1")
+    assert np.asarray(load_image(image))[..., 0].tolist() == [[0, 255], [255, 0]]
+
+
+def test_sixteen_bit_colour_png_keeps_the_high_byte() -> None:
+    row = b"\0" + b"".join(struct.pack(">HHH", 256 * x + 7, 300, 65535) for x in range(4))
+    result = np.asarray(load_image(png(4, 1, depth=16, pixels=row)))
+    assert result.tolist() == [[[x, 1, 255] for x in range(4)]]
+
+
+def test_sixteen_bit_grey_png_is_refused() -> None:
+    # Pillow would clip at 255: all of this picture would be white.
+    row = b"\0" + struct.pack(">4H", 1000, 2000, 30000, 65535)
+    message = rejected(png(4, 1, depth=16, colour=0, pixels=row))
+    assert "has mode I" in message
+    assert "expected 8 bits a channel" in message
+
+
+@pytest.mark.parametrize("mode", ["I", "F", "I;16", "LAB"])
+def test_pil_modes_without_a_known_range(mode: str) -> None:
+    assert f"the PIL image has mode {mode}; expected 8 bits a channel" in rejected(
+        Image.new(mode, (4, 4))
+    )
+
+
+def test_first_frame_of_animations() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    for name, options in (("GIF", {}), ("PNG", {}), ("WEBP", {"lossless": True})):
+        data = encoded(frames[0], name, save_all=True, append_images=frames[1:], **options)
+        assert getattr(Image.open(io.BytesIO(data)), "n_frames", 1) == 3
+        assert (np.asarray(load_image(data)) == (255, 0, 0)).all(), name
+
+
+def test_animated_pil_image_gives_its_current_frame() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    image = Image.open(
+        io.BytesIO(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    )
+    image.seek(2)
+    assert (np.asarray(load_image(image)) == (0, 0, 255)).all()
+
+
+def test_multi_picture_jpeg_gives_its_first() -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    data = encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])
+    assert np.abs(np.asarray(load_image(data)).astype(int) - (255, 0, 0)).max() <= 4
+
+
+# ---- orientation ---------------------------------------------------------------------------------
+
+# What each EXIF value asks for, written with numpy and so independent of Pillow's names.
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: np.rot90(a, 1),
+    9: lambda a: a,  # not defined: left alone
+}
+
+
+@pytest.mark.parametrize("orientation", list(UPRIGHT))
+@pytest.mark.parametrize("name", ["PNG", "WEBP"])
+def test_exif_orientation(orientation: int, name: str) -> None:
+    options = {"lossless": True} if name == "WEBP" else {}
+    data = encoded(Image.fromarray(noise()), name, exif=exif(orientation), **options)
+    expected = UPRIGHT[orientation](noise())
+    for source in (data, Image.open(io.BytesIO(data))):
+        once = load_image(source)
+        assert np.array_equal(np.asarray(once), expected)
+        # Used up: loading the result again must not turn it once more.
+        assert np.array_equal(np.asarray(load_image(once)), expected)
+
+
+def test_exif_orientation_of_jpeg() -> None:
+    data = encoded(Image.fromarray(noise()), "JPEG", exif=exif(6))
+    stored = np.asarray(Image.open(io.BytesIO(data)))
+    assert np.array_equal(np.asarray(load_image(data)), np.rot90(stored, -1))
+
+
+def test_orientation_and_alpha_together() -> None:
+    array = noise(channels=4)
+    data = encoded(Image.fromarray(array), "PNG", exif=exif(8))
+    plain = np.asarray(load_image(Image.fromarray(array)))
+    assert np.array_equal(np.asarray(load_image(data)), np.rot90(plain, 1))
+
+
+def test_the_callers_image_is_left_alone() -> None:
+    image = Image.open(io.BytesIO(encoded(Image.fromarray(noise()), "PNG", exif=exif(6))))
+    load_image(image)
+    assert image.getexif()[0x0112] == 6
+    assert np.array_equal(np.asarray(image), noise())
+
+
+# ---- draft decoding ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("draft", "expected"),
+    [
+        (None, (1003, 701)),
+        (701, (1003, 701)),
+        (351, (1003, 701)),  # a half would have 351 rows, but of whole ones only 350
+        (350, (502, 351)),
+        (176, (502, 351)),
+        (175, (251, 176)),
+        (87, (126, 88)),
+        (1, (126, 88)),  # an eighth is the smallest
+    ],
+)
+def test_a_draft_is_no_smaller_than_was_asked_for(
+    draft: int | None, expected: tuple[int, int], tmp_path: Path
+) -> None:
+    picture = Image.fromarray(noise(1003, 701)).resize((1003, 701), box=(0, 0, 6, 4))
+    data = encoded(picture, "JPEG", quality=95)
+    path = tmp_path / "picture.jpg"
+    path.write_bytes(data)
+    image = load_image(path, draft=draft)
+    assert image.mode == "RGB"
+    assert image.size == expected
+    assert np.array_equal(np.asarray(load_image(data, draft=draft)), np.asarray(image))
+    full = np.asarray(load_image(path).resize(expected), np.int16)
+    assert np.abs(full - np.asarray(image)).mean() < 2  # the same picture
+
+
+def test_a_draft_is_upright() -> None:
+    image = Image.new("RGB", (320, 160), "red")
+    image.paste("blue", (0, 0, 160, 160))
+    data = encoded(image, "JPEG", exif=exif(6).tobytes())  # a quarter turn clockwise
+    draft = load_image(data, draft=40)
+    assert draft.size == (40, 80)
+    assert [draft.getpixel((20, y))[2] > 200 for y in (5, 75)] == [True, False]
+
+
+def test_other_formats_have_no_draft() -> None:
+    array = noise(160, 160)
+    for source in (encoded(Image.fromarray(array), "PNG"), Image.fromarray(array), array):
+        assert np.array_equal(np.asarray(load_image(source, draft=20)), array)
+
+
+@pytest.mark.parametrize("draft", [0, -1, True, 336.0, "336"])
+def test_a_draft_is_a_number_of_pixels(draft: Any) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        load_image(noise(), draft=draft)
+    assert str(caught.value).startswith(f"got draft = {draft!r}, expected a positive number")

@@ -1,0 +1,288 @@
+"""The overlay: kept patches exactly as they are, everything else where and how it should be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.pictures.overlay import MIN_SIDE, overlay
+from vzip.runtime.pictures.preprocess import Preprocessing, tower_image
+
+Array = np.ndarray[Any, Any]
+
+
+def preprocessing(image_size: int) -> Preprocessing:
+    return Preprocessing(
+        image_size, "resize_crop", image_size, "bicubic", (0.5,) * 3, (0.5,) * 3, 1 / 255
+    )
+
+
+def noise(width: int, height: int) -> Image.Image:
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(60, 256, (height, width, 3), np.uint8))
+
+
+def indices(*values: int) -> Array:
+    return np.array(values, np.int64)
+
+
+def patches(picture: Image.Image, grid: tuple[int, int], cell: int) -> Array:
+    """Return the picture cut into patches: [rows · cols, cell, cell, 3]."""
+    rows, cols = grid
+    array = np.asarray(picture)[: rows * cell, : cols * cell]
+    array = array.reshape(rows, cell, cols, cell, 3).transpose(0, 2, 1, 3, 4)
+    return array.reshape(rows * cols, cell, cell, 3)
+
+
+def drawn(
+    kept: Array, groups: Array | None = None, *, cls_token: bool, grey: bool = False
+) -> Array:
+    """Draw on a 4 × 4 grid of a 32-pixel tower; returns [16, 168, 168, 3]."""
+    image = Image.new("RGB", (32, 32), (180, 180, 180)) if grey else noise(40, 32)
+    picture = overlay(
+        image, kept, grid=(4, 4), cls_token=cls_token, prep=preprocessing(32), groups=groups
+    )
+    assert picture.mode == "RGB"
+    assert picture.width == MIN_SIDE
+    assert MIN_SIDE < picture.height <= MIN_SIDE + 60
+    return patches(picture, (4, 4), 168)
+
+
+def seen() -> Array:
+    """Return what the tower sees of the same image, enlarged and cut in the same way."""
+    view = Image.fromarray(tower_image(noise(40, 32), preprocessing(32)))
+    return patches(view.resize((672, 672), Image.Resampling.BICUBIC), (4, 4), 168)
+
+
+@pytest.mark.parametrize("cls_token", [True, False])
+@pytest.mark.parametrize("with_cls", [True, False])
+def test_kept_patches_are_clear_and_all_others_dim(cls_token: bool, with_cls: bool) -> None:
+    kept_patches = [0, 5, 6, 15]
+    kept = indices(*([0] * (cls_token and with_cls)), *(p + cls_token for p in kept_patches))
+    result, view = drawn(kept, cls_token=cls_token), seen()
+    for patch in range(16):
+        if patch in kept_patches:
+            assert np.array_equal(result[patch], view[patch])
+        else:
+            inner = result[patch][2:-2, 2:-2].astype(int)
+            assert inner.mean() < 0.5 * view[patch].mean()
+            # Nearly grey: colours would look like those of a group.
+            assert np.ptp(inner, axis=2).mean() < 0.3 * np.ptp(view[patch], axis=2).mean()
+
+
+def test_a_white_line_runs_around_what_is_kept_and_never_through_it() -> None:
+    result = drawn(indices(5, 6), cls_token=False)
+    white = (result == 255).all(axis=3)
+    assert white[4, :, -2:].all()  # left of patch 5
+    assert white[7, :, :2].all()  # right of patch 6
+    assert white[1, -2:].all()  # above both
+    assert white[2, -2:].all()
+    assert white[9, :2].all()  # below
+    assert white[0, -2:, -2:].all()  # the corner
+    assert not white[4, :, :-2].any()
+    assert not white[12].any()
+    assert np.array_equal(result[5:7], seen()[5:7])
+
+
+def groups_of_sixteen() -> tuple[Array, Array]:
+    """Patches 0, 5 kept, CLS kept; 14 in the rest, 3 groups: targets are the rest's 0, 4, 8."""
+    groups = np.full(17, -1, np.int64)
+    rest = [token for token in range(1, 17) if token not in (1, 6)]
+    groups[rest] = [0, 2, 1, 0, 1, 1, 2, 2, 2, 0, 0, 1, 2, 0]
+    return indices(0, 1, 6), groups
+
+
+def test_groups_have_one_colour_each() -> None:
+    kept, groups = groups_of_sixteen()
+    result = drawn(kept, groups, cls_token=True, grey=True)
+    colours: dict[int, tuple[int, ...]] = {}
+    for patch in range(16):
+        group = int(groups[patch + 1])
+        if group < 0:
+            assert (result[patch] == 180).all()
+            continue
+        inner = result[patch][4:-4, 4:-4].reshape(-1, 3)
+        assert (inner == inner[0]).all()
+        assert np.ptp(inner[0].astype(int)) > 30  # a colour, not grey
+        assert inner.mean() < 0.7 * 180  # and darker than what was kept
+        assert colours.setdefault(group, tuple(inner[0])) == tuple(inner[0])
+    assert len(set(colours.values())) == 3
+
+
+def test_shapes_stay_visible_under_the_tint() -> None:
+    kept, groups = groups_of_sixteen()
+    result, view = drawn(kept, groups, cls_token=True), seen()
+    light, tinted = (array[2][4:-4, 4:-4].max(axis=2).ravel() for array in (view, result))
+    assert np.corrcoef(light, tinted)[0, 1] > 0.6  # of an image that is all noise
+
+
+def test_targets_alone_have_a_frame() -> None:
+    kept, groups = groups_of_sixteen()
+    result = drawn(kept, groups, cls_token=True, grey=True)
+    targets = {1, 6, 10}  # patches: the rest's 0, 4 and 8, although 1 is merged before its target
+    brights = set()
+    for patch in set(range(16)) - {0, 5}:
+        edge = result[patch][1, 8:-8].reshape(-1, 3)
+        inner = result[patch][80, 80]
+        if patch in targets:
+            assert (edge == edge[0]).all()
+            assert edge[0].max() == 255
+            brights.add(tuple(edge[0]))
+            for line in (result[patch][:3], result[patch][-3:]):
+                assert (line == edge[0]).all()
+            for line in (result[patch][:, :3], result[patch][:, -3:]):
+                assert (line == edge[0]).all()
+            assert int(np.argmax(edge[0])) == int(np.argmax(inner))  # its group's own colour
+        else:
+            beside_kept = patch in {4}  # below patch 0, whose white line it has
+            assert beside_kept or (edge == inner).all() or (edge == 255).all()
+    assert len(brights) == 3
+
+
+def test_many_groups_have_different_colours() -> None:
+    tokens = 24 * 24
+    groups = np.arange(tokens, dtype=np.int64) * 30 // tokens
+    rest = np.arange(tokens)
+    groups[rest[:: tokens // 30][:30]] = np.arange(30)
+    picture = overlay(
+        Image.new("RGB", (48, 48), "grey"),
+        indices(),
+        grid=(24, 24),
+        cls_token=False,
+        prep=preprocessing(48),
+        groups=groups,
+    )
+    middle = patches(picture, (24, 24), 28)[:, 14, 14]
+    assert len({tuple(colour) for colour in middle.tolist()}) == 30
+
+
+@pytest.mark.parametrize(
+    ("image_size", "grid", "size"),
+    [
+        (336, (24, 24), 672),
+        (224, (16, 16), 672),
+        (112, (14, 14), 672),
+        (384, (27, 27), 756),  # SigLIP: 6 pixels that no patch covers are left out
+        (700, (50, 50), 700),
+    ],
+)
+def test_sizes(image_size: int, grid: tuple[int, int], size: int) -> None:
+    prep = preprocessing(image_size)
+    image = noise(image_size, image_size)
+    last = grid[0] * grid[1] - 1
+    picture = overlay(image, indices(last), grid=grid, cls_token=False, prep=prep, groups=None)
+    assert picture.width == size
+    cell = size // grid[0]
+    patch = image_size // grid[0]
+    covered = patch * grid[0]
+    view = Image.fromarray(np.asarray(image)[:covered, :covered])
+    expected = np.asarray(view.resize((size, size), Image.Resampling.BICUBIC))[-cell:, -cell:]
+    assert np.array_equal(patches(picture, grid, cell)[-1], expected)
+
+
+@pytest.mark.parametrize(
+    ("kept", "with_groups", "expected"),
+    [
+        (
+            indices(0, 1, 6),
+            True,
+            ["K = 6 of 17 tokens", "3 kept (CLS + 2 patches)", "3 contextual (merged from 14)"],
+        ),
+        (indices(0, 1, 6), False, ["3 of 17 tokens kept (CLS + 2 patches)"]),
+        (indices(1, 6), False, ["2 of 17 tokens kept (2 patches)"]),
+    ],
+)
+def test_legend(
+    kept: Array, with_groups: bool, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts: list[str] = []
+    draw_text = ImageDraw.ImageDraw.text
+
+    def listen(self: ImageDraw.ImageDraw, place: Any, text: str, *args: Any, **kwargs: Any) -> None:
+        texts.append(text)
+        draw_text(self, place, text, *args, **kwargs)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", listen)
+    groups = groups_of_sixteen()[1] if with_groups else None
+    picture = overlay(
+        noise(32, 32), kept, grid=(4, 4), cls_token=True, prep=preprocessing(32), groups=groups
+    )
+    assert [part for text in texts for part in text.split("   ·   ")] == expected
+    legend = np.asarray(picture)[MIN_SIDE:]
+    assert legend.max() > 180  # it can be read
+    assert legend[:, -20:].max() < 40  # and is not cut off
+
+
+def refused(**changes: Any) -> str:
+    kept, groups = groups_of_sixteen()
+    arguments: dict[str, Any] = {
+        "kept": kept,
+        "grid": (4, 4),
+        "cls_token": True,
+        "prep": preprocessing(32),
+        "groups": groups,
+    }
+    with pytest.raises(InvalidInputError) as caught:
+        overlay(noise(32, 32), **(arguments | changes))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("grid", [(0, 4), (4, 0), (33, 4), (-1, 4)])
+def test_impossible_grids(grid: tuple[int, int]) -> None:
+    assert f"got a grid of {grid[0]}×{grid[1]} patches, expected 1 to 32" in refused(grid=grid)
+
+
+@pytest.mark.parametrize(
+    ("kept", "text"),
+    [
+        (
+            np.array([0, 1], np.int32),
+            "got kept of dtype int32 and shape [2], expected int64 [dominant]",
+        ),
+        (np.array([[0, 1]]), "got kept of dtype int64 and shape [1, 2]"),
+        (
+            indices(0, 17),
+            "got kept from 0 to 17, expected ascending, different indices from 0 to 16",
+        ),
+        (indices(-1, 3), "got kept from -1 to 3"),
+        (indices(3, 1), "got kept from 1 to 3"),
+        (indices(3, 3), "got kept from 3 to 3"),
+    ],
+)
+def test_impossible_kept(kept: Array, text: str) -> None:
+    assert text in refused(kept=kept)
+
+
+def test_impossible_groups() -> None:
+    _, groups = groups_of_sixteen()
+    assert "got groups of dtype int32 and shape [17], expected int64 [17]" in refused(
+        groups=groups.astype(np.int32)
+    )
+    assert "shape [16], expected int64 [17]" in refused(groups=groups[1:])
+    changed = {
+        "a kept token in a group": (6, 0),
+        "CLS in a group": (0, 0),
+        "below −1": (2, -2),
+        "a target in another group": (7, 2),
+        "a group without a target": (3, 3),
+        "more groups than tokens": (3, 2**40),
+    }
+    for token, value in changed.values():
+        wrong = groups.copy()
+        wrong[token] = value
+        assert "don't fit the kept tokens" in refused(groups=wrong)
+
+
+def test_groups_whose_targets_fit_but_whose_tokens_do_not() -> None:
+    _, groups = groups_of_sixteen()
+    # The last token was merged, so it can't have been kept.
+    assert "don't fit the kept tokens" in refused(kept=indices(0, 1, 6, 16))
+    # CLS is no patch: it can't be a target.
+    groups = np.zeros(17, np.int64)
+    groups[[5, 10]] = 1, 2
+    assert "don't fit the kept tokens" in refused(kept=indices(), groups=groups)

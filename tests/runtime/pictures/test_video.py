@@ -1,0 +1,542 @@
+"""Frames of videos: which are taken, from what, upright, and what bad files are told."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from vzip.runtime.errors import InvalidInputError, MissingDependencyError
+from vzip.runtime.pictures import frames as frames_module
+from vzip.runtime.pictures import video, video_opencv, video_pyav
+from vzip.runtime.pictures.frames import frame_positions
+from vzip.runtime.pictures.video import is_video, sample_frames
+
+# Container, codec, B-frames: what cameras, phones, browsers, broadcasters and old programs write.
+CLIPS = {
+    "b-frames.mp4": ("libx264", 2),
+    "plain.mp4": ("mpeg4", 0),
+    "camera.mov": ("mjpeg", None),
+    "browser.webm": ("libvpx-vp9", None),
+    "hidden-frames.webm": ("libvpx", None),
+    "b-frames.mkv": ("libx264", 2),
+    "plain.avi": ("mpeg4", 0),
+    "b-frames.avi": ("libx264", 2),
+    "broadcast.ts": ("libx264", 2),
+    "dvd.mpg": ("mpeg2video", 2),
+    "stream.flv": ("libx264", 2),
+    "windows.wmv": ("wmv2", 0),
+}
+LENGTH = 50
+
+
+def pictures(count: int, width: int = 64, height: int = 48) -> list[np.ndarray]:
+    """Frames that can be told apart: each a little brighter, with a bar that moves."""
+    made = []
+    for index in range(count):
+        frame = np.full((height, width, 3), 20 + index * 200 // max(count, 1), np.uint8)
+        frame[:, index * width // count :][:, :6] = (250, 30, 120)
+        frame[: height // 3, : width // 4] = (10, 240, 30)  # tells up from down, left from right
+        made.append(frame)
+    return made
+
+
+def write_clip(
+    path: Path,
+    frames: list[np.ndarray],
+    codec: str = "libx264",
+    *,
+    b_frames: int | None = None,
+    options: dict[str, str] | None = None,
+    pixels: str = "yuv420p",
+    group: int = 12,
+) -> Path:
+    """Write a clip of ten frames a second."""
+    with av.open(str(path), "w", options=options or {}) as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else pixels
+        stream.gop_size = group
+        if b_frames is not None:
+            stream.codec_context.max_b_frames = b_frames
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        container.mux(stream.encode())
+    return path
+
+
+def write_lossless(path: Path, frames: list[np.ndarray], **kwargs) -> Path:
+    return write_clip(path, frames, "ffv1", pixels="bgr0", **kwargs)
+
+
+def all_frames(path: Path) -> list[np.ndarray]:
+    """Every frame, decoded from the beginning to the end."""
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def refused(source: object, count: int = 8) -> str:
+    """The one line that a source is refused with."""
+    with pytest.raises(InvalidInputError) as caught:
+        sample_frames(source, count)  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture(params=["av", "cv2"])
+def library(request, monkeypatch) -> str:
+    """What reads files; both are installed where these tests run."""
+    reader = {"av": video_pyav, "cv2": video_opencv}[request.param]
+    monkeypatch.setattr(video, "_reader", lambda: reader.read)
+    return request.param
+
+
+# --- which frames ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("total", "count", "expected"),
+    [
+        (100, 8, [0, 14, 28, 42, 56, 70, 84, 99]),
+        (9, 8, [0, 1, 2, 3, 4, 5, 6, 8]),
+        (8, 8, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (3, 8, [0, 1, 2]),
+        (1, 8, [0]),
+        (100, 2, [0, 99]),
+        (100, 1, [0]),
+        (10**6, 3, [0, 499999, 999999]),
+    ],
+)
+def test_frames_are_evenly_spaced_from_first_to_last(total, count, expected):
+    assert frame_positions(total, count) == expected
+
+
+def test_positions_are_video_llavas():
+    """Which are numpy's linspace, rounded down, wherever it has enough frames to choose from."""
+    for total in range(8, 400):
+        published = np.linspace(0, total - 1, 8, dtype=int).tolist()
+        assert frame_positions(total, 8) == published
+        assert len(set(published)) == 8
+
+
+# --- from files ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_frames_are_those_of_a_complete_decode(name, library, tmp_path):
+    codec, b_frames = CLIPS[name]
+    path = write_clip(tmp_path / name, pictures(LENGTH), codec, b_frames=b_frames)
+    everything = all_frames(path)
+    assert len(everything) == LENGTH
+    assert len(np.unique([frame.mean() for frame in everything])) == LENGTH
+    assert is_video(path)
+    for count in (1, 3, 8, 17):
+        taken = sample_frames(path, count)
+        assert len(taken) == count
+        for image, position in zip(taken, frame_positions(LENGTH, count), strict=True):
+            assert image.mode == "RGB"
+            # OpenCV converts the same decoded picture by another path: a rounding apart.
+            difference = np.abs(np.asarray(image).astype(int) - everything[position])
+            assert difference.max() <= (0 if library == "av" else 2)
+
+
+def test_pixels_are_exact_where_the_codec_is(library, tmp_path):
+    frames = list(np.random.default_rng(3).integers(0, 256, (20, 30, 46, 3), np.uint8))
+    path = write_lossless(tmp_path / "noise.mkv", frames)
+    for image, position in zip(sample_frames(path), frame_positions(20, 8), strict=True):
+        assert np.array_equal(np.asarray(image), frames[position])
+
+
+def test_a_short_clip_gives_all_its_frames_once(library, tmp_path):
+    frames = pictures(3)
+    path = write_lossless(tmp_path / "short.mkv", frames)
+    taken = sample_frames(str(path))
+    assert [np.array_equal(a, b) for a, b in zip(taken, frames, strict=True)] == [True] * 3
+
+
+def test_a_still_in_a_video_is_one_frame(library, tmp_path):
+    assert len(sample_frames(write_lossless(tmp_path / "still.mkv", pictures(1)))) == 1
+
+
+def test_a_name_is_no_protocol_and_no_pattern(library, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("concat:a|b.mp4", "clip-%03d.mp4", "clip 7 #?.mp4", "no-extension"):
+        made = write_clip(tmp_path / "made.mp4", pictures(9))
+        made.rename(tmp_path / name)
+        assert len(sample_frames(name)) == 8
+        assert len(sample_frames(Path(name))) == 8
+
+
+def test_a_video_under_an_images_name_is_a_video(tmp_path):
+    path = write_clip(tmp_path / "made.mp4", pictures(9)).rename(tmp_path / "photo.jpg")
+    assert is_video(path)
+    assert len(sample_frames(path)) == 8
+
+
+def test_what_no_wanted_frame_needs_is_not_decoded(tmp_path):
+    path = write_clip(
+        tmp_path / "long.mkv", pictures(240), options={"cluster_time_limit": "1000"}, b_frames=0
+    )
+    expected = [np.asarray(image) for image in sample_frames(path, 2)]
+    with av.open(str(path)) as container:
+        middle = [packet for packet in container.demux(video=0) if packet.size]
+    data = bytearray(path.read_bytes())
+    spoilt = 0
+    for packet in middle[100:140]:
+        start = data.find(bytes(packet))
+        assert start > 0
+        data[start + 4 : start + packet.size] = b"\xff" * (packet.size - 4)
+        spoilt += 1
+    path.write_bytes(data)
+    assert spoilt == 40
+    taken = [np.asarray(image) for image in sample_frames(path, 2)]
+    assert all(np.array_equal(a, b) for a, b in zip(taken, expected, strict=True))
+    assert "can't be decoded" in refused(path, 3), "the frame in the middle needs them"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says its peak there")
+@pytest.mark.parametrize("reader", ["video_pyav", "video_opencv"])
+def test_a_long_video_is_never_in_memory(reader, tmp_path):
+    frames = [np.full((480, 640, 3), index, np.uint8) for index in range(2)] * 500
+    path = write_clip(tmp_path / "long.mkv", frames, "mpeg4", b_frames=0)
+    code = (
+        "import re, sys; from pathlib import Path\n"
+        f"from vzip.runtime import {reader} as reader\n"
+        "def peak():\n"
+        "    status = Path('/proc/self/status').read_text()\n"
+        "    return int(re.search(r'VmHWM:\\s*([0-9]+) kB', status)[1])\n"
+        "def read():\n"
+        "    return len(reader.read(Path(sys.argv[1]), 'it', lambda n: [0, n // 2, n - 1]))\n"
+        "assert read() == 3; before = peak(); assert read() == 3; print(peak(), peak() - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+    )
+    peak, growth = (int(number) * 1024 for number in done.stdout.split())
+    assert peak < len(frames) * 480 * 640 * 3 // 2, "all frames at once, as YUV 4:2:0"
+    assert growth < 20 * 480 * 640 * 3, "a second reading frees what the first took"
+
+
+# --- upright ---------------------------------------------------------------------------------
+
+
+def set_matrix(path: Path, a: float, b: float, c: float, d: float) -> None:
+    """Write the matrix of an MP4's track header; x' = ax + cy, y' = bx + dy."""
+    data = bytearray(path.read_bytes())
+    start = data.index(b"tkhd") + 4 + 4 + 20 + 8 + 8  # version 0
+    assert np.frombuffer(data[start : start + 36], ">i4").tolist()[::4] == [65536, 65536, 1 << 30]
+    numbers = [a * 65536, b * 65536, 0, c * 65536, d * 65536, 0, 0, 0, 1 << 30]
+    data[start : start + 36] = np.array(numbers, ">i4").tobytes()
+    path.write_bytes(data)
+
+
+def shown(picture: np.ndarray, a: int, b: int, c: int, d: int) -> np.ndarray:
+    """A picture as a matrix asks for it, pixel by pixel."""
+    height, width = picture.shape[:2]
+    rows, columns = np.mgrid[:height, :width]
+    x, y = a * columns + c * rows, b * columns + d * rows
+    x, y = x - x.min(), y - y.min()
+    result = np.empty((y.max() + 1, x.max() + 1, 3), np.uint8)
+    result[y, x] = picture
+    return result
+
+
+ROTATIONS = [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)]
+MIRRORS = [(-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)]
+
+
+@pytest.mark.parametrize("matrix", ROTATIONS + MIRRORS, ids=str)
+def test_frames_are_upright(matrix, tmp_path):
+    path = write_clip(tmp_path / "phone.mp4", pictures(9))
+    lying = all_frames(path)
+    set_matrix(path, *matrix)
+    for image, position in zip(sample_frames(path), frame_positions(9, 8), strict=True):
+        assert np.array_equal(np.asarray(image), shown(lying[position], *matrix))
+
+
+@pytest.mark.parametrize("matrix", ROTATIONS, ids=str)
+def test_opencv_rotates(matrix, tmp_path):
+    path = write_clip(tmp_path / "phone.mp4", pictures(9))
+    lying = all_frames(path)[0]
+    set_matrix(path, *matrix)
+    (image,) = video_opencv.read(path, "the clip", lambda _: [0])
+    difference = np.abs(np.asarray(image).astype(int) - shown(lying, *matrix))
+    assert difference.max() <= 2
+
+
+def test_a_rotation_that_is_no_quarter_turn_is_refused(tmp_path):
+    path = write_clip(tmp_path / "phone.mp4", pictures(9))
+    set_matrix(path, 0.8, 0.6, -0.6, 0.8)
+    message = refused(path)
+    assert "expected quarter turns and mirrors alone" in message
+    assert "ffmpeg -i IN OUT.mp4" in message
+
+
+# --- bad files -------------------------------------------------------------------------------
+
+
+def write_sound(path: Path, codec: str, *, cover: bool = False) -> Path:
+    with av.open(str(path), "w") as container:
+        sound = container.add_stream(codec, rate=48000, layout="mono")
+        if cover:
+            picture = container.add_stream("mjpeg", rate=1)
+            picture.width, picture.height, picture.pix_fmt = 32, 32, "yuvj420p"
+            picture.disposition = int(av.stream.Disposition.attached_pic)
+        frame = av.AudioFrame(format="fltp", layout="mono", samples=1024)
+        frame.sample_rate = 48000
+        for plane in frame.planes:
+            plane.update(bytes(plane.buffer_size))
+        container.mux(sound.encode(frame))
+        container.mux(sound.encode())
+        if cover:
+            still = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8))
+            container.mux(picture.encode(still))
+            container.mux(picture.encode())
+    return path
+
+
+@pytest.mark.parametrize(("name", "codec"), [("sound.mp4", "aac"), ("sound.mkv", "aac")])
+def test_sound_alone_is_refused(name, codec, library, tmp_path):
+    message = refused(write_sound(tmp_path / name, codec))
+    assert name in message
+    assert "no moving picture" in message
+
+
+def test_cover_art_is_no_video(tmp_path):
+    path = write_sound(tmp_path / "song.mp4", "aac", cover=True)
+    with av.open(str(path)) as container:
+        assert len(container.streams.video) == 1
+    assert "has no moving picture; expected a video: it holds sound" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("clip.mp4", {}),
+        ("stream.mp4", {"movflags": "+faststart"}),
+        ("clip.mkv", {"cluster_time_limit": "500"}),
+        ("clip.webm", {"cluster_time_limit": "500"}),
+        ("clip.avi", {}),
+    ],
+)
+def test_a_video_that_is_cut_off_is_refused(name, options, tmp_path, capfd):
+    codec = "libvpx-vp9" if name.endswith("webm") else "libx264"
+    path = write_clip(tmp_path / name, pictures(LENGTH), codec, options=options)
+    data = path.read_bytes()
+    capfd.readouterr()  # what the encoder says
+    for part in (0.3, 0.6, 0.8):
+        path.write_bytes(data[: int(len(data) * part)])
+        message = refused(path)
+        assert name in message
+        assert "cut off" in message
+        # Where the container's beginning says how long it is, so does the message.
+        assert ("its header states 5.0 s" in message) or name in ("clip.mp4", "clip.avi")
+    assert capfd.readouterr() == ("", ""), "libavformat keeps quiet"
+
+
+def test_a_last_frame_that_is_cut_off_is_noticed(tmp_path):
+    path = write_clip(tmp_path / "clip.mp4", pictures(LENGTH), options={"movflags": "+faststart"})
+    data = path.read_bytes()
+    path.write_bytes(data[:-3])
+    assert "holds 5.0 s, but its header states 5.0 s" in refused(path, 1)
+
+
+def test_opencv_refuses_what_is_cut_off(tmp_path):
+    path = write_clip(
+        tmp_path / "clip.mkv", pictures(LENGTH), options={"cluster_time_limit": "500"}
+    )
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * 0.6)])
+    with pytest.raises(InvalidInputError, match=r"holds [0-9]+ frames, but its header states 50 f"):
+        video_opencv.read(path, "the clip", lambda _: [0])
+
+
+def test_a_recording_without_its_beginning_and_its_end_serves(tmp_path):
+    path = write_clip(tmp_path / "broadcast.ts", pictures(LENGTH), b_frames=2)
+    data = path.read_bytes()
+    packets = len(data) // 188
+    path.write_bytes(data[packets // 4 * 188 : packets * 3 // 4 * 188])
+    taken = sample_frames(path)
+    assert len(taken) == 8
+    brightness = [np.asarray(image)[-1, -1].mean() for image in taken]
+    assert brightness == sorted(brightness)
+
+
+def test_a_stream_that_stops_in_a_frame_gives_the_frames_before_it(tmp_path):
+    path = write_clip(tmp_path / "stream.flv", pictures(LENGTH), b_frames=0)
+    everything = all_frames(path)
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    cut = packets[20]
+    data = path.read_bytes()
+    start = data.index(bytes(cut))
+    path.write_bytes(data[: start + cut.size // 2])
+    if int(av.__version__.partition(".")[0]) < 18:  # its decoder gives up at the half frame
+        assert "can't be decoded" in refused(path)
+        return
+    taken = sample_frames(path)
+    for image, position in zip(taken, frame_positions(20, 8), strict=True):
+        assert np.array_equal(np.asarray(image), everything[position])
+
+
+def test_a_video_with_a_hole_is_refused(library, tmp_path):
+    path = write_clip(tmp_path / "clip.mp4", pictures(LENGTH), options={"movflags": "+faststart"})
+    data = bytearray(path.read_bytes())
+    start = data.index(b"mdat") + 4
+    data[start:] = bytes(len(data) - start)
+    path.write_bytes(data)
+    expected = "can't be decoded" if library == "av" else "holds 0 frames, but its header states 50"
+    assert expected in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "text"),
+    [
+        ("clip.mp4", b"", "is not a video that is known here"),
+        ("clip.mp4", b"hello, world " * 50, "expected one of MP4, MOV, MKV"),
+        ("clip.mp4", b"\x89PNG\r\n\x1a\n" + b"0" * 900, "is not a video that is known here"),
+        ("list.m3u8", b"#EXTM3U\n/etc/passwd\n", "is not a video that is known here"),
+        ("clip.mp4", b"\0\0\0\x18ftypisom" + b"x" * 3000, "can't be decoded"),
+        ("clip.mkv", b"\x1a\x45\xdf\xa3" + b"\xff" * 3000, "can't be decoded"),
+    ],
+)
+def test_what_is_no_video_is_refused(name, data, text, library, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(data)
+    message = refused(path)
+    assert text in message
+    assert name in message
+
+
+def test_frames_that_are_too_large_are_refused(library, tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "clip.mp4", pictures(9))
+    monkeypatch.setattr(frames_module, "MAX_PIXELS", 64 * 48 - 1)
+    assert "frames of 64×48 = 3072 pixels; expected at most 3071" in refused(path)
+    monkeypatch.setattr(frames_module, "MAX_PIXELS", 64 * 48)
+    assert len(sample_frames(path)) == 8
+
+
+def test_what_is_not_there_is_refused(tmp_path):
+    assert "does not exist (looked for at" in refused(tmp_path / "absent.mp4")
+    assert "can't be read: " in refused("a\0b.mp4")
+    assert "got the URL 'https://host/clip.mp4'" in refused("https://host/clip.mp4")
+    assert "got the URL 'https:/host/clip.mp4'" in refused(Path("https://host/clip.mp4"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are Unix's")
+def test_a_pipe_is_refused_and_never_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert not is_video(tmp_path / "pipe")
+    assert "is a device, pipe or socket" in refused(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    ("source", "count", "text"),
+    [
+        ([], 8, "empty list of frames"),
+        (b"bytes", 8, "got a video of type bytes; expected the path of a video"),
+        (np.zeros((4, 8, 8, 3), np.uint8), 8, "becomes one with list(array)"),
+        (["x"], 0, "got 0 frames; expected 1 or more"),
+        (["x"], True, "got True frames"),
+        (["x"], 2.0, "got 2.0 frames"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(source, count, text):
+    assert text in refused(source, count)
+
+
+def test_without_a_decoder_the_extra_is_named(tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "clip.mp4", pictures(9))
+    monkeypatch.setitem(sys.modules, "av", None)
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(MissingDependencyError) as caught:
+        sample_frames(path)
+    assert "the package 'av'" in str(caught.value)
+    assert "pip install 'vzip[video]'" in str(caught.value)
+
+
+def test_pyav_comes_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(video_pyav, "read", lambda *_: ["PyAV's"])
+    monkeypatch.setattr(video_opencv, "read", lambda *_: ["OpenCV's"])
+    path = write_clip(tmp_path / "clip.mp4", pictures(9))
+    assert sample_frames(path) == ["PyAV's"]
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert sample_frames(path) == ["OpenCV's"]
+
+
+# --- what is a video -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        (b"\0\0\0\x20ftypmp42", True),
+        (b"\0\0\0\x14ftypqt  ", True),
+        (b"\0\0\0\x08wide\0\0\0\0mdat", True),
+        (b"\0\0\0\x1cftypavif", False),
+        (b"\0\0\0\x18ftypheic", False),
+        (b"RIFF\0\0\0\0AVI LIST", True),
+        (b"RIFF\0\0\0\0WEBPVP8 ", False),
+        (b"RIFF\0\0\0\0WAVEfmt ", False),
+        ((b"G" + bytes(187)) * 5, True),
+        ((bytes(4) + b"G" + bytes(187)) * 5, True),
+        ((b"GIF89a" + bytes(182) + b"G" + bytes(187)) * 5, False),
+        ((b"GIF89a" + bytes(182)) + (b"G" + bytes(187)) * 5, False),
+        (b"G" + bytes(187) + b"G", False),
+        (b"\x89PNG\r\n\x1a\n", False),
+        (b"\xff\xd8\xff\xe0", False),
+        (b"", False),
+    ],
+)
+def test_a_video_is_known_by_its_first_bytes(head, expected, tmp_path):
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(head)
+    assert is_video(path) is expected
+    assert is_video(str(path)) is expected
+
+
+def test_other_paths(tmp_path):
+    assert is_video(tmp_path), "a folder of frames"
+    assert not is_video(tmp_path / "absent.mp4")
+    assert not is_video("https://host/clip.mp4")
+    assert not is_video("a\0b")
+
+
+# --- from images -----------------------------------------------------------------------------
+
+
+def test_a_list_of_frames_is_sampled_and_only_what_is_taken_is_read():
+    frames: list = [Image.new("L", (4, 4), index) for index in range(100)]
+    frames[49] = "absent.png"
+    taken = sample_frames(frames)
+    assert [image.getpixel((0, 0)) for image in taken] == [
+        (index,) * 3 for index in (0, 14, 28, 42, 56, 70, 84, 99)
+    ]
+    assert [image.mode for image in taken] == ["RGB"] * 8
+    assert "absent.png" in refused(frames, 3)
+    assert len(sample_frames(tuple(frames[:5]))) == 5
+
+
+def test_a_folder_is_its_images_in_the_order_of_their_numbers(tmp_path):
+    for index in (1, 2, 9, 10, 11, 100):
+        Image.new("L", (4, 4), index).save(tmp_path / f"Frame{index}.png")
+    (tmp_path / "notes.txt").write_text("no frame")
+    (tmp_path / ".hidden.png").write_text("no frame")
+    (tmp_path / "sub").mkdir()
+    shades = [image.getpixel((0, 0))[0] for image in sample_frames(tmp_path)]
+    assert shades == [1, 2, 9, 10, 11, 100]
+    (tmp_path / "Frame5.jpg").write_text("spoilt")
+    assert "Frame5.jpg" in refused(tmp_path)
+
+
+def test_a_folder_without_images_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("no frame")
+    message = refused(tmp_path)
+    assert "is a folder without images; expected frames named *.jpg, *.jpeg, *.png" in message

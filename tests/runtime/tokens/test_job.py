@@ -1,0 +1,482 @@
+"""`vzip encode`: what it finds, writes and says, and what is left when it is killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.places import GOLDEN
+from tests.runtime.test_encoder import tiled, with_newline
+from vzip.runtime import VisionEncoder
+from vzip.runtime.bundle.fingerprint import fingerprint
+from vzip.runtime.bundle.reader import read_bundle
+from vzip.runtime.cli.main import main
+from vzip.runtime.tokens import job as encode_job
+from vzip.runtime.tokens.cache import origin_of
+from vzip.runtime.tokens.file import TokenFile
+from vzip.runtime.tokens.job import work_store
+
+
+def draw(path: Path, seed: int, size: tuple[int, int] = (24, 16)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Four images; the last is in a folder of its own."""
+    for seed, name in enumerate(("b.png", "a.png", "c.jpg", "sub/a.png")):
+        draw(tmp_path / "images" / name, seed)
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images or tiles went through a graph in one go."""
+    sizes: list[int] = []
+    encode = VisionEncoder._encode_pixels  # what images and tiles have in common
+
+    def counted(self: VisionEncoder, pixels: Any, on_device: bool) -> Any:
+        sizes.append(len(pixels))
+        return encode(self, pixels, on_device)
+
+    monkeypatch.setattr(VisionEncoder, "_encode_pixels", counted)
+    return sizes
+
+
+def encode(bundle: Path, *arguments: object) -> int:
+    return main(["encode", str(bundle), *map(str, arguments), "--backend", "onnxruntime"])
+
+
+def stderr(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().err
+
+
+def contents(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    with TokenFile.open(path) as file:
+        images = [file.read(name) for name in file.records]
+        return {each.name: (each.tokens, each.kept) for each in images}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# What is written
+
+
+@pytest.mark.parametrize("name", ["tiny_bundle", "tiny_static_bundle"])
+def test_a_folder_becomes_a_file(tmp_path: Path, folder: Path, name: str, capsys: Any) -> None:
+    bundle, output = GOLDEN / name, tmp_path / "t.safetensors"
+    assert encode(bundle, folder, "-o", output) == 0
+    assert capsys.readouterr() == (f"{output}\n", "")
+    found = contents(output)
+    assert list(found) == ["a.png", "b.png", "c.jpg", "sub/a.png"]
+    with VisionEncoder.open(bundle, "onnxruntime") as encoder:
+        manifest = encoder.manifest
+        for image, (tokens, kept) in found.items():
+            expected = encoder.encode([folder / image])
+            assert tokens.dtype == np.dtype(manifest.embeds.dtype)
+            np.testing.assert_allclose(tokens, expected.embeds[0], rtol=1e-3, atol=1e-3)
+            np.testing.assert_array_equal(kept, expected.kept)  # [1, dominant]
+    with TokenFile.open(output) as file:
+        assert file.origin == origin_of(manifest)
+        assert file.origin.fingerprint == fingerprint(manifest)
+    assert names(tmp_path) == ["images", "t.safetensors"]
+
+
+def test_batches_are_filled_across_shards(
+    tmp_path: Path, folder: Path, encoded: list[int], capsys: Any
+) -> None:
+    for seed in range(10, 13):
+        draw(folder / f"{seed}.png", seed)
+    bundle = GOLDEN / "tiny_bundle"
+    assert encode(bundle, folder, "-o", tmp_path / "t.safetensors", "--shard-size", 2) == 0
+    assert encoded == [3, 3, 1]
+    shards = [f"t-0000{number}-of-00004.safetensors" for number in (1, 2, 3, 4)]
+    assert capsys.readouterr().out.split() == [str(tmp_path / name) for name in shards]
+    assert names(tmp_path) == ["images", *shards]
+    assert [list(contents(tmp_path / name)) for name in shards] == [
+        ["10.png", "11.png"],
+        ["12.png", "a.png"],
+        ["b.png", "c.jpg"],
+        ["sub/a.png"],
+    ]
+    assert encode(bundle, folder, "-o", tmp_path / "one.safetensors") == 0
+    one = contents(tmp_path / "one.safetensors")
+    for name in shards:
+        for image, (tokens, _) in contents(tmp_path / name).items():
+            np.testing.assert_array_equal(tokens, one[image][0])
+
+
+def test_files_go_by_their_last_name_in_the_order_given(
+    tmp_path: Path, folder: Path, encoded: list[int]
+) -> None:
+    paths = [folder / "sub" / "a.png", folder / "c.jpg", folder / "sub" / "a.png"]
+    assert encode(GOLDEN / "tiny_bundle", *paths, "-o", tmp_path / "t.safetensors") == 0
+    assert list(contents(tmp_path / "t.safetensors")) == ["a.png", "c.jpg"]
+    assert encoded == [2]
+
+
+def test_one_picture_under_two_names_is_encoded_once(
+    tmp_path: Path, folder: Path, encoded: list[int]
+) -> None:
+    shutil.copyfile(folder / "a.png", folder / "a-twin.png")
+    output = tmp_path / "t.safetensors"
+    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 0
+    assert encoded == [3, 1]
+    tokens = contents(output)["a.png"][0]
+    np.testing.assert_array_equal(contents(output)["a-twin.png"][0], tokens)
+    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output, "--shard-size", 1) == 0
+    for number, name in ((1, "a-twin.png"), (2, "a.png")):
+        found = contents(tmp_path / f"t-0000{number}-of-00005.safetensors")[name][0]
+        np.testing.assert_allclose(found, tokens, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["reference", "newline"])
+def test_tiles_are_those_of_image_embeds(tmp_path: Path, tiny_bundle: Path, order: str) -> None:
+    bundle = with_newline(tmp_path / "tiled", tiny_bundle, tiled(order))
+    images = [draw(tmp_path / f"{side}.png", side, (side, 90)) for side in (20, 60, 200)]
+    output = tmp_path / "t.safetensors"
+    assert encode(bundle, *images, "-o", output) == 0
+    found = contents(output)
+    with VisionEncoder.open(bundle, "onnxruntime") as encoder:
+        for image in images:
+            expected = encoder.image_tokens(image)
+            assert len(expected.kept) > 1
+            for one, other in zip(found[image.name], expected, strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_arrays(tmp_path: Path, folder: Path, whole: bool) -> None:
+    output = tmp_path / "t.npy"
+    assert encode(GOLDEN / "tiny_bundle", folder if whole else folder / "a.png", "-o", output) == 0
+    found = np.load(output, allow_pickle=False)
+    images = sorted(folder.rglob("*.*")) if whole else [folder / "a.png"]
+    with VisionEncoder.open(GOLDEN / "tiny_bundle", "onnxruntime") as encoder:
+        expected = encoder.encode(images).embeds
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_arrays_of_unequal_lengths_are_refused_and_the_cure_costs_nothing(
+    tmp_path: Path, tiny_bundle: Path, encoded: list[int], capsys: Any
+) -> None:
+    bundle = with_newline(tmp_path / "tiled", tiny_bundle, tiled("reference"))
+    images = [draw(tmp_path / f"{side}.png", side, (side, 90)) for side in (20, 90)]
+    assert encode(bundle, *images, "-o", tmp_path / "t.npy") == 2
+    assert "expected equal numbers in a .npy file" in stderr(capsys)
+    assert not (tmp_path / "t.npy").exists()
+    encoded.clear()
+    assert encode(bundle, *images, "-o", tmp_path / "t.safetensors") == 0
+    assert encoded == []
+
+
+# What is left out
+
+
+def test_what_is_no_image_is_named_and_the_others_go_on(
+    tmp_path: Path, folder: Path, capsys: Any
+) -> None:
+    (folder / "notes.txt").write_text("no picture")
+    (folder / ".hidden").write_text("x")
+    (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:300])
+    os.mkfifo(folder / "pipe")
+    (folder / "link").symlink_to(tmp_path)
+    output = tmp_path / "t.safetensors"
+    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 1
+    out, err = capsys.readouterr()
+    assert out == f"{output}\n"
+    assert list(contents(output)) == ["a.png", "b.png", "c.jpg", "sub/a.png"]
+    lines = err.splitlines()
+    assert lines[-1] == "encode: left out 4 of 8 files (1 hidden ones were passed over)"
+    starts = [
+        "encode: left out 'cut.png': the encoded image can't be decoded as PNG",
+        "encode: left out 'link': is a link to a folder",
+        "encode: left out 'notes.txt': the encoded image is not in a format read here",
+        "encode: left out 'pipe': ",
+    ]
+    for line, start in zip(sorted(lines[:-1]), starts, strict=True):
+        assert line.startswith(start)
+    with VisionEncoder.open(GOLDEN / "tiny_bundle", "onnxruntime") as encoder:
+        expected = encoder.encode([folder / "c.jpg"]).embeds[0]
+    np.testing.assert_allclose(contents(output)["c.jpg"][0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_single_image_nothing_is_written(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "a.png").write_bytes(b"no")
+    assert encode(GOLDEN / "tiny_bundle", tmp_path / "a.png", "-o", tmp_path / "t.safetensors") == 1
+    assert capsys.readouterr().out == ""
+    assert names(tmp_path) == ["a.png"]
+
+
+def test_shards_keep_their_numbers_when_images_are_left_out(tmp_path: Path, folder: Path) -> None:
+    (folder / "a.png").write_bytes(b"no")
+    output = tmp_path / "t.safetensors"
+    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output, "--shard-size", 1) == 1
+    shards = sorted(tmp_path.glob("t-*"))
+    assert [list(contents(path)) for path in shards] == [[], ["b.png"], ["c.jpg"], ["sub/a.png"]]
+
+
+def test_an_array_is_written_whole_or_not_at_all(
+    tmp_path: Path, folder: Path, encoded: list[int], capsys: Any
+) -> None:
+    good = (folder / "a.png").read_bytes()
+    (folder / "a.png").write_bytes(b"no")
+    output = tmp_path / "t.npy"
+    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 2
+    err = stderr(capsys).splitlines()
+    assert err[0].startswith("encode: left out 'a.png': ")
+    assert err[-1].startswith("vzip: error: encode: nothing was written")
+    assert not output.exists()
+    (folder / "a.png").write_bytes(good)
+    encoded.clear()
+    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 0
+    assert encoded == [1]
+    assert names(tmp_path) == ["images", "t.npy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["images", "-o", "t.pt"], "files of tokens end with .safetensors or .npy"),
+        (["images", "-o", "no/t.npy"], "the folder 'no' does not exist; create it first"),
+        (["images", "-o", "empty/../images.npy/t.npy"], "does not exist; create it first"),
+        (["images", "-o", "t.npy", "--shard-size", "2"], "can't say which images its rows are"),
+        (["images", "-o", "t.safetensors", "--shard-size", "0"], "it takes 1 or more images"),
+        (["nowhere", "-o", "t.safetensors"], "got 'nowhere', which does not exist"),
+        (["empty", "-o", "t.safetensors"], "found no files in empty, expected images"),
+        (["images/a.png", "images/sub/a.png", "-o", "t.npy"], "both be called 'a.png'"),
+        (["images", "images/a.png", "-o", "t.npy", "--backend", "x"], "'x'"),
+    ],
+)
+def test_what_is_refused(
+    folder: Path,
+    arguments: list[str],
+    text: str,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    Path("empty").mkdir()
+    assert main(["encode", str(GOLDEN / "tiny_bundle"), *arguments]) == 2
+    err = stderr(capsys)
+    assert text in err
+    assert err.count("\n") == 1
+    assert names(Path()) == ["empty", "images"]
+
+
+def test_a_bundle_for_videos_takes_no_images(
+    tmp_path: Path, tiny_bundle: Path, folder: Path, capsys: Any
+) -> None:
+    path = tiny_bundle / "manifest.json"
+    text = path.read_text().replace('"image",\n    "video"', '"video"')
+    path.write_text(text)
+    assert read_bundle(tiny_bundle).manifest.media == ("video",)
+    assert encode(tiny_bundle, folder, "-o", tmp_path / "t.safetensors") == 2
+    assert "this bundle takes video alone" in stderr(capsys)
+
+
+# Going on
+
+
+def test_a_second_run_encodes_nothing(
+    tmp_path: Path, folder: Path, encoded: list[int], capsys: Any
+) -> None:
+    output = tmp_path / "t.safetensors"
+    for options in ([], ["--shard-size", 3]):
+        encode(GOLDEN / "tiny_bundle", folder, "-o", output, *options)
+        first, before = encoded[:], {path: path.stat() for path in tmp_path.glob("t*")}
+        encoded.clear()
+        assert encode(GOLDEN / "tiny_bundle", folder, "-o", output, *options) == 0
+        assert (first, encoded) == ([3, 1], [])
+        assert {path: path.stat() for path in tmp_path.glob("t*")} == before
+
+
+@pytest.mark.parametrize("options", [[], ["--shard-size", 2]])
+def test_only_images_that_changed_are_encoded_again(
+    tmp_path: Path, folder: Path, encoded: list[int], options: list[Any]
+) -> None:
+    output = tmp_path / "t.safetensors"
+    encode(GOLDEN / "tiny_bundle", folder, "-o", output, *options)
+    encoded.clear()
+    draw(folder / "b.png", 99)
+    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output, *options) == 0
+    assert encoded == [1]
+    found: dict[str, Any] = {}
+    for path in sorted(tmp_path.glob("t*")):
+        found |= contents(path)
+    with VisionEncoder.open(GOLDEN / "tiny_bundle", "onnxruntime") as encoder:
+        for name, (tokens, _) in found.items():
+            expected = encoder.encode([folder / name]).embeds[0]
+            np.testing.assert_allclose(tokens, expected, rtol=1e-4, atol=1e-5)
+    assert len(found) == 4
+
+
+def test_a_file_that_is_open_elsewhere_stays_what_it_was(tmp_path: Path, folder: Path) -> None:
+    output, link = tmp_path / "t.safetensors", tmp_path / "link"
+    encode(GOLDEN / "tiny_bundle", folder, "-o", output)
+    before = output.read_bytes()
+    link.hardlink_to(output)
+    draw(folder / "b.png", 99)
+    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 0
+    assert link.read_bytes() == before != output.read_bytes()
+
+
+def test_images_come_and_go_in_one_file(tmp_path: Path, folder: Path, encoded: list[int]) -> None:
+    output = folder / "t.safetensors"  # in the folder itself: it is no image of it
+    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 0
+    encoded.clear()
+    (folder / "c.jpg").unlink()
+    draw(folder / "0.png", 50)
+    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 0
+    assert encoded == [1]
+    assert list(contents(output)) == ["0.png", "a.png", "b.png", "sub/a.png"]
+
+
+def test_shards_of_another_number_of_images(tmp_path: Path, folder: Path, capsys: Any) -> None:
+    output = tmp_path / "t.safetensors"
+    encode(GOLDEN / "tiny_bundle", folder, "-o", output, "--shard-size", 2)
+    before = names(tmp_path)
+    # As many files, but not with the same images.
+    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output, "--shard-size", 3) == 0
+    assert names(tmp_path) == before
+    assert [list(contents(path)) for path in sorted(tmp_path.glob("t-*"))] == [
+        ["a.png", "b.png", "c.jpg"],
+        ["sub/a.png"],
+    ]
+    capsys.readouterr()
+    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output, "--shard-size", 1) == 2
+    assert "remove the old shards, or choose another name with -o" in stderr(capsys)
+    assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize("options", [[], ["--shard-size", 2]])
+def test_what_another_bundle_made_is_refused(
+    tmp_path: Path, folder: Path, options: list[Any], capsys: Any
+) -> None:
+    output = tmp_path / "t.safetensors"
+    encode(GOLDEN / "tiny_bundle", folder, "-o", output, *options)
+    before = {path: path.read_bytes() for path in tmp_path.glob("t*")}
+    capsys.readouterr()
+    assert encode(GOLDEN / "tiny_static_bundle", folder, "-o", output, *options) == 2
+    assert "tokens of two bundles don't belong together" in stderr(capsys)
+    assert {path: path.read_bytes() for path in tmp_path.glob("t*")} == before
+
+
+def test_a_file_of_somebody_else_is_not_replaced(tmp_path: Path, folder: Path, capsys: Any) -> None:
+    output = tmp_path / "t.safetensors"
+    output.write_bytes(b"a model of weeks of training")
+    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 2
+    assert "expected a file that 'vzip encode' wrote" in stderr(capsys)
+    assert output.read_bytes() == b"a model of weeks of training"
+
+
+def test_two_at_once_don_t_mix(tmp_path: Path, folder: Path, capsys: Any) -> None:
+    output = tmp_path / "t.safetensors"
+    origin = origin_of(read_bundle(GOLDEN / "tiny_bundle").manifest)
+    with work_store(output, origin):
+        assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 2
+        assert "another process is writing it" in stderr(capsys)
+    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 0
+
+
+def test_so_many_images_that_a_header_can_t_name_them(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(encode_job, "LARGEST_HEADER", 1800)
+    output = tmp_path / "t.safetensors"
+    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 2
+    assert "write shards with --shard-size" in stderr(capsys)
+    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output, "--shard-size", 2) == 0
+
+
+# Killed
+
+
+CHILD = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+left = [int(sys.argv[1])]
+class counting:  # no function: Python 3.10's pathlib would bind it to an object
+    def __init__(self, call):
+        self.call = call
+    def __call__(self, *args, **options):
+        if left[0] == 0:
+            os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+        left[0] -= 1
+        return self.call(*args, **options)
+for name in ("fsync", "replace", "unlink"):
+    setattr(os, name, counting(getattr(os, name)))
+from vzip.runtime.cli.main import main
+sys.exit(main(["encode", *sys.argv[3:], "--backend", "onnxruntime"]))
+"""
+
+
+def child(step: int, kind: str, *arguments: object) -> int:
+    """Return how a process ended that got a signal at a step of its writing."""
+    command = [sys.executable, "-c", CHILD, str(step), kind, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, check=False, timeout=120).returncode
+
+
+@pytest.mark.parametrize("options", [[], ["--shard-size", 2]])
+def test_sigkill_at_any_step_leaves_whole_files_and_the_next_run_goes_on(
+    tmp_path: Path, folder: Path, encoded: list[int], options: list[Any]
+) -> None:
+    bundle = GOLDEN / "tiny_static_bundle"
+    (tmp_path / "good").mkdir()
+    encode(bundle, folder, "-o", tmp_path / "good" / "t.safetensors", *options)
+    good = {path.name: path.read_bytes() for path in (tmp_path / "good").iterdir()}
+    again = []
+    for step in range(0, 100, 2):
+        place = tmp_path / str(step)
+        place.mkdir()
+        arguments = (bundle, folder, "-o", place / "t.safetensors", *options)
+        ended = child(step, "SIGKILL", *arguments)
+        for path in place.glob("t*"):  # whole, whenever it was
+            assert path.read_bytes() == good[path.name]
+        encoded.clear()
+        assert encode(*arguments) == 0
+        assert {path.name: path.read_bytes() for path in place.iterdir()} == good
+        again.append(sum(encoded))
+        if ended == 0:
+            break
+        assert ended == -signal.SIGKILL
+    assert again[0] == 4
+    assert again[-1] == 0
+    assert again == sorted(again, reverse=True)
+    assert len(again) >= 8
+    assert len(set(again)) >= 4
+
+
+def test_an_interrupt_ends_with_its_status_and_loses_nothing(
+    tmp_path: Path, folder: Path, encoded: list[int]
+) -> None:
+    arguments = (GOLDEN / "tiny_static_bundle", folder, "-o", tmp_path / "t.safetensors")
+    assert child(7, "SIGINT", *arguments) == 130
+    assert not (tmp_path / "t.safetensors").exists()
+    assert encode(*arguments) == 0
+    assert 0 < sum(encoded) < 4
+    assert names(tmp_path) == ["images", "t.safetensors"]
+
+
+def test_a_run_that_another_bundle_began_is_refused(
+    tmp_path: Path, folder: Path, capsys: Any
+) -> None:
+    output = tmp_path / "t.safetensors"
+    assert child(7, "SIGKILL", GOLDEN / "tiny_static_bundle", folder, "-o", output) < 0
+    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 2
+    assert "was made by a bundle with the fingerprint" in stderr(capsys)
+    assert encode(GOLDEN / "tiny_static_bundle", folder, "-o", output) == 0
