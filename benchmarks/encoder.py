@@ -97,9 +97,10 @@ def made(folder: Path, model: str, tokens: int, *, weights: str = "random") -> B
     expected = (weights, "fp32", tokens, LARGEST_BATCH)
     if got != expected:
         raise InvalidInputError(
-            f"'{path}' has weights, precision, tokens and largest batch {got}, expected "
-            f"{expected}; it was exported with other options: delete it, or give another folder "
-            "with --bundles"
+            f"'{path}' has weights, precision, tokens and largest batch {got}",
+            expected=f"{expected}",
+            cause="it was exported with other options",
+            cure="delete it, or give another folder with --bundles",
         )
     if "int8" not in manifest.precisions:
         _vzip(
@@ -115,8 +116,10 @@ def joined(results: Sequence[dict[str, Any]], command: str) -> dict[str, Any]:
     for other in others:
         if other["baseline"] != first["baseline"]:
             raise InvalidInputError(
-                f"the baselines are {first['baseline']} and {other['baseline']}, expected one; "
-                "the first failed to open in one of the bundles: look at what was printed"
+                f"the baselines are {first['baseline']} and {other['baseline']}",
+                expected="one",
+                cause="the first failed to open in one of the bundles",
+                cure="look at what was printed",
             )
     whole = {**first, "command": command, "rows": [], "states": []}
     groups = 0  # every run numbers its own from 0

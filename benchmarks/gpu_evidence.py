@@ -169,8 +169,10 @@ def _check_carried(plan: Plan, bundle: Path, batch: int) -> None:
     }
     if got != wanted:
         raise EvidenceError(
-            f"the bundle '{bundle.name}' is {got}, expected {wanted}; it was exported with other "
-            "options: delete it, or give another folder with --bundles"
+            f"the bundle '{bundle.name}' is {got}",
+            expected=f"{wanted}",
+            cause="it was exported with other options",
+            cure="delete it, or give another folder with --bundles",
         )
 
 
@@ -205,8 +207,10 @@ def _build_one(plan: Plan, family: str, bundle: Path, paths: Sequence[str]) -> d
     record = read_bundle(bundle, verify=False).manifest.engines[family]
     if record.stack != BUILT[family]:
         raise EvidenceError(
-            f"{family}: {plan.pythons[family]} built with {record.stack}, expected "
-            f"{BUILT[family]}; it has both: name one that has only that with --stack"
+            f"{family}: {plan.pythons[family]} built with {record.stack}",
+            expected=f"{BUILT[family]}",
+            cause="it has both",
+            cure="name one that has only that with --stack",
         )
     return {
         "seconds": seconds,
@@ -365,7 +369,8 @@ def main(argv: Sequence[str]) -> int:
     if not _timed(result):
         reasons = [text for each in result["batches"].values() for text in each["failed"].values()]
         raise EvidenceError(
-            f"nothing could be timed: {'; '.join(dict.fromkeys(reasons))}; nothing was written"
+            f"nothing could be timed: {'; '.join(dict.fromkeys(reasons))}",
+            cause="nothing was written",
         )
     print(table(result))
     print(f"\nwritten to {output}")
@@ -411,16 +416,21 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         name, separator, python = text.partition("=")
         if name not in families or not separator or not python:
             raise InvalidInputError(
-                f"--stack is {text!r}, expected NAME=PYTHON with a NAME of {', '.join(families)}"
+                f"--stack is {text!r}",
+                expected=f"NAME=PYTHON with a NAME of {', '.join(families)}",
             )
         pythons[name] = python
     parts = arguments.batches.split(",")
     if not all(part.isdigit() and int(part) for part in parts) or len({*parts}) < len(parts):
         raise InvalidInputError(
-            f"--batches is {arguments.batches!r}, expected different numbers from 1 on, as 1,8,32"
+            f"--batches is {arguments.batches!r}",
+            expected="different numbers from 1 on, as 1,8,32",
         )
     if arguments.rounds < 1:
-        raise InvalidInputError(f"--rounds is {arguments.rounds}, expected at least 1")
+        raise InvalidInputError(
+            f"--rounds is {arguments.rounds}",
+            expected="at least 1",
+        )
     # The merge of the published code, so that all compute the same; opset 17 for TensorRT 8.6.
     common = ("--merge", "sum", "--opset", "17", "--tokens")
     return Plan(
@@ -441,12 +451,14 @@ def _check_output(output: Path, *, dry_run: bool) -> None:
     """Refuse a file that can't or must not be written, before anything is measured."""
     if not output.parent.is_dir():
         raise InvalidInputError(
-            f"-o is '{output}', but the folder '{output.parent}' does not exist; create it first"
+            f"-o is '{output}', but the folder '{output.parent}' does not exist",
+            cure="create it first",
         )
     if dry_run and output.resolve().is_relative_to(RESULTS.resolve()):
         raise InvalidInputError(
-            f"-o is '{output}' and --dry-run-cpu was given; results of a dry run are no evidence "
-            "and never lie in benchmarks/results: give another folder"
+            f"-o is '{output}' and --dry-run-cpu was given",
+            cause="results of a dry run are no evidence and never lie in benchmarks/results",
+            cure="give another folder",
         )
 
 
@@ -456,8 +468,11 @@ def _require_gpu() -> None:
     found = gpus()
     if isinstance(found, str):
         raise EvidenceError(
-            f"there is no GPU to measure: {found}; run it on a machine with an NVIDIA GPU, or try "
-            "it with --dry-run-cpu; nothing was written"
+            f"there is no GPU to measure: {found}",
+            cause=(
+                "run it on a machine with an NVIDIA GPU, or try it with --dry-run-cpu; nothing was "
+                "written"
+            ),
         )
 
 

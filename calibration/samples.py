@@ -98,11 +98,14 @@ class Samples(Sequence[Sample]):
         """
         if count is not None and (isinstance(count, bool) or count < LEAST):
             raise InvalidInputError(
-                f"got count={count!r}, expected at least {LEAST}: some images are calibrated on "
-                "and others held apart"
+                f"got count={count!r}",
+                expected=f"at least {LEAST}: some images are calibrated on and others held apart",
             )
         if seed < 0:
-            raise InvalidInputError(f"got seed={seed}, expected 0 or above")
+            raise InvalidInputError(
+                f"got seed={seed}",
+                expected="0 or above",
+            )
         if source == DEMO:
             return cls._demo(count, seed)
         files = _files(source)
@@ -129,8 +132,10 @@ class Samples(Sequence[Sample]):
         needed = LEAST if count is None else count
         if len(samples) < needed:
             raise InvalidInputError(
-                f"{source!r} gives {len(samples)} images of {len(files)} files, expected at least "
-                f"{needed}; {samples.describe_left_out()}; add images or lower --count"
+                f"{source!r} gives {len(samples)} images of {len(files)} files",
+                expected=f"at least {needed}",
+                cause=f"{samples.describe_left_out()}",
+                cure="add images or lower --count",
             )
         return samples
 
@@ -139,8 +144,9 @@ class Samples(Sequence[Sample]):
         """Return scenes of the demo's generator, with the digits that its training saw."""
         if count is None:
             raise InvalidInputError(
-                "got the demo's generator without a number of images, expected one, for it has no "
-                "end; give --count"
+                "got the demo's generator without a number of images",
+                expected="one, for it has no end",
+                cure="give --count",
             )
         try:
             import sklearn  # noqa: F401 - the digits are its data
@@ -232,8 +238,9 @@ class _Reader:
         encoded = _read(self.path)
         if hashlib.sha256(encoded).hexdigest() != self.sha256:
             raise InvalidInputError(
-                f"{self.path} changed while it was being used, expected the bytes that were "
-                "hashed at first; leave the images alone until calibration ends"
+                f"{self.path} changed while it was being used",
+                expected="the bytes that were hashed at first",
+                cure="leave the images alone until calibration ends",
             )
         return encoded
 
@@ -263,8 +270,9 @@ def _files(source: str) -> list[tuple[str, Path]]:
         return sorted(found)
     if not path.is_file():
         raise InvalidInputError(
-            f"the images {source!r} don't exist, expected a folder, a text file with one path a "
-            f"line, or '{DEMO}'; check the path"
+            f"the images {source!r} don't exist",
+            expected=f"a folder, a text file with one path a line, or '{DEMO}'",
+            cure="check the path",
         )
     if path.stat().st_size > MAX_ENCODED_BYTES:
         raise _no_list(source, "is too large for one")
@@ -278,8 +286,9 @@ def _files(source: str) -> list[tuple[str, Path]]:
 
 def _no_list(source: str, why: str) -> InvalidInputError:
     return InvalidInputError(
-        f"{source!r} {why}, expected a text file with one path a line, or a folder of images; a "
-        "single image is no set of samples"
+        f"{source!r} {why}",
+        expected="a text file with one path a line, or a folder of images",
+        cause="a single image is no set of samples",
     )
 
 

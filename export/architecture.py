@@ -307,9 +307,13 @@ def _norm(name: str, width: int) -> dict[str, Shape]:
 
 def _wrong(what: str, got: object, expected: str) -> CheckpointError:
     return CheckpointError(
-        f"{what} is {got!r}, expected {expected}; the checkpoint's config.json or "
-        "preprocessor_config.json is damaged or describes a model that vzip doesn't know: compare "
-        "it with the published one"
+        f"{what} is {got!r}",
+        expected=f"{expected}",
+        cause=(
+            "the checkpoint's config.json or preprocessor_config.json is damaged or describes a "
+            "model that vzip doesn't know"
+        ),
+        cure="compare it with the published one",
     )
 
 

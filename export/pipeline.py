@@ -191,9 +191,12 @@ def export_bundle(
             result = reference.compare(writer.stage(manifest))
             if not result.passed:
                 raise ParityError(
-                    f"the graph differs from the untouched model: {result}; expected "
-                    f"{parity.GATES[precision]}; nothing was written. Please report this with the "
-                    "model's name and the installed versions of torch and onnxruntime"
+                    f"the graph differs from the untouched model: {result}",
+                    expected=f"{parity.GATES[precision]}",
+                    cause=(
+                        "nothing was written. Please report this with the model's name and the "
+                        "installed versions of torch and onnxruntime"
+                    ),
                 )
             manifest = dataclasses.replace(manifest, parity=result.to_json())
             reference.write(writer.folder / form.REFERENCE_FILE, manifest)

@@ -230,8 +230,9 @@ def resolve(name: str | None, *, opset: int | None, precision: str | None, batch
         _refuse_precision(target, precision)
     if precision not in (None, *EXPORTED):
         raise InvalidInputError(
-            f"--precision is {precision!r}, expected {' or '.join(EXPORTED)}; an export has no "
-            "other precision"
+            f"--precision is {precision!r}",
+            expected=f"{' or '.join(EXPORTED)}",
+            cause="an export has no other precision",
         )
     if target is None:
         return Choice(opset or NEWEST_OPSET, precision or "fp32")
@@ -248,8 +249,9 @@ def find(name: str) -> Target:
     """
     if name not in TARGETS:
         raise InvalidInputError(
-            f"--target is {name!r}, expected one of {', '.join(TARGETS)}; 'vzip targets' says what "
-            "they are"
+            f"--target is {name!r}",
+            expected=f"one of {', '.join(TARGETS)}",
+            cure="'vzip targets' says what they are",
         )
     return TARGETS[name]
 
@@ -258,8 +260,8 @@ def _refuse_precision(target: Target, precision: str) -> None:
     if reason := target.refusal(precision):
         usable = " or ".join(p for p in EXPORTED if p in target.hardware_precisions)
         raise InvalidInputError(
-            f"--precision {precision} and --target {target.name} contradict each other: {reason}; "
-            f"take --precision {usable}"
+            f"--precision {precision} and --target {target.name} contradict each other: {reason}",
+            cure=f"take --precision {usable}",
         )
 
 
@@ -268,9 +270,10 @@ def _refuse_batch(target: Target, precision: str, batch: int) -> None:
     if batch > most:
         raise InvalidInputError(
             f"a batch of {batch} and --target {target.name} contradict each other: about "
-            f"{WEIGHTS_MIB[precision]} MiB of weights and {IMAGE_MIB[precision]} MiB an image in "
-            f"{precision} (estimates for a ViT-L) fill {_share(target)} its {target.memory_gb[-1]} "
-            f"GB at {most} images; take at most {most}, or leave out --target"
+            f"{WEIGHTS_MIB[precision]} MiB of weights and {IMAGE_MIB[precision]} MiB an image "
+            f"in {precision} (estimates for a ViT-L) fill {_share(target)} its "
+            f"{target.memory_gb[-1]} GB at {most} images",
+            cure=f"take at most {most}, or leave out --target",
         )
 
 

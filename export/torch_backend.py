@@ -58,8 +58,10 @@ class PyTorch:
         made = {name for node in graph.node for name in node.output}
         if unknown := set(self._outputs) - made:
             raise BackendError(
-                f"the graph has no value {sorted(unknown)}, expected it among its nodes' outputs; "
-                "it was made by another version: export the bundle again"
+                f"the graph has no value {sorted(unknown)}",
+                expected="it among its nodes' outputs",
+                cause="it was made by another version",
+                cure="export the bundle again",
             )
         weights = _weights(bundle.data_path)
         constants = {tensor.name: _tensor(tensor, weights) for tensor in graph.initializer}
@@ -82,8 +84,9 @@ class PyTorch:
             for name, array in feeds.items():
                 if name not in self._dtypes or array.dtype != self._dtypes[name]:
                     raise BackendError(
-                        f"{self.name}: got {name} {array.dtype}, the graph expects "
-                        f"{self._dtypes}; manifest and graph disagree: export the bundle again"
+                        f"{self.name}: got {name} {array.dtype}, the graph expects {self._dtypes}",
+                        cause="manifest and graph disagree",
+                        cure="export the bundle again",
                     )
                 values[name] = torch.tensor(array, device=self.device)
             for step in steps:
@@ -93,8 +96,11 @@ class PyTorch:
                 except (RuntimeError, IndexError, TypeError, ValueError) as error:
                     line = (str(error).splitlines() or [type(error).__name__])[0]
                     raise BackendError(
-                        f"{self.name} failed at the node {step.name}: {line}; the next call may "
-                        "succeed if memory was short, otherwise check the bundle with vzip check"
+                        f"{self.name} failed at the node {step.name}: {line}",
+                        cause=(
+                            "the next call may succeed if memory was short, otherwise check the "
+                            "bundle with vzip check"
+                        ),
                     ) from error
                 results = result if isinstance(result, tuple) else (result,)
                 values.update(zip(step.outputs, results, strict=False))  # outputs may be left out
@@ -130,8 +136,9 @@ def _plan(graph: Any, lasting: set[str], weights: NDArray[np.uint8]) -> tuple[_S
     unknown = sorted(set(kinds) - set(OPERATORS))
     if unknown or graph.sparse_initializer:
         raise BackendError(
-            f"the backend 'pytorch' doesn't know {unknown or 'sparse initializers'}; the graph was "
-            "made by another exporter or version: run it with backend='onnxruntime'"
+            f"the backend 'pytorch' doesn't know {unknown or 'sparse initializers'}",
+            cause="the graph was made by another exporter or version",
+            cure="run it with backend='onnxruntime'",
         )
     last = {name: place for place, node in enumerate(nodes) for name in node.input}
     steps = []
@@ -172,8 +179,10 @@ def _tensor(proto: Any, weights: NDArray[np.uint8]) -> Any:
     offset, length = int(place["offset"]), int(place["length"])
     if length != dtype.itemsize * int(np.prod(proto.dims, dtype=np.int64)):
         raise BackendError(
-            f"the tensor {proto.name!r} takes {length} bytes, expected those of {dtype} "
-            f"{list(proto.dims)}; the graph is damaged: export the bundle again"
+            f"the tensor {proto.name!r} takes {length} bytes",
+            expected=f"those of {dtype} {list(proto.dims)}",
+            cause="the graph is damaged",
+            cure="export the bundle again",
         )
     array = weights[offset : offset + length].view(dtype).reshape(tuple(proto.dims))
     return _from_numpy(np.require(array, requirements=["ALIGNED", "WRITEABLE"]))
@@ -202,6 +211,7 @@ def _constant(node: Any, weights: NDArray[np.uint8]) -> Any:
     if attribute.name in {"value_float", "value_floats"}:
         return torch.tensor(value, dtype=torch.float32)
     raise BackendError(
-        f"the backend 'pytorch' doesn't know a Constant with {attribute.name}; the graph was made "
-        "by another exporter or version: run it with backend='onnxruntime'"
+        f"the backend 'pytorch' doesn't know a Constant with {attribute.name}",
+        cause="the graph was made by another exporter or version",
+        cure="run it with backend='onnxruntime'",
     )

@@ -78,8 +78,9 @@ def _folded(name: str, function: str) -> None:
 def _unsupported(what: str) -> BackendError:
     """Return the error for a form of an operator that isn't covered here."""
     return BackendError(
-        f"the backend 'pytorch' doesn't know {what}; the graph was made by another exporter or "
-        "version: run it with backend='onnxruntime'"
+        f"the backend 'pytorch' doesn't know {what}",
+        cause="the graph was made by another exporter or version",
+        cure="run it with backend='onnxruntime'",
     )
 
 

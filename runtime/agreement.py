@@ -138,8 +138,9 @@ def read_reference(data: Any, manifest: Manifest) -> Reference:
             found = {name: arrays[name] for name in arrays.files}
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise BundleError(
-            f"{REFERENCE_FILE} can't be read ({error}), expected an archive of numpy arrays; "
-            "export the bundle again"
+            f"{REFERENCE_FILE} can't be read ({error})",
+            expected="an archive of numpy arrays",
+            cure="export the bundle again",
         ) from error
     count = len(found["input"]) if "input" in found and found["input"].ndim else 0
     expected = {
@@ -153,8 +154,9 @@ def read_reference(data: Any, manifest: Manifest) -> Reference:
         if got is None or got.shape != shape or got.dtype.name not in dtypes or not count:
             shown = "nothing" if got is None else f"{got.dtype} {list(got.shape)}"
             raise BundleError(
-                f"{REFERENCE_FILE} has {shown} for '{name}', expected {' or '.join(dtypes)} "
-                f"{[*shape]} of at least one picture; export the bundle again"
+                f"{REFERENCE_FILE} has {shown} for '{name}'",
+                expected=f"{' or '.join(dtypes)} {[*shape]} of at least one picture",
+                cure="export the bundle again",
             )
     return Reference(**{name: found[name] for name in KEYS})
 

@@ -39,9 +39,7 @@ def run_command(command: Callable[[], int], *, prog: str) -> int:
             status = int(ended.code or 0)
         flush()
     except VzipError as error:
-        # A message may quote another library's, which may have several lines.
-        line = " ".join(part.strip() for part in str(error).splitlines())
-        print(f"{prog}: error: {line}", file=sys.stderr)  # noqa: T201  what a command line is for
+        say(f"{prog}: error: {error}")
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -63,7 +61,8 @@ def emit(text: str, *, end: str = "\n") -> None:
     """
     if sys.stdout is None:
         raise InvalidInputError(
-            "standard output is closed, so the result has nowhere to go; start vzip without '>&-'"
+            "standard output is closed, so the result has nowhere to go",
+            cure="start vzip without '>&-'",
         )
     with _writing():
         try:
@@ -103,8 +102,8 @@ def _writing() -> Iterator[None]:
     except OSError as error:
         _drop_output()
         raise InvalidInputError(
-            f"standard output can't be written ({error.strerror}); "
-            "free some space or send the output elsewhere"
+            f"standard output can't be written ({error.strerror})",
+            cure="free some space or send the output elsewhere",
         ) from error
 
 

@@ -179,7 +179,10 @@ class VisionEncoder:
         self._usable()  # before any image is decoded
         sources: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
         if not sources:
-            raise InvalidInputError("got an empty list of images, expected at least one image")
+            raise InvalidInputError(
+                "got an empty list of images",
+                expected="at least one image",
+            )
         preprocessing = self.manifest.preprocessing
         pixels = np.stack([tower_image(load_image(each), preprocessing) for each in sources])
         return self._encode_pixels(pixels, on_device)
@@ -249,8 +252,9 @@ class VisionEncoder:
         self._check_media("video")
         if not isinstance(frames, (list, tuple)):
             raise InvalidInputError(
-                f"got {type(frames).__name__}, expected a list of frames in time order; take them "
-                "from a file with vzip.runtime.pictures.video's sample_frames"
+                f"got {type(frames).__name__}",
+                expected="a list of frames in time order",
+                cure="take them from a file with vzip.runtime.pictures.video's sample_frames",
             )
         newline = self.bundle.newline() if self.manifest.tower.pool == 2 else None
         embeds = self.encode(frames).embeds  # [frames, K, L]
@@ -302,8 +306,9 @@ class VisionEncoder:
         """Refuse what the bundle wasn't made for."""
         if media not in self.manifest.media:
             raise InvalidInputError(
-                f"got {'an image' if media == 'image' else 'a video'}, but this bundle takes "
-                f"{' and '.join(self.manifest.media)} alone; export another with --media {media}"
+                f"got {('an image' if media == 'image' else 'a video')}, but this bundle takes "
+                f"{' and '.join(self.manifest.media)} alone",
+                cure=f"export another with --media {media}",
             )
 
     def _encode_pixels(self, pixels: NDArray[np.uint8], on_device: bool) -> CompressedTokens:
@@ -340,14 +345,18 @@ class VisionEncoder:
         """Run the only chunk, leave its embeddings on the device too, and check them."""
         if not isinstance(opened, DeviceBackend):
             raise BackendError(
-                f"the backend '{self.backend}' leaves no tokens on a device, expected 'tensorrt'; "
-                "take them on the host, or build an engine with vzip build"
+                f"the backend '{self.backend}' leaves no tokens on a device",
+                expected="'tensorrt'",
+                cure="take them on the host, or build an engine with vzip build",
             )
         if len(chunks) != 1:
             raise InvalidInputError(
-                f"got images for {len(chunks)} calls of the graph, expected at most "
-                f"{self.manifest.batch.max} images, of one call, to be left on the device; encode "
-                "them in parts"
+                f"got images for {len(chunks)} calls of the graph",
+                expected=(
+                    f"at most {self.manifest.batch.max} images, of one call, to be left on the "
+                    "device"
+                ),
+                cure="encode them in parts",
             )
         (chunk,) = chunks
         outputs, left = opened.run_on_device({self.manifest.input.name: chunk})
@@ -377,9 +386,10 @@ class VisionEncoder:
         weights = np.concatenate([result[TOKEN_WEIGHTS] for result in results])[: len(kept)]
         if not np.array_equal(again, kept):
             raise BackendError(
-                f"{self.backend} kept other tokens in a second run of the same images, expected "
-                "the same; the device is not deterministic or the input array was changed "
-                "meanwhile: don't change it, and check the bundle with vzip check"
+                f"{self.backend} kept other tokens in a second run of the same images",
+                expected="the same",
+                cause="the device is not deterministic or the input array was changed meanwhile",
+                cure="don't change it, and check the bundle with vzip check",
             )
         return _groups_of(weights, self.manifest, self.backend)
 
@@ -389,7 +399,9 @@ class VisionEncoder:
             # Threads and device contexts stay behind in the parent; a call could wait forever.
             raise BackendError(
                 f"the encoder was opened in process {self._process}, this is its fork "
-                f"{os.getpid()}; sessions don't survive a fork: open the bundle in this process"
+                f"{os.getpid()}",
+                cause="sessions don't survive a fork",
+                cure="open the bundle in this process",
             )
         opened = self._opened
         if opened is None:
@@ -405,8 +417,10 @@ def _joined(parts: list[Array]) -> Array:
 def _closed() -> BackendError:
     """Return the error for use after close."""
     return BackendError(
-        "the encoder is closed, expected an open one; it was used after close() or after its "
-        "'with' block: open the bundle again"
+        "the encoder is closed",
+        expected="an open one",
+        cause="it was used after close() or after its 'with' block",
+        cure="open the bundle again",
     )
 
 
@@ -414,7 +428,10 @@ def _checked_input(manifest: Manifest, array: object) -> Array:
     """Return an array that is exactly what the graph takes, contiguous."""
     expected = manifest.input
     if not isinstance(array, np.ndarray):
-        raise InvalidInputError(f"got {type(array).__name__}, expected a numpy array: {expected}")
+        raise InvalidInputError(
+            f"got {type(array).__name__}",
+            expected=f"a numpy array: {expected}",
+        )
     got = f"{array.dtype} {list(array.shape)}"
     if array.dtype != np.dtype(expected.dtype):
         raise InvalidInputError(
@@ -426,20 +443,28 @@ def _checked_input(manifest: Manifest, array: object) -> Array:
     if array.shape[1:] != expected.shape[1:]:
         layout = "[B, H, W, 3]" if expected.name == "image" else "[B, 3, H, W]"
         raise InvalidInputError(
-            f"got {got}, expected {expected}; the axes are {layout}, at the tower's resolution: "
-            "transpose or resize it, or use encode(), which does"
+            f"got {got}",
+            expected=f"{expected}",
+            cause=(
+                f"the axes are {layout}, at the tower's resolution: transpose or resize it, or use "
+                "encode(), which does"
+            ),
         )
     count, most = len(array), manifest.batch.max
     if count != most and not (manifest.batch.dynamic and 1 <= count <= most):
         wanted = f"1 to {most}" if manifest.batch.dynamic else f"exactly {most}"
         raise InvalidInputError(
-            f"got a batch of {count}, expected {wanted}; split or fill the batch, or use encode(), "
-            "which does"
+            f"got a batch of {count}",
+            expected=f"{wanted}",
+            cure="split or fill the batch, or use encode(), which does",
         )
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise InvalidInputError(
-            f"got {int((~np.isfinite(array)).sum())} numbers in {expected.name} that are NaN or "
-            "infinite, expected finite ones; preprocessing went wrong: look at where they came from"
+            f"got {int((~np.isfinite(array)).sum())} numbers in {expected.name} that are NaN "
+            "or infinite",
+            expected="finite ones",
+            cause="preprocessing went wrong",
+            cure="look at where they came from",
         )
     return np.ascontiguousarray(array)
 
@@ -456,18 +481,24 @@ def check_outputs(manifest: Manifest, backend: str, outputs: dict[str, Array], c
             else "the weights or the device are damaged: check the bundle with vzip check"
         )
         raise BackendError(
-            f"{backend} gave {int((~np.isfinite(embeds)).sum())} numbers in {EMBEDS} that are NaN "
-            f"or infinite, expected finite ones; {cause}"
+            f"{backend} gave {int((~np.isfinite(embeds)).sum())} numbers in {EMBEDS} that are "
+            "NaN or infinite",
+            expected="finite ones",
+            cause=f"{cause}",
         )
     first = int(manifest.tower.cls_token and not manifest.selection.cls_token)
     in_range = kept.min() >= first and kept.max() < manifest.tower.tokens
     with_cls = not manifest.selection.cls_token or bool((kept[:, 0] == 0).all())
     if not (in_range and with_cls and bool((np.diff(kept, axis=1) > 0).all())):
         raise BackendError(
-            f"{backend} gave {KEPT} {kept[0].tolist()}, expected {manifest.selection.dominant} "
-            f"ascending tokens of {first} … {manifest.tower.tokens - 1} without duplicates"
-            f"{', CLS (0) among them' if manifest.selection.cls_token else ''}; the backend "
-            "computes wrongly here: check the bundle with vzip check, or take another backend"
+            f"{backend} gave {KEPT} {kept[0].tolist()}",
+            expected=(
+                f"{manifest.selection.dominant} ascending tokens of {first} … "
+                f"{manifest.tower.tokens - 1} without "
+                f"duplicates{(', CLS (0) among them' if manifest.selection.cls_token else '')}"
+            ),
+            cause="the backend computes wrongly here",
+            cure="check the bundle with vzip check, or take another backend",
         )
 
 
@@ -489,8 +520,10 @@ def _check_output(backend: str, outputs: dict[str, Array], expected: Tensor, cou
     if got is None or got.dtype != np.dtype(expected.dtype) or got.shape != shape:
         found = "nothing" if got is None else f"{got.dtype} {list(got.shape)}"
         raise BackendError(
-            f"{backend} gave {found} for {expected.name}, expected {expected.dtype} {list(shape)}; "
-            "graph and manifest disagree: export the bundle again"
+            f"{backend} gave {found} for {expected.name}",
+            expected=f"{expected.dtype} {list(shape)}",
+            cause="graph and manifest disagree",
+            cure="export the bundle again",
         )
 
 
@@ -503,7 +536,9 @@ def _groups_of(weights: Array, manifest: Manifest, backend: str) -> NDArray[np.i
     if merged.max() > 1 or bool((merged.sum(axis=1) != rest).any()):
         raise BackendError(
             f"{backend} gave {TOKEN_WEIGHTS} in which {merged.sum(axis=1).tolist()} tokens are "
-            f"merged, expected each of the {rest} that were not kept once; the backend computes "
-            "wrongly here: check the bundle with vzip check"
+            "merged",
+            expected=f"each of the {rest} that were not kept once",
+            cause="the backend computes wrongly here",
+            cure="check the bundle with vzip check",
         )
     return np.where(merged == 1, members.argmax(axis=1), -1).astype(np.int64)

@@ -1,17 +1,48 @@
 """The errors that vzip raises.
 
-Every message is one line that says what was got, what was expected, the likely cause and the cure.
-Command lines print the message of a `VzipError` and exit with status 2; anything else is a bug of
-ours and keeps its traceback.
+Every error has fields: what was got, what was expected, the likely cause, the cure. The message is
+made of them here, in one line. Command lines print the message of a `VzipError` and exit with
+status 2; anything else is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 
 
 class VzipError(Exception):
-    """Base of every error that is the caller's to mend."""
+    """Base of every error that is the caller's to mend.
+
+    The message is made of the fields, in their order, in one line:
+    ``GOT, expected EXPECTED; CAUSE; CURE``. Fields that are empty are left out.
+
+    Attributes:
+        got: What is wrong, with the value that was found.
+        expected: What was expected in its place.
+        cause: What the likely cause is, where it can be told.
+        cure: What the caller can do.
+    """
+
+    def __init__(self, got: str, *, expected: str = "", cause: str = "", cure: str = "") -> None:
+        self.got, self.expected, self.cause, self.cure = got, expected, cause, cure
+        super().__init__(_message(got, expected, cause, cure))
+
+    def __reduce__(self) -> tuple[Callable[..., VzipError], tuple[object, ...]]:
+        # An error crosses from a worker process with its fields.
+        return _remade, (type(self), self.got, self.expected, self.cause, self.cure)
+
+
+def _message(got: str, expected: str, cause: str, cure: str) -> str:
+    """Return the one line that says all; a field may quote another library's lines."""
+    fault = f"{got}, expected {expected}" if expected else got
+    text = "; ".join(part for part in (fault, cause, cure) if part)
+    return " ".join(part.strip() for part in text.splitlines())
+
+
+def _remade(kind: type[VzipError], got: str, expected: str, cause: str, cure: str) -> VzipError:
+    """Return an error again, of its fields."""
+    return kind(got, expected=expected, cause=cause, cure=cure)
 
 
 class InvalidInputError(VzipError, ValueError):
@@ -58,8 +89,8 @@ def missing(package: str, *, needed_for: str, extra: str) -> MissingDependencyEr
         The error, to be raised by the caller (``raise missing(...) from error``).
     """
     return MissingDependencyError(
-        f"{needed_for} needs the package '{package}', which can't be imported here; "
-        f"install it with: pip install 'vzip[{extra}]'"
+        f"{needed_for} needs the package '{package}', which can't be imported here",
+        cure=f"install it with: pip install 'vzip[{extra}]'",
     )
 
 

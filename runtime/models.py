@@ -88,24 +88,31 @@ def locate(model: str | os.PathLike[str]) -> Location:
     if name in ALIASES:
         return Location(name, "hub", None, ALIASES[name])
     if not name.strip() or "\0" in name:
-        raise CheckpointError(f"model is {name!r}, expected {_EXPECTED}")
+        raise CheckpointError(
+            f"model is {name!r}",
+            expected=f"{_EXPECTED}",
+        )
     folder = Path(name).expanduser()
     if folder.is_dir():
         return Location(name, "folder", folder.resolve(), None)
     if folder.exists():
         raise CheckpointError(
-            f"model '{name}' is a file, expected {_EXPECTED}; give the folder with config.json"
+            f"model '{name}' is a file",
+            expected=f"{_EXPECTED}",
+            cure="give the folder with config.json",
         )
     if _HUB_ID.fullmatch(name):
         return Location(name, "hub", None, name)
     if _looks_like_path(name):
         raise CheckpointError(
-            f"model folder '{name}' does not exist (looked for {folder.absolute()}), expected "
-            f"{_EXPECTED}; check the path"
+            f"model folder '{name}' does not exist (looked for {folder.absolute()})",
+            expected=f"{_EXPECTED}",
+            cure="check the path",
         )
     raise CheckpointError(
-        f"unknown model '{name}', expected {_EXPECTED}; {suggestion(name)}"
-        f"the aliases are {', '.join(ALIASES)}"
+        f"unknown model '{name}'",
+        expected=f"{_EXPECTED}",
+        cause=f"{suggestion(name)}the aliases are {', '.join(ALIASES)}",
     )
 
 

@@ -40,8 +40,9 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     bundle = read_bundle(arguments.bundle, verify=False)  # what reads the graph verifies it
     if not os.access(bundle.path, os.W_OK):
         raise BundleError(
-            f"{bundle.path}: the folder is read-only for this user, and the quantised graph goes "
-            "there; copy the bundle to a folder that you may write to"
+            f"{bundle.path}: the folder is read-only for this user, and the quantised graph "
+            "goes there",
+            cure="copy the bundle to a folder that you may write to",
         )
     require("ml_dtypes", "onnx", "onnxruntime", needed_for=f"'{prog}'", extra="export")
     from vzip.calibration.quantization.quantize import quantize
@@ -93,7 +94,8 @@ def publish(bundle: Bundle, made: Quantised, samples: Samples) -> Bundle:
         if _own(now) != _own(bundle):
             raise BundleError(
                 f"{bundle.path}: the bundle was exported anew while it was calibrated, so the "
-                "quantised graph isn't of it any more; calibrate it again"
+                "quantised graph isn't of it any more",
+                cure="calibrate it again",
             )
         with precision_writer(now, made.precision) as writer:
             made.save(writer.folder)

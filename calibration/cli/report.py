@@ -45,8 +45,8 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         atomic.replace_file(output, page(content).encode())
     except OSError as error:
         raise InvalidInputError(
-            f"report: '{output}' can't be written ({error.strerror}); give a file in a folder that "
-            "you may write to, on a disk with room"
+            f"report: '{output}' can't be written ({error.strerror})",
+            cure="give a file in a folder that you may write to, on a disk with room",
         ) from error
     emit(str(output))
     return 0
@@ -78,14 +78,18 @@ def _check_output(path: Path) -> None:
     """Refuse an output that can't be written, before any work is done."""
     if path.suffix.lower() not in (".html", ".htm"):
         raise InvalidInputError(
-            f"report: -o is '{path}', but the report is a web page; give a name ending in .html"
+            f"report: -o is '{path}', but the report is a web page",
+            cure="give a name ending in .html",
         )
     if path.is_dir():
-        raise InvalidInputError(f"report: -o is '{path}', which is a folder; give a file in it")
+        raise InvalidInputError(
+            f"report: -o is '{path}', which is a folder",
+            cure="give a file in it",
+        )
     if not path.parent.is_dir():
         raise InvalidInputError(
-            f"report: -o is '{path}', but the folder '{path.parent}' does not exist; create it "
-            "first"
+            f"report: -o is '{path}', but the folder '{path.parent}' does not exist",
+            cure="create it first",
         )
 
 

@@ -50,11 +50,15 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     )
     if limits.min_accuracy is not None and locate(arguments.model).model_id != DEMO:
         raise InvalidInputError(
-            f"--min-accuracy {limits.min_accuracy:g} was given for '{arguments.model}', but only "
-            f"the model '{DEMO}' comes with questions to answer; give --min-agreement"
+            f"--min-accuracy {limits.min_accuracy:g} was given for '{arguments.model}', but "
+            f"only the model '{DEMO}' comes with questions to answer",
+            cure="give --min-agreement",
         )
     if arguments.text_tokens < 0:
-        raise InvalidInputError(f"got --text-tokens {arguments.text_tokens}, expected 0 or more")
+        raise InvalidInputError(
+            f"got --text-tokens {arguments.text_tokens}",
+            expected="0 or more",
+        )
     _check_folder(arguments.output)
     require(*EXPORT_PACKAGES, needed_for=f"'{prog}'", extra="export")
     from vzip.calibration.sweep.sweep import sweep
@@ -140,7 +144,10 @@ def _write(result: Sweep, advice: Advice | None, folder: Path) -> list[Path]:
 def _check_folder(folder: Path) -> None:
     """Refuse an output that is a file, before minutes of work."""
     if folder.exists() and not folder.is_dir():
-        raise InvalidInputError(f"-o is '{folder}', which is a file; give a folder for the results")
+        raise InvalidInputError(
+            f"-o is '{folder}', which is a file",
+            cure="give a folder for the results",
+        )
 
 
 def _numbers(text: str) -> list[int]:

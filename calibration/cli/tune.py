@@ -156,8 +156,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 def _output(path: Path) -> Path:
     if path.suffix != SUFFIX or not path.parent.is_dir():
         raise InvalidInputError(
-            f"the output is {str(path)!r}, expected a file name that ends with {SUFFIX} in a "
-            "folder that is there; check -o"
+            f"the output is {str(path)!r}",
+            expected=f"a file name that ends with {SUFFIX} in a folder that is there",
+            cure="check -o",
         )
     return path
 
@@ -169,8 +170,8 @@ def _asked_budget(arguments: argparse.Namespace) -> Budget:
         parts == (None, None)
     ):
         raise BudgetError(
-            f"got --tokens {arguments.tokens}, --dominant {parts[0]} and --contextual {parts[1]}; "
-            "expected either --tokens or the other two, as the export will have them"
+            f"got --tokens {arguments.tokens}, --dominant {parts[0]} and --contextual {parts[1]}",
+            expected="either --tokens or the other two, as the export will have them",
         )
     if arguments.tokens is not None:
         return split_tokens(arguments.tokens, cls_token=not arguments.no_cls)
@@ -182,14 +183,17 @@ def _check_data(arguments: argparse.Namespace) -> None:
     if (arguments.data == DEMO) != (arguments.images is None):
         cure = "leave it out" if arguments.images is not None else "give --images FOLDER"
         raise InvalidInputError(
-            f"got --data {arguments.data} with --images {arguments.images}; expected a folder for "
-            f"a JSON file and none for '{DEMO}': {cure}"
+            f"got --data {arguments.data} with --images {arguments.images}",
+            expected=f"a folder for a JSON file and none for '{DEMO}': {cure}",
         )
     for name in ("count", "save_every"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             option = name.replace("_", "-")
-            raise InvalidInputError(f"got --{option} {value}, expected at least 1")
+            raise InvalidInputError(
+                f"got --{option} {value}",
+                expected="at least 1",
+            )
 
 
 def _data(arguments: argparse.Namespace, config: VisionConfig, seed: int) -> Data:
@@ -208,7 +212,8 @@ def _device(name: str, local: int) -> torch.device:
         device = torch.device(name if name != "auto" else "cuda" if _cuda() else "cpu")
     except RuntimeError as error:
         raise InvalidInputError(
-            f"got --device {name}, expected torch's name of one, such as cpu or cuda"
+            f"got --device {name}",
+            expected="torch's name of one, such as cpu or cuda",
         ) from error
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", local)

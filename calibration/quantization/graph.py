@@ -130,9 +130,10 @@ class Graph:
                 groups.setdefault(f"{match[1]}.{part}", []).append(node)
         if not groups:
             raise BundleError(
-                f"{self.folder}: the graph has no linear layers under the exporter's names, "
-                "expected layers.0.q.weight and others; it was made by another exporter: export "
-                "the model again"
+                f"{self.folder}: the graph has no linear layers under the exporter's names",
+                expected="layers.0.q.weight and others",
+                cause="it was made by another exporter",
+                cure="export the model again",
             )
         linears = []
         for name, nodes in groups.items():
@@ -275,8 +276,9 @@ class Session:
         except Exception as error:  # ONNX Runtime's errors have no base class of their own
             raise BackendError(
                 f"ONNX Runtime {onnxruntime.__version__} can't open the graph: "
-                f"{str(error).splitlines()[0]}; memory is short, or it doesn't know an operator: "
-                "update onnxruntime"
+                f"{str(error).splitlines()[0]}",
+                cause="memory is short, or it doesn't know an operator",
+                cure="update onnxruntime",
             ) from error
 
     def run(

@@ -45,25 +45,31 @@ class Recipe:
         for name, kinds in (("precision", QuantPrecision), ("method", Method)):
             if (value := getattr(self, name)) not in get_args(kinds):
                 raise InvalidInputError(
-                    f"got {name}={value!r}, expected one of {', '.join(get_args(kinds))}"
+                    f"got {name}={value!r}",
+                    expected=f"one of {', '.join(get_args(kinds))}",
                 )
         if self.precision == "fp8" and self.method == "entropy":
             raise InvalidInputError(
-                "got method='entropy' with precision='fp8', expected minmax, percentile or mse: "
-                "entropy counts the even steps of INT8, which FP8 doesn't have"
+                "got method='entropy' with precision='fp8'",
+                expected=(
+                    "minmax, percentile or mse: entropy counts the even steps of INT8, which FP8 "
+                    "doesn't have"
+                ),
             )
         if self.smoothing is not None and not (
             _is_number(self.smoothing) and 0 < self.smoothing < 1
         ):
             raise InvalidInputError(
-                f"got smoothing={self.smoothing!r}, expected a number above 0 and below 1, or "
-                "None; 0.5 shares the difficulty evenly between activations and weights"
+                f"got smoothing={self.smoothing!r}",
+                expected="a number above 0 and below 1, or None",
+                cause="0.5 shares the difficulty evenly between activations and weights",
             )
         for name in ("keep_agreement", "keep_cosine"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and 0 < value <= 1):
                 raise InvalidInputError(
-                    f"got {name}={value!r}, expected a number above 0 and at most 1, or None"
+                    f"got {name}={value!r}",
+                    expected="a number above 0 and at most 1, or None",
                 )
 
     def to_json(self) -> dict[str, Any]:

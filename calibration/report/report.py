@@ -206,8 +206,9 @@ def gather(
     """
     if not 1 <= len(images) <= MOST_IMAGES:
         raise InvalidInputError(
-            f"got {len(images)} images, expected 1 to {MOST_IMAGES}: each is in the page once for "
-            "every precision; take fewer with --count"
+            f"got {len(images)} images",
+            expected=f"1 to {MOST_IMAGES}: each is in the page once for every precision",
+            cure="take fewer with --count",
         )
     manifest = bundle.manifest
     loaded = [(name, load_image(read())) for name, read in images]
@@ -395,15 +396,19 @@ def _calibration(bundle: Bundle, precision: Quantised) -> Calibration | None:
         data = file.read(_LARGEST_REPORT + 1)
     if len(data) > _LARGEST_REPORT:
         raise BundleError(
-            f"{bundle.path}: {name} has more than {_LARGEST_REPORT} bytes, expected a tenth of it; "
-            "it was not made by vzip calibrate: calibrate again"
+            f"{bundle.path}: {name} has more than {_LARGEST_REPORT} bytes",
+            expected="a tenth of it",
+            cause="it was not made by vzip calibrate",
+            cure="calibrate again",
         )
     try:
         return parse_calibration(json.loads(data))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise BundleError(
             f"{bundle.path}: {name} is no report of vzip calibrate ({type(error).__name__}: "
-            f"{error}); it was made by another version or by something else: calibrate again"
+            f"{error})",
+            cause="it was made by another version or by something else",
+            cure="calibrate again",
         ) from error
 
 

@@ -40,7 +40,10 @@ class Limits:
             if not 0 < value <= most or math.isinf(value):
                 expected = "a number above 0" + (" and at most 1" if most == 1 else "")
                 option = "--" + name.replace("_", "-")
-                raise InvalidInputError(f"got {option} {value:g}, expected {expected}")
+                raise InvalidInputError(
+                    f"got {option} {value:g}",
+                    expected=f"{expected}",
+                )
 
     @property
     def any(self) -> bool:

@@ -150,9 +150,10 @@ class SweepSession:
         for value in (seen.everything, seen.scores, *seen.embeds.values()):
             if not np.isfinite(value).all():
                 raise BackendError(
-                    f"onnxruntime gave {int((~np.isfinite(value)).sum())} numbers that are NaN or "
-                    "infinite, expected finite ones; the checkpoint's weights are damaged, or "
-                    "overflow in FP32"
+                    f"onnxruntime gave {int((~np.isfinite(value)).sum())} numbers that are NaN "
+                    "or infinite",
+                    expected="finite ones",
+                    cause="the checkpoint's weights are damaged, or overflow in FP32",
                 )
         return seen
 

@@ -109,8 +109,8 @@ def choose(data: Data, count: int | None, seed: int) -> list[Record]:
         reasons = f"; the first left out is {_line(data.left_out[0])}" if data.left_out else ""
         wanted = "at least one" if count is None else f"{count} (--count)"
         raise InvalidInputError(
-            f"{data.source} has {found} usable records and {len(data.left_out)} that are not, "
-            f"expected {wanted}{reasons}"
+            f"{data.source} has {found} usable records and {len(data.left_out)} that are not",
+            expected=f"{wanted}{reasons}",
         )
     if count is None:
         return list(data.records)
@@ -133,26 +133,30 @@ class InstructionData:
         self.source = str(path)
         if not folder.is_dir():
             raise InvalidInputError(
-                f"the image folder {folder} does not exist, expected the folder that the images in "
-                f"{path} are relative to; check --images"
+                f"the image folder {folder} does not exist",
+                expected=f"the folder that the images in {path} are relative to",
+                cure="check --images",
             )
         self._folder = folder
         try:
             entries = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise InvalidInputError(
-                f"can't read the data {path} ({error.strerror}), expected LLaVA's instruction JSON "
-                f"or '{DEMO}'; check --data"
+                f"can't read the data {path} ({error.strerror})",
+                expected=f"LLaVA's instruction JSON or '{DEMO}'",
+                cure="check --data",
             ) from error
         except (ValueError, RecursionError) as error:
             raise InvalidInputError(
-                f"the data {path} is no valid JSON ({error}), expected LLaVA's instruction JSON; "
-                "it is damaged or of another format: JSON lines become a list with jq -s ."
+                f"the data {path} is no valid JSON ({error})",
+                expected="LLaVA's instruction JSON",
+                cause="it is damaged or of another format: JSON lines become a list with jq -s .",
             ) from error
         if not isinstance(entries, list):
             raise InvalidInputError(
-                f"the data {path} holds a JSON {type(entries).__name__}, expected a list of "
-                "{id, image, conversations}; it is another file"
+                f"the data {path} holds a JSON {type(entries).__name__}",
+                expected="a list of {id, image, conversations}",
+                cause="it is another file",
             )
         records, left_out = [], []
         for place, entry in enumerate(entries):
@@ -172,8 +176,8 @@ class InstructionData:
             size = path.stat().st_size
             if not path.is_file() or size > MAX_ENCODED_BYTES:
                 raise InvalidInputError(
-                    f"the image {image} is no file of at most {MAX_ENCODED_BYTES} bytes; expected "
-                    "a picture"
+                    f"the image {image} is no file of at most {MAX_ENCODED_BYTES} bytes",
+                    expected="a picture",
                 )
             return path.read_bytes()
         except (OSError, ValueError) as error:
@@ -181,7 +185,9 @@ class InstructionData:
                 raise
             raise InvalidInputError(
                 f"the image {image} can't be read in {self._folder} "
-                f"({getattr(error, 'strerror', None) or error}); expected a file; check --images"
+                f"({getattr(error, 'strerror', None) or error})",
+                expected="a file",
+                cure="check --images",
             ) from error
 
 
@@ -209,7 +215,10 @@ class DemoData:
         from vzip.calibration.demo import scenes
 
         if count < 1:
-            raise InvalidInputError(f"got {count} scenes (--count), expected at least 1")
+            raise InvalidInputError(
+                f"got {count} scenes (--count)",
+                expected="at least 1",
+            )
         self.source = DEMO
         self._seed, self._side = seed, side
         records = []

@@ -47,8 +47,9 @@ def check_tunable(config: VisionConfig, model: str) -> None:
     if config.tiling is not None or config.media != "image":
         what = "cuts images into tiles" if config.tiling is not None else "is made for video here"
         raise InvalidInputError(
-            f"'{model}' {what}, and tuning takes models that see an image as a whole (LLaVA-1.5, "
-            "BakLLaVA, ViP-LLaVA, LLaVA-interleave); choose one of these"
+            f"'{model}' {what}, and tuning takes models that see an image as a whole "
+            "(LLaVA-1.5, BakLLaVA, ViP-LLaVA, LLaVA-interleave)",
+            cure="choose one of these",
         )
 
 
@@ -106,8 +107,9 @@ class Tower:
         half: NDArray[np.float16] = features.to(torch.float16).cpu().numpy()
         if not np.isfinite(half).all():
             raise InvalidInputError(
-                f"the tower's features of an image reach {float(features.abs().max()):.3g}, "
-                "expected at most 65504, FP16's limit; the checkpoint is damaged"
+                f"the tower's features of an image reach {float(features.abs().max()):.3g}",
+                expected="at most 65504, FP16's limit",
+                cause="the checkpoint is damaged",
             )
         return half
 
@@ -179,8 +181,9 @@ class FeatureStore:
 
 def _unwritable(folder: Path, error: OSError) -> InvalidInputError:
     return InvalidInputError(
-        f"features can't be written to {folder} ({error.strerror}), expected a folder with room "
-        "for them; free some space, or name another with --features"
+        f"features can't be written to {folder} ({error.strerror})",
+        expected="a folder with room for them",
+        cure="free some space, or name another with --features",
     )
 
 

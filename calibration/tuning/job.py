@@ -132,8 +132,9 @@ def prepare(
     usable = [(record, example) for record, example in fitting if record.image in digests]
     if not usable:
         raise InvalidInputError(
-            f"none of {len(records)} records of {data.source} can be used, expected at least one; "
-            f"the first: {left_out[0].name} {left_out[0].reason}"
+            f"none of {len(records)} records of {data.source} can be used",
+            expected="at least one",
+            cause=f"the first: {left_out[0].name} {left_out[0].reason}",
         )
     return Prepared(
         [example for _, example in usable],
@@ -246,8 +247,10 @@ def _features(store: FeatureStore, ready: Prepared, place: int) -> Any:
     features = store.get(ready.digests[place])
     if features is None:
         raise InvalidInputError(
-            f"the features of image {ready.digests[place][:12]}… were removed or damaged while the "
-            "run went on, expected them to stay; continue with --resume, which makes them again"
+            f"the features of image {ready.digests[place][:12]}… were removed or damaged while "
+            "the run went on",
+            expected="them to stay",
+            cure="continue with --resume, which makes them again",
         )
     return features
 

@@ -65,18 +65,20 @@ class Session:
         there = file.exists()
         if resume and not there:
             raise InvalidInputError(
-                f"there is no run in {self.folder} to resume, expected its {_RUN}; leave out "
-                "--resume to begin one, or check -o"
+                f"there is no run in {self.folder} to resume",
+                expected=f"its {_RUN}",
+                cure="leave out --resume to begin one, or check -o",
             )
         if not resume and there:
             raise InvalidInputError(
-                f"{self.folder} holds a run that was not finished; --resume continues it; to begin "
-                "anew delete that folder"
+                f"{self.folder} holds a run that was not finished",
+                cause="--resume continues it; to begin anew delete that folder",
             )
         if not resume and self.output.exists():
             raise InvalidInputError(
-                f"{self.output} is there already, expected a new file; delete it or choose "
-                "another -o"
+                f"{self.output} is there already",
+                expected="a new file",
+                cure="delete it or choose another -o",
             )
         try:
             self.folder.mkdir(exist_ok=True)
@@ -91,8 +93,9 @@ class Session:
                 raise
         except OSError as error:
             raise InvalidInputError(
-                f"{self.folder} can't be written ({error.strerror}), expected a folder for the "
-                "run's checkpoints; choose another -o"
+                f"{self.folder} can't be written ({error.strerror})",
+                expected="a folder for the run's checkpoints",
+                cure="choose another -o",
             ) from error
 
     def _compare(self, earlier: Mapping[str, Any], run: Mapping[str, Any]) -> None:
@@ -102,8 +105,9 @@ class Session:
             key = differing[0]
             raise InvalidInputError(
                 f"the run in {self.folder} has {key} {earlier.get(key)!r} and this one "
-                f"{now.get(key)!r}, expected the same in {', '.join(differing)}; give the options "
-                "that it was begun with, or delete the folder to begin anew"
+                f"{now.get(key)!r}",
+                expected=f"the same in {', '.join(differing)}",
+                cure="give the options that it was begun with, or delete the folder to begin anew",
             )
 
     def load(self, records: str, device: torch.device) -> dict[str, Any] | None:
@@ -124,14 +128,15 @@ class Session:
             found = state["records"]
         except Exception as error:  # a damaged file can end in any of them
             raise InvalidInputError(
-                f"{file} is damaged ({type(error).__name__}), expected a state of this run; delete "
-                f"{self.folder} to begin anew"
+                f"{file} is damaged ({type(error).__name__})",
+                expected="a state of this run",
+                cure=f"delete {self.folder} to begin anew",
             ) from error
         if found != records:
             raise InvalidInputError(
                 f"the run in {self.folder} was begun on other records or images (SHA-256 "
-                f"{found[:12]}…, now {records[:12]}…); restore the data, or delete the folder to "
-                "begin anew"
+                f"{found[:12]}…, now {records[:12]}…)",
+                cure="restore the data, or delete the folder to begin anew",
             )
         return state
 
@@ -181,8 +186,8 @@ class Session:
             atomic.replace_file(path, data)
         except OSError as error:
             raise InvalidInputError(
-                f"{path} can't be written ({error.strerror}); free some space and continue with "
-                "--resume"
+                f"{path} can't be written ({error.strerror})",
+                cure="free some space and continue with --resume",
             ) from error
 
 
@@ -196,7 +201,8 @@ def _locked(path: Path) -> int:
     except OSError as error:
         os.close(descriptor)
         raise InvalidInputError(
-            f"{path.parent} is in use by another process, expected one at a time; wait for it, or "
-            "choose another -o"
+            f"{path.parent} is in use by another process",
+            expected="one at a time",
+            cure="wait for it, or choose another -o",
         ) from error
     return descriptor

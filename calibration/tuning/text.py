@@ -90,7 +90,8 @@ class Wording:
             learned += [False] * len(prompt) + [True] * len(answer)
         if self._context is not None and len(ids) > self._context:
             raise InvalidInputError(
-                f"has {len(ids)} tokens, expected at most the LLM's context of {self._context}"
+                f"has {len(ids)} tokens",
+                expected=f"at most the LLM's context of {self._context}",
             )
         return Example(np.array(ids, np.int32), np.array(learned))
 

@@ -64,17 +64,29 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "accumulate"):
             if getattr(self, name) < 1:
-                raise InvalidInputError(f"{name} is {getattr(self, name)}, expected at least 1")
+                raise InvalidInputError(
+                    f"{name} is {getattr(self, name)}",
+                    expected="at least 1",
+                )
         if self.seed < 0:
-            raise InvalidInputError(f"seed is {self.seed}, expected 0 or above")
+            raise InvalidInputError(
+                f"seed is {self.seed}",
+                expected="0 or above",
+            )
         for name, most in (("rate", 1.0), ("norm", math.inf)):
             value = getattr(self, name)
             if not 0 < value <= most:  # false for NaN too
-                raise InvalidInputError(f"{name} is {value}, expected above 0, at most {most}")
+                raise InvalidInputError(
+                    f"{name} is {value}",
+                    expected=f"above 0, at most {most}",
+                )
         for name in ("warmup", "decay"):
             value = getattr(self, name)
             if not 0 <= value < 1:
-                raise InvalidInputError(f"{name} is {value}, expected from 0 to below 1")
+                raise InvalidInputError(
+                    f"{name} is {value}",
+                    expected="from 0 to below 1",
+                )
 
 
 class Schedule:
@@ -99,8 +111,8 @@ class Schedule:
         if self.steps == 0:
             raise InvalidInputError(
                 f"{recipe.epochs} × {records} records don't fill a step of {self._size} (batch "
-                f"{recipe.batch} × {recipe.accumulate} accumulated × {processes} processes); lower "
-                "--batch or --accumulate, or raise --epochs"
+                f"{recipe.batch} × {recipe.accumulate} accumulated × {processes} processes)",
+                cure="lower --batch or --accumulate, or raise --epochs",
             )
 
     def rate(self, step: int) -> float:
@@ -197,8 +209,8 @@ class Tuner:
             total, learned = self._gradients(number, examples, features)
         except torch.OutOfMemoryError as error:
             raise BackendError(
-                f"tuning: out of memory on {self._device} with batches of {self._recipe.batch}; "
-                "lower --batch and raise --accumulate by as much, or take --dtype bf16"
+                f"tuning: out of memory on {self._device} with batches of {self._recipe.batch}",
+                cure="lower --batch and raise --accumulate by as much, or take --dtype bf16",
             ) from error
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         sums = torch.stack([total, learned])
@@ -210,7 +222,9 @@ class Tuner:
         if not math.isfinite(loss) or not math.isfinite(float(norm)):
             raise BackendError(
                 f"tuning: at step {number} the loss is {loss} and its gradient's norm "
-                f"{float(norm)}, expected finite numbers; lower --rate, or take --dtype fp32"
+                f"{float(norm)}",
+                expected="finite numbers",
+                cure="lower --rate, or take --dtype fp32",
             )
         for group in self._optimiser.param_groups:
             group["lr"] = self._schedule.rate(number)

@@ -48,8 +48,9 @@ class Workers:
             rank, count, local = (int(str(value)) for value in said)
         except ValueError as error:
             raise InvalidInputError(
-                f"got {', '.join(_VARIABLES)} = {said} in the environment, expected three integers "
-                "as torchrun sets them; start vzip with torchrun, or unset WORLD_SIZE"
+                f"got {', '.join(_VARIABLES)} = {said} in the environment",
+                expected="three integers as torchrun sets them",
+                cure="start vzip with torchrun, or unset WORLD_SIZE",
             ) from error
         return cls(rank, count, local)
 

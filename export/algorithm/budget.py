@@ -31,9 +31,15 @@ class Budget:
         for name in ("dominant", "contextual"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
-                raise BudgetError(f"{name} is {value!r}; expected an integer of at least 1")
+                raise BudgetError(
+                    f"{name} is {value!r}",
+                    expected="an integer of at least 1",
+                )
             if value < 1:
-                raise BudgetError(f"{name} is {value}; expected at least 1")
+                raise BudgetError(
+                    f"{name} is {value}",
+                    expected="at least 1",
+                )
 
     @property
     def tokens(self) -> int:
@@ -53,14 +59,16 @@ class Budget:
         """
         if self.cls_token and not tower_has_cls:
             raise BudgetError(
-                "cls_token is true but this tower has no CLS token; ask for cls_token=False"
+                "cls_token is true but this tower has no CLS token",
+                cure="ask for cls_token=False",
             )
         available = tower_tokens - (1 if tower_has_cls and not self.cls_token else 0)
         if self.tokens >= available:
             raise BudgetError(
-                f"dominant {self.dominant} + contextual {self.contextual} = {self.tokens} tokens, "
-                f"but the tower has {available} to choose from, which leaves nothing to merge; "
-                f"lower the budget to at most {available - 1}"
+                f"dominant {self.dominant} + contextual {self.contextual} = {self.tokens} "
+                f"tokens, but the tower has {available} to choose from, which leaves nothing "
+                "to merge",
+                cure=f"lower the budget to at most {available - 1}",
             )
 
 
@@ -79,7 +87,8 @@ def split_tokens(tokens: int, *, cls_token: bool = True) -> Budget:
     """
     if tokens < 2:
         raise BudgetError(
-            f"tokens is {tokens}; expected at least 2, one dominant and one contextual"
+            f"tokens is {tokens}",
+            expected="at least 2, one dominant and one contextual",
         )
     dominant = min((tokens * DOMINANT_PARTS + ALL_PARTS // 2) // ALL_PARTS, tokens - 1)
     return Budget(dominant, tokens - dominant, cls_token)

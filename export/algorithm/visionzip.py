@@ -105,12 +105,15 @@ def make_plan(scores: Tensor, keys: Tensor, budget: Budget, *, merge: Merge = "a
         InvalidInputError: If shapes don't agree or `merge` is unknown.
     """
     if merge not in get_args(Merge):
-        raise InvalidInputError(f"merge is {merge!r}; expected one of {', '.join(get_args(Merge))}")
+        raise InvalidInputError(
+            f"merge is {merge!r}",
+            expected=f"one of {', '.join(get_args(Merge))}",
+        )
     tower_tokens, patches = keys.shape[2], scores.shape[1]
     if tower_tokens - patches not in (0, 1):
         raise InvalidInputError(
-            f"scores are for {patches} patches and keys for {tower_tokens} tokens; expected as "
-            "many tokens as patches, or one more (CLS)"
+            f"scores are for {patches} patches and keys for {tower_tokens} tokens",
+            expected="as many tokens as patches, or one more (CLS)",
         )
     has_cls = tower_tokens == patches + 1
     budget.check_fits(tower_tokens, tower_has_cls=has_cls)
@@ -173,13 +176,19 @@ def compress(
     expected = "hidden [B, S, D], keys [B, H, S, d] and cls_attention [B, H, S]"
     shapes = f"{tuple(hidden.shape)}, {tuple(keys.shape)} and {tuple(cls_attention.shape)}"
     if (hidden.ndim, keys.ndim, cls_attention.ndim) != (3, 4, 3):
-        raise InvalidInputError(f"got shapes {shapes}; expected {expected}")
+        raise InvalidInputError(
+            f"got shapes {shapes}",
+            expected=f"{expected}",
+        )
     batch_heads_tokens = tuple(keys.shape[:3])
     if batch_heads_tokens != tuple(cls_attention.shape) or tuple(hidden.shape[:2]) != (
         keys.shape[0],
         keys.shape[2],
     ):
-        raise InvalidInputError(f"got shapes {shapes} that don't agree; expected {expected}")
+        raise InvalidInputError(
+            f"got shapes {shapes} that don't agree",
+            expected=f"{expected}",
+        )
     budget = Budget(dominant, contextual, cls_token)
     plan = make_plan(cls_scores(cls_attention), keys, budget, merge=merge)
     return apply_plan(plan, hidden), plan.kept

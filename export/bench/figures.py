@@ -53,7 +53,7 @@ def write(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
             atomic.replace_file(folder / name, data)
     except OSError as error:
         raise InvalidInputError(
-            f"-o is '{folder}', which can't be written ({error.strerror}); give a folder that you "
-            "may write to, on a disk with room"
+            f"-o is '{folder}', which can't be written ({error.strerror})",
+            cure="give a folder that you may write to, on a disk with room",
         ) from error
     return [folder / name for name in files]

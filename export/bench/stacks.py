@@ -119,7 +119,10 @@ def chosen(stacks: Sequence[Stack], names: Sequence[str]) -> list[Stack]:
     for name in names:
         if not any(name in (str(each), each.name) for each in stacks):
             raise InvalidInputError(
-                f"--only has {name!r}, expected some of {', '.join(map(str, stacks))}, or a name "
-                "without what follows its colon for all of that name"
+                f"--only has {name!r}",
+                expected=(
+                    f"some of {', '.join(map(str, stacks))}, or a name without what follows its "
+                    "colon for all of that name"
+                ),
             )
     return [each for each in stacks if not {str(each), each.name}.isdisjoint(names)]

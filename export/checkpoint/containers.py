@@ -44,8 +44,9 @@ def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
         absent = [name for name in wanted if name not in tensors]
         if absent:
             raise CheckpointError(
-                f"{path} lacks the tensor '{absent[0]}' that its index places there ({len(absent)} "
-                "such in all); index and file are of two checkpoints: download both again"
+                f"{path} lacks the tensor '{absent[0]}' that its index places there "
+                f"({len(absent)} such in all)",
+                cure="index and file are of two checkpoints: download both again",
             )
         return {name: tensors[name]() for name in wanted}
 
@@ -62,14 +63,18 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"can't read {path}: {error.strerror or error}") from error
     except ValueError as error:  # covers wrong JSON and wrong UTF-8
         raise CheckpointError(
-            f"{path} is no valid JSON ({error}); it is damaged or truncated: download it again"
+            f"{path} is no valid JSON ({error})",
+            cause="it is damaged or truncated",
+            cure="download it again",
         ) from error
     except RecursionError as error:
         raise CheckpointError(f"{path} is nested too deeply for a configuration") from error
     if not isinstance(data, dict):
         raise CheckpointError(
-            f"{path} holds a JSON {type(data).__name__}, expected an object; it is damaged or "
-            "another file: download it again"
+            f"{path} holds a JSON {type(data).__name__}",
+            expected="an object",
+            cause="it is damaged or another file",
+            cure="download it again",
         )
     return data
 
@@ -83,13 +88,17 @@ def read_index(path: Path) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
-            f"{path} has no 'weight_map' of tensor names, expected in an index; download it again"
+            f"{path} has no 'weight_map' of tensor names",
+            expected="in an index",
+            cure="download it again",
         )
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file or Path(file).name != file or "\\" in file:
             raise CheckpointError(
-                f"{path} places the tensor '{name}' in {file!r}, expected a file name without a "
-                "folder; the index was tampered with: don't use this checkpoint"
+                f"{path} places the tensor '{name}' in {file!r}",
+                expected="a file name without a folder",
+                cause="the index was tampered with",
+                cure="don't use this checkpoint",
             )
     return weight_map
 
@@ -103,10 +112,14 @@ def _open(path: Path) -> Iterator[Lazy]:
     opener = _OPENERS.get(path.suffix)
     if opener is None:
         raise CheckpointError(
-            f"{path} is no tensor file that vzip reads, expected {' or '.join(_OPENERS)}"
+            f"{path} is no tensor file that vzip reads",
+            expected=f"{' or '.join(_OPENERS)}",
         )
     if not path.is_file():
-        raise CheckpointError(f"tensor file {path} does not exist; check the path")
+        raise CheckpointError(
+            f"tensor file {path} does not exist",
+            cure="check the path",
+        )
     try:
         with path.open("rb") as file:
             start = file.read(len(_LFS_POINTER))
@@ -114,7 +127,9 @@ def _open(path: Path) -> Iterator[Lazy]:
         raise CheckpointError(f"can't read {path}: {error.strerror or error}") from error
     if start == _LFS_POINTER:
         raise CheckpointError(
-            f"{path} is a Git LFS pointer, expected tensors; fetch the file with: git lfs pull"
+            f"{path} is a Git LFS pointer",
+            expected="tensors",
+            cure="fetch the file with: git lfs pull",
         )
     with opener(path) as tensors:
         yield tensors
@@ -140,13 +155,19 @@ def _pickle(path: Path) -> Iterator[Lazy]:
         )
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} can't be loaded with weights_only=True ({_first_line(error)}); it is damaged, "
-            "or holds more than tensors and could run code: get the checkpoint as .safetensors"
+            f"{path} can't be loaded with weights_only=True ({_first_line(error)})",
+            cause=(
+                "it is damaged, or holds more than tensors and could run code: get the checkpoint "
+                "as .safetensors"
+            ),
         ) from error
     except Exception as error:  # a damaged pickle can end in any of them
         raise _damaged(path, error) from error
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a dict of tensors")
+        raise CheckpointError(
+            f"{path} holds a {type(state).__name__}",
+            expected="a dict of tensors",
+        )
     yield {name: partial(_same, t) for name, t in state.items() if isinstance(t, Tensor)}
 
 
@@ -162,8 +183,9 @@ _OPENERS: Mapping[str, Callable[[Path], AbstractContextManager[Lazy]]] = {
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"can't read tensors from {path} ({path.stat().st_size} bytes): {_first_line(error)}; the "
-        "file is truncated or damaged: download it again"
+        f"can't read tensors from {path} ({path.stat().st_size} bytes): {_first_line(error)}",
+        cause="the file is truncated or damaged",
+        cure="download it again",
     )
 
 

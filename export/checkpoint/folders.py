@@ -63,9 +63,13 @@ class LocalFolder:
         """Return the error for files that are not there."""
         there = sorted(path.name for path in self.path.iterdir() if path.is_file())
         return CheckpointError(
-            f"{self.where} has no {' or '.join(names)}, expected for {purpose}; the folder holds "
-            f"{', '.join(there[:8]) or 'no file'}{' …' if len(there) > 8 else ''}; copy the "
-            "missing file there or give another folder"
+            f"{self.where} has no {' or '.join(names)}",
+            expected=f"for {purpose}",
+            cause=(
+                "the folder holds "
+                f"{', '.join(there[:8]) or 'no file'}{(' …' if len(there) > 8 else '')}"
+            ),
+            cure="copy the missing file there or give another folder",
         )
 
 
@@ -153,9 +157,11 @@ class HubFolder:
             _refuse(self.repo_id, self.revision, name, error)
         except (_http_error(), OSError) as error:
             raise CheckpointError(
-                f"downloading {name} of {self.repo_id} from {_endpoint()} failed: "
-                f"{_reason(error)}; try again, or fetch it elsewhere with `hf download "
-                f"{self.repo_id} {name}`; finished files are kept in {_cache()}"
+                f"downloading {name} of {self.repo_id} from {_endpoint()} failed: {_reason(error)}",
+                cause=(
+                    f"try again, or fetch it elsewhere with `hf download {self.repo_id} {name}`; "
+                    f"finished files are kept in {_cache()}"
+                ),
             ) from error
 
     def missing(self, names: Iterable[str], *, purpose: str) -> CheckpointError:
@@ -163,17 +169,22 @@ class HubFolder:
         files = list(names)
         if self.offline is None:
             return CheckpointError(
-                f"{self.where} has no {' or '.join(files)}, expected for {purpose}; it is no "
-                "complete checkpoint: choose another repository or a local folder"
+                f"{self.where} has no {' or '.join(files)}",
+                expected=f"for {purpose}",
+                cause="it is no complete checkpoint",
+                cure="choose another repository or a local folder",
             )
         # Without its configuration nothing says which shards are needed; the next try names them.
         what = "--include '*.json'" if files == ["config.json"] else " ".join(files)
         return CheckpointError(
-            f"looked for {' or '.join(files)} of {self.repo_id} (for {purpose}): asking the hub at "
-            f"{_endpoint()} failed ({self.offline}) and the local cache {_cache()} does not hold "
-            f"it; connect, or run `hf download {self.repo_id} {what}` elsewhere and "
-            "copy the cache (HF_HOME names it, HF_ENDPOINT a mirror of the hub), or give a local "
-            "folder, or use --weights random where values don't matter"
+            f"looked for {' or '.join(files)} of {self.repo_id} (for {purpose}): asking the "
+            f"hub at {_endpoint()} failed ({self.offline}) and the local cache {_cache()} does "
+            "not hold it",
+            cure=(
+                f"connect, or run `hf download {self.repo_id} {what}` elsewhere and copy the cache "
+                "(HF_HOME names it, HF_ENDPOINT a mirror of the hub), or give a local folder, or "
+                "use --weights random where values don't matter"
+            ),
         )
 
 

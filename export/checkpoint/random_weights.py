@@ -39,7 +39,10 @@ def random_vision(
         InvalidInputError: The seed is no integer from 0 up.
     """
     if type(seed) is not int or seed < 0:
-        raise InvalidInputError(f"seed is {seed!r}, expected an integer of 0 or above")
+        raise InvalidInputError(
+            f"seed is {seed!r}",
+            expected="an integer of 0 or above",
+        )
     tensors = {}
     for name, shape in tensor_shapes(config).items():
         mean, deviation = _distribution(name, shape, config.tower.num_layers)

@@ -82,8 +82,9 @@ class Checkpoint:
             assert location.folder is not None
             if revision is not None:
                 raise CheckpointError(
-                    f"revision '{revision}' was given for the local folder {location.folder}, "
-                    "expected with a hub id only; leave it out"
+                    f"revision '{revision}' was given for the local folder {location.folder}",
+                    expected="with a hub id only",
+                    cure="leave it out",
                 )
             folder = LocalFolder(location.folder)
         return cls(location.model_id, folder, _config(folder))
@@ -110,7 +111,8 @@ class Checkpoint:
         except CheckpointError as error:
             raise CheckpointError(
                 f"the tower '{reference}' that {self.folder.where} names in mm_vision_tower: "
-                f"{error}; a local checkpoint may also hold it in a folder of that name"
+                f"{error}",
+                cause="a local checkpoint may also hold it in a folder of that name",
             ) from error
 
     def preprocessor(self, media: Media) -> dict[str, Any]:

@@ -112,8 +112,10 @@ def resolve(
         there = [stored for stored in part.stored(name) if stored in available]
         if len(there) > 1:
             raise CheckpointError(
-                f"{source} holds '{name}' under two names, '{there[0]}' and '{there[1]}', expected "
-                "one; two layouts were merged: remove one of them"
+                f"{source} holds '{name}' under two names, '{there[0]}' and '{there[1]}'",
+                expected="one",
+                cause="two layouts were merged",
+                cure="remove one of them",
             )
         if there:
             found[name] = there[0]
@@ -131,7 +133,10 @@ def missing(part: Part, name: str, available: Collection[str], *, source: str) -
     )
     similar = ", ".join(list(close)[:4]) or "none"
     return CheckpointError(
-        f"tensor '{name}' is not in {source}; looked for {', '.join(candidates)}; similar names "
-        f"there: {similar}; the checkpoint is incomplete or has a layout that vzip doesn't know: "
-        "compare it with the published one"
+        f"tensor '{name}' is not in {source}",
+        cause=(
+            f"looked for {', '.join(candidates)}; similar names there: {similar}; the checkpoint "
+            "is incomplete or has a layout that vzip doesn't know: compare it with the published "
+            "one"
+        ),
     )

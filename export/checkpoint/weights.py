@@ -35,8 +35,9 @@ class VisionWeights:
         unknown = sorted(set(self.tensors) - set(shapes))
         if absent or unknown:
             raise CheckpointError(
-                f"weights lack {absent[:3]} and have the unknown {unknown[:3]} ({len(absent)} and "
-                f"{len(unknown)} in all); expected the tensors of {self.config.family}"
+                f"weights lack {absent[:3]} and have the unknown {unknown[:3]} ({len(absent)} "
+                f"and {len(unknown)} in all)",
+                expected=f"the tensors of {self.config.family}",
             )
         for name, tensor in self.tensors.items():
             check_tensor(name, tensor, shapes[name], source="the weights")
@@ -46,11 +47,15 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], *, source: s
     """Raise unless `tensor` has `shape` and a floating dtype; `source` says where it came from."""
     if tuple(tensor.shape) != shape:
         raise CheckpointError(
-            f"tensor '{name}' in {source} has shape {list(tensor.shape)}, expected {list(shape)} "
-            "by its configuration; the two are of different models: take both from one checkpoint"
+            f"tensor '{name}' in {source} has shape {list(tensor.shape)}",
+            expected=f"{list(shape)} by its configuration",
+            cause="the two are of different models",
+            cure="take both from one checkpoint",
         )
     if not tensor.is_floating_point():
         raise CheckpointError(
-            f"tensor '{name}' in {source} is {str(tensor.dtype).removeprefix('torch.')}, expected "
-            "floating point; the checkpoint is quantised: export from the original one"
+            f"tensor '{name}' in {source} is {str(tensor.dtype).removeprefix('torch.')}",
+            expected="floating point",
+            cause="the checkpoint is quantised",
+            cure="export from the original one",
         )

@@ -29,9 +29,15 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     arguments = _parser(prog).parse_args(argv)
     folder: Path | None = arguments.output
     if folder is not None and folder.exists() and not folder.is_dir():
-        raise InvalidInputError(f"-o is '{folder}', which is a file; give a folder for the results")
+        raise InvalidInputError(
+            f"-o is '{folder}', which is a file",
+            cure="give a folder for the results",
+        )
     if arguments.rounds < 1:
-        raise InvalidInputError(f"--rounds is {arguments.rounds}, expected at least 1")
+        raise InvalidInputError(
+            f"--rounds is {arguments.rounds}",
+            expected="at least 1",
+        )
     bundles = _bundles(arguments.bundles)
     if arguments.peers:
         require("torch", "transformers", "onnxruntime", needed_for="--peers", extra="export")
@@ -89,7 +95,8 @@ def _bundles(folders: Sequence[Path]) -> Mapping[str, Any]:
         if name in found:
             raise InvalidInputError(
                 f"got two bundles whose folders are called '{name}', by which the result tells "
-                "them apart; rename one"
+                "them apart",
+                cure="rename one",
             )
         found[name] = read_bundle(folder, verify=False)  # what runs is verified when it is opened
     return found

@@ -64,14 +64,17 @@ def _check_output(path: Path) -> None:
     """
     if path.suffix.lower() != ".gguf":
         raise InvalidInputError(
-            f"convert: --gguf is '{path}', expected a file name that ends with .gguf; give one"
+            f"convert: --gguf is '{path}'",
+            expected="a file name that ends with .gguf",
+            cure="give one",
         )
     if path.is_dir():
         raise InvalidInputError(
-            f"convert: --gguf is '{path}', which is a folder; give a file in it"
+            f"convert: --gguf is '{path}', which is a folder",
+            cure="give a file in it",
         )
     if not path.parent.is_dir():
         raise InvalidInputError(
-            f"convert: --gguf is '{path}', but the folder '{path.parent}' does not exist; create "
-            "it first"
+            f"convert: --gguf is '{path}', but the folder '{path.parent}' does not exist",
+            cure="create it first",
         )

@@ -59,8 +59,8 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     budget = _budget(arguments, config)
     if arguments.tiles is not None and config.tiling is None:
         raise InvalidInputError(
-            f"--tiles {arguments.tiles} was given, but '{arguments.model}' cuts no tiles here; "
-            "leave it out"
+            f"--tiles {arguments.tiles} was given, but '{arguments.model}' cuts no tiles here",
+            cure="leave it out",
         )
     batch = _batch(arguments, config)
     choice = _resolve_target(arguments, batch.size)
@@ -226,31 +226,39 @@ def _check_options(arguments: argparse.Namespace) -> None:
     """Refuse options that contradict each other, before anything is read or imported."""
     if arguments.seed is not None and arguments.weights != "random":
         raise InvalidInputError(
-            f"--seed {arguments.seed} was given without --weights random; a checkpoint has no seed:"
-            " drop one or add the other"
+            f"--seed {arguments.seed} was given without --weights random",
+            cause="a checkpoint has no seed",
+            cure="drop one or add the other",
         )
     if arguments.weights == "random":
         arguments.seed = arguments.seed or 0
         if arguments.with_llm:
             raise InvalidInputError(
-                "--with-llm and --weights random were both given; the answers of an LLM to random "
-                "tokens mean nothing: leave out one of the two"
+                "--with-llm and --weights random were both given",
+                cause="the answers of an LLM to random tokens mean nothing",
+                cure="leave out one of the two",
             )
     parts = (arguments.dominant, arguments.contextual)
     if arguments.tokens is not None and parts != (None, None):
         raise BudgetError(
-            "--tokens and --dominant/--contextual were both given; expected either the sum or its "
-            "parts"
+            "--tokens and --dominant/--contextual were both given",
+            expected="either the sum or its parts",
         )
     if arguments.tokens is not None:
         split_tokens(arguments.tokens)
     elif None not in parts:
         Budget(*parts)
     elif parts != (None, None):
-        raise BudgetError("expected --dominant and --contextual together; or --tokens for the sum")
+        raise BudgetError(
+            "expected --dominant and --contextual together",
+            cause="or --tokens for the sum",
+        )
     _resolve_target(arguments, arguments.batch or arguments.max_batch or 1)
     if arguments.output is not None and not arguments.output.strip():
-        raise InvalidInputError("-o is empty; expected a folder to write the bundle to")
+        raise InvalidInputError(
+            "-o is empty",
+            expected="a folder to write the bundle to",
+        )
 
 
 def _budget(arguments: argparse.Namespace, config: VisionConfig) -> Budget:

@@ -32,7 +32,10 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     arguments = _parser(prog).parse_args(argv)
     limits = plan.Limits(arguments.latency_ms, arguments.ttft_ms, arguments.memory_gb)
     if arguments.text_tokens < 0:
-        raise InvalidInputError(f"got --text-tokens {arguments.text_tokens}, expected 0 or more")
+        raise InvalidInputError(
+            f"got --text-tokens {arguments.text_tokens}",
+            expected="0 or more",
+        )
     known = None if arguments.device == HERE else find_device(arguments.device)
     require(*EXPORT_PACKAGES, needed_for=f"'{prog}'", extra="export")
     from vzip.export.plan.here import measure

@@ -137,8 +137,8 @@ def family_of(config: Config) -> tuple[str, Family]:
     keys = sorted(key for key in config if key.startswith("mm_") or key == "vision_config")
     known = "; ".join(f"{name} ({family.claimed_by})" for name, family in _known().items())
     raise CheckpointError(
-        f"config.json has {got} and the vision keys {keys}, which no family of vzip knows; "
-        f"expected one of: {known}"
+        f"config.json has {got} and the vision keys {keys}, which no family of vzip knows",
+        expected=f"one of: {known}",
     )
 
 
@@ -206,9 +206,10 @@ def _chosen(name: str, family: Family, media: Media | None) -> Media:
     if media not in family.media:
         raise InvalidInputError(
             f"media is '{media}', and the family '{name}' has a graph for "
-            f"{' and '.join(family.media)} alone, expected "
-            f"{' or '.join(repr(each) for each in family.media)}; its towers see the frames of a "
-            "clip as images: leave media out"
+            f"{' and '.join(family.media)} alone",
+            expected=f"{' or '.join(repr(each) for each in family.media)}",
+            cause="its towers see the frames of a clip as images",
+            cure="leave media out",
         )
     return media
 

@@ -53,8 +53,8 @@ def complete(config_class: Any, config: Config) -> Any:
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"config.json is no {config_class.__name__}: {reason[:200]}; compare it with the "
-            "published one"
+            f"config.json is no {config_class.__name__}: {reason[:200]}",
+            cure="compare it with the published one",
         ) from error
 
 
@@ -175,8 +175,10 @@ def integer(config: Config, key: str) -> int:
 def refused(key: str, got: object, expected: str) -> CheckpointError:
     """Return the error for a value that a family can't have."""
     return CheckpointError(
-        f"config.json has {key} = {got!r}, expected {expected}; vzip doesn't know this variant of "
-        "the model: compare the file with the published one"
+        f"config.json has {key} = {got!r}",
+        expected=f"{expected}",
+        cause="vzip doesn't know this variant of the model",
+        cure="compare the file with the published one",
     )
 
 

@@ -173,8 +173,9 @@ def _is_resolution(value: object) -> bool:
 def _kind(settings: Config | None, classes: tuple[str, ...]) -> _Kind:
     if settings is None:
         raise CheckpointError(
-            "the checkpoint has no settings of an image processor, expected "
-            "preprocessor_config.json; take it from the published model"
+            "the checkpoint has no settings of an image processor",
+            expected="preprocessor_config.json",
+            cure="take it from the published model",
         )
     key = next((key for key in _TYPES if key in settings), _TYPES[0])
     saved = settings.get(key)
@@ -221,7 +222,8 @@ def _number(key: str, value: object) -> float:
 
 def _refused(key: str, got: object, expected: str) -> CheckpointError:
     return CheckpointError(
-        f"the image processor's settings have {key} = {got!r}, expected {expected}; vzip would "
-        "prepare images otherwise than the model was trained with: check preprocessor_config.json "
-        "(or processor_config.json) against the published one"
+        f"the image processor's settings have {key} = {got!r}",
+        expected=f"{expected}",
+        cause="vzip would prepare images otherwise than the model was trained with",
+        cure="check preprocessor_config.json (or processor_config.json) against the published one",
     )

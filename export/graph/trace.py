@@ -38,11 +38,17 @@ class GraphOptions:
 
     def __post_init__(self) -> None:
         if self.batch < 1:
-            raise ExportError(f"batch is {self.batch}; expected at least 1")
+            raise ExportError(
+                f"batch is {self.batch}",
+                expected="at least 1",
+            )
         if self.opset not in (17, 18):
             raise ExportError(
-                f"opset is {self.opset}; expected 18, or 17 for TensorRT 8.6: later opsets change "
-                "no operator of this graph, and older ones have no LayerNormalization"
+                f"opset is {self.opset}",
+                expected=(
+                    "18, or 17 for TensorRT 8.6: later opsets change no operator of this graph, "
+                    "and older ones have no LayerNormalization"
+                ),
             )
 
 
@@ -102,9 +108,12 @@ def trace(encoder: Encoder, options: GraphOptions, *, image_size: int) -> ir.Mod
         result = finish(model)
     except ir.passes.PassError as error:
         raise ExportError(
-            f"the traced graph breaks a promise: {error.__cause__ or error}; most likely the "
-            f"installed torch {torch.__version__} or onnxscript exports differently from the "
-            "versions in constraints.txt: install those, or report this"
+            f"the traced graph breaks a promise: {error.__cause__ or error}",
+            cause=(
+                f"most likely the installed torch {torch.__version__} or onnxscript exports "
+                "differently from the versions in constraints.txt"
+            ),
+            cure="install those, or report this",
         ) from error
     return result.model
 

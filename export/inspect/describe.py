@@ -81,8 +81,10 @@ def describe_engine(path: str | os.PathLike[str], name: str) -> Iterator[str]:
     bundle = read_bundle(path, verify=False)
     if name not in bundle.manifest.engines:
         raise InvalidInputError(
-            f"{bundle.path} has no engine {name!r}, expected one of "
-            f"{', '.join(bundle.manifest.engines) or 'none: build one with vzip build'}"
+            f"{bundle.path} has no engine {name!r}",
+            expected=(
+                f"one of {', '.join(bundle.manifest.engines) or 'none: build one with vzip build'}"
+            ),
         )
     record = bundle.manifest.engines[name]
     plan = read_engine(bundle, name)
@@ -129,7 +131,8 @@ def _load(bundle: Bundle) -> onnx.ModelProto:
         return onnx.load_model_from_string(data)
     except Exception as error:  # protobuf's own error, of several packages
         raise BundleError(
-            f"{bundle.path}: model.onnx can't be parsed ({error}); export the bundle again"
+            f"{bundle.path}: model.onnx can't be parsed ({error})",
+            cure="export the bundle again",
         ) from error
 
 

@@ -133,8 +133,10 @@ def summary(runs: Sequence[Run], layers: EngineLayers, graph: Sequence[Node]) ->
             taken.setdefault(name, []).append(ms)
     if not taken:
         raise BackendError(
-            f"TensorRT's profiler told no layer in {len(runs)} runs, expected at least one; the "
-            "engine was built without layers' names: build it again with vzip build"
+            f"TensorRT's profiler told no layer in {len(runs)} runs",
+            expected="at least one",
+            cause="the engine was built without layers' names",
+            cure="build it again with vzip build",
         )
     labels = _labels(layers, graph)
     medians = {name: statistics.median(times) for name, times in taken.items()}

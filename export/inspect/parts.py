@@ -36,7 +36,8 @@ def parts(nodes: Sequence[Node]) -> dict[str, Part]:
     if not merged or not projector:
         raise BundleError(
             f"model.onnx has {len(nodes)} operators and no merge by {TOKEN_WEIGHTS}, or no "
-            "projector; expected a graph that 'vzip export' made"
+            "projector",
+            expected="a graph that 'vzip export' made",
         )
     if min(projector) not in merged:  # pooled tokens are merged behind the projector
         projector -= merged

@@ -141,9 +141,12 @@ def trace(decoder: Decoder) -> ir.Model:
     except (torch.onnx.errors.OnnxExporterError, ir.passes.PassError) as error:
         cause = str(error.__cause__ or error).strip().splitlines()[0]
         raise ExportError(
-            f"the LLM can't be made into a graph: {cause}; most likely the installed torch "
-            f"{torch.__version__}, onnxscript or transformers differs from the versions in "
-            "constraints.txt: install those, leave out --with-llm, or report this"
+            f"the LLM can't be made into a graph: {cause}",
+            cause=(
+                f"most likely the installed torch {torch.__version__}, onnxscript or transformers "
+                "differs from the versions in constraints.txt"
+            ),
+            cure="install those, leave out --with-llm, or report this",
         ) from error
 
 

@@ -106,9 +106,12 @@ def _check_family(checkpoint: Checkpoint) -> None:
     name, _ = families.family_of(checkpoint.config)
     if name == "llava-original":
         raise CheckpointError(
-            f"{NAME}: {checkpoint.folder.where} is in original LLaVA's layout, expected "
-            "transformers'; convert its llava-hf twin, such as llava-1.5-7b, or make a GGUF with "
-            "llama.cpp's own tools, which 'vzip ask' takes too"
+            f"{NAME}: {checkpoint.folder.where} is in original LLaVA's layout",
+            expected="transformers'",
+            cure=(
+                "convert its llava-hf twin, such as llava-1.5-7b, or make a GGUF with llama.cpp's "
+                "own tools, which 'vzip ask' takes too"
+            ),
         )
 
 
@@ -123,9 +126,10 @@ def _dtypes(stored: Stored) -> dict[str, torch.dtype]:
         if dtype not in _FILE_TYPES:
             raise CheckpointError(
                 f"{NAME}: tensor '{stored.names[name]}' in {stored.source} is "
-                f"{str(dtype).removeprefix('torch.')}, expected float16, float32 or bfloat16; the "
-                "checkpoint is quantised: convert the original one, and quantise the GGUF with "
-                "llama-quantize"
+                f"{str(dtype).removeprefix('torch.')}",
+                expected="float16, float32 or bfloat16",
+                cause="the checkpoint is quantised",
+                cure="convert the original one, and quantise the GGUF with llama-quantize",
             )
     return dtypes
 
@@ -211,8 +215,8 @@ def _write(writer: GGUFWriter, stored: Stored, dtypes: dict[str, torch.dtype], p
         atomic.rename_file(file, path)
     except OSError as error:
         raise InvalidInputError(
-            f"{NAME}: '{path}' can't be written ({error.strerror or error}); give a file in a "
-            "folder that you may write to, on a disk with room"
+            f"{NAME}: '{path}' can't be written ({error.strerror or error})",
+            cure="give a file in a folder that you may write to, on a disk with room",
         ) from error
     finally:
         writer.close()

@@ -95,9 +95,9 @@ class Sizes:
         kind = text.model_type
         if kind not in ARCHS:
             raise CheckpointError(
-                f"convert: the LLM is a {kind!r} model, expected one of {', '.join(ARCHS)}, which "
-                "LLaVAs have; make the GGUF with llama.cpp's own convert_hf_to_gguf.py, if that "
-                "knows it"
+                f"convert: the LLM is a {kind!r} model",
+                expected=f"one of {', '.join(ARCHS)}, which LLaVAs have",
+                cure="make the GGUF with llama.cpp's own convert_hf_to_gguf.py, if that knows it",
             )
         rope = text.rope_parameters
         wrong = {
@@ -109,8 +109,9 @@ class Sizes:
         for key, (got, expected) in wrong.items():
             if got != expected:
                 raise CheckpointError(
-                    f"convert: the LLM's {key} is {got!r}, expected {expected!r}, as LLaVAs' are; "
-                    "make the GGUF with llama.cpp's own convert_hf_to_gguf.py"
+                    f"convert: the LLM's {key} is {got!r}",
+                    expected=f"{expected!r}, as LLaVAs' are",
+                    cure="make the GGUF with llama.cpp's own convert_hf_to_gguf.py",
                 )
         # llama.cpp has no sliding window for these; within one, there is no difference.
         window = getattr(text, "sliding_window", None)

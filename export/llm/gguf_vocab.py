@@ -313,6 +313,6 @@ def _described(pipeline: Mapping[str, Any]) -> str:
 def _unknown(what: str) -> CheckpointError:
     return CheckpointError(
         f"convert: the tokenizer has {what}, but llama.cpp runs Llama's SentencePiece and "
-        "byte-level BPE with GPT-2's or Qwen2's words, and would make other tokens of a text; "
-        "make the GGUF with llama.cpp's own convert_hf_to_gguf.py, if that knows it"
+        "byte-level BPE with GPT-2's or Qwen2's words, and would make other tokens of a text",
+        cure="make the GGUF with llama.cpp's own convert_hf_to_gguf.py, if that knows it",
     )

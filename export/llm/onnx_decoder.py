@@ -72,11 +72,14 @@ class Size:
         needed = self.parameters * BYTES_PER_PARAMETER / _GIB
         if memory is not None and needed > memory.available / 1024:
             raise ExportError(
-                f"--with-llm: the LLM has {self.parameters / 1e9:.2f} billion parameters, and its "
-                f"export takes about {needed:.1f} GiB of memory (estimate: one and a half times "
-                f"its weights in FP32), but {memory.available / 1024:.1f} GiB are available; "
-                "export on a larger machine, or leave out --with-llm and run the LLM with another "
-                "engine, such as a quantized one of llama.cpp"
+                f"--with-llm: the LLM has {self.parameters / 1000000000.0:.2f} billion "
+                f"parameters, and its export takes about {needed:.1f} GiB of memory (estimate: "
+                f"one and a half times its weights in FP32), but {memory.available / 1024:.1f} "
+                "GiB are available",
+                cure=(
+                    "export on a larger machine, or leave out --with-llm and run the LLM with "
+                    "another engine, such as a quantized one of llama.cpp"
+                ),
             )
 
     def __str__(self) -> str:
@@ -104,22 +107,25 @@ def plan(model: str, revision: str | None) -> Size:
         raise CheckpointError(
             f"--with-llm: '{model}' is a {config.get('model_type')!r} model "
             f"({config.get('architectures')}), but the LLM is taken from a "
-            f"{', '.join(CLASSES.values())}; export the llava-hf twin of the checkpoint"
+            f"{', '.join(CLASSES.values())}",
+            cure="export the llava-hf twin of the checkpoint",
         )
     kind = config["model_type"]
     rest = {key: value for key, value in config.items() if key != "model_type"}
     text = transformers.AutoConfig.for_model(kind, **rest).get_text_config()
     if text.model_type not in LLMS:
         raise CheckpointError(
-            f"--with-llm: the LLM of '{model}' is a {text.model_type!r}, expected one of "
-            f"{', '.join(LLMS)}; leave out --with-llm and run it with another engine"
+            f"--with-llm: the LLM of '{model}' is a {text.model_type!r}",
+            expected=f"one of {', '.join(LLMS)}",
+            cure="leave out --with-llm and run it with another engine",
         )
     rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in _ROPE:
         raise CheckpointError(
-            f"--with-llm: the LLM of '{model}' has rotary embeddings of the type {rope!r}, which "
-            f"change with the length of a text, expected one of {', '.join(_ROPE)}; leave out "
-            "--with-llm and run it with another engine"
+            f"--with-llm: the LLM of '{model}' has rotary embeddings of the type {rope!r}, "
+            "which change with the length of a text",
+            expected=f"one of {', '.join(_ROPE)}",
+            cure="leave out --with-llm and run it with another engine",
         )
     with torch.device("meta"):
         shell = transformers.AutoModelForCausalLM.from_config(text)
@@ -226,9 +232,11 @@ class Trial:
         llm = OnnxRuntimeLLM(bundle)
         if (texts := _texts(llm.prompts)) != self._texts:
             raise ParityError(
-                f"the LLM's tokenizer gives {texts} where the checkpoint's gives {self._texts}; "
-                "nothing was written. Please report this with the model's name and the installed "
-                "versions of transformers and tokenizers"
+                f"the LLM's tokenizer gives {texts} where the checkpoint's gives {self._texts}",
+                cause=(
+                    "nothing was written. Please report this with the model's name and the "
+                    "installed versions of transformers and tokenizers"
+                ),
             )
         gate = GATES[bundle.manifest.precision]
         cache = llm.new_cache()
@@ -240,9 +248,12 @@ class Trial:
             if not max(error, lost) <= gate or not math.isfinite(error):
                 raise ParityError(
                     f"the LLM's graph differs from the untouched model at call {call} of "
-                    f"{len(self._calls)} ({len(ids)} tokens): largest error {error:.1e}, expected "
-                    f"at most {gate:.0e} of the largest logit; nothing was written. Please report "
-                    "this with the model's name and the installed versions of torch and onnxruntime"
+                    f"{len(self._calls)} ({len(ids)} tokens): largest error {error:.1e}",
+                    expected=f"at most {gate:.0e} of the largest logit",
+                    cause=(
+                        "nothing was written. Please report this with the model's name and the "
+                        "installed versions of torch and onnxruntime"
+                    ),
                 )
 
 
@@ -315,9 +326,10 @@ def _tokenizer(llm: TransformersLLM) -> str:
     loaded = getattr(llm.tokenizer, "backend_tokenizer", None)
     if not isinstance(loaded, Tokenizer):
         raise CheckpointError(
-            f"--with-llm: the LLM's tokenizer is a {type(llm.tokenizer).__name__}, which has no "
-            "form that the package tokenizers reads, expected one with a tokenizer.json; leave "
-            "out --with-llm and run the LLM with another engine"
+            f"--with-llm: the LLM's tokenizer is a {type(llm.tokenizer).__name__}, which has "
+            "no form that the package tokenizers reads",
+            expected="one with a tokenizer.json",
+            cure="leave out --with-llm and run the LLM with another engine",
         )
     copy = Tokenizer.from_str(loaded.to_str())
     copy.no_truncation()
@@ -334,6 +346,7 @@ def _halve(model: Any) -> None:
             raise ExportError(
                 f"--with-llm: the LLM's {name} has numbers up to "
                 f"{float(parameter.detach().abs().max()):.4g}, but FP16 holds at most "
-                f"{largest:.6g}; export with --precision fp32"
+                f"{largest:.6g}",
+                cure="export with --precision fp32",
             )
         parameter.data = parameter.data.half()

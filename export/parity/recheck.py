@@ -36,20 +36,21 @@ def check_bundle(
     model = bundle.manifest.model
     if model.projector is not None and projector is None:
         raise CheckpointError(
-            f"{path} was made with a tuned projector (SHA-256 {model.projector[:12]}…) and none "
-            "was given; expected --projector FILE with that file"
+            f"{path} was made with a tuned projector (SHA-256 {model.projector[:12]}…) and "
+            "none was given",
+            expected="--projector FILE with that file",
         )
     if model.projector is None and projector is not None:
         raise CheckpointError(
-            f"{path} was made with the model's own projector, and {projector} was given; "
-            "leave out --projector"
+            f"{path} was made with the model's own projector, and {projector} was given",
+            cure="leave out --projector",
         )
     media: Media = "image" if "image" in bundle.manifest.media else "video"
     weights, found = WeightSource(model.id, model.revision, model.seed, projector, media).load()
     if found.projector != model.projector:
         raise CheckpointError(
-            f"the projector {projector} has SHA-256 {str(found.projector)[:12]}…; expected "
-            f"{str(model.projector)[:12]}…, with which {path} was made: give that file"
+            f"the projector {projector} has SHA-256 {str(found.projector)[:12]}…",
+            expected=f"{str(model.projector)[:12]}…, with which {path} was made: give that file",
         )
     result = parity.Reference(weights, images).compare(bundle)
     return update_manifest(bundle, parity=result.to_json())

@@ -159,6 +159,7 @@ def find_device(name: str) -> Device:
         close = [each.name for each in DEVICES.values() if str(each.target).startswith(name)]
     meant = f"did you mean {' or '.join(close)}? " if close else ""
     raise InvalidInputError(
-        f"--device is {name!r}, expected one of {', '.join((*DEVICES, HERE))}; {meant}"
-        f"'{HERE}' measures this machine's CPU"
+        f"--device is {name!r}",
+        expected=f"one of {', '.join((*DEVICES, HERE))}",
+        cause=f"{meant}'{HERE}' measures this machine's CPU",
     )

@@ -37,8 +37,9 @@ def measure(model: PlanModel) -> Device:
     memory = sensors.memory()
     if memory is None:
         raise InvalidInputError(
-            f"--device {HERE} needs the size of this machine's memory, which /proc/meminfo doesn't "
-            "say here; name another device"
+            f"--device {HERE} needs the size of this machine's memory, which /proc/meminfo "
+            "doesn't say here",
+            cure="name another device",
         )
     tower = model.vision.tower
     work = 2 * tower.tokens * tower.hidden_size * tower.intermediate_size

@@ -47,13 +47,15 @@ class LlmShape:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise CheckpointError(
-                    f"config.json: the language model's {name} is {value!r}, expected an integer "
-                    "above 0; it is damaged, or of a model that vzip doesn't know"
+                    f"config.json: the language model's {name} is {value!r}",
+                    expected="an integer above 0",
+                    cause="it is damaged, or of a model that vzip doesn't know",
                 )
         if self.dtype not in _BYTES:
             raise CheckpointError(
-                f"config.json: the dtype is {self.dtype!r}, expected one of {', '.join(_BYTES)}; "
-                "what its KV cache takes isn't known"
+                f"config.json: the dtype is {self.dtype!r}",
+                expected=f"one of {', '.join(_BYTES)}",
+                cause="what its KV cache takes isn't known",
             )
 
     def prefill_flops(self, tokens: int) -> int:
@@ -125,6 +127,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     except Exception as error:  # transformers' checks raise many kinds
         raise CheckpointError(
             f"config.json: transformers can't read the {kind!r} configuration "
-            f"({(str(error).splitlines() or [''])[0]}); update transformers or the checkpoint"
+            f"({(str(error).splitlines() or [''])[0]})",
+            cure="update transformers or the checkpoint",
         ) from error
     return found

@@ -163,17 +163,18 @@ def read_model(model: str | os.PathLike[str]) -> PlanModel:
     text: Mapping[str, Any] = text_config(config)
     if text.get("hidden_act") != "silu":
         raise CheckpointError(
-            f"config.json: the language model's hidden_act is {text.get('hidden_act')!r}, expected "
-            "'silu', with which its feed-forward part has three matrices; what another kind costs "
-            "isn't known here"
+            f"config.json: the language model's hidden_act is {text.get('hidden_act')!r}",
+            expected="'silu', with which its feed-forward part has three matrices",
+            cause="what another kind costs isn't known here",
         )
     llm, sizes = llm_shape(config), []
     for name in ("num_attention_heads", "vocab_size"):
         value = text.get(name)
         if type(value) is not int or value < 1:
             raise CheckpointError(
-                f"config.json: the language model's {name} is {value!r}, expected an integer above "
-                "0; it is damaged, or of a model that vzip doesn't know"
+                f"config.json: the language model's {name} is {value!r}",
+                expected="an integer above 0",
+                cause="it is damaged, or of a model that vzip doesn't know",
             )
         sizes.append(value)
     tied = bool(text.get("tie_word_embeddings", False))

@@ -80,7 +80,10 @@ class Limits:
         for name, value in vars(self).items():
             if value is not None and not 0 < value < math.inf:
                 option = "--" + name.replace("_", "-")
-                raise InvalidInputError(f"got {option} {value:g}, expected a number above 0")
+                raise InvalidInputError(
+                    f"got {option} {value:g}",
+                    expected="a number above 0",
+                )
 
     @property
     def any(self) -> bool:

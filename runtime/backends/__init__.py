@@ -127,15 +127,19 @@ def open_backend(
     if bundle.fastest and (name != ONNXRUNTIME or engine is not None):
         asked = f"backend={name!r}" if engine is None else f"engine={engine!r}"
         raise InvalidInputError(
-            f"got precision='{FASTEST}' with {asked}, expected backend='{ONNXRUNTIME}', the only "
-            "one that has several forms of a graph to choose from; leave the precision out, or "
-            "take that backend"
+            f"got precision='{FASTEST}' with {asked}",
+            expected=(
+                f"backend='{ONNXRUNTIME}', the only one that has several forms of a graph to "
+                "choose from"
+            ),
+            cure="leave the precision out, or take that backend",
         )
     if engine is not None:
         if name not in {AUTO, TENSORRT}:
             raise InvalidInputError(
-                f"got engine={engine!r} with backend={name!r}, expected backend='tensorrt', which "
-                "alone runs engines; leave one of the two out"
+                f"got engine={engine!r} with backend={name!r}",
+                expected="backend='tensorrt', which alone runs engines",
+                cure="leave one of the two out",
             )
         from vzip.runtime.backends.tensorrt.backend import TensorRt
 
@@ -151,7 +155,9 @@ def open_backend(
             _log.info("passed over the backend %s: %s", candidate, error)
     names = ", ".join(BACKENDS)
     raise BackendError(
-        f"no backend can be used here, expected one of {names}; {' | '.join(reasons)}"
+        "no backend can be used here",
+        expected=f"one of {names}",
+        cause=f"{' | '.join(reasons)}",
     )
 
 
@@ -159,7 +165,8 @@ def _load(name: str) -> BackendClass:
     """Import the class of a backend."""
     if name not in BACKENDS:
         raise InvalidInputError(
-            f"got backend={name!r}, expected 'auto' or one of {', '.join(BACKENDS)}"
+            f"got backend={name!r}",
+            expected=f"'auto' or one of {', '.join(BACKENDS)}",
         )
     place = BACKENDS[name]
     if place is None:
@@ -168,9 +175,10 @@ def _load(name: str) -> BackendClass:
         found = metadata.entry_points(group=ENTRY_POINTS, name=name)
         if not found:
             raise MissingDependencyError(
-                f"the backend {name!r} is not installed, expected an entry point of the group "
-                f"'{ENTRY_POINTS}'; vzip runs from a folder that was never installed; install it "
-                "with: pip install -e ."
+                f"the backend {name!r} is not installed",
+                expected=f"an entry point of the group '{ENTRY_POINTS}'",
+                cause="vzip runs from a folder that was never installed",
+                cure="install it with: pip install -e .",
             )
         above: BackendClass = next(iter(found)).load()
         return above

@@ -68,8 +68,12 @@ def open_session(
     wanted = providers[0]
     if wanted not in (available := onnxruntime.get_available_providers()):
         raise BackendUnavailableError(
-            f"the installed onnxruntime has {available}, expected {wanted}; it is a build for "
-            f"other devices: pip uninstall onnxruntime, then pip install 'vzip[{extra}]'"
+            f"the installed onnxruntime has {available}",
+            expected=f"{wanted}",
+            cause=(
+                "it is a build for other devices: pip uninstall onnxruntime, then pip install "
+                f"'vzip[{extra}]'"
+            ),
         )
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -83,17 +87,20 @@ def open_session(
         session = onnxruntime.InferenceSession(model, options, providers=list(providers))
     except Exception as error:  # ONNX Runtime's errors have no base class of their own
         raise BackendError(
-            f"{name} can't open the graph: {first_line(error)}; memory is short, or it "
-            f"holds what version {onnxruntime.__version__} doesn't know: update onnxruntime, "
-            "or export with another --opset"
+            f"{name} can't open the graph: {first_line(error)}",
+            cause=(
+                f"memory is short, or it holds what version {onnxruntime.__version__} doesn't know"
+            ),
+            cure="update onnxruntime, or export with another --opset",
         ) from error
     session.disable_fallback()  # a session that failed is not to go on with other providers
     if (active := session.get_providers())[0] != wanted:
         # ONNX Runtime only logs it when a GPU can't be used, and goes on with the CPU.
         raise BackendUnavailableError(
-            f"{name}: the session runs on {active}, expected {wanted}; the GPU, its "
-            "driver or the CUDA and cuDNN libraries can't be used: check nvidia-smi and "
-            "LD_LIBRARY_PATH, or take backend='onnxruntime'"
+            f"{name}: the session runs on {active}",
+            expected=f"{wanted}",
+            cause="the GPU, its driver or the CUDA and cuDNN libraries can't be used",
+            cure="check nvidia-smi and LD_LIBRARY_PATH, or take backend='onnxruntime'",
         )
     outlive_forks(session)
     return session
@@ -155,8 +162,11 @@ class _OnnxRuntime:
             results = session.run(None, dict(feeds))
         except Exception as error:  # as above
             raise BackendError(
-                f"{self.name} failed while running the graph: {first_line(error)}; the next call "
-                "may succeed if memory was short, otherwise check the bundle with vzip check"
+                f"{self.name} failed while running the graph: {first_line(error)}",
+                cause=(
+                    "the next call may succeed if memory was short, otherwise check the bundle "
+                    "with vzip check"
+                ),
             ) from error
         names = [output.name for output in session.get_outputs()]
         return dict(zip(names, results, strict=True))

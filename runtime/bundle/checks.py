@@ -25,8 +25,10 @@ def refuse(where: str, got: object, expected: str) -> BundleError:
     shown = repr(got)
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     return BundleError(
-        f"manifest.json: '{where}' is {shown}, expected {expected}; "
-        f"the file was edited or made by another tool: {_CURE}"
+        f"manifest.json: '{where}' is {shown}",
+        expected=f"{expected}",
+        cause="the file was edited or made by another tool",
+        cure=f"{_CURE}",
     )
 
 
@@ -39,8 +41,10 @@ def mapping(where: str, value: object, keys: Collection[str]) -> Mapping[str, ob
     if absent or unknown:
         faults = [f"lacks {absent}"] * bool(absent) + [f"has the unknown {unknown}"] * bool(unknown)
         raise BundleError(
-            f"manifest.json: '{where}' {' and '.join(faults)}, expected exactly {sorted(keys)}; "
-            f"the file was edited or made by another tool: {_CURE}"
+            f"manifest.json: '{where}' {' and '.join(faults)}",
+            expected=f"exactly {sorted(keys)}",
+            cause="the file was edited or made by another tool",
+            cure=f"{_CURE}",
         )
     return value
 

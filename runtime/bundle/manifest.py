@@ -478,8 +478,10 @@ class Manifest:
         except (ValueError, RecursionError) as error:
             cause = _OBJECT_DEPTH_ERROR if isinstance(error, RecursionError) else str(error)
             raise BundleError(
-                f"manifest.json is malformed ({cause}), expected strict JSON in UTF-8; "
-                "the file was truncated or edited: export the bundle again"
+                f"manifest.json is malformed ({cause})",
+                expected="strict JSON in UTF-8",
+                cause="the file was truncated or edited",
+                cure="export the bundle again",
             ) from error
         return cls.from_json(value)
 
@@ -550,14 +552,17 @@ def _check_version(value: object) -> None:
     """Refuse other formats and versions before anything else, since their keys differ too."""
     if not isinstance(value, Mapping) or value.get("format") != FORMAT:
         raise BundleError(
-            f"manifest.json is not the manifest of a vzip bundle: expected an object with "
-            f"'format': '{FORMAT}'; give the folder that `vzip export -o` wrote"
+            "manifest.json is not the manifest of a vzip bundle: expected an object with "
+            f"'format': '{FORMAT}'",
+            cure="give the folder that `vzip export -o` wrote",
         )
     version = value.get("schema_version")
     if type(version) is not int or version != SCHEMA_VERSION:
         raise BundleError(
-            f"manifest.json: 'schema_version' is {version!r}, expected {SCHEMA_VERSION}; the "
-            "bundle was made by another version of vzip: export it again, or install that version"
+            f"manifest.json: 'schema_version' is {version!r}",
+            expected=f"{SCHEMA_VERSION}",
+            cause="the bundle was made by another version of vzip",
+            cure="export it again, or install that version",
         )
 
 

@@ -58,9 +58,12 @@ class PrecisionWriter:
         needed = set(names) - {data_file(self._precision)}
         if not needed <= set(found) <= set(names):
             raise BundleError(
-                f"{self._bundle.path}: for {self._precision} there is {found}, expected "
-                f"{sorted(needed)} and perhaps {data_file(self._precision)}; the quantiser left "
-                "other files or wrote none: this is a defect of the quantiser"
+                f"{self._bundle.path}: for {self._precision} there is {found}",
+                expected=f"{sorted(needed)} and perhaps {data_file(self._precision)}",
+                cause=(
+                    "the quantiser left other files or wrote none: this is a defect of the "
+                    "quantiser"
+                ),
             )
         others = {
             name: entry for name, entry in self._bundle.manifest.files.items() if name not in names
@@ -132,8 +135,9 @@ def precision_writer(bundle: Bundle, precision: Quantised) -> Iterator[Precision
             yield writer
         if writer.published is None:
             raise BundleError(
-                f"{bundle.path}: a graph in {precision} was written but never published, expected "
-                "a call of publish(); this is a defect of the quantiser"
+                f"{bundle.path}: a graph in {precision} was written but never published",
+                expected="a call of publish()",
+                cause="this is a defect of the quantiser",
             )
     finally:
         staged.close()

@@ -108,7 +108,9 @@ class Bundle:
             else "export the bundle with --precision fp32 or fp16, or calibrate it to int8 or fp8"
         )
         raise InvalidInputError(
-            f"got precision={precision!r}, expected one of this bundle's: {there}; {cure}"
+            f"got precision={precision!r}",
+            expected=f"one of this bundle's: {there}",
+            cause=f"{cure}",
         )
 
     def to_run(self, precision: str | None) -> Bundle:
@@ -176,8 +178,9 @@ class Bundle:
         with naming(self.path):
             if not self.has_llm:
                 raise BundleError(
-                    f"manifest.json: 'files' lacks {LLM_FILE}, so there is no language model in "
-                    "this bundle; export it with --with-llm"
+                    f"manifest.json: 'files' lacks {LLM_FILE}, so there is no language model "
+                    "in this bundle",
+                    cure="export it with --with-llm",
                 )
             others = set(self.manifest.files) - {LLM_DATA_FILE}
             check_files(self.path, self.manifest, verify=True, leave=others)
@@ -219,8 +222,10 @@ class Bundle:
             most = 4 * width + _LARGEST_NPY_HEADER
             if entry.bytes > most:
                 raise BundleError(
-                    f"{NEWLINE_FILE} has {entry.bytes} bytes, expected at most {most} for float32 "
-                    f"[{width}]; it is of another model: export the bundle again"
+                    f"{NEWLINE_FILE} has {entry.bytes} bytes",
+                    expected=f"at most {most} for float32 [{width}]",
+                    cause="it is of another model",
+                    cure="export the bundle again",
                 )
             with open_plain(self.path / NEWLINE_FILE) as file:
                 data = file.read(most + 1)
@@ -243,13 +248,18 @@ def read_bundle(path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
     with naming(folder):
         if not folder.is_dir():
             found = "a file" if folder.exists() else "nothing"
-            raise BundleError(f"found {found}, expected the folder that `vzip export -o` wrote")
+            raise BundleError(
+                f"found {found}",
+                expected="the folder that `vzip export -o` wrote",
+            )
         with open_plain(folder / MANIFEST_FILE) as file:
             data = file.read(LARGEST_MANIFEST + 1)
         if len(data) > LARGEST_MANIFEST:
             raise BundleError(
-                f"manifest.json has more than {LARGEST_MANIFEST} bytes, expected about 3000; "
-                "it was not made by vzip: export the bundle again"
+                f"manifest.json has more than {LARGEST_MANIFEST} bytes",
+                expected="about 3000",
+                cause="it was not made by vzip",
+                cure="export the bundle again",
             )
         manifest = Manifest.from_bytes(data)
         check_files(folder, manifest, verify=verify)
@@ -311,8 +321,10 @@ def open_plain(path: Path) -> BinaryIO:
         descriptor = os.open(path, flags | getattr(os, "O_BINARY", 0))
     except OSError as error:
         raise BundleError(
-            f"{path.name} can't be read ({error.strerror}), expected a plain file; "
-            "the bundle is incomplete: copy it again with all its files, or export it again"
+            f"{path.name} can't be read ({error.strerror})",
+            expected="a plain file",
+            cause="the bundle is incomplete",
+            cure="copy it again with all its files, or export it again",
         ) from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
@@ -360,8 +372,10 @@ def _open_listed(folder: Path, manifest: Manifest, name: str) -> BinaryIO:
 def not_plain(path: Path, found: str) -> BundleError:
     """Return the error for a name that could lead out of the bundle."""
     return BundleError(
-        f"{path.name} is {found}, expected a plain file with one name; links can lead out of the "
-        "bundle and change behind its digest: copy the file itself (cp --dereference)"
+        f"{path.name} is {found}",
+        expected="a plain file with one name",
+        cause="links can lead out of the bundle and change behind its digest",
+        cure="copy the file itself (cp --dereference)",
     )
 
 
@@ -377,7 +391,11 @@ def digest_of(file: BinaryIO, name: str) -> FileEntry:
         digest.update(view[:count])
         size += count
     if not size:
-        raise BundleError(f"{name} is empty, expected content; export the bundle again")
+        raise BundleError(
+            f"{name} is empty",
+            expected="content",
+            cure="export the bundle again",
+        )
     return FileEntry(digest.hexdigest(), size)
 
 
@@ -397,8 +415,9 @@ def check_files(
     """
     if MODEL_FILE not in manifest.files:
         raise BundleError(
-            f"manifest.json: 'files' lacks {MODEL_FILE}; the file was edited or made by another "
-            "tool: export the bundle again"
+            f"manifest.json: 'files' lacks {MODEL_FILE}",
+            cause="the file was edited or made by another tool",
+            cure="export the bundle again",
         )
     _check_newline(manifest)
     _check_llm(manifest)
@@ -450,8 +469,10 @@ def _check_size(name: str, size: int, entry: FileEntry) -> None:
     """Refuse a file of another size than at export."""
     if size != entry.bytes:
         raise BundleError(
-            f"{name} has {size} bytes, expected {entry.bytes}; "
-            "it was truncated or replaced: copy it again, or export the bundle again"
+            f"{name} has {size} bytes",
+            expected=f"{entry.bytes}",
+            cause="it was truncated or replaced",
+            cure="copy it again, or export the bundle again",
         )
 
 
@@ -461,9 +482,10 @@ def _check_llm(manifest: Manifest) -> None:
     lost = [name for name in LLM_FILES if name not in listed and name != LLM_DATA_FILE]
     if listed and lost:
         raise BundleError(
-            f"manifest.json: 'files' has {', '.join(listed)} but lacks {', '.join(lost)}, expected "
-            "the whole language model or nothing of it; the file was edited: export the bundle "
-            "again"
+            f"manifest.json: 'files' has {', '.join(listed)} but lacks {', '.join(lost)}",
+            expected="the whole language model or nothing of it",
+            cause="the file was edited",
+            cure="export the bundle again",
         )
 
 
@@ -480,8 +502,10 @@ def _check_newline(manifest: Manifest) -> None:
 def _no_newline(why: str) -> BundleError:
     """Return the error for a newline embedding that isn't there."""
     return BundleError(
-        f"manifest.json: 'files' lacks {NEWLINE_FILE}, expected it, since {why}; the model has no "
-        "newline embedding, or the file was edited: export the bundle again"
+        f"manifest.json: 'files' lacks {NEWLINE_FILE}",
+        expected=f"it, since {why}",
+        cause="the model has no newline embedding, or the file was edited",
+        cure="export the bundle again",
     )
 
 
@@ -506,8 +530,10 @@ def npy_header(file: BinaryIO, name: str, expected: str) -> tuple[tuple[int, ...
             raise ValueError("another order")
     except _NPY_ERRORS as error:
         raise BundleError(
-            f"{name} is no file in NumPy's format 1.0, expected {expected}; "
-            "it was made by another tool: export the bundle again"
+            f"{name} is no file in NumPy's format 1.0",
+            expected=f"{expected}",
+            cause="it was made by another tool",
+            cure="export the bundle again",
         ) from error
     return shape, dtype
 
@@ -519,14 +545,18 @@ def _parse_newline(data: bytes, width: int) -> NDArray[np.float32]:
     left = len(data) - file.tell()
     if (shape, dtype, left) != ((width,), np.dtype("<f4"), 4 * width):
         raise BundleError(
-            f"{NEWLINE_FILE} holds {dtype} {list(shape)} in {left} bytes, expected float32 "
-            f"[{width}] in {4 * width}; it is of another model: export the bundle again"
+            f"{NEWLINE_FILE} holds {dtype} {list(shape)} in {left} bytes",
+            expected=f"float32 [{width}] in {4 * width}",
+            cause="it is of another model",
+            cure="export the bundle again",
         )
     newline = np.frombuffer(data, dtype, offset=file.tell()).astype(np.float32)
     if not np.isfinite(newline).all():
         raise BundleError(
-            f"{NEWLINE_FILE} has numbers that are NaN or infinite, expected finite ones; "
-            "the checkpoint is damaged: export the bundle from a sound one"
+            f"{NEWLINE_FILE} has numbers that are NaN or infinite",
+            expected="finite ones",
+            cause="the checkpoint is damaged",
+            cure="export the bundle from a sound one",
         )
     return newline
 
@@ -535,8 +565,10 @@ def _check_digest(name: str, got: str, entry: FileEntry) -> None:
     """Refuse a file that is not the one that was hashed at export."""
     if got != entry.sha256:
         raise BundleError(
-            f"{name} has SHA-256 {got[:12]}…, expected {entry.sha256[:12]}…; "
-            "it was damaged or replaced: copy it again, or export the bundle again"
+            f"{name} has SHA-256 {got[:12]}…",
+            expected=f"{entry.sha256[:12]}…",
+            cause="it was damaged or replaced",
+            cure="copy it again, or export the bundle again",
         )
 
 
@@ -546,18 +578,23 @@ def _check_external(model: bytes, graph: str, manifest: Manifest) -> None:
     for tensor in external_tensors(model, file=graph):
         if tensor.location != data_file:
             raise BundleError(
-                f"{graph}: the tensor {tensor.name!r} lies in {tensor.location!r}, expected "
-                f"{data_file!r}; a graph may not read other files: don't use this bundle"
+                f"{graph}: the tensor {tensor.name!r} lies in {tensor.location!r}",
+                expected=f"{data_file!r}",
+                cause="a graph may not read other files",
+                cure="don't use this bundle",
             )
         if data_file not in manifest.files:
             raise BundleError(
                 f"{graph}: the tensor {tensor.name!r} lies in {data_file}, which the manifest "
-                "doesn't list; the bundle is incomplete: export it again"
+                "doesn't list",
+                cause="the bundle is incomplete",
+                cure="export it again",
             )
         size = manifest.files[data_file].bytes
         if tensor.offset + tensor.length > size:
             raise BundleError(
                 f"{graph}: the tensor {tensor.name!r} takes bytes {tensor.offset} to "
-                f"{tensor.offset + tensor.length} of {data_file}, which has {size}; "
-                "the files don't belong together: export the bundle again"
+                f"{tensor.offset + tensor.length} of {data_file}, which has {size}",
+                cause="the files don't belong together",
+                cure="export the bundle again",
             )

@@ -90,9 +90,15 @@ class BundleWriter:
             found = sorted(entry.name for entry in self.folder.iterdir())
             if MODEL_FILE not in found or not set(found) <= set(FILES):
                 raise BundleError(
-                    f"holds {found}, expected {MODEL_FILE} and perhaps {DATA_FILE}, "
-                    f"{REFERENCE_FILE}, {NEWLINE_FILE} and {', '.join(LLM_FILES)}; "
-                    "the exporter left other files or wrote none: this is a defect of the exporter"
+                    f"holds {found}",
+                    expected=(
+                        f"{MODEL_FILE} and perhaps {DATA_FILE}, {REFERENCE_FILE}, {NEWLINE_FILE} "
+                        f"and {', '.join(LLM_FILES)}"
+                    ),
+                    cause=(
+                        "the exporter left other files or wrote none: this is a defect of the "
+                        "exporter"
+                    ),
                 )
             files = {name: file_entry(self.folder / name) for name in found}
             manifest = dataclasses.replace(manifest, files=files, engines={}, precisions={})
@@ -145,8 +151,9 @@ def bundle_writer(path: str | os.PathLike[str]) -> Iterator[BundleWriter]:
             yield writer
         if not writer.published:
             raise BundleError(
-                f"{target}: the bundle was written but never published, expected a call of "
-                "publish(); this is a defect of the exporter"
+                f"{target}: the bundle was written but never published",
+                expected="a call of publish()",
+                cause="this is a defect of the exporter",
             )
     finally:
         staged.close()
@@ -196,17 +203,18 @@ def add_engine(bundle: Bundle, name: str, record: EngineRecord, plan: bytes | me
     found = FileEntry(hashlib.sha256(plan).hexdigest(), len(plan))
     if found != FileEntry(record.sha256, record.bytes):
         raise BundleError(
-            f"{bundle.path}: the record of the engine {check_name(name)!r} says "
-            f"{record.bytes} bytes {record.sha256[:12]}…, the engine has {found.bytes} "
-            f"{found.sha256[:12]}…; they don't belong together: this is a defect of the builder"
+            f"{bundle.path}: the record of the engine {check_name(name)!r} says {record.bytes} "
+            f"bytes {record.sha256[:12]}…, the engine has {found.bytes} {found.sha256[:12]}…",
+            cause="they don't belong together: this is a defect of the builder",
         )
     graph = bundle.graph_file
     if record.model_sha256 != bundle.manifest.files[graph].sha256:
         raise BundleError(
             f"{bundle.path}: the engine {check_name(name)!r} was built from a {graph} with "
             f"SHA-256 {record.model_sha256[:12]}…, the bundle's has "
-            f"{bundle.manifest.files[graph].sha256[:12]}…; another process replaced the "
-            "bundle: build the engine again"
+            f"{bundle.manifest.files[graph].sha256[:12]}…",
+            cause="another process replaced the bundle",
+            cure="build the engine again",
         )
     engines = {**bundle.manifest.engines, name: record}
     manifest = dataclasses.replace(bundle.manifest, engines=engines)
@@ -238,8 +246,9 @@ def check_unchanged(bundle: Bundle) -> None:
     """Refuse to change a manifest that another process has changed."""
     if read_bundle(bundle.path, verify=False).manifest != bundle.manifest:
         raise BundleError(
-            f"{bundle.path}: manifest.json is another one than when the bundle was opened; "
-            "another process replaced it: open the bundle again"
+            f"{bundle.path}: manifest.json is another one than when the bundle was opened",
+            cause="another process replaced it",
+            cure="open the bundle again",
         )
 
 
@@ -260,8 +269,8 @@ def explaining(target: Path) -> Iterator[None]:
         else:
             raise
         raise BundleError(
-            f"{target}: can't be written ({error.strerror}): {cause}; {cure}. "
-            "Nothing was left behind"
+            f"{target}: can't be written ({error.strerror}): {cause}",
+            cause=f"{cure}. Nothing was left behind",
         ) from error
 
 
@@ -282,18 +291,26 @@ def _check_replaceable(target: Path) -> None:
         return
     cure = "choose another folder with -o, or remove this one yourself"
     if target.is_symlink() or not target.is_dir():
-        raise BundleError(f"{target}: is not a folder, expected a vzip bundle to replace; {cure}")
+        raise BundleError(
+            f"{target}: is not a folder",
+            expected="a vzip bundle to replace",
+            cause=f"{cure}",
+        )
     entries = [entry for entry in target.iterdir() if not _passing(entry)]
     ours = {*FILES, *QUANTISED_FILES, MANIFEST_FILE, ENGINES_FOLDER, FASTEST}
     foreign = sorted({entry.name for entry in entries} - ours)
     foreign += _foreign_engines(target / ENGINES_FOLDER)
     if foreign:
         raise BundleError(
-            f"{target}: holds {foreign[:3]}, expected nothing but a vzip bundle to replace; {cure}"
+            f"{target}: holds {foreign[:3]}",
+            expected="nothing but a vzip bundle to replace",
+            cause=f"{cure}",
         )
     if entries and f'"format": "{FORMAT}"' not in _manifest_text(target):
         raise BundleError(
-            f"{target}: has no manifest of a vzip bundle, expected one to replace; {cure}"
+            f"{target}: has no manifest of a vzip bundle",
+            expected="one to replace",
+            cause=f"{cure}",
         )
 
 

@@ -61,7 +61,8 @@ def chat(argv: Sequence[str], *, prog: str) -> int:
     _check_llm_options("chat", arguments)
     if sys.stdin is None:
         raise InvalidInputError(
-            "chat: standard input is closed, so there are no questions; start it without '<&-'"
+            "chat: standard input is closed, so there are no questions",
+            cure="start it without '<&-'",
         )
     conversation = _conversation(arguments)
     for question in _questions():
@@ -90,8 +91,8 @@ def show(argv: Sequence[str], *, prog: str) -> int:
 
     if is_video(arguments.image):
         raise InvalidInputError(
-            f"show: '{arguments.image}' is a video or a folder, but one image is drawn; take a "
-            "frame out of it"
+            f"show: '{arguments.image}' is a video or a folder, but one image is drawn",
+            cure="take a frame out of it",
         )
     image = load_image(arguments.image)
     _tell_if_animated(arguments.image)
@@ -126,8 +127,8 @@ def show(argv: Sequence[str], *, prog: str) -> int:
         atomic.replace_file(arguments.output, data.getvalue())
     except OSError as error:
         raise InvalidInputError(
-            f"show: '{arguments.output}' can't be written ({error.strerror}); give a file in a "
-            "folder that you may write to, on a disk with room"
+            f"show: '{arguments.output}' can't be written ({error.strerror})",
+            cure="give a file in a folder that you may write to, on a disk with room",
         ) from error
     emit(str(arguments.output))
     return 0
@@ -184,7 +185,8 @@ def _check_llm_options(command: str, arguments: argparse.Namespace) -> None:
     check_max_new_tokens(command, arguments.max_new_tokens)
     if arguments.frames is not None and arguments.frames < 1:
         raise InvalidInputError(
-            f"{command}: got --frames {arguments.frames}; it takes 1 or more frames of a video"
+            f"{command}: got --frames {arguments.frames}",
+            cause="it takes 1 or more frames of a video",
         )
 
 
@@ -201,14 +203,16 @@ def _conversation(arguments: argparse.Namespace) -> Conversation:
     files: list[tuple[Path, bytes]] = []
     if video and arguments.cache is not None:
         raise InvalidInputError(
-            "got --cache and a video, expected images, whose tokens are what a cache holds; leave "
-            "--cache out"
+            "got --cache and a video",
+            expected="images, whose tokens are what a cache holds",
+            cure="leave --cache out",
         )
     if video or arguments.frames is not None:  # frames of anything else: it says what is wrong
         if len(paths) > 1:
             raise InvalidInputError(
-                f"got {len(paths)} files and folders, expected one video or any number of images; "
-                "ask about one video at a time, or put its frames into one folder"
+                f"got {len(paths)} files and folders",
+                expected="one video or any number of images",
+                cure="ask about one video at a time, or put its frames into one folder",
             )
         frames = sample_frames(paths[0], arguments.frames or DEFAULT_FRAMES)
     else:
@@ -360,8 +364,8 @@ def _questions() -> Iterator[str]:
             line = sys.stdin.readline()
         except UnicodeDecodeError as error:
             raise InvalidInputError(
-                f"chat: standard input is not UTF-8 text ({error.reason}); "
-                "convert the questions to UTF-8"
+                f"chat: standard input is not UTF-8 text ({error.reason})",
+                cure="convert the questions to UTF-8",
             ) from error
         if not line:
             if sys.stdin.isatty():
@@ -386,11 +390,16 @@ def _check_output(path: Path) -> None:
     """
     if path.suffix.lower() != ".png":
         raise InvalidInputError(
-            f"show: -o is '{path}', but the picture is a PNG; give a file name that ends with .png"
+            f"show: -o is '{path}', but the picture is a PNG",
+            cure="give a file name that ends with .png",
         )
     if path.is_dir():
-        raise InvalidInputError(f"show: -o is '{path}', which is a folder; give a file name in it")
+        raise InvalidInputError(
+            f"show: -o is '{path}', which is a folder",
+            cure="give a file name in it",
+        )
     if not path.parent.is_dir():
         raise InvalidInputError(
-            f"show: -o is '{path}', but the folder '{path.parent}' does not exist; create it first"
+            f"show: -o is '{path}', but the folder '{path.parent}' does not exist",
+            cure="create it first",
         )

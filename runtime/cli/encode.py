@@ -74,8 +74,8 @@ def _encode(arguments: argparse.Namespace) -> int:
     bundle = read_bundle(arguments.bundle, verify=False).to_run(arguments.precision)
     if "image" not in bundle.manifest.media:
         raise InvalidInputError(
-            "encode: got images, but this bundle takes video alone; export another with "
-            "--media image"
+            "encode: got images, but this bundle takes video alone",
+            cure="export another with --media image",
         )
     origin = origin_of(bundle.manifest, bundle.quantised, fastest=bundle.fastest)
     outputs = outputs_of(found.images, output, arguments.shard_size)
@@ -91,9 +91,12 @@ def _encode(arguments: argparse.Namespace) -> int:
         _tell(left_out, len(found.images) + len(found.left_out), found.hidden)
         if left_out and output.suffix == ".npy":
             raise InvalidInputError(
-                f"encode: nothing was written, since {output} would not say which images its rows "
-                "are; mend or remove those left out and start again, which goes on from here, or "
-                "write a .safetensors"
+                f"encode: nothing was written, since {output} would not say which images its "
+                "rows are",
+                cure=(
+                    "mend or remove those left out and start again, which goes on from here, or "
+                    "write a .safetensors"
+                ),
             )
     for path in job.written:
         emit(str(path))
@@ -119,22 +122,26 @@ def _check_options(output: Path, shard_size: int | None) -> None:
     """
     if output.suffix not in _SUFFIXES:
         raise InvalidInputError(
-            f"encode: -o is '{output}', but files of tokens end with .safetensors or .npy; give "
-            "one of these"
+            f"encode: -o is '{output}', but files of tokens end with .safetensors or .npy",
+            cure="give one of these",
         )
     if output.is_dir():
-        raise InvalidInputError(f"encode: -o is '{output}', which is a folder; name a file in it")
+        raise InvalidInputError(
+            f"encode: -o is '{output}', which is a folder",
+            cure="name a file in it",
+        )
     if not output.parent.is_dir():
         raise InvalidInputError(
-            f"encode: -o is '{output}', but the folder '{output.parent}' does not exist; create it "
-            "first"
+            f"encode: -o is '{output}', but the folder '{output.parent}' does not exist",
+            cure="create it first",
         )
     if shard_size is not None and shard_size < 1:
         raise InvalidInputError(
-            f"encode: got --shard-size {shard_size}; it takes 1 or more images a file"
+            f"encode: got --shard-size {shard_size}",
+            cause="it takes 1 or more images a file",
         )
     if shard_size is not None and output.suffix == ".npy":
         raise InvalidInputError(
-            "encode: got --shard-size with a .npy file, which can't say which images its rows are; "
-            "write shards as .safetensors"
+            "encode: got --shard-size with a .npy file, which can't say which images its rows are",
+            cure="write shards as .safetensors",
         )

@@ -96,9 +96,13 @@ def _load(name: str) -> Callable[..., int]:
     found = metadata.entry_points(group=ENTRY_POINTS, name=name)
     if not found:
         raise VzipError(
-            f"the command '{name}' is not installed, expected an entry point of the group "
-            f"'{ENTRY_POINTS}'; vzip was installed before the command was there, or runs from a "
-            "folder that was never installed; install it with: pip install -e ."
+            f"the command '{name}' is not installed",
+            expected=f"an entry point of the group '{ENTRY_POINTS}'",
+            cause=(
+                "vzip was installed before the command was there, or runs from a folder that was "
+                "never installed"
+            ),
+            cure="install it with: pip install -e .",
         )
     loaded: Callable[..., int] = next(iter(found)).load()
     return loaded
@@ -151,8 +155,8 @@ def _version() -> str:
         return metadata.version("vzip")
     except metadata.PackageNotFoundError as error:
         raise VzipError(
-            "vzip has no version here, because it runs from a folder that was never installed; "
-            "install it with: pip install -e ."
+            "vzip has no version here, because it runs from a folder that was never installed",
+            cure="install it with: pip install -e .",
         ) from error
 
 

@@ -137,8 +137,8 @@ class ImageTokens:
         if manifest.model.weights == "random":
             raise InvalidInputError(
                 f"this bundle holds random weights of {manifest.model.id!r}, which serve to "
-                "measure speed and can't answer questions; export it again from a checkpoint, "
-                "without --weights random"
+                "measure speed and can't answer questions",
+                cure="export it again from a checkpoint, without --weights random",
             )
         tokens = manifest.selection.dominant + manifest.selection.contextual
         return cls(
@@ -182,17 +182,20 @@ class ImageTokens:
         if hidden_size != self.hidden_size:
             raise InvalidInputError(
                 f"{engine}: the bundle makes tokens of width {self.hidden_size}, but the LLM "
-                f"{model!r} takes width {hidden_size}; {cure}"
+                f"{model!r} takes width {hidden_size}",
+                cause=f"{cure}",
             )
         if image_token_id != self.image_token_id:
             raise InvalidInputError(
-                f"{engine}: the bundle's image token id is {self.image_token_id}, but that of the "
-                f"LLM {model!r} is {image_token_id}; {cure}"
+                f"{engine}: the bundle's image token id is {self.image_token_id}, but that of "
+                f"the LLM {model!r} is {image_token_id}",
+                cause=f"{cure}",
             )
         if self.video_token_id is not None and video_token_id != self.video_token_id:
             raise InvalidInputError(
-                f"{engine}: the bundle's video token id is {self.video_token_id}, but that of the "
-                f"LLM {model!r} is {video_token_id}; {cure}"
+                f"{engine}: the bundle's video token id is {self.video_token_id}, but that of "
+                f"the LLM {model!r} is {video_token_id}",
+                cause=f"{cure}",
             )
 
 
@@ -219,35 +222,47 @@ def check_embeds(
         InvalidInputError: They are no array, of another shape or dtype, or not finite.
     """
     if frames is not None and (type(frames) is not int or frames < 1):
-        raise InvalidInputError(f"{engine}: got a video of {frames!r} frames; it takes 1 or more")
+        raise InvalidInputError(
+            f"{engine}: got a video of {frames!r} frames",
+            cause="it takes 1 or more",
+        )
     rows = "K" if count is None else str(count)
     whose = "one image's tokens" if frames is None else f"the tokens of a video's {frames} frames"
     takes = f"it takes {whose} as a float32 or float16 numpy array [{rows}, {hidden_size}]"
     if not isinstance(embeds, np.ndarray):
-        raise InvalidInputError(f"{engine}: got {type(embeds).__name__}; {takes}")
+        raise InvalidInputError(
+            f"{engine}: got {type(embeds).__name__}",
+            cause=f"{takes}",
+        )
     if embeds.dtype not in (np.float32, np.float16):
-        raise InvalidInputError(f"{engine}: got tokens of dtype {embeds.dtype}; {takes}")
+        raise InvalidInputError(
+            f"{engine}: got tokens of dtype {embeds.dtype}",
+            cause=f"{takes}",
+        )
     right_rows = embeds.ndim == 2 and (
         embeds.shape[0] >= 1 if count is None else embeds.shape[0] == count
     )
     if not right_rows or embeds.shape[1] != hidden_size:
         hint = ", such as tokens.embeds[0]" if embeds.ndim == 3 and frames is None else ""
         raise InvalidInputError(
-            f"{engine}: got tokens of shape {list(embeds.shape)}; {takes}{hint}"
+            f"{engine}: got tokens of shape {list(embeds.shape)}",
+            cause=f"{takes}{hint}",
         )
     finite = np.isfinite(embeds)
     if not finite.all():
         bad = np.flatnonzero(~finite.all(axis=1))
         raise InvalidInputError(
-            f"{engine}: {bad.size} of {embeds.shape[0]} tokens (first: row {bad[0]}) hold NaN or "
-            f"infinity; {takes}, all finite: encode the image again, and run 'vzip check' on the "
-            "bundle if it repeats"
+            f"{engine}: {bad.size} of {embeds.shape[0]} tokens (first: row {bad[0]}) hold NaN "
+            "or infinity",
+            cause=f"{takes}, all finite",
+            cure="encode the image again, and run 'vzip check' on the bundle if it repeats",
         )
     magnitude = float(np.abs(embeds).max())
     if magnitude > largest:
         raise InvalidInputError(
             f"{engine}: got tokens up to {magnitude:.4g}, but the LLM's dtype holds at most "
-            f"{largest:.6g}; open the LLM in float32"
+            f"{largest:.6g}",
+            cure="open the LLM in float32",
         )
 
 
@@ -284,11 +299,14 @@ def check_shown(
     """
     several = isinstance(embeds, (list, tuple))
     if several and not embeds:
-        raise InvalidInputError(f"{engine}: got an empty list of images; it takes 1 or more")
+        raise InvalidInputError(
+            f"{engine}: got an empty list of images",
+            cause="it takes 1 or more",
+        )
     if several and frames is not None:
         raise InvalidInputError(
-            f"{engine}: got a list of {len(embeds)} arrays with frames={frames}; it takes a "
-            "video's tokens as one array, or a list of images without frames"
+            f"{engine}: got a list of {len(embeds)} arrays with frames={frames}",
+            cause="it takes a video's tokens as one array, or a list of images without frames",
         )
     arrays = embeds if isinstance(embeds, (list, tuple)) else [embeds]
     for number, each in enumerate(arrays):
@@ -306,8 +324,9 @@ def check_shown(
     rows = len(arrays[0])
     if rows % frames:
         raise InvalidInputError(
-            f"{engine}: got {rows} tokens of {frames} frames, each of which is an image to this "
-            "LLM; it takes as many of every frame, without a closing token"
+            f"{engine}: got {rows} tokens of {frames} frames, each of which is an image to "
+            "this LLM",
+            cause="it takes as many of every frame, without a closing token",
         )
     return Shown("image", tuple(np.array_split(np.array(arrays[0]), frames)))
 
@@ -320,14 +339,15 @@ def check_question(engine: str, question: str) -> None:
     """
     if not question.strip():
         raise InvalidInputError(
-            f"{engine}: the question is empty; ask something about what is shown"
+            f"{engine}: the question is empty",
+            cure="ask something about what is shown",
         )
     try:
         question.encode()
     except UnicodeEncodeError as error:
         raise InvalidInputError(
-            f"{engine}: the question is not valid Unicode text (at character {error.start}); "
-            "give it in UTF-8"
+            f"{engine}: the question is not valid Unicode text (at character {error.start})",
+            cure="give it in UTF-8",
         ) from error
 
 
@@ -339,7 +359,8 @@ def check_max_new_tokens(engine: str, max_new_tokens: int) -> None:
     """
     if max_new_tokens < 1:
         raise InvalidInputError(
-            f"{engine}: got a limit of {max_new_tokens} new tokens; it takes 1 or more"
+            f"{engine}: got a limit of {max_new_tokens} new tokens",
+            cause="it takes 1 or more",
         )
 
 
@@ -363,6 +384,6 @@ def check_context(
         cure = "begin a new conversation" if cached else "ask a shorter question"
         raise InvalidInputError(
             f"{engine}: {earlier}{new} of this prompt and {max_new_tokens} for the answer make "
-            f"{cached + new + max_new_tokens} tokens, but the LLM's context takes {context}; "
-            f"{cure} or allow a shorter answer (--max-new-tokens)"
+            f"{cached + new + max_new_tokens} tokens, but the LLM's context takes {context}",
+            cause=f"{cure} or allow a shorter answer (--max-new-tokens)",
         )

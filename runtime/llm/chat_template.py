@@ -41,8 +41,9 @@ class HubTokenizer:
         if tokenizer.eos_token is None:
             raise CheckpointError(
                 f"{NAME}: the LLM's tokenizer has no end-of-sequence token, which a LLaVA "
-                "checkpoint has; the tokenizer's files are another model's or incomplete: fetch "
-                "the checkpoint again"
+                "checkpoint has",
+                cause="the tokenizer's files are another model's or incomplete",
+                cure="fetch the checkpoint again",
             )
         self.bos: str | None = tokenizer.bos_token
         self.eos: str = tokenizer.eos_token
@@ -92,8 +93,10 @@ def words_of(tokenizer: Any, placeholders: Mapping[Kind, int], template: str | N
         before, mark, end = text.partition(_QUESTION_MARK)
         if not mark or _QUESTION_MARK in end:
             raise CheckpointError(
-                f"{NAME}: the LLM's chat template writes a question {text.count(_QUESTION_MARK)} "
-                "times, expected once; repair chat_template.jinja"
+                f"{NAME}: the LLM's chat template writes a question "
+                f"{text.count(_QUESTION_MARK)} times",
+                expected="once",
+                cure="repair chat_template.jinja",
             )
         return before, end
 

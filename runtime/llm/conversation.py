@@ -154,7 +154,8 @@ class GreedyConversation(Conversation):
         if not self._intact:
             raise BackendError(
                 f"{name}: an earlier call of this conversation failed halfway, so its KV cache "
-                "can't be continued; begin a new conversation"
+                "can't be continued",
+                cure="begin a new conversation",
             )
         ids = self._later(question.strip()) if self._ids else self._first(question.strip())
         check_context(
@@ -186,7 +187,8 @@ class GreedyConversation(Conversation):
             if turn != self._turn:
                 raise InvalidInputError(
                     f"{self._llm.name}: this answer was left behind by a later question of the "
-                    "same conversation; read an answer to its end before asking on"
+                    "same conversation",
+                    cure="read an answer to its end before asking on",
                 )
             token = self._feed(ids)
             if token in self._llm.eos_ids:

@@ -35,14 +35,18 @@ class JsonTokenizer:
         except Exception as error:  # the package raises Exception itself
             raise CheckpointError(
                 f"tokenizers {tokenizers.__version__} can't read the LLM's tokenizer "
-                f"({str(error).splitlines()[0][:200]}), expected a tokenizer.json; it was made by "
-                "a newer version or damaged: update tokenizers, or export the bundle again"
+                f"({str(error).splitlines()[0][:200]})",
+                expected="a tokenizer.json",
+                cause="it was made by a newer version or damaged",
+                cure="update tokenizers, or export the bundle again",
             ) from error
         eos_id = self._tokenizer.token_to_id(eos)
         if eos_id is None or (bos is not None and self._tokenizer.token_to_id(bos) is None):
             raise CheckpointError(
-                f"the LLM's tokenizer lacks {eos!r} or {bos!r}, expected both to be tokens of its; "
-                "the files are of different models: export the bundle again"
+                f"the LLM's tokenizer lacks {eos!r} or {bos!r}",
+                expected="both to be tokens of its",
+                cause="the files are of different models",
+                cure="export the bundle again",
             )
         self.bos, self.eos, self.eos_id = bos, eos, int(eos_id)
 

@@ -98,9 +98,10 @@ class Settings:
         version = value.get("version")
         if type(version) is not int or version != VERSION:
             raise BundleError(
-                f"{LLM_SETTINGS_FILE}: 'version' is {version!r}, expected {VERSION}; the language "
-                "model was exported by another version of vzip: export the bundle again, or "
-                "install that version"
+                f"{LLM_SETTINGS_FILE}: 'version' is {version!r}",
+                expected=f"{VERSION}",
+                cause="the language model was exported by another version of vzip",
+                cure="export the bundle again, or install that version",
             )
         names = {field.name for field in dataclasses.fields(cls)}
         if set(value) != {"format", "version", *names}:
@@ -137,13 +138,16 @@ class Settings:
         entry = bundle.manifest.files.get(LLM_SETTINGS_FILE)
         if entry is None:
             raise BundleError(
-                f"{bundle.path}: manifest.json: 'files' lacks {LLM_FILE}, so there is no language "
-                "model in this bundle; export it with --with-llm, or name another LLM with --llm"
+                f"{bundle.path}: manifest.json: 'files' lacks {LLM_FILE}, so there is no "
+                "language model in this bundle",
+                cure="export it with --with-llm, or name another LLM with --llm",
             )
         if entry.bytes > _LARGEST_SETTINGS:
             raise BundleError(
-                f"{bundle.path}: {LLM_SETTINGS_FILE} has {entry.bytes} bytes, expected about 1000; "
-                "it was not made by vzip: export the bundle again"
+                f"{bundle.path}: {LLM_SETTINGS_FILE} has {entry.bytes} bytes",
+                expected="about 1000",
+                cause="it was not made by vzip",
+                cure="export the bundle again",
             )
         with bundle.open_file(LLM_SETTINGS_FILE) as file:
             data = file.read()
@@ -185,8 +189,10 @@ def map_embeddings(bundle: Bundle, settings: Settings) -> NDArray[Any]:
         if found != shape or dtype != np.dtype(settings.dtype) or entry.bytes != begin + numbers:
             raise BundleError(
                 f"{bundle.path}: {LLM_EMBEDDINGS_FILE} holds {dtype} {list(found)} in "
-                f"{entry.bytes - begin} bytes, expected {expected} in {numbers}; "
-                "it is of another model: export the bundle again"
+                f"{entry.bytes - begin} bytes",
+                expected=f"{expected} in {numbers}",
+                cause="it is of another model",
+                cure="export the bundle again",
             )
         return np.memmap(file, dtype=dtype, mode="r", offset=begin, shape=shape)
 
@@ -194,8 +200,10 @@ def map_embeddings(bundle: Bundle, settings: Settings) -> NDArray[Any]:
 def _refuse(where: str, got: object, expected: str) -> BundleError:
     """Return the error for a value that has the wrong type or range."""
     return BundleError(
-        f"{LLM_SETTINGS_FILE}: {where} is {str(got)[:80]!r}, expected {expected}; the file was "
-        "edited or made by another tool: export the bundle again"
+        f"{LLM_SETTINGS_FILE}: {where} is {str(got)[:80]!r}",
+        expected=f"{expected}",
+        cause="the file was edited or made by another tool",
+        cure="export the bundle again",
     )
 
 

@@ -93,20 +93,27 @@ def parse(text: str) -> Choice:
     if not colon or name not in ENGINES:
         if colon and "/" not in name and not Path(text).exists():
             raise InvalidInputError(
-                f"--llm: got {text!r}, whose {name!r} is no engine, expected one of "
-                f"{', '.join(f'{each}:{engine.where}' for each, engine in ENGINES.items())}, or a "
-                "checkpoint's alias, folder or hub id; check the spelling"
+                f"--llm: got {text!r}, whose {name!r} is no engine",
+                expected=(
+                    "one of "
+                    f"{', '.join((f'{each}:{engine.where}' for each, engine in ENGINES.items()))}, "
+                    "or a checkpoint's alias, folder or hub id"
+                ),
+                cure="check the spelling",
             )
         name, where = TRANSFORMERS, text
     engine = ENGINES[name]
     if not where.strip():
         raise InvalidInputError(
-            f"--llm: got {text!r}, expected {name}:{engine.where}; say what it is to open"
+            f"--llm: got {text!r}",
+            expected=f"{name}:{engine.where}",
+            cure="say what it is to open",
         )
     if engine.server and not where.startswith(("http://", "https://")):
         raise InvalidInputError(
-            f"--llm: got {text!r}, expected {name}:{engine.where}, such as "
-            f"{name}:http://127.0.0.1:8000; give the server's address"
+            f"--llm: got {text!r}",
+            expected=f"{name}:{engine.where}, such as {name}:http://127.0.0.1:8000",
+            cure="give the server's address",
         )
     if name == TRANSFORMERS:
         locate(where)
@@ -126,7 +133,7 @@ def own(bundle: Bundle) -> Choice:
         locate(model.id)
     except CheckpointError as error:
         raise CheckpointError(
-            f"the bundle was exported from {model.id!r}, which is not here any more ({error}); say "
-            "where its LLM is with --llm"
+            f"the bundle was exported from {model.id!r}, which is not here any more ({error})",
+            cure="say where its LLM is with --llm",
         ) from error
     return Choice(TRANSFORMERS, model.id, model.revision)

@@ -113,8 +113,10 @@ class Words:
             first, later, texts = {}, None, []
         if not first or not all(text is None or isinstance(text, str) for text in texts):
             raise CheckpointError(
-                f"the LLM's prompt words are {str(data)[:80]!r}, expected 'first' and 'later' with "
-                "texts; the file was changed or is another version's: make it again"
+                f"the LLM's prompt words are {str(data)[:80]!r}",
+                expected="'first' and 'later' with texts",
+                cause="the file was changed or is another version's",
+                cure="make it again",
             )
         return cls(first, later)
 
@@ -160,9 +162,10 @@ class Prompts:
             token = tokenizer.token(token_id)
             if token is None:
                 raise CheckpointError(
-                    f"{engine}: the LLM's tokenizer has no token of id {token_id}, which a LLaVA "
-                    "checkpoint has; the tokenizer's files are another model's or incomplete: "
-                    "fetch the checkpoint again"
+                    f"{engine}: the LLM's tokenizer has no token of id {token_id}, which a "
+                    "LLaVA checkpoint has",
+                    cause="the tokenizer's files are another model's or incomplete",
+                    cure="fetch the checkpoint again",
                 )
             self._tokens[kind] = token, token_id
 
@@ -188,9 +191,11 @@ class Prompts:
             several = turn is not None and turn.between is None
             raise CheckpointError(
                 f"{self._engine}: the LLM's chat template has no place for "
-                f"{f'{count} {kind}s, but for one' if several else f'{kind}s'}; ask about "
-                f"{'one at a time' if several else 'something else'}, or repair its "
-                "chat_template.jinja"
+                f"{(f'{count} {kind}s, but for one' if several else f'{kind}s')}",
+                cure=(
+                    f"ask about {('one at a time' if several else 'something else')}, or repair "
+                    "its chat_template.jinja"
+                ),
             )
         token, _ = self._tokens[kind]
         places = (turn.between or "").join([token] * count)
@@ -212,7 +217,8 @@ class Prompts:
         if turn is None:
             raise CheckpointError(
                 f"{self._engine}: the LLM's chat template drops the assistant's turns, so it "
-                "serves one question only; use 'vzip ask', or repair chat_template.jinja"
+                "serves one question only",
+                cure="use 'vzip ask', or repair chat_template.jinja",
             )
         # Encoded as it stands in the whole conversation: a word after a special token can be
         # another id than the same word at the beginning of a text.
@@ -230,6 +236,7 @@ class Prompts:
             if got != takes:
                 raise InvalidInputError(
                     f"{self._engine}: the prompt has {got} {kind} placeholders {token!r} (id "
-                    f"{token_id}), but it takes {takes}; a question must not contain {token!r}"
+                    f"{token_id}), but it takes {takes}",
+                    cause=f"a question must not contain {token!r}",
                 )
         return ids

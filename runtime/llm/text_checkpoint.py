@@ -115,8 +115,8 @@ class TextCheckpoint:
             ends = _ends(folder)
         except Exception as error:  # the libraries' classes change between versions
             raise CheckpointError(
-                f"{engine}: the text side of {name!r} can't be read ({_first_line(error)}); give "
-                "a whole llava-hf checkpoint with its tokenizer"
+                f"{engine}: the text side of {name!r} can't be read ({_first_line(error)})",
+                cure="give a whole llava-hf checkpoint with its tokenizer",
             ) from error
         template = processor.get("chat_template") or tokenizer.chat_template
         if isinstance(template, dict):
@@ -130,9 +130,10 @@ class TextCheckpoint:
         if "image" not in placeholders or (template is None and not plain):
             lacks = "chat template" if "image" in placeholders else "image token"
             raise CheckpointError(
-                f"{engine}: {name!r} is a {config.model_type!r} model with a {text.model_type!r} "
-                f"LLM and no {lacks}, expected a LLaVA of transformers; give a whole llava-hf "
-                "checkpoint"
+                f"{engine}: {name!r} is a {config.model_type!r} model with a "
+                f"{text.model_type!r} LLM and no {lacks}",
+                expected="a LLaVA of transformers",
+                cure="give a whole llava-hf checkpoint",
             )
         if tokens is not None:
             tokens.check_llm(
@@ -153,8 +154,9 @@ class TextCheckpoint:
         dtype = str(config.dtype).removeprefix("torch.")
         if dtype not in LARGEST:
             raise CheckpointError(
-                f"{engine}: {name!r} says that its dtype is {dtype!r}, expected one of "
-                f"{', '.join(LARGEST)}; repair its config.json"
+                f"{engine}: {name!r} says that its dtype is {dtype!r}",
+                expected=f"one of {', '.join(LARGEST)}",
+                cure="repair its config.json",
             )
         return cls(
             engine=engine,
@@ -225,7 +227,8 @@ class TextCheckpoint:
                 return each
         raise CheckpointError(
             f"{self.engine}: the tokenizer of {self.model!r} makes other ids of a prompt than "
-            "of its parts, so that it can't be given as text; use another engine (--llm)"
+            "of its parts, so that it can't be given as text",
+            cure="use another engine (--llm)",
         )
 
     def table(self) -> EmbeddingTable:
@@ -255,7 +258,8 @@ class TextCheckpoint:
 
     def _damaged(self, path: Path, what: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.engine}: '{path}' {what}; give a whole checkpoint in the safetensors format"
+            f"{self.engine}: '{path}' {what}",
+            cure="give a whole checkpoint in the safetensors format",
         )
 
 
@@ -318,9 +322,9 @@ def own_checkpoint(
         locate(model)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{engine}: needs the tokenizer and token embeddings of the checkpoint that the bundle "
-            f"was exported from, {model!r}, which is not here any more ({error}); put it there "
-            "again, or export the bundle from where it is now"
+            f"{engine}: needs the tokenizer and token embeddings of the checkpoint that the "
+            f"bundle was exported from, {model!r}, which is not here any more ({error})",
+            cure="put it there again, or export the bundle from where it is now",
         ) from error
     return TextCheckpoint.open(engine, model, tokens=tokens, revision=revision)
 
@@ -341,8 +345,9 @@ def _fetch(engine: str, model: str, revision: str | None, patterns: tuple[str, .
         )
     except Exception as error:  # its HTTP library's classes change between versions
         raise CheckpointError(
-            f"{engine}: {location.hub_id} is neither in the local cache nor to be had from the hub "
-            f"({_first_line(error)}); connect to the network, or fetch it before"
+            f"{engine}: {location.hub_id} is neither in the local cache nor to be had from the "
+            f"hub ({_first_line(error)})",
+            cure="connect to the network, or fetch it before",
         ) from error
 
 

@@ -42,9 +42,9 @@ def check_frame_size(width: int, height: int, name: str) -> None:
     """
     if width * height > MAX_PIXELS:
         raise InvalidInputError(
-            f"{name} has frames of {width}×{height} = {width * height} pixels; expected at most "
-            f"{MAX_PIXELS}: a larger one is most likely a decompression bomb; if it is a video, "
-            "shrink it first"
+            f"{name} has frames of {width}×{height} = {width * height} pixels",
+            expected=f"at most {MAX_PIXELS}: a larger one is most likely a decompression bomb",
+            cause="if it is a video, shrink it first",
         )
 
 
@@ -57,8 +57,10 @@ def damaged(name: str, reason: object) -> InvalidInputError:
     """
     text = " ".join(str(reason).split())
     return InvalidInputError(
-        f"{name} can't be decoded: {text}; expected a whole video; it is cut off, damaged or of a "
-        "kind that is not known here: copy it again, or convert it with 'ffmpeg -i IN OUT.mp4'"
+        f"{name} can't be decoded: {text}",
+        expected="a whole video",
+        cause="it is cut off, damaged or of a kind that is not known here",
+        cure="copy it again, or convert it with 'ffmpeg -i IN OUT.mp4'",
     )
 
 
@@ -71,14 +73,17 @@ def cut_off(name: str, got: str, stated: str) -> InvalidInputError:
         stated: What its header states, such as ``60.0 s``.
     """
     return InvalidInputError(
-        f"{name} holds {got}, but its header states {stated}; expected a whole video; it is cut "
-        "off: copy or record it again, or save what is there with 'ffmpeg -i IN -c copy OUT.mp4'"
+        f"{name} holds {got}, but its header states {stated}",
+        expected="a whole video",
+        cause="it is cut off",
+        cure="copy or record it again, or save what is there with 'ffmpeg -i IN -c copy OUT.mp4'",
     )
 
 
 def without_picture(name: str) -> InvalidInputError:
     """Return the error for a file that has sound, or nothing, to give."""
     return InvalidInputError(
-        f"{name} has no moving picture; expected a video: it holds sound alone, or is cut off "
-        "before anything is shown; give a file that shows something, or copy it again"
+        f"{name} has no moving picture",
+        expected="a video: it holds sound alone, or is cut off before anything is shown",
+        cure="give a file that shows something, or copy it again",
     )

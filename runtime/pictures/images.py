@@ -95,8 +95,9 @@ def load_image(source: ImageSource, *, draft: int | None = None) -> Image.Image:
     """
     if draft is not None and (type(draft) is not int or draft < 1):
         raise InvalidInputError(
-            f"got draft = {draft!r}, expected a positive number of pixels, or None for a full "
-            "decode; twice the tower's input is close to it"
+            f"got draft = {draft!r}",
+            expected="a positive number of pixels, or None for a full decode",
+            cause="twice the tower's input is close to it",
         )
     if isinstance(source, np.ndarray):
         return _from_array(source)
@@ -109,9 +110,11 @@ def load_image(source: ImageSource, *, draft: int | None = None) -> Image.Image:
     if isinstance(source, (str, Path)):
         return _from_path(source, draft)
     raise InvalidInputError(
-        f"got an image of type {_type_name(source)}; expected a path, bytes, a PIL image or a "
-        "uint8 numpy array [H, W, 3] (a tensor becomes one with .cpu().numpy(), a file with "
-        ".read())"
+        f"got an image of type {_type_name(source)}",
+        expected=(
+            "a path, bytes, a PIL image or a uint8 numpy array [H, W, 3] (a tensor becomes one "
+            "with .cpu().numpy(), a file with .read())"
+        ),
     )
 
 
@@ -125,9 +128,15 @@ def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
             if np.issubdtype(array.dtype, np.floating)
             else "scale it to 0 … 255 and use .astype('uint8')"
         )
-        raise InvalidInputError(f"{got}; {expected}; {cure}")
+        raise InvalidInputError(
+            f"{got}",
+            cause=f"{expected}; {cure}",
+        )
     if array.ndim == 4:
-        raise InvalidInputError(f"{got}; {expected}; for a batch give a list of images")
+        raise InvalidInputError(
+            f"{got}",
+            cause=f"{expected}; for a batch give a list of images",
+        )
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
         cure = "check the order of its axes"
         if array.ndim == 3 and array.shape[2] == 4:
@@ -136,7 +145,10 @@ def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
             cure = "drop the last axis with array[..., 0]"
         elif array.ndim == 3 and array.shape[0] == 3:
             cure = "channels come last here: array.transpose(1, 2, 0)"
-        raise InvalidInputError(f"{got}; {expected}; {cure}")
+        raise InvalidInputError(
+            f"{got}",
+            cause=f"{expected}; {cure}",
+        )
     _check_size(array.shape[1], array.shape[0], "the image array")
     return Image.fromarray(array).convert("RGB") if array.ndim == 2 else Image.fromarray(array)
 
@@ -149,39 +161,48 @@ def _from_path(source: str | Path, draft: int | None) -> Image.Image:
     # before the colon is a drive.
     if re.match(r"(?i)([a-z][a-z0-9+.-]+:/|data:)", text):
         raise InvalidInputError(
-            f"got the URL {text[:80]!r} as an image; expected the path of a local file, for "
-            "nothing is downloaded here; download it first, or give its bytes"
+            f"got the URL {text[:80]!r} as an image",
+            expected="the path of a local file, for nothing is downloaded here",
+            cure="download it first, or give its bytes",
         )
     if text == "":
-        raise InvalidInputError("got an empty path as an image; expected the path of an image file")
+        raise InvalidInputError(
+            "got an empty path as an image",
+            expected="the path of an image file",
+        )
     path = Path(source)
     try:
         # Before opening: opening a named pipe blocks, and a device may never end.
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
             raise InvalidInputError(
-                f"{name} is a folder; expected an image file; name one inside it"
+                f"{name} is a folder",
+                expected="an image file",
+                cure="name one inside it",
             )
         if not stat.S_ISREG(status.st_mode):
             raise InvalidInputError(
-                f"{name} is a device, pipe or socket; expected an ordinary image file; copy its "
-                "content into one"
+                f"{name} is a device, pipe or socket",
+                expected="an ordinary image file",
+                cure="copy its content into one",
             )
         _check_encoded_size(status.st_size, name)
         with path.open("rb") as file:
             return _decode(file, name, draft)
     except FileNotFoundError as error:
         raise InvalidInputError(
-            f"{name} does not exist (looked for at {str(path.absolute())!r}); expected an image "
-            "file; check the path"
+            f"{name} does not exist (looked for at {str(path.absolute())!r})",
+            expected="an image file",
+            cure="check the path",
         ) from error
     except (OSError, ValueError) as error:
         if isinstance(error, InvalidInputError):
             raise
         reason = getattr(error, "strerror", None) or str(error)
         raise InvalidInputError(
-            f"{name} can't be read: {reason}; expected a readable image file; check the path and "
-            "its permissions"
+            f"{name} can't be read: {reason}",
+            expected="a readable image file",
+            cure="check the path and its permissions",
         ) from error
 
 
@@ -193,8 +214,9 @@ def _decode(file: BinaryIO, name: str, draft: int | None) -> Image.Image:
     if kind is None:
         what = f"begins with {head[:12]!r}" if head else "is empty"
         raise InvalidInputError(
-            f"{name} is not in a format read here: it {what}; expected one of "
-            f"{', '.join(FORMATS)}; convert it to PNG or JPEG"
+            f"{name} is not in a format read here: it {what}",
+            expected=f"one of {', '.join(FORMATS)}",
+            cure="convert it to PNG or JPEG",
         )
     try:
         # WebP's decoder allocates its canvas, and GIF's its first frame, when the file is opened.
@@ -294,9 +316,12 @@ def _finish(image: Image.Image, name: str) -> Image.Image:
     _check_size(image.width, image.height, name)
     if image.mode not in _MODES:
         raise InvalidInputError(
-            f"{name} has mode {image.mode}; expected 8 bits a channel (RGB, L, P, RGBA, CMYK …): "
-            "the range of a 16- or 32-bit picture is not known; scale it to 0 … 255 and convert "
-            "it to 8 bits"
+            f"{name} has mode {image.mode}",
+            expected=(
+                "8 bits a channel (RGB, L, P, RGBA, CMYK …): the range of a 16- or 32-bit picture "
+                "is not known"
+            ),
+            cure="scale it to 0 … 255 and convert it to 8 bits",
         )
     try:
         image.load()
@@ -327,12 +352,16 @@ def _check_size(width: int, height: int, name: str) -> None:
     """Raise InvalidInputError if an image is empty or has more than `MAX_PIXELS` pixels."""
     if width < 1 or height < 1:
         raise InvalidInputError(
-            f"{name} is {width}×{height} pixels, expected at least 1×1; it is empty: make it again"
+            f"{name} is {width}×{height} pixels",
+            expected="at least 1×1",
+            cause="it is empty",
+            cure="make it again",
         )
     if width * height > MAX_PIXELS:
         raise InvalidInputError(
-            f"{name} is {width}×{height} = {width * height} pixels; expected at most {MAX_PIXELS}: "
-            "a larger one is most likely a decompression bomb; if it is a picture, shrink it first"
+            f"{name} is {width}×{height} = {width * height} pixels",
+            expected=f"at most {MAX_PIXELS}: a larger one is most likely a decompression bomb",
+            cause="if it is a picture, shrink it first",
         )
 
 
@@ -340,8 +369,9 @@ def _check_encoded_size(size: int, name: str) -> None:
     """Raise InvalidInputError if an encoded image has more than `MAX_ENCODED_BYTES` bytes."""
     if size > MAX_ENCODED_BYTES:
         raise InvalidInputError(
-            f"{name} has {size} bytes; expected at most {MAX_ENCODED_BYTES}: no image of "
-            f"{MAX_PIXELS} pixels needs more; if it is a picture, save it again"
+            f"{name} has {size} bytes",
+            expected=f"at most {MAX_ENCODED_BYTES}: no image of {MAX_PIXELS} pixels needs more",
+            cause="if it is a picture, save it again",
         )
 
 
@@ -352,7 +382,10 @@ def _undecodable(what: str, error: Exception) -> InvalidInputError:
         cure = "expected less than this process allows Pillow: shrink it or raise MAX_IMAGE_PIXELS"
     else:
         cure = "expected a whole, open image; it is truncated, corrupt or closed: save it again"
-    return InvalidInputError(f"{what}: {reason}; {cure}")
+    return InvalidInputError(
+        f"{what}: {reason}",
+        cause=f"{cure}",
+    )
 
 
 def _type_name(value: object) -> str:

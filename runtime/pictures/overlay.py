@@ -119,8 +119,9 @@ def _grid(grid: tuple[int, int], image_size: int) -> _Grid:
     rows, cols = grid
     if not 1 <= min(rows, cols) <= max(rows, cols) <= image_size:
         raise InvalidInputError(
-            f"overlay: got a grid of {rows}×{cols} patches, expected 1 to {image_size} each way "
-            f"for a tower of {image_size} pixels; take both from the same manifest"
+            f"overlay: got a grid of {rows}×{cols} patches",
+            expected=f"1 to {image_size} each way for a tower of {image_size} pixels",
+            cure="take both from the same manifest",
         )
     patch = image_size // max(rows, cols)
     return _Grid(rows, cols, patch, scale=-(-MIN_SIDE // (patch * max(rows, cols))))
@@ -130,13 +131,15 @@ def _check_kept(kept: NDArray[np.int64], tokens: int) -> None:
     """Raise InvalidInputError unless `kept` is int64 [dominant], ascending, within the tokens."""
     if kept.dtype != np.int64 or kept.ndim != 1:
         raise InvalidInputError(
-            f"overlay: got kept of dtype {kept.dtype} and shape {list(kept.shape)}, expected int64 "
-            "[dominant]; give the kept indices of one image, as the encoder returns them"
+            f"overlay: got kept of dtype {kept.dtype} and shape {list(kept.shape)}",
+            expected="int64 [dominant]",
+            cure="give the kept indices of one image, as the encoder returns them",
         )
     if kept.size and not (kept[0] >= 0 and kept[-1] < tokens and (np.diff(kept) > 0).all()):
         raise InvalidInputError(
-            f"overlay: got kept from {kept.min()} to {kept.max()}, expected ascending, different "
-            f"indices from 0 to {tokens - 1}; they belong to another tower or are not sorted"
+            f"overlay: got kept from {kept.min()} to {kept.max()}",
+            expected=f"ascending, different indices from 0 to {tokens - 1}",
+            cause="they belong to another tower or are not sorted",
         )
 
 
@@ -150,8 +153,9 @@ def _targets(
     """
     if groups.dtype != np.int64 or groups.shape != (tokens,):
         raise InvalidInputError(
-            f"overlay: got groups of dtype {groups.dtype} and shape {list(groups.shape)}, expected "
-            f"int64 [{tokens}], one for each token of the tower; take them from the same encoder"
+            f"overlay: got groups of dtype {groups.dtype} and shape {list(groups.shape)}",
+            expected=f"int64 [{tokens}], one for each token of the tower",
+            cure="take them from the same encoder",
         )
     rest = np.flatnonzero(groups >= 0)
     contextual = int(groups.max()) + 1
@@ -164,9 +168,12 @@ def _targets(
         or not np.array_equal(groups[targets], np.arange(contextual))
     ):
         raise InvalidInputError(
-            f"overlay: got groups from {groups.min()} to {groups.max()} that don't fit the kept "
-            "tokens; expected −1 for kept tokens and CLS, and each group's evenly spaced target in "
-            "that group; kept and groups are of different images"
+            f"overlay: got groups from {groups.min()} to {groups.max()} that don't fit the "
+            "kept tokens",
+            expected=(
+                "−1 for kept tokens and CLS, and each group's evenly spaced target in that group"
+            ),
+            cause="kept and groups are of different images",
         )
     return targets.astype(np.int64)
 

@@ -109,16 +109,19 @@ class Preprocessing:
         """
         if not isinstance(data, dict):
             raise InvalidInputError(
-                f"preprocessing: got {type(data).__name__}, expected an object with the keys "
-                f"{_keys()}; the manifest was edited or damaged: export the bundle again"
+                f"preprocessing: got {type(data).__name__}",
+                expected=f"an object with the keys {_keys()}",
+                cause="the manifest was edited or damaged",
+                cure="export the bundle again",
             )
         if set(data) != set(_keys()):
             unknown = sorted(map(str, set(data) - set(_keys())))
             missing = [key for key in _keys() if key not in data]
             raise InvalidInputError(
-                f"preprocessing: got unknown keys {unknown} and missing keys {missing}, expected "
-                f"exactly {_keys()}; it was written by another version or edited: export the "
-                "bundle again"
+                f"preprocessing: got unknown keys {unknown} and missing keys {missing}",
+                expected=f"exactly {_keys()}",
+                cause="it was written by another version or edited",
+                cure="export the bundle again",
             )
         values = dict(data)
         for name in ("mean", "std"):
@@ -147,13 +150,16 @@ def tower_image(image: Image.Image, prep: Preprocessing) -> NDArray[np.uint8]:
     """
     if image.mode != "RGB":
         raise InvalidInputError(
-            f"got an image of mode {image.mode}, expected RGB; load it with vzip.runtime's "
-            "load_image"
+            f"got an image of mode {image.mode}",
+            expected="RGB",
+            cure="load it with vzip.runtime's load_image",
         )
     if image.width < 1 or image.height < 1:
         raise InvalidInputError(
-            f"got an image of {image.width}×{image.height} pixels, expected at least 1×1; it is "
-            "empty: make it again"
+            f"got an image of {image.width}×{image.height} pixels",
+            expected="at least 1×1",
+            cause="it is empty",
+            cure="make it again",
         )
     if prep.mode == "stretch":
         resized = resize(image, (prep.image_size, prep.image_size))
@@ -184,8 +190,9 @@ def pixel_values(images: NDArray[np.uint8], prep: Preprocessing) -> NDArray[np.f
     side = prep.image_size
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (side, side, 3):
         raise InvalidInputError(
-            f"got images of dtype {images.dtype} and shape {list(images.shape)}, expected uint8 "
-            f"[B, {side}, {side}, 3]; make them with tower_image and stack them"
+            f"got images of dtype {images.dtype} and shape {list(images.shape)}",
+            expected=f"uint8 [B, {side}, {side}, 3]",
+            cure="make them with tower_image and stack them",
         )
     rescaled = (np.arange(256, dtype=np.float64) * prep.rescale_factor).astype(np.float32)
     mean, std = np.array(prep.mean, np.float32), np.array(prep.std, np.float32)
@@ -203,8 +210,9 @@ def _resize_short_edge(image: Image.Image, edge: int) -> Image.Image:
     if edge * resized_long > MAX_RESIZED_PIXELS:
         raise InvalidInputError(
             f"got an image of {image.width}×{image.height} pixels, which grows to "
-            f"{edge}×{resized_long} when its short edge becomes {edge}; expected at most "
-            f"{MAX_RESIZED_PIXELS} pixels then: it is too long and thin; crop it first"
+            f"{edge}×{resized_long} when its short edge becomes {edge}",
+            expected=f"at most {MAX_RESIZED_PIXELS} pixels then: it is too long and thin",
+            cure="crop it first",
         )
     size = (edge, resized_long) if image.width <= image.height else (resized_long, edge)
     return resize(image, size)
@@ -228,8 +236,9 @@ def _resize_padded(image: Image.Image, prep: Preprocessing) -> Image.Image:
     side, edge = max(width, height), prep.shortest_edge
     if side > MAX_SQUARE_SIDE:
         raise InvalidInputError(
-            f"got an image of {width}×{height} pixels, expected edges of at most {MAX_SQUARE_SIDE} "
-            "where it is padded to a square; shrink or crop it first"
+            f"got an image of {width}×{height} pixels",
+            expected=f"edges of at most {MAX_SQUARE_SIDE} where it is padded to a square",
+            cure="shrink or crop it first",
         )
     red, green, blue = (int(x * 255) for x in prep.mean)  # truncated, as the processor does
     background = (red, green, blue)
@@ -275,8 +284,11 @@ def _keys() -> list[str]:
 def _field_error(name: str, value: object, expected: str) -> InvalidInputError:
     """Return the error for one field."""
     return InvalidInputError(
-        f"preprocessing: got {name} = {value!r}, expected {expected}; the processor's "
-        "configuration or the manifest is damaged or of another kind of model"
+        f"preprocessing: got {name} = {value!r}",
+        expected=f"{expected}",
+        cause=(
+            "the processor's configuration or the manifest is damaged or of another kind of model"
+        ),
     )
 
 

@@ -78,8 +78,10 @@ def cut(image: Image.Image, prep: Preprocessing, tiling: Tiling) -> Tiles:
     if (rows * side, columns * side) != canvas_size or math.prod(canvas_size) > MAX_RESIZED_PIXELS:
         raise InvalidInputError(
             f"tiling: got a resolution of {canvas_size[0]}×{canvas_size[1]} pixels (height × "
-            f"width), expected multiples of the tiles' {side} and at most {MAX_RESIZED_PIXELS} "
-            "pixels; the manifest is damaged or of another kind of model: export the bundle again"
+            "width)",
+            expected=f"multiples of the tiles' {side} and at most {MAX_RESIZED_PIXELS} pixels",
+            cause="the manifest is damaged or of another kind of model",
+            cure="export the bundle again",
         )
     height, width = _fitted(size, canvas_size)
     top, left = (canvas_size[0] - height) // 2, (canvas_size[1] - width) // 2
@@ -180,15 +182,18 @@ def newline_row(newline: Array, embeds: Array) -> Array:
     """
     if newline.shape != embeds.shape[-1:]:
         raise InvalidInputError(
-            f"got a newline embedding of shape {list(newline.shape)}, expected "
-            f"{list(embeds.shape[-1:])} like the tokens; it is of another model: take the bundle's"
+            f"got a newline embedding of shape {list(newline.shape)}",
+            expected=f"{list(embeds.shape[-1:])} like the tokens",
+            cause="it is of another model",
+            cure="take the bundle's",
         )
     with np.errstate(over="ignore"):  # looked for below
         row = newline.astype(embeds.dtype)
     if not np.isfinite(row).all():
         raise InvalidInputError(
-            f"the newline embedding has numbers that {embeds.dtype} can't hold, expected finite "
-            "ones; export with --precision fp32"
+            f"the newline embedding has numbers that {embeds.dtype} can't hold",
+            expected="finite ones",
+            cure="export with --precision fp32",
         )
     return row[None]
 
@@ -228,15 +233,19 @@ def _split(
     ascending = bool((np.diff(kept, axis=1) > 0).all())
     if not ascending or kept.min() < 0 or kept.max() >= count + first:
         raise InvalidInputError(
-            f"got kept tokens from {kept.min()} to {kept.max()}, expected ascending ones of 0 … "
-            f"{count + first - 1} for {patches[0]}×{patches[1]} patches "
-            f"{'and' if cls_token else 'without'} CLS; they are of another tower"
+            f"got kept tokens from {kept.min()} to {kept.max()}",
+            expected=(
+                f"ascending ones of 0 … {count + first - 1} for {patches[0]}×{patches[1]} patches "
+                f"{('and' if cls_token else 'without')} CLS"
+            ),
+            cause="they are of another tower",
         )
     with_cls = (kept[:, 0] == 0) & cls_token
     if with_cls.any() != with_cls.all():
         raise InvalidInputError(
-            f"got kept tokens with CLS (0) in {with_cls.sum()} of {len(kept)} tiles, expected all "
-            "or none; they are of several bundles"
+            f"got kept tokens with CLS (0) in {with_cls.sum()} of {len(kept)} tiles",
+            expected="all or none",
+            cause="they are of several bundles",
         )
     chosen, dominant = int(with_cls[0]), kept.shape[1]
     tile_row, tile_column = np.divmod(np.arange(len(kept), dtype=np.int64)[:, None], tile_columns)
@@ -267,8 +276,9 @@ def _check_shapes(embeds: Array, kept: NDArray[np.integer[Any]], grid: tuple[int
     ):
         raise InvalidInputError(
             f"got tokens {embeds.dtype} {list(embeds.shape)} and kept {kept.dtype} "
-            f"{list(kept.shape)} for {grid[0]}×{grid[1]} tiles, expected float [{tiles}, K, L] and "
-            f"int64 [{tiles}, dominant] with 1 ≤ dominant ≤ K; leave the base tile out"
+            f"{list(kept.shape)} for {grid[0]}×{grid[1]} tiles",
+            expected=f"float [{tiles}, K, L] and int64 [{tiles}, dominant] with 1 ≤ dominant ≤ K",
+            cure="leave the base tile out",
         )
 
 

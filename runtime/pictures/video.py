@@ -90,16 +90,25 @@ def sample_frames(source: VideoSource, count: int = DEFAULT_FRAMES) -> list[Imag
         MissingDependencyError: It is a file, and neither PyAV nor OpenCV is installed.
     """
     if type(count) is not int or count < 1:
-        raise InvalidInputError(f"got {count!r} frames; expected 1 or more")
+        raise InvalidInputError(
+            f"got {count!r} frames",
+            expected="1 or more",
+        )
     if isinstance(source, (list, tuple)):
         if not source:
-            raise InvalidInputError("got an empty list of frames; expected at least one")
+            raise InvalidInputError(
+                "got an empty list of frames",
+                expected="at least one",
+            )
         return [load_image(source[each]) for each in frame_positions(len(source), count)]
     if not isinstance(source, (str, Path)):
         cure = "; an array [T, H, W, 3] becomes one with list(array)"
         raise InvalidInputError(
-            f"got a video of type {type(source).__name__}; expected the path of a video or of a "
-            f"folder of images, or a list of images{cure if isinstance(source, np.ndarray) else ''}"
+            f"got a video of type {type(source).__name__}",
+            expected=(
+                "the path of a video or of a folder of images, or a list of "
+                f"images{(cure if isinstance(source, np.ndarray) else '')}"
+            ),
         )
     name = f"the video {str(source)!r}"
     path = _existing(source, name)
@@ -107,9 +116,11 @@ def sample_frames(source: VideoSource, count: int = DEFAULT_FRAMES) -> list[Imag
         return sample_frames(_images_of(path, name), count)
     if not is_video(path):
         raise InvalidInputError(
-            f"{name} is not a video that is known here; expected one of {', '.join(CONTAINERS)}: "
-            "it is something else under this name, or empty; convert it with "
-            "'ffmpeg -i IN OUT.mp4'"
+            f"{name} is not a video that is known here",
+            expected=(
+                f"one of {', '.join(CONTAINERS)}: it is something else under this name, or empty"
+            ),
+            cure="convert it with 'ffmpeg -i IN OUT.mp4'",
         )
     return _reader()(path, name, lambda total: frame_positions(total, count))
 
@@ -153,23 +164,26 @@ def _existing(source: str | Path, name: str) -> Path:
     # A Path has collapsed the slashes of a URL: `https:/host`. One letter is a drive.
     if re.match(r"(?i)[a-z][a-z0-9+.-]+:/", str(source)):
         raise InvalidInputError(
-            f"got the URL {str(source)[:80]!r} as a video; expected the path of a local file, for "
-            "nothing is downloaded here; download it first"
+            f"got the URL {str(source)[:80]!r} as a video",
+            expected="the path of a local file, for nothing is downloaded here",
+            cure="download it first",
         )
     path = Path(source)
     try:
         status = path.stat()
     except FileNotFoundError as error:
         raise InvalidInputError(
-            f"{name} does not exist (looked for at {str(path.absolute())!r}); expected a video or "
-            "a folder of images; check the path"
+            f"{name} does not exist (looked for at {str(path.absolute())!r})",
+            expected="a video or a folder of images",
+            cure="check the path",
         ) from error
     except (OSError, ValueError) as error:
         raise _unreadable(name, error) from error
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         raise InvalidInputError(
-            f"{name} is a device, pipe or socket; expected an ordinary video file; copy its "
-            "content into one"
+            f"{name} is a device, pipe or socket",
+            expected="an ordinary video file",
+            cure="copy its content into one",
         )
     try:
         if stat.S_ISREG(status.st_mode):
@@ -191,8 +205,9 @@ def _images_of(folder: Path, name: str) -> list[ImageSource]:
         raise _unreadable(name, error) from error
     if not found:
         raise InvalidInputError(
-            f"{name} is a folder without images; expected frames named *"
-            f"{', *'.join(IMAGE_SUFFIXES)}; check the path"
+            f"{name} is a folder without images",
+            expected=f"frames named *{', *'.join(IMAGE_SUFFIXES)}",
+            cure="check the path",
         )
     return [*sorted(found, key=_natural)]
 
@@ -224,6 +239,7 @@ def _unreadable(name: str, error: Exception) -> InvalidInputError:
     """Return the error for what the system doesn't let us read."""
     reason = getattr(error, "strerror", None) or str(error)
     return InvalidInputError(
-        f"{name} can't be read: {reason}; expected a readable video or a folder of images; check "
-        "the path and its permissions"
+        f"{name} can't be read: {reason}",
+        expected="a readable video or a folder of images",
+        cure="check the path and its permissions",
     )

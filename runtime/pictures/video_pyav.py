@@ -234,7 +234,8 @@ def _method(matrix: NDArray[np.floating], name: str) -> Image.Transpose | None:
     signs = tuple(np.rint(matrix).astype(int).ravel().tolist())
     if signs not in _UPRIGHT or not np.allclose(matrix, np.rint(matrix), atol=1e-3):
         raise InvalidInputError(
-            f"{name} asks to be shown turned or stretched by the matrix {matrix.tolist()}; "
-            "expected quarter turns and mirrors alone; make it upright with 'ffmpeg -i IN OUT.mp4'"
+            f"{name} asks to be shown turned or stretched by the matrix {matrix.tolist()}",
+            expected="quarter turns and mirrors alone",
+            cure="make it upright with 'ffmpeg -i IN OUT.mp4'",
         )
     return _UPRIGHT[signs]

@@ -55,14 +55,18 @@ class TokenCache:
             InvalidInputError: The limit is negative, or the folder can't be made.
         """
         if limit is not None and limit < 0:
-            raise InvalidInputError(f"got a limit of {limit} bytes for a token cache, expected ≥ 0")
+            raise InvalidInputError(
+                f"got a limit of {limit} bytes for a token cache",
+                expected="≥ 0",
+            )
         self.folder, self.limit = Path(folder).absolute(), limit
         try:
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
             raise InvalidInputError(
-                f"{self.folder}: no token cache can be made there ({error.strerror}), expected a "
-                "folder that may be written to; choose another"
+                f"{self.folder}: no token cache can be made there ({error.strerror})",
+                expected="a folder that may be written to",
+                cure="choose another",
             ) from error
 
     def get(self, image_sha256: str, bundle_fingerprint: str) -> ImageTokens | None:
@@ -108,8 +112,8 @@ class TokenCache:
             atomic.replace_file(path, data)
         except OSError as error:
             raise InvalidInputError(
-                f"{self.folder}: the token cache can't be written ({error.strerror}); free some "
-                "space, or choose a folder that you may write to"
+                f"{self.folder}: the token cache can't be written ({error.strerror})",
+                cure="free some space, or choose a folder that you may write to",
             ) from error
 
     def remove(self, image_sha256: str, bundle_fingerprint: str) -> None:
@@ -130,8 +134,9 @@ class TokenCache:
         name = f"{image_sha256}.{bundle_fingerprint}.safetensors"
         if not _ENTRY.fullmatch(name):
             raise InvalidInputError(
-                f"got {image_sha256!r} and {bundle_fingerprint!r}, expected the SHA-256 of an "
-                "image and the fingerprint of a bundle; make them with image_digest and fingerprint"
+                f"got {image_sha256!r} and {bundle_fingerprint!r}",
+                expected="the SHA-256 of an image and the fingerprint of a bundle",
+                cure="make them with image_digest and fingerprint",
             )
         return self.folder / name
 
@@ -218,11 +223,15 @@ def read_image(path: str | os.PathLike[str]) -> bytes:
             return path.read_bytes()
     except OSError as error:
         raise InvalidInputError(
-            f"the image '{path}' can't be read: {error.strerror}; expected a readable image file; "
-            "check its permissions"
+            f"the image '{path}' can't be read: {error.strerror}",
+            expected="a readable image file",
+            cure="check its permissions",
         ) from error
     load_image(path)  # says what is wrong
-    raise InvalidInputError(f"the image '{path}' changed while it was read; try again")
+    raise InvalidInputError(
+        f"the image '{path}' changed while it was read",
+        cure="try again",
+    )
 
 
 def cached_image_embeds(encoder: VisionEncoder, image: ImageSource, cache: TokenCache) -> Array:

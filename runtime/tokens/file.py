@@ -118,14 +118,17 @@ def record_of(image: ImageTokens) -> Record:
     if not right or kept.ndim != 2 or kept.dtype != np.int64:
         raise InvalidInputError(
             f"got tokens {tokens.dtype} {list(tokens.shape)} and kept {kept.dtype} "
-            f"{list(kept.shape)}, expected float32 or float16 [n, L] and int64 [tiles, dominant]; "
-            "give them as VisionEncoder.image_tokens returned them"
+            f"{list(kept.shape)}",
+            expected="float32 or float16 [n, L] and int64 [tiles, dominant]",
+            cure="give them as VisionEncoder.image_tokens returned them",
         )
     try:
         image.name.encode()
     except UnicodeEncodeError as error:
         raise InvalidInputError(
-            f"got the image name {image.name!r}, expected Unicode text; rename the file"
+            f"got the image name {image.name!r}",
+            expected="Unicode text",
+            cure="rename the file",
         ) from error
     dtype = _NAMES[tokens.dtype.newbyteorder("<")]
     return Record(image.name, image.sha256, image.digest, dtype, tokens.shape, kept.shape)
@@ -168,8 +171,9 @@ def header(origin: Origin, records: Sequence[Record]) -> bytes:
     for name, dtype, shape in tensors:
         if name in value:
             raise InvalidInputError(
-                f"got two images with the name {name.partition('/')[2]!r}, expected one of each "
-                "name in a file; rename one"
+                f"got two images with the name {name.partition('/')[2]!r}",
+                expected="one of each name in a file",
+                cure="rename one",
             )
         end = place + math.prod(shape) * _DTYPES[dtype].itemsize
         value[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [place, end]}
@@ -178,8 +182,9 @@ def header(origin: Origin, records: Sequence[Record]) -> bytes:
     text += b" " * (-len(text) % 8)
     if len(text) > LARGEST_HEADER:
         raise InvalidInputError(
-            f"got {len(records)} images, whose header would have {len(text)} bytes, expected at "
-            f"most {LARGEST_HEADER} in one file; write shards with --shard-size"
+            f"got {len(records)} images, whose header would have {len(text)} bytes",
+            expected=f"at most {LARGEST_HEADER} in one file",
+            cure="write shards with --shard-size",
         )
     return len(text).to_bytes(8, "little") + text
 
@@ -214,8 +219,9 @@ class TokenFile:
             file = path.open("rb")
         except OSError as error:
             raise InvalidInputError(
-                f"{path}: can't be read ({error.strerror}), expected a file that 'vzip encode' "
-                "wrote; check the path and its permissions"
+                f"{path}: can't be read ({error.strerror})",
+                expected="a file that 'vzip encode' wrote",
+                cure="check the path and its permissions",
             ) from error
         try:
             return cls(path, file)
@@ -232,8 +238,10 @@ class TokenFile:
         record = self.records.get(name)
         if record is None:
             raise InvalidInputError(
-                f"{self.path}: got the image name {name!r}, expected one of the "
-                f"{len(self.records)} in the file, such as {list(self.records)[:3]}"
+                f"{self.path}: got the image name {name!r}",
+                expected=(
+                    f"one of the {len(self.records)} in the file, such as {list(self.records)[:3]}"
+                ),
             )
         tokens, kept = self._array(_TOKENS + name), self._array(_KEPT + name)
         image = ImageTokens(name, record.sha256, tokens, kept)
@@ -259,8 +267,10 @@ class TokenFile:
     def _malformed(self, what: str) -> InvalidInputError:
         """Return the error for a file that isn't ours or isn't whole."""
         return InvalidInputError(
-            f"{self.path}: {what}, expected a file that 'vzip encode' wrote; it was damaged or "
-            "made by another tool: remove it and encode the images again"
+            f"{self.path}: {what}",
+            expected="a file that 'vzip encode' wrote",
+            cause="it was damaged or made by another tool",
+            cure="remove it and encode the images again",
         )
 
     def _header(self) -> dict[str, Any]:

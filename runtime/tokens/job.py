@@ -84,8 +84,9 @@ def find_images(paths: Sequence[Path], output: Path) -> Found:
     for path in paths:
         if not os.path.lexists(path):
             raise InvalidInputError(
-                f"got '{path}', which does not exist (looked for at '{path.absolute()}'); expected "
-                "an image file or a folder of images; check the path"
+                f"got '{path}', which does not exist (looked for at '{path.absolute()}')",
+                expected="an image file or a folder of images",
+                cure="check the path",
             )
         for each in sorted(_below(path, found)) if path.is_dir() else [path]:
             if path.is_dir() and is_output(each, output):
@@ -96,13 +97,18 @@ def find_images(paths: Sequence[Path], output: Path) -> Found:
                 found.images.append((name, each))
             elif other.absolute() != each.absolute():
                 raise InvalidInputError(
-                    f"got '{other}' and '{each}', which would both be called {name!r}, expected "
-                    "images of different names; name the folder above both instead, so that their "
-                    "names begin with the folder's"
+                    f"got '{other}' and '{each}', which would both be called {name!r}",
+                    expected="images of different names",
+                    cure=(
+                        "name the folder above both instead, so that their names begin with the "
+                        "folder's"
+                    ),
                 )
     if not found.images and not found.left_out:
         raise InvalidInputError(
-            f"found no files in {', '.join(map(str, paths))}, expected images; check the path"
+            f"found no files in {', '.join(map(str, paths))}",
+            expected="images",
+            cure="check the path",
         )
     return found
 
@@ -130,8 +136,9 @@ def outputs_of(
         size = sum(3 * len(name.encode()) + _HEADER_PER_IMAGE for name, _ in images)
         if output.suffix == ".safetensors" and size > LARGEST_HEADER:
             raise InvalidInputError(
-                f"got {len(images)} images, expected fewer in one file, whose header may have "
-                f"{LARGEST_HEADER} bytes; write shards with --shard-size"
+                f"got {len(images)} images",
+                expected=f"fewer in one file, whose header may have {LARGEST_HEADER} bytes",
+                cure="write shards with --shard-size",
             )
         return [Output(output, images, shard=False)]
     slices = [images[first : first + shard_size] for first in range(0, len(images), shard_size)]
@@ -142,9 +149,10 @@ def outputs_of(
     for path in sorted(output.parent.iterdir()):
         if is_output(path, output) and path.name not in {output.name, *names}:
             raise InvalidInputError(
-                f"found '{path}', which is no shard of {len(images)} images in {len(slices)} files "
-                "as asked for now; the images or --shard-size are not those of the run that wrote "
-                "it: remove the old shards, or choose another name with -o"
+                f"found '{path}', which is no shard of {len(images)} images in {len(slices)} "
+                "files as asked for now",
+                cause="the images or --shard-size are not those of the run that wrote it",
+                cure="remove the old shards, or choose another name with -o",
             )
     return [
         Output(output.with_name(name), part, shard=True)
@@ -342,8 +350,11 @@ class _Writing:
                 atomic.rename_file(temporary, self.path)
             except OSError as error:
                 raise InvalidInputError(
-                    f"{self.path}: can't be written ({error.strerror}); free some space and start "
-                    "again, which goes on from here, or choose another place with -o"
+                    f"{self.path}: can't be written ({error.strerror})",
+                    cure=(
+                        "free some space and start again, which goes on from here, or choose "
+                        "another place with -o"
+                    ),
                 ) from error
         return True
 
@@ -395,9 +406,10 @@ def _write_npy_header(file: BinaryIO, records: Sequence[Record]) -> None:
     if len(lengths) > 1:
         (one, first), (other, second) = list(lengths.items())[:2]
         raise InvalidInputError(
-            f"got {one} tokens for {first!r} and {other} for {second!r}, expected equal numbers in "
-            "a .npy file; tiles depend on the picture: write a .safetensors of the same name, "
-            "which goes on from here"
+            f"got {one} tokens for {first!r} and {other} for {second!r}",
+            expected="equal numbers in a .npy file",
+            cause="tiles depend on the picture",
+            cure="write a .safetensors of the same name, which goes on from here",
         )
     dtype = "<f4" if records[0].dtype == "F32" else "<f2"
     shape = (len(records), *records[0].shape)
@@ -433,8 +445,9 @@ def _check_fingerprint(path: Path, found: str, origin: Origin) -> None:
     if found != origin.fingerprint:
         raise InvalidInputError(
             f"{path}: was made by a bundle with the fingerprint {found[:12]}…, this one has "
-            f"{origin.fingerprint[:12]}…; tokens of two bundles don't belong together: take that "
-            "bundle, remove what it made, or choose another name with -o"
+            f"{origin.fingerprint[:12]}…",
+            cause="tokens of two bundles don't belong together",
+            cure="take that bundle, remove what it made, or choose another name with -o",
         )
 
 
@@ -447,14 +460,14 @@ def _lock(folder: Path, output: Path) -> Iterator[None]:
             descriptor = os.open(folder, os.O_RDONLY)
         except OSError as error:
             raise InvalidInputError(
-                f"{folder.parent}: can't be written ({error.strerror}); choose another place for "
-                "the output with -o"
+                f"{folder.parent}: can't be written ({error.strerror})",
+                cure="choose another place for the output with -o",
             ) from error
         try:
             if not _take_lock(descriptor):
                 raise InvalidInputError(
-                    f"{output}: another process is writing it; wait for it, or choose another "
-                    "name with -o"
+                    f"{output}: another process is writing it",
+                    cure="wait for it, or choose another name with -o",
                 )
             if folder.exists() and os.path.samestat(folder.stat(), os.fstat(descriptor)):
                 yield

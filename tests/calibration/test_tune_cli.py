@@ -414,7 +414,7 @@ def test_two_processes_give_the_projector_of_one(
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (("--images", "."), InvalidInputError, "none for 'demo': leave it out"),
+        (("--images", "."), InvalidInputError, "none for 'demo'; leave it out"),
         (("--data", "x.json"), InvalidInputError, "give --images FOLDER"),
         (("--dominant", "19"), BudgetError, "expected either --tokens or the other two"),
         (

@@ -239,7 +239,7 @@ class TestContract:
         assert done.returncode == 0, done.stderr
         lines = done.stdout.splitlines()
         assert lines[:2] == ["BackendError", "BackendError"]
-        assert "sessions don't survive a fork: open the bundle in this process" in lines[2]
+        assert "sessions don't survive a fork; open the bundle in this process" in lines[2]
         assert lines[3:] == ["child ends", "0", "parent works"]
 
     def test_many_runs_give_one_result_and_take_no_memory(

@@ -99,8 +99,9 @@ def get(name: str) -> Selection:
     """
     if name not in names():
         raise InvalidInputError(
-            f"the selection is {name!r}, expected one of {', '.join(names())}; it was mistyped, or "
-            "the bundle was made by another version of vzip"
+            f"the selection is {name!r}",
+            expected=f"one of {', '.join(names())}",
+            cause="it was mistyped, or the bundle was made by another version of vzip",
         )
     importlib.import_module(f"{__name__}.{name}")
     registered: Mapping[str, Selection] = _REGISTRY

@@ -62,7 +62,8 @@ class OnnxRuntime(_Graph):
 
         if precision not in ("int8", bundle.manifest.precision):
             raise InvalidInputError(
-                f"the bundle's graph is in {bundle.manifest.precision}, expected {precision}"
+                f"the bundle's graph is in {bundle.manifest.precision}",
+                expected=f"{precision}",
             )
         onnxruntime = import_onnxruntime(f"the peer in {precision}", "export")
         bundle.read_model()  # the digests: what is compared is what was exported
@@ -95,14 +96,17 @@ class OpenVino(_Graph):
             import openvino
         except ImportError as error:
             raise MissingDependencyError(
-                f"{name} needs the package 'openvino', which can't be imported here; install it "
-                "with: pip install openvino"
+                f"{name} needs the package 'openvino', which can't be imported here",
+                cure="install it with: pip install openvino",
             ) from error
         if precision == "int8":
             if "int8" not in bundle.manifest.precisions:
                 raise InvalidInputError(
-                    f"the bundle has no INT8 graph for {name}; make it with: vzip calibrate "
-                    f"{bundle.path.name} --images FOLDER --precision int8"
+                    f"the bundle has no INT8 graph for {name}",
+                    cure=(
+                        f"make it with: vzip calibrate {bundle.path.name} --images FOLDER "
+                        "--precision int8"
+                    ),
                 )
             bundle = bundle.at("int8")
         bundle.read_model()

@@ -278,8 +278,9 @@ def _weights(manifest: Manifest) -> VisionWeights:
     model = manifest.model
     if model.projector is not None:
         raise InvalidInputError(
-            "the bundle has a tuned projector, whose file is not in it; PyTorch's forms would need "
-            "it: compare a bundle that was exported without --projector"
+            "the bundle has a tuned projector, whose file is not in it",
+            cause="PyTorch's forms would need it",
+            cure="compare a bundle that was exported without --projector",
         )
     weights, _ = WeightSource(model.id, revision=model.revision, seed=model.seed).load()
     config = weights.config
@@ -294,8 +295,11 @@ def _weights(manifest: Manifest) -> VisionWeights:
     }
     if unlike := [what for what, true in lacking.items() if true]:
         raise InvalidInputError(
-            f"the bundle has {' and '.join(unlike)}, expected LLaVA's tower and projector, which "
-            "is what VisionZip was published for and what PyTorch's forms are"
+            f"the bundle has {' and '.join(unlike)}",
+            expected=(
+                "LLaVA's tower and projector, which is what VisionZip was published for and what "
+                "PyTorch's forms are"
+            ),
         )
     return weights
 

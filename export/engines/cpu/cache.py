@@ -86,8 +86,8 @@ def _measure(target: Path, bundle: Bundle, opened: Open, depends: Mapping[str, A
         staged.commit()
     except OSError as error:
         raise BackendError(
-            f"{target}: the fastest form can't be kept ({error.strerror}); free some space, or "
-            "open the bundle in its own precision"
+            f"{target}: the fastest form can't be kept ({error.strerror})",
+            cure="free some space, or open the bundle in its own precision",
         ) from error
     finally:
         if staged is not None:
@@ -95,8 +95,9 @@ def _measure(target: Path, bundle: Bundle, opened: Open, depends: Mapping[str, A
     kept = _read(target, bundle, depends)
     if kept is None:
         raise BackendError(
-            f"{target}: what was just written there can't be read; the disk is failing, or another "
-            "process writes there: look at the folder, or remove it"
+            f"{target}: what was just written there can't be read",
+            cause="the disk is failing, or another process writes there",
+            cure="look at the folder, or remove it",
         )
     return kept
 
@@ -238,9 +239,9 @@ def _writable(folders: list[Path]) -> Path:
         except OSError as error:  # noqa: PERF203 - two
             reasons.append(f"{folder}: {error.strerror}")
     raise BackendError(
-        f"the fastest form can be kept nowhere ({'; '.join(reasons)}), expected the bundle's "
-        "folder or the user's cache to be writable; set XDG_CACHE_HOME, or open the bundle in its "
-        "own precision"
+        f"the fastest form can be kept nowhere ({'; '.join(reasons)})",
+        expected="the bundle's folder or the user's cache to be writable",
+        cure="set XDG_CACHE_HOME, or open the bundle in its own precision",
     )
 
 
@@ -251,8 +252,9 @@ def _alone(folder: Path) -> Iterator[None]:
         lock = (folder / ".lock").open("ab")
     except OSError as error:
         raise BackendError(
-            f"{folder / '.lock'} can't be opened ({error.strerror}); another user made it: remove "
-            "it, or open the bundle in its own precision"
+            f"{folder / '.lock'} can't be opened ({error.strerror})",
+            cause="another user made it",
+            cure="remove it, or open the bundle in its own precision",
         ) from error
     with lock as file:
         try:

@@ -110,9 +110,10 @@ def choose(bundle: Bundle, opened: Open, work: Path) -> tuple[Candidate, list[Me
     """
     if REFERENCE_FILE not in bundle.manifest.files:
         raise InvalidInputError(
-            f"{bundle.path} has no {REFERENCE_FILE}, expected the untouched model's tokens to tell "
-            "which forms keep the same; it was exported without them: export it again with the "
-            "parity check, or open it in its own precision"
+            f"{bundle.path} has no {REFERENCE_FILE}",
+            expected="the untouched model's tokens to tell which forms keep the same",
+            cause="it was exported without them",
+            cure="export it again with the parity check, or open it in its own precision",
         )
     with bundle.open_file(REFERENCE_FILE) as file:
         reference = read_reference(file, bundle.manifest)

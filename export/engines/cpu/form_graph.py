@@ -198,8 +198,10 @@ class Graph:
         if dtype is None or len(data) != np.dtype(dtype).itemsize * int(np.prod(dims)):
             raise BundleError(
                 f"the tensor {name!r} has type {kind} and {len(data)} bytes for the shape "
-                f"{[*dims]}, expected one of the types {[*DTYPES]} and as many bytes as that takes;"
-                " the graph was edited or made by another tool: export the bundle again"
+                f"{[*dims]}",
+                expected=f"one of the types {[*DTYPES]} and as many bytes as that takes",
+                cause="the graph was edited or made by another tool",
+                cure="export the bundle again",
             )
         return np.frombuffer(data, dtype).reshape(dims)
 

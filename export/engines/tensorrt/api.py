@@ -97,9 +97,10 @@ def load_stack(name: StackName) -> Stack:
     for attribute in ("Builder", "OnnxParser", "Runtime", "BuilderFlag", "MemoryPoolType"):
         if not hasattr(module, attribute):
             raise BackendError(
-                f"the module {name} {version} has no {attribute}, expected TensorRT 8.6 or newer "
-                "with its ONNX parser; only a part is installed (a lean or dispatch runtime?): "
-                f"{INSTALL[name]}"
+                f"the module {name} {version} has no {attribute}",
+                expected="TensorRT 8.6 or newer with its ONNX parser",
+                cause="only a part is installed (a lean or dispatch runtime?)",
+                cure=f"{INSTALL[name]}",
             )
     return Stack(name, module, version, abilities(module, name))
 
@@ -171,21 +172,23 @@ def capabilities_of(text: str, stack: Stack) -> tuple[str, ...]:
     known = stack.can.ahead_of_time
     if not known:
         raise InvalidInputError(
-            f"{stack} can't build without a GPU; TensorRT-RTX can: {INSTALL['tensorrt_rtx']}"
+            f"{stack} can't build without a GPU",
+            cause=f"TensorRT-RTX can: {INSTALL['tensorrt_rtx']}",
         )
     chosen = set()
     for word in text.split(","):
         match = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)", word.strip().lower())
         if match is None:
             raise InvalidInputError(
-                f"--rtx has {word.strip()!r}, expected compute capabilities such as "
-                f"'sm86,sm89', of {_names(known)}"
+                f"--rtx has {word.strip()!r}",
+                expected=f"compute capabilities such as 'sm86,sm89', of {_names(known)}",
             )
         number = match[1] + match[2]
         if number not in known:
             raise InvalidInputError(
-                f"--rtx has {word.strip()!r}, but {stack} builds without a GPU for {_names(known)} "
-                "only; build on the machine itself for any other GPU (a Jetson, a data center GPU)"
+                f"--rtx has {word.strip()!r}, but {stack} builds without a GPU for "
+                f"{_names(known)} only",
+                cure="build on the machine itself for any other GPU (a Jetson, a data center GPU)",
             )
         chosen.add(number)
     return tuple(sorted(chosen, key=int))

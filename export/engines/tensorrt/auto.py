@@ -118,18 +118,23 @@ def build_best(
     manifest = read_bundle(path, verify=False).manifest
     if request.rtx is not None:
         raise InvalidInputError(
-            "got --precision auto with --rtx, expected a GPU to measure on; name the precision, or "
-            "build on the machine itself"
+            "got --precision auto with --rtx",
+            expected="a GPU to measure on",
+            cure="name the precision, or build on the machine itself",
         )
     if not manifest.precisions:
         raise InvalidInputError(
-            f"{os.fspath(path)} has no quantised graph to choose, expected int8 or fp8; make one "
-            f"with: vzip calibrate {os.fspath(path)} --images FOLDER --precision int8"
+            f"{os.fspath(path)} has no quantised graph to choose",
+            expected="int8 or fp8",
+            cure=(
+                f"make one with: vzip calibrate {os.fspath(path)} --images FOLDER --precision int8"
+            ),
         )
     if REFERENCE_FILE not in manifest.files:
         raise InvalidInputError(
-            f"{os.fspath(path)} has no {REFERENCE_FILE}, expected PyTorch's tokens to tell whether "
-            "a quantised engine agrees; export the bundle without --no-check"
+            f"{os.fspath(path)} has no {REFERENCE_FILE}",
+            expected="PyTorch's tokens to tell whether a quantised engine agrees",
+            cure="export the bundle without --no-check",
         )
     own = build_engine(path, dataclasses.replace(request, precision=None), say=say)
     best, times, built = own, float("inf"), [own]

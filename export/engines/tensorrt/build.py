@@ -126,8 +126,9 @@ def build(
         builder = trt.Builder(logger)
     except TypeError as error:  # pybind: the factory returned nullptr
         raise BackendError(
-            f"{stack} can't start its builder{messages.because()}; it needs a working NVIDIA GPU "
-            "and driver: check nvidia-smi (on a Jetson, that the user is in the group 'video')"
+            f"{stack} can't start its builder{messages.because()}",
+            cause="it needs a working NVIDIA GPU and driver",
+            cure="check nvidia-smi (on a Jetson, that the user is in the group 'video')",
         ) from error
     network = builder.create_network(_creation_flags(stack))
     parser = trt.OnnxParser(network, logger)
@@ -149,8 +150,11 @@ def build(
     progress.reraise()
     if serialized is None:
         raise BackendError(
-            f"{stack} failed to build the engine{messages.because()}; if memory was short, use "
-            f"--low-memory or a smaller --workspace{_contiguous()}, otherwise report this line"
+            f"{stack} failed to build the engine{messages.because()}",
+            cause=(
+                f"if memory was short, use --low-memory or a smaller --workspace{_contiguous()}, "
+                "otherwise report this line"
+            ),
         )
     after = None
     if cache is not None and (kept := config.get_timing_cache()) is not None:
@@ -177,8 +181,11 @@ def _check_header(stack: Stack, plan: memoryview) -> None:
     if fault is not None:
         raise BackendError(
             f"{stack} built an engine that {fault}: vzip's check of headers doesn't know this "
-            "TensorRT, and its runtime would refuse every engine of it; nothing was published and "
-            "nothing here can mend it: report this line, and build with another TensorRT meanwhile"
+            "TensorRT, and its runtime would refuse every engine of it",
+            cause=(
+                "nothing was published and nothing here can mend it: report this line, and build "
+                "with another TensorRT meanwhile"
+            ),
         )
 
 
@@ -229,8 +236,11 @@ def _not_taken(stack: Stack, parser: Any, messages: _Messages, path: Path) -> Ex
     said += [line for line in messages.errors if "open file" in line][:1]
     detail = "; ".join(" ".join(each.split()) for each in said)
     return ExportError(
-        f"the parser of {stack} doesn't take {path}: {detail or 'no reason given'}; the graph is "
-        "of a newer opset than this TensorRT reads (export with --opset 17 for 8.6), or damaged"
+        f"the parser of {stack} doesn't take {path}: {detail or 'no reason given'}",
+        cause=(
+            "the graph is of a newer opset than this TensorRT reads (export with --opset 17 for "
+            "8.6), or damaged"
+        ),
     )
 
 
@@ -263,9 +273,10 @@ def _check_network(stack: Stack, network: Any, manifest: Manifest) -> None:
             any(fits(tensor, each) for tensor in found) for each in expected
         ):
             raise ExportError(
-                f"the parser of {stack} found {[shown(tensor) for tensor in found]}, expected "
-                f"{[str(each) for each in expected]}; graph and manifest disagree: export the "
-                "bundle again"
+                f"the parser of {stack} found {[shown(tensor) for tensor in found]}",
+                expected=f"{[str(each) for each in expected]}",
+                cause="graph and manifest disagree",
+                cure="export the bundle again",
             )
 
 
@@ -319,8 +330,8 @@ def _add_profile(builder: Any, config: Any, manifest: Manifest, opt_batch: int) 
     profile.set_shape(manifest.input.name, *shapes)
     if config.add_optimization_profile(profile) < 0:
         raise BackendError(
-            f"the builder doesn't take batches from 1 to {manifest.batch.max}; build with a "
-            "bundle of a smaller --max-batch"
+            f"the builder doesn't take batches from 1 to {manifest.batch.max}",
+            cure="build with a bundle of a smaller --max-batch",
         )
 
 

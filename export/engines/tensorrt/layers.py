@@ -64,15 +64,19 @@ def inspect_engine(stack: Stack, plan: memoryview | bytes | bytearray) -> Engine
         runtime = trt.Runtime(logger)
     except TypeError as error:  # pybind: the factory returned nullptr
         raise BackendError(
-            f"{stack} can't be started to look into the engine; the NVIDIA driver is too old for "
-            "it: 'vzip doctor' says which CUDA the driver serves; update the driver, or install an "
-            "older TensorRT and build the engine again"
+            f"{stack} can't be started to look into the engine",
+            cause=(
+                "the NVIDIA driver is too old for it: 'vzip doctor' says which CUDA the driver "
+                "serves"
+            ),
+            cure="update the driver, or install an older TensorRT and build the engine again",
         ) from error
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise BackendError(
-            f"{stack} can't load the engine to look into it; it is for another GPU or version: "
-            "'vzip doctor' says what is here"
+            f"{stack} can't load the engine to look into it",
+            cause="it is for another GPU or version",
+            cure="'vzip doctor' says what is here",
         )
     inspector = engine.create_engine_inspector()
     text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)

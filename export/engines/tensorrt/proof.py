@@ -63,13 +63,14 @@ def load_reference(bundle: Bundle) -> Reference:
         data = (bundle.path / REFERENCE_FILE).read_bytes()
     except OSError as error:
         raise BundleError(
-            f"{bundle.path}: {REFERENCE_FILE} can't be read ({error.strerror}); copy the bundle "
-            "again with all its files, or export it again"
+            f"{bundle.path}: {REFERENCE_FILE} can't be read ({error.strerror})",
+            cure="copy the bundle again with all its files, or export it again",
         ) from error
     if hashlib.sha256(data).hexdigest() != bundle.manifest.files[REFERENCE_FILE].sha256:
         raise BundleError(
-            f"{bundle.path}: {REFERENCE_FILE} isn't the file that the manifest has the digest of; "
-            "it was damaged or replaced: copy it again, or export the bundle again"
+            f"{bundle.path}: {REFERENCE_FILE} isn't the file that the manifest has the digest of",
+            cause="it was damaged or replaced",
+            cure="copy it again, or export the bundle again",
         )
     return read_reference(io.BytesIO(data), bundle.manifest)
 
@@ -107,8 +108,8 @@ def staged(bundle: Bundle, record: EngineRecord, plan: memoryview) -> Iterator[B
             (folder / ENGINES_FOLDER / f"{_NAME}{ENGINE_SUFFIX}").write_bytes(plan)
         except OSError as error:
             raise BundleError(
-                f"{engines}: the engine can't be written ({error.strerror}) to be proven; free "
-                f"{2 * record.bytes // 2**20 + 1} MiB. Nothing was left behind"
+                f"{engines}: the engine can't be written ({error.strerror}) to be proven",
+                cure=f"free {2 * record.bytes // 2**20 + 1} MiB. Nothing was left behind",
             ) from error
         manifest = dataclasses.replace(bundle.manifest, engines={_NAME: record})
         yield Bundle(folder, manifest, record.quantised)

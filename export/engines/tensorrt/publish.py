@@ -77,16 +77,20 @@ class BuildRequest:
                 check_name(self.name)
             except BundleError as error:
                 raise InvalidInputError(
-                    f"--name is {self.name!r}, expected letters, digits, '.', '_' and '-', at "
-                    "most 100, which a file can be called"
+                    f"--name is {self.name!r}",
+                    expected=(
+                        "letters, digits, '.', '_' and '-', at most 100, which a file can be called"
+                    ),
                 ) from error
         if self.workspace_mib is not None and not 1 <= self.workspace_mib <= 2**20:
             raise InvalidInputError(
-                f"--workspace is {self.workspace_mib}, expected MiB from 1 to {2**20}"
+                f"--workspace is {self.workspace_mib}",
+                expected=f"MiB from 1 to {2**20}",
             )
         if self.level is not None and self.level not in LEVELS:
             raise InvalidInputError(
-                f"--level is {self.level}, expected 0 (quick) to 5 (searches longest)"
+                f"--level is {self.level}",
+                expected="0 (quick) to 5 (searches longest)",
             )
 
 
@@ -188,7 +192,8 @@ def build_if(
         if outlook.cure is not None:
             if request.low_memory:
                 raise BackendError(
-                    f"{outlook.line}: it can't fit and was not started; {outlook.cure}"
+                    f"{outlook.line}: it can't fit and was not started",
+                    cause=f"{outlook.cure}",
                 )
             say(f"warning: it may run out of memory: try --low-memory, {outlook.cure}")
         failures = []
@@ -312,8 +317,8 @@ def build_lock(bundle: Bundle, say: Say) -> Iterator[None]:
         descriptor = os.open(folder / LOCK_FILE, flags, 0o644)
     except OSError as error:
         raise BundleError(
-            f"{folder}: can't be written ({error.strerror}), so the bundle can't be changed; copy "
-            "the bundle to a folder that you may write to"
+            f"{folder}: can't be written ({error.strerror}), so the bundle can't be changed",
+            cure="copy the bundle to a folder that you may write to",
         ) from error
     try:
         try:
@@ -326,8 +331,9 @@ def build_lock(bundle: Bundle, say: Say) -> Iterator[None]:
         if error.errno not in {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}:
             raise
         raise BundleError(
-            f"{folder}: its file system has no locks ({error.strerror}), so two processes could "
-            "spoil each other's work; copy the bundle to a local disk and work on it there"
+            f"{folder}: its file system has no locks ({error.strerror}), so two processes "
+            "could spoil each other's work",
+            cure="copy the bundle to a local disk and work on it there",
         ) from error
     finally:
         os.close(descriptor)
@@ -392,8 +398,12 @@ def _check_fp8(bundle: Bundle, stack: Stack, machine: Machine) -> None:
     if slower or not stack.can.strongly_typed:
         found = f"SM {', '.join(slower)}" if slower else str(stack)
         raise BackendError(
-            f"got precision 'fp8' for {found}, expected SM {FP8_SM} or newer and TensorRT 10 or "
-            "newer, as nothing else computes what the graph says in FP8; take --precision int8"
+            f"got precision 'fp8' for {found}",
+            expected=(
+                f"SM {FP8_SM} or newer and TensorRT 10 or newer, as nothing else computes what the "
+                "graph says in FP8"
+            ),
+            cure="take --precision int8",
         )
 
 

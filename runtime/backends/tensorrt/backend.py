@@ -109,9 +109,12 @@ class TensorRt:
         """
         if extra_outputs:
             raise BackendError(
-                f"an engine can't give {', '.join(extra_outputs)}, which is inside the graph and "
-                "no output of it; open the bundle with backend='onnxruntime' (--backend "
-                "onnxruntime) to see where tokens went"
+                f"an engine can't give {', '.join(extra_outputs)}, which is inside the graph "
+                "and no output of it",
+                cure=(
+                    "open the bundle with backend='onnxruntime' (--backend onnxruntime) to see "
+                    "where tokens went"
+                ),
             )
         cuda = _load_cuda(bundle)
         self.engine, self.machine, trt = choose(bundle, engine, cuda)
@@ -380,15 +383,17 @@ class TensorRt:
         if rows < self._batch.min:
             raise BackendError(
                 f"got {count} images, the engine {self.engine!r} takes {self._batch.min} to "
-                f"{self._batch.max} a run; build it for this batch with vzip build"
+                f"{self._batch.max} a run",
+                cure="build it for this batch with vzip build",
             )
 
     def _check_process(self) -> None:
         """Refuse use in a fork, before the lock, which another thread may hold for ever there."""
         if os.getpid() != self._process:
             raise BackendError(
-                f"the engine was opened in process {self._process}, this is its fork "
-                f"{os.getpid()}; CUDA doesn't survive a fork: open the bundle in this process"
+                f"the engine was opened in process {self._process}, this is its fork {os.getpid()}",
+                cause="CUDA doesn't survive a fork",
+                cure="open the bundle in this process",
             )
 
     def _check_tensors(self) -> None:
@@ -411,9 +416,10 @@ class TensorRt:
             )
         ):
             raise BackendError(
-                f"the engine {self.engine!r} has {', '.join(map(str, found.values()))}, expected "
-                f"{', '.join(map(str, (*manifest.inputs, *manifest.outputs)))}; it was built by "
-                "another tool: build it again with vzip build"
+                f"the engine {self.engine!r} has {', '.join(map(str, found.values()))}",
+                expected=f"{', '.join(map(str, (*manifest.inputs, *manifest.outputs)))}",
+                cause="it was built by another tool",
+                cure="build it again with vzip build",
             )
 
     def _buffer(self, name: str) -> _Buffer:
@@ -467,8 +473,9 @@ def _load_cuda(bundle: Bundle) -> Cuda:
     """Return CUDA with a GPU, if the bundle has an engine at all."""
     if not bundle.manifest.engines:
         raise BackendUnavailableError(
-            f"{bundle.path} has no engine, expected one for this machine; build it here with: "
-            f"{_build_command(bundle)}"
+            f"{bundle.path} has no engine",
+            expected="one for this machine",
+            cure=f"build it here with: {_build_command(bundle)}",
         )
     try:
         return cuda_runtime.load()
@@ -498,16 +505,18 @@ def choose(bundle: Bundle, engine: str | None, cuda: Cuda) -> tuple[str, Machine
     records = bundle.manifest.engines
     if engine is not None and engine not in records:
         raise InvalidInputError(
-            f"got engine={engine!r}, expected one of {', '.join(sorted(records)) or 'none'}; build "
-            f"it with: {_build_command(bundle)}"
+            f"got engine={engine!r}",
+            expected=f"one of {', '.join(sorted(records)) or 'none'}",
+            cure=f"build it with: {_build_command(bundle)}",
         )
     names = [engine] if engine is not None else [
         name for name, record in records.items() if record.quantised == bundle.quantised
     ]  # fmt: skip
     if not names:
         raise BackendUnavailableError(
-            f"{bundle.path} has no engine in {bundle.precision}, expected one for this machine "
-            f"beside {', '.join(sorted(records))}; build it here with: {_build_command(bundle)}"
+            f"{bundle.path} has no engine in {bundle.precision}",
+            expected=f"one for this machine beside {', '.join(sorted(records))}",
+            cure=f"build it here with: {_build_command(bundle)}",
         )
     gpu, sm = cuda.device_name(), cuda.compute_capability()
     fitting: dict[str, tuple[Machine, Any]] = {}
@@ -540,8 +549,9 @@ def choose(bundle: Bundle, engine: str | None, cuda: Cuda) -> tuple[str, Machine
         return name, machine, trt
     if fitting:
         raise BackendError(
-            f"{bundle.path} has {len(fitting)} engines that fit this machine, expected one or a "
-            f"choice; open it with engine=, one of {', '.join(sorted(fitting))}"
+            f"{bundle.path} has {len(fitting)} engines that fit this machine",
+            expected="one or a choice",
+            cure=f"open it with engine=, one of {', '.join(sorted(fitting))}",
         )
     if absent is not None and len(faults) == 1:
         raise absent

@@ -47,9 +47,10 @@ def version_of(module: Any) -> str:
     match = re.match(r"\d{1,4}(\.\d{1,5}){1,3}", found if isinstance(found, str) else "")
     if match is None:
         raise BackendError(
-            f"the module {module.__name__} has the version {found!r}, expected numbers such as "
-            "10.3.0.30; something else of that name is found first: look at "
-            f"{getattr(module, '__file__', None) or 'a folder of that name'}"
+            f"the module {module.__name__} has the version {found!r}",
+            expected="numbers such as 10.3.0.30",
+            cause="something else of that name is found first",
+            cure=f"look at {getattr(module, '__file__', None) or 'a folder of that name'}",
         )
     return match[0]
 
@@ -60,6 +61,9 @@ def _broken(name: str, error: Exception) -> MissingDependencyError:
     library = re.search(r"lib[\w+-]+\.so[.\d]*", said)
     what = f"the library {library[0]} is missing or unfit" if library else "a part of it is missing"
     return MissingDependencyError(
-        f"{TITLES[name]} is installed and can't be imported, {what} ({said}); install that library "
-        "in the version that this TensorRT was made for, or add its folder to LD_LIBRARY_PATH"
+        f"{TITLES[name]} is installed and can't be imported, {what} ({said})",
+        cure=(
+            "install that library in the version that this TensorRT was made for, or add its "
+            "folder to LD_LIBRARY_PATH"
+        ),
     )

@@ -312,10 +312,15 @@ def load() -> Cuda:
         raise refused
     found = f"only {old}, which is older than CUDA 11.4" if old else "none"
     raise BackendError(
-        f"found {found}, expected libcudart of CUDA 11.4 or newer in the library path, in this "
-        "Python's packages or in /usr/local/cuda; install the CUDA runtime (on a Jetson: apt "
-        "install cuda-cudart-12-6, elsewhere: pip install nvidia-cuda-runtime), or add its folder "
-        "to LD_LIBRARY_PATH"
+        f"found {found}",
+        expected=(
+            "libcudart of CUDA 11.4 or newer in the library path, in this Python's packages or in "
+            "/usr/local/cuda"
+        ),
+        cure=(
+            "install the CUDA runtime (on a Jetson: apt install cuda-cudart-12-6, elsewhere: pip "
+            "install nvidia-cuda-runtime), or add its folder to LD_LIBRARY_PATH"
+        ),
     )
 
 

@@ -143,8 +143,9 @@ class DeviceArray:
         """Refuse use in a fork."""
         if os.getpid() != self._process:
             raise BackendError(
-                f"the array was made in process {self._process}, this is its fork {os.getpid()}; "
-                "device memory doesn't survive a fork: open the bundle in this process"
+                f"the array was made in process {self._process}, this is its fork {os.getpid()}",
+                cause="device memory doesn't survive a fork",
+                cure="open the bundle in this process",
             )
 
 

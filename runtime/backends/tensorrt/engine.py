@@ -172,9 +172,12 @@ class Engine:
         """Return an error with the first that TensorRT logged about one, which is the cause."""
         said, self._logger.said = self._logger.said, ""
         return BackendError(
-            f"{what}: {said or 'it gave no reason'}; memory is short, or the engine isn't for this "
-            "machine: look at free memory (nvidia-smi, on a Jetson free -m), then build it again "
-            "with vzip build"
+            f"{what}: {said or 'it gave no reason'}",
+            cause="memory is short, or the engine isn't for this machine",
+            cure=(
+                "look at free memory (nvidia-smi, on a Jetson free -m), then build it again with "
+                "vzip build"
+            ),
         )
 
     def _start(self) -> Any:
@@ -187,9 +190,12 @@ class Engine:
             said, self._logger.said = self._logger.said, ""
             raise BackendError(
                 f"{TITLES[self._trt.__name__]} {self._trt.__version__} can't be started: "
-                f"{said or 'it gave no reason'}; the NVIDIA driver is too old for it, or no GPU "
-                "can be used: 'vzip doctor' says which CUDA the driver serves; update the driver, "
-                "or install an older TensorRT and build the engine again"
+                f"{said or 'it gave no reason'}",
+                cause=(
+                    "the NVIDIA driver is too old for it, or no GPU can be used: 'vzip doctor' "
+                    "says which CUDA the driver serves"
+                ),
+                cure="update the driver, or install an older TensorRT and build the engine again",
             )
         return runtime
 
@@ -220,8 +226,10 @@ class Engine:
             or engine.get_tensor_format(name) != trt.TensorFormat.LINEAR
         ):
             raise BackendError(
-                f"the engine has {name} as {engine.get_tensor_format_desc(name)}, expected a plain "
-                "array on the device; it was built by another tool: build it with vzip build"
+                f"the engine has {name} as {engine.get_tensor_format_desc(name)}",
+                expected="a plain array on the device",
+                cause="it was built by another tool",
+                cure="build it with vzip build",
             )
         found = engine.get_tensor_dtype(name)
         known = {getattr(trt.DataType, each, None): dtype for each, dtype in _DTYPES.items()}

@@ -117,21 +117,29 @@ def read_engine(bundle: Bundle, name: str) -> bytearray:
         size = os.fstat(file.fileno()).st_size
         if size != record.bytes:
             raise BundleError(
-                f"{where} has {size} bytes, expected {record.bytes}; it was truncated or replaced: "
-                f"{cure}"
+                f"{where} has {size} bytes",
+                expected=f"{record.bytes}",
+                cause="it was truncated or replaced",
+                cure=f"{cure}",
             )
         data = bytearray(size)
         view, header = memoryview(data), min(size, HEADER_BYTES)
         count = file.readinto(view[:header])  # type: ignore[attr-defined]
         fault = header_fault(bytes(view[:header]), record.stack, record.version)
         if fault is not None:
-            raise BundleError(f"{where} {fault}; it is something else, or not its record's: {cure}")
+            raise BundleError(
+                f"{where} {fault}",
+                cause="it is something else, or not its record's",
+                cure=f"{cure}",
+            )
         count += file.readinto(view[header:])  # type: ignore[attr-defined]
     got = hashlib.sha256(data).hexdigest()
     if count != size or got != record.sha256:
         raise BundleError(
-            f"{where} has SHA-256 {got[:12]}…, expected {record.sha256[:12]}…; it was damaged or "
-            f"replaced: {cure}"
+            f"{where} has SHA-256 {got[:12]}…",
+            expected=f"{record.sha256[:12]}…",
+            cause="it was damaged or replaced",
+            cure=f"{cure}",
         )
     return data
 

@@ -83,8 +83,9 @@ def generate_request(
     right = prompt_embeds.ndim == 2 and prompt_embeds.dtype in (np.float32, np.float16)
     if not right or not prompt_embeds.size or not np.isfinite(prompt_embeds).all():
         raise InvalidInputError(
-            f"{NAME}: got a prompt of {prompt_embeds.dtype} {list(prompt_embeds.shape)}, expected "
-            "finite float32 or float16 embeddings [m, L]; give what SglangLLM.embeddings returns"
+            f"{NAME}: got a prompt of {prompt_embeds.dtype} {list(prompt_embeds.shape)}",
+            expected="finite float32 or float16 embeddings [m, L]",
+            cure="give what SglangLLM.embeddings returns",
         )
     return {
         "input_embeds": prompt_embeds.tolist(),  # Python's floats: GenerateReqInput asks for them
@@ -158,7 +159,8 @@ class SglangLLM(LLM):
         if words.min() < 0 or words.max() >= vocabulary:
             raise InvalidInputError(
                 f"{NAME}: got a prompt with the id {int(words.max())}, but the LLM has token "
-                f"embeddings for 0 to {vocabulary - 1}; the tokenizer is another model's"
+                f"embeddings for 0 to {vocabulary - 1}",
+                cause="the tokenizer is another model's",
             )
         made = self._table.rows(words.tolist())
         made[places] = rows
@@ -183,19 +185,20 @@ class SglangLLM(LLM):
         taken = [each for each in architectures if each in _LLAVAS]
         if taken and _field(arguments, "model_impl") != "transformers":
             raise InvalidInputError(
-                f"{name}: {url} serves {taken[0]}, whose forward in SGLang takes no embeddings; "
-                "serve its LLM alone, which docs/llm/sglang.md tells how to write"
+                f"{name}: {url} serves {taken[0]}, whose forward in SGLang takes no embeddings",
+                cure="serve its LLM alone, which docs/llm/sglang.md tells how to write",
             )
         if _field(arguments, "disable_radix_cache") is False:
             raise InvalidInputError(
-                f"{name}: {url} keeps a prefix cache, which can't tell embeddings apart; start it "
-                "with --disable-radix-cache"
+                f"{name}: {url} keeps a prefix cache, which can't tell embeddings apart",
+                cure="start it with --disable-radix-cache",
             )
         dtype = _field(arguments, "dtype")
         if dtype is not None and dtype != _DTYPE:
             raise InvalidInputError(
-                f"{name}: {url} runs the LLM with --dtype {dtype}, but SGLang casts embeddings to "
-                f"{_DTYPE}, and fails where the LLM has another; start it with --dtype {_DTYPE}"
+                f"{name}: {url} runs the LLM with --dtype {dtype}, but SGLang casts embeddings "
+                f"to {_DTYPE}, and fails where the LLM has another",
+                cure=f"start it with --dtype {_DTYPE}",
             )
         return arguments
 
@@ -272,8 +275,8 @@ class SglangConversation(Conversation):
     def _check_turn(self, turn: int) -> None:
         if turn != self._turn:
             raise InvalidInputError(
-                f"{NAME}: this answer was left behind by a later question of the same "
-                "conversation; read an answer to its end before asking on"
+                f"{NAME}: this answer was left behind by a later question of the same conversation",
+                cure="read an answer to its end before asking on",
             )
 
 

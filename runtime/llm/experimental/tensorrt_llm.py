@@ -132,7 +132,8 @@ def prompt_table(
     """
     if dtype not in LARGEST:
         raise InvalidInputError(
-            f"{NAME}: got the dtype {dtype!r}, expected the engine's, one of {', '.join(LARGEST)}"
+            f"{NAME}: got the dtype {dtype!r}",
+            expected=f"the engine's, one of {', '.join(LARGEST)}",
         )
     torch = _torch()
     shown = checkpoint.shown(embeds, frames, dtype=dtype, takes_videos=False)
@@ -142,16 +143,19 @@ def prompt_table(
     if total > max_multimodal_len:
         raise InvalidInputError(
             f"{NAME}: got {total} tokens of {len(shown.parts)} images, but the engine's prompt "
-            f"table has {max_multimodal_len} rows; build it with trtllm-build "
-            f"--max_multimodal_len {total} or more"
+            f"table has {max_multimodal_len} rows",
+            cure=f"build it with trtllm-build --max_multimodal_len {total} or more",
         )
     placeholder = checkpoint.prompts.placeholders[shown.kind]
     words = [each for each in ids if each != placeholder]
     if max(words) >= vocab_size:
         raise InvalidInputError(
             f"{NAME}: got a prompt with the id {max(words)} and a vocabulary of {vocab_size}, "
-            "beyond which ids are places of images; give the engine's vocabulary size "
-            "(runner.vocab_size), and the checkpoint that it was built from"
+            "beyond which ids are places of images",
+            cure=(
+                "give the engine's vocabulary size (runner.vocab_size), and the checkpoint that it "
+                "was built from"
+            ),
         )
     places = iter(range(vocab_size, vocab_size + total))
     fake = [next(places) if each == placeholder else each for each in ids]
@@ -183,9 +187,11 @@ def torch_base64(embeds: Embeds) -> str:
 def _unknown(model: str, family: str) -> InvalidInputError:
     return InvalidInputError(
         f"{NAME}: {model!r} is a {family!r} model, but of vzip's families TensorRT-LLM's "
-        "PyTorch backend knows LLaVA-NeXT alone; use a bundle of one, such as "
-        "llava-next-mistral-7b, TensorRT-LLM's legacy runtime "
-        "(vzip.runtime.llm.experimental.tensorrt_llm.prompt_table), or another engine (--llm)"
+        "PyTorch backend knows LLaVA-NeXT alone",
+        cure=(
+            "use a bundle of one, such as llava-next-mistral-7b, TensorRT-LLM's legacy runtime "
+            "(vzip.runtime.llm.experimental.tensorrt_llm.prompt_table), or another engine (--llm)"
+        ),
     )
 
 

@@ -87,8 +87,8 @@ class GgufTokenizer:
         self.eos_id = int(library.llama_vocab_eos(vocabulary))
         if self.eos_id < 0:
             raise CheckpointError(
-                f"{NAME}: the GGUF has no end-of-sequence token, which a LLaVA has; make it again "
-                "with 'vzip convert'"
+                f"{NAME}: the GGUF has no end-of-sequence token, which a LLaVA has",
+                cure="make it again with 'vzip convert'",
             )
         self.eos = self._text(self.eos_id)
 
@@ -171,9 +171,12 @@ class GgufModel:
             self.handle = library.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self.handle:
             raise CheckpointError(
-                f"{NAME}: '{path}' can't be loaded ({said(errors)}); the file is truncated or "
-                "damaged, of an architecture that this llama.cpp doesn't know, or larger than the "
-                "memory: make it again with 'vzip convert', or update llama-cpp-python"
+                f"{NAME}: '{path}' can't be loaded ({said(errors)})",
+                cause=(
+                    "the file is truncated or damaged, of an architecture that this llama.cpp "
+                    "doesn't know, or larger than the memory"
+                ),
+                cure="make it again with 'vzip convert', or update llama-cpp-python",
             )
         weakref.finalize(self, quietly, library.llama_model_free, self.handle)
         self.vocabulary = library.llama_model_get_vocab(self.handle)
@@ -198,8 +201,9 @@ class GgufModel:
         text = self.text(f"{architecture}.{key}")
         if text is None or not text.isdecimal():
             raise CheckpointError(
-                f"{NAME}: '{self.path}' has no {architecture}.{key}, expected the GGUF of a "
-                "language model; make it with 'vzip convert'"
+                f"{NAME}: '{self.path}' has no {architecture}.{key}",
+                expected="the GGUF of a language model",
+                cure="make it with 'vzip convert'",
             )
         return int(text)
 
@@ -231,14 +235,16 @@ def load_library() -> Any:
         import llama_cpp
     except ImportError as error:
         raise MissingDependencyError(
-            f"{NAME} needs the package 'llama_cpp', which can't be imported here; install it with: "
-            "pip install 'vzip[llama-cpp]' (it is compiled as it is installed, which takes cmake "
-            "and a C++ compiler)"
+            f"{NAME} needs the package 'llama_cpp', which can't be imported here",
+            cure=(
+                "install it with: pip install 'vzip[llama-cpp]' (it is compiled as it is "
+                "installed, which takes cmake and a C++ compiler)"
+            ),
         ) from error
     except (OSError, RuntimeError) as error:
         raise BackendError(
-            f"{NAME}: llama-cpp-python's library can't be loaded ({str(error).splitlines()[0]}); "
-            "install it again on this machine: pip install --force-reinstall llama-cpp-python"
+            f"{NAME}: llama-cpp-python's library can't be loaded ({str(error).splitlines()[0]})",
+            cure="install it again on this machine: pip install --force-reinstall llama-cpp-python",
         ) from error
     _LOG.attach(llama_cpp)
     with listening():

@@ -135,8 +135,8 @@ class LlamaCppLLM(GreedyLLM):
         token = int(logits.argmax())  # of NaN, the first; of equals, the lowest id
         if not np.isfinite(logits[token]):
             raise BackendError(
-                f"{NAME}: the LLM's output is not finite with '{self.path}'; convert it from a "
-                "checkpoint in float32 or bfloat16"
+                f"{NAME}: the LLM's output is not finite with '{self.path}'",
+                cure="convert it from a checkpoint in float32 or bfloat16",
             )
         return token
 
@@ -197,7 +197,8 @@ class _Pool:
         if not self._context:
             raise BackendError(
                 f"{NAME}: no context of {length} tokens could be made for '{model.path}' "
-                f"({said(errors)}); free memory, or open it with a smaller context"
+                f"({said(errors)})",
+                cure="free memory, or open it with a smaller context",
             )
         # The model is an argument so that it outlives the context.
         weakref.finalize(self, _free, model, self._context)
@@ -215,8 +216,9 @@ class _Pool:
             self._sweep()
             if not self._free:
                 raise BackendError(
-                    f"{NAME}: {_CONVERSATIONS} conversations are open, and no more fit into one "
-                    "context; drop those that have ended"
+                    f"{NAME}: {_CONVERSATIONS} conversations are open, and no more fit into "
+                    "one context",
+                    cure="drop those that have ended",
                 )
             cache = KvCache(self._free.pop())
             self._lengths[cache.sequence] = 0
@@ -245,9 +247,12 @@ class _Pool:
             others = sum(self._lengths.values()) - cache.length
             if others + cache.length + len(ids) > self._length:
                 raise BackendError(
-                    f"{NAME}: {len(ids)} new tokens don't fit into the context of {self._length}, "
-                    f"of which this conversation holds {cache.length} and others {others}; drop "
-                    "conversations that have ended, or open the LLM with a larger context"
+                    f"{NAME}: {len(ids)} new tokens don't fit into the context of "
+                    f"{self._length}, of which this conversation holds {cache.length} and "
+                    f"others {others}",
+                    cure=(
+                        "drop conversations that have ended, or open the LLM with a larger context"
+                    ),
                 )
             taken = 0
             for start, stop, embedded in _runs(ids, places):
@@ -285,8 +290,8 @@ class _Pool:
         if status != 0:
             raise BackendError(
                 f"{NAME}: llama_decode failed with {status} at {cache.length} tokens "
-                f"({said(errors)}); begin a new conversation, or free memory and open the LLM "
-                "again"
+                f"({said(errors)})",
+                cure="begin a new conversation, or free memory and open the LLM again",
             )
         cache.length += count
         self._lengths[cache.sequence] = cache.length
@@ -316,13 +321,15 @@ def _check_file(path: Path) -> None:
             start = file.read(len(_MAGIC))
     except OSError as error:
         raise CheckpointError(
-            f"{NAME}: '{path}' can't be read ({error.strerror}), expected a GGUF; check the path, "
-            "or make one with 'vzip convert MODEL --gguf FILE.gguf'"
+            f"{NAME}: '{path}' can't be read ({error.strerror})",
+            expected="a GGUF",
+            cure="check the path, or make one with 'vzip convert MODEL --gguf FILE.gguf'",
         ) from error
     if start != _MAGIC:
         raise CheckpointError(
-            f"{NAME}: '{path}' begins with {start!r}, expected a GGUF, which begins with "
-            f"{_MAGIC!r}; make one with 'vzip convert MODEL --gguf FILE.gguf'"
+            f"{NAME}: '{path}' begins with {start!r}",
+            expected=f"a GGUF, which begins with {_MAGIC!r}",
+            cure="make one with 'vzip convert MODEL --gguf FILE.gguf'",
         )
 
 
@@ -347,8 +354,9 @@ def _placeholders(model: GgufModel, tokens: ImageTokens | None, path: Path) -> d
         if token != f"<{kind}>":
             raise InvalidInputError(
                 f"{NAME}: the bundle's {kind} token id is {token_id}, which is {token!r} in "
-                f"'{path}', expected <{kind}> or an id beyond its vocabulary; give the GGUF of the "
-                "checkpoint that the bundle was exported from (--llm)"
+                f"'{path}'",
+                expected=f"<{kind}> or an id beyond its vocabulary",
+                cure="give the GGUF of the checkpoint that the bundle was exported from (--llm)",
             )
     return given
 
@@ -361,8 +369,8 @@ def _words(model: GgufModel, tokens: ImageTokens | None, family: str | None, pat
             return Words.from_json(json.loads(stored))
         except (ValueError, CheckpointError) as error:
             raise CheckpointError(
-                f"{NAME}: '{path}' has unreadable words ({error}); make it again with 'vzip "
-                "convert'"
+                f"{NAME}: '{path}' has unreadable words ({error})",
+                cure="make it again with 'vzip convert'",
             ) from error
     if family in _LLAVA_15_FAMILIES and model.text("general.architecture") == "llama":
         return llava_15_words(videos=tokens is not None and tokens.video_token_id is not None)
@@ -371,9 +379,9 @@ def _words(model: GgufModel, tokens: ImageTokens | None, family: str | None, pat
 
 def _wordless(path: Path) -> CheckpointError:
     return CheckpointError(
-        f"{NAME}: '{path}' does not say in which words its LLM is asked, expected the key "
-        f"{Key.WORDS!r}, or the GGUF of a Llama for a bundle of a LLaVA-1.5; make it with 'vzip "
-        "convert MODEL --gguf FILE.gguf'"
+        f"{NAME}: '{path}' does not say in which words its LLM is asked",
+        expected=f"the key {Key.WORDS!r}, or the GGUF of a Llama for a bundle of a LLaVA-1.5",
+        cure="make it with 'vzip convert MODEL --gguf FILE.gguf'",
     )
 
 

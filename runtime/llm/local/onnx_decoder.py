@@ -117,8 +117,11 @@ class OnnxRuntimeLLM(GreedyLLM):
         best = int(logits.argmax())  # the first of equals; and NaN, if there is one
         if not np.isfinite(logits[best]):
             raise BackendError(
-                f"{NAME}: the LLM's output is not finite in {self.settings.dtype}; export the "
-                "bundle with --precision fp32, and run 'vzip check' on it if it repeats"
+                f"{NAME}: the LLM's output is not finite in {self.settings.dtype}",
+                cure=(
+                    "export the bundle with --precision fp32, and run 'vzip check' on it if it "
+                    "repeats"
+                ),
             )
         return best
 
@@ -143,9 +146,9 @@ class OnnxRuntimeLLM(GreedyLLM):
             logits, *present = binding.get_outputs()
         except Exception as error:  # ONNX Runtime's errors have no base class of their own
             raise BackendError(
-                f"{NAME}: the LLM failed at {len(ids)} new tokens ({first_line(error)}); memory "
-                "may be short: begin a new conversation, or use a bundle with fewer tokens per "
-                "image"
+                f"{NAME}: the LLM failed at {len(ids)} new tokens ({first_line(error)})",
+                cause="memory may be short",
+                cure="begin a new conversation, or use a bundle with fewer tokens per image",
             ) from error
         # The next call reads what this one wrote: the cache never becomes a numpy array.
         cache[:] = present
@@ -162,7 +165,8 @@ class OnnxRuntimeLLM(GreedyLLM):
         if new.max() >= len(self._table):
             raise InvalidInputError(
                 f"{NAME}: the prompt has a token of id {new.max()}, of which the LLM has no "
-                f"embedding among its {len(self._table)}; ask without it"
+                f"embedding among its {len(self._table)}",
+                cure="ask without it",
             )
         made = self._table[new]  # a copy, [n, L]
         if rows is not None:
@@ -188,8 +192,9 @@ class OnnxRuntimeLLM(GreedyLLM):
             raise BundleError(
                 f"{NAME}: the graph of the LLM in {bundle.path} is not the one that llm.json "
                 f"describes, first at {wrong[0]!r} (got {found.get(wrong[0])}, expected "
-                f"{expected.get(wrong[0])}); the files are of different models: export the bundle "
-                "again"
+                f"{expected.get(wrong[0])})",
+                cause="the files are of different models",
+                cure="export the bundle again",
             )
 
 

@@ -185,8 +185,9 @@ class TransformersLLM(GreedyLLM):
         if lost:
             raise CheckpointError(
                 f"{NAME}: the checkpoint {str(model)!r} lacks {len(lost)} tensors of its LLM, "
-                f"such as {lost[0]}; shards are missing or it is of another layout: give a whole "
-                "llava-hf checkpoint (--llm)"
+                f"such as {lost[0]}",
+                cause="shards are missing or it is of another layout",
+                cure="give a whole llava-hf checkpoint (--llm)",
             )
         if dtype == "auto" and device == "cpu" and llava.dtype == torch.float16:
             llava = llava.float()
@@ -213,8 +214,8 @@ class TransformersLLM(GreedyLLM):
             best, token = result.logits[0, -1].float().max(dim=-1)
             if not best.isfinite():  # NaN anywhere in the row is what max returns
                 raise BackendError(
-                    f"{NAME}: the LLM's output is not finite in {self.dtype}; open it with "
-                    "dtype='float32'"
+                    f"{NAME}: the LLM's output is not finite in {self.dtype}",
+                    cure="open it with dtype='float32'",
                 )
         return int(token)
 
@@ -252,8 +253,8 @@ class TransformersLLM(GreedyLLM):
 
         if len(embeds) != len(questions) or not questions:
             raise InvalidInputError(
-                f"{NAME}: got {len(embeds)} images' tokens and {len(questions)} questions; it "
-                "takes as many of both, 1 or more"
+                f"{NAME}: got {len(embeds)} images' tokens and {len(questions)} questions",
+                cause="it takes as many of both, 1 or more",
             )
         if form == "mm_encoder_outputs":
             self._check_encoder_outputs()
@@ -358,7 +359,8 @@ class TransformersLLM(GreedyLLM):
         if len(set(counts)) > 1:
             raise InvalidInputError(
                 f"{NAME}: got {kind}s of {counts} tokens, but the mm_encoder_outputs of "
-                f"{type(self.model).__name__} take as many of each; use form='inputs_embeds'"
+                f"{type(self.model).__name__} take as many of each",
+                cure="use form='inputs_embeds'",
             )
         return {kind: BaseModelOutputWithPooling(pooler_output=torch.stack(features))}
 
@@ -368,9 +370,9 @@ class TransformersLLM(GreedyLLM):
             import transformers
 
             raise MissingDependencyError(
-                f"{NAME}: transformers {transformers.__version__} doesn't take mm_encoder_outputs "
-                f"for {type(self.model).__name__}, which 5.18 and newer do; upgrade it, or use "
-                "form='inputs_embeds'"
+                f"{NAME}: transformers {transformers.__version__} doesn't take "
+                f"mm_encoder_outputs for {type(self.model).__name__}, which 5.18 and newer do",
+                cure="upgrade it, or use form='inputs_embeds'",
             )
 
     @contextlib.contextmanager
@@ -382,8 +384,11 @@ class TransformersLLM(GreedyLLM):
             yield
         except torch.OutOfMemoryError as error:
             raise BackendError(
-                f"{NAME}: out of memory on {self.device} at {tokens()} tokens; begin a new "
-                "conversation, free memory, or use a bundle with fewer tokens per image"
+                f"{NAME}: out of memory on {self.device} at {tokens()} tokens",
+                cure=(
+                    "begin a new conversation, free memory, or use a bundle with fewer tokens per "
+                    "image"
+                ),
             ) from error
 
 
@@ -416,8 +421,11 @@ def _check_architecture(config: Any, model: str) -> None:
     if CLASSES.get(config.model_type) not in architectures:
         raise CheckpointError(
             f"{NAME}: {model!r} is a {config.model_type!r} model ({', '.join(architectures)}), "
-            f"but this engine takes a {', '.join(CLASSES.values())}; for a checkpoint in the "
-            "original LLaVA layout give its llava-hf twin, such as --llm llava-1.5-7b"
+            f"but this engine takes a {', '.join(CLASSES.values())}",
+            cause=(
+                "for a checkpoint in the original LLaVA layout give its llava-hf twin, such as "
+                "--llm llava-1.5-7b"
+            ),
         )
 
 
@@ -426,10 +434,10 @@ def _check_words(config: Any, model: str) -> None:
     text = config.get_text_config().model_type
     if text not in _LLAVA_15_WORDS.get(config.model_type, ()):
         raise CheckpointError(
-            f"{NAME}: {model!r} has no chat template, which a {config.model_type!r} model with a "
-            f"{text!r} LLM needs; without it the LLM would be asked in words that it was not "
-            "trained with: fetch chat_template.json or chat_template.jinja of the published "
-            "checkpoint"
+            f"{NAME}: {model!r} has no chat template, which a {config.model_type!r} model with "
+            f"a {text!r} LLM needs",
+            cause="without it the LLM would be asked in words that it was not trained with",
+            cure="fetch chat_template.json or chat_template.jinja of the published checkpoint",
         )
 
 
@@ -455,8 +463,9 @@ def _fetch(model: str | Path, revision: str | None, patterns: tuple[str, ...]) -
     except Exception as error:  # its HTTP library's classes change between versions
         wanted = location.hub_id if revision is None else f"{location.hub_id} at {revision}"
         raise CheckpointError(
-            f"{NAME}: the LLM {wanted} is neither in the local cache nor to be had from the hub "
-            f"({_first_line(error)}); connect to the network, or give a local folder (--llm)"
+            f"{NAME}: the LLM {wanted} is neither in the local cache nor to be had from the "
+            f"hub ({_first_line(error)})",
+            cure="connect to the network, or give a local folder (--llm)",
         ) from error
     return Path(folder)
 
@@ -468,8 +477,8 @@ def _reading(model: str | Path) -> Iterator[None]:
         yield
     except Exception as error:  # of a damaged file the libraries raise anything
         raise CheckpointError(
-            f"{NAME}: the LLM {str(model)!r} can't be loaded ({_first_line(error)}); give a whole "
-            "llava-hf checkpoint with its tokenizer (--llm)"
+            f"{NAME}: the LLM {str(model)!r} can't be loaded ({_first_line(error)})",
+            cure="give a whole llava-hf checkpoint with its tokenizer (--llm)",
         ) from error
 
 

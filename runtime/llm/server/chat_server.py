@@ -103,8 +103,8 @@ class ServerLLM(LLM):
         if frames is not None and self.tokens.video_token_id is not None:
             raise InvalidInputError(
                 f"{self.name}: got a video's tokens, which this LLM takes at a placeholder for "
-                "videos, but the server takes tokens of images only; ask about frames as images, "
-                "or use --llm transformers:MODEL for videos"
+                "videos, but the server takes tokens of images only",
+                cure="ask about frames as images, or use --llm transformers:MODEL for videos",
             )
         shown = check_shown(
             self.name,
@@ -125,8 +125,9 @@ class ServerLLM(LLM):
             names = []
         if not names:
             raise BackendError(
-                f"{self.name}: {self.url}/v1/models lists no models; it is no OpenAI-compatible "
-                "server, or its model is not loaded yet: check the address and the server's log"
+                f"{self.name}: {self.url}/v1/models lists no models",
+                cause="it is no OpenAI-compatible server, or its model is not loaded yet",
+                cure="check the address and the server's log",
             )
         if model is None and len(names) == 1:
             return names[0]
@@ -134,8 +135,11 @@ class ServerLLM(LLM):
             return str(model)
         asked = "none was named" if model is None else f"{model!r} is not among them"
         raise InvalidInputError(
-            f"{self.name}: {self.url} serves {', '.join(map(repr, names))}, but {asked}; serve one "
-            f"model, or give one of these names in Python: {type(self).__name__}(…, model=…)"
+            f"{self.name}: {self.url} serves {', '.join(map(repr, names))}, but {asked}",
+            cure=(
+                f"serve one model, or give one of these names in Python: {type(self).__name__}(…, "
+                "model=…)"
+            ),
         )
 
 
@@ -192,8 +196,9 @@ class ServerConversation(Conversation):
         for placeholder in self._llm.placeholders:
             if placeholder in question:
                 raise InvalidInputError(
-                    f"{name}: the question contains {placeholder!r}, which the server would take "
-                    f"for the place of an image or video; a question must not contain it"
+                    f"{name}: the question contains {placeholder!r}, which the server would "
+                    "take for the place of an image or video",
+                    cause="a question must not contain it",
                 )
         self._turn += 1
         return self._pieces(question.strip(), max_new_tokens, self._turn)
@@ -232,7 +237,8 @@ class ServerConversation(Conversation):
         if turn != self._turn:
             raise InvalidInputError(
                 f"{self._llm.name}: this answer was left behind by a later question of the "
-                "same conversation; read an answer to its end before asking on"
+                "same conversation",
+                cure="read an answer to its end before asking on",
             )
 
 

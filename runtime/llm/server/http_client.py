@@ -62,8 +62,8 @@ class Client:
         self._key = os.environ.get(key_variable, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
             raise InvalidInputError(
-                f"{name}: the API key in {key_variable} holds characters that no HTTP header "
-                "takes; set it again, without line breaks"
+                f"{name}: the API key in {key_variable} holds characters that no HTTP header takes",
+                cure="set it again, without line breaks",
             )
 
     def get(self, path: str) -> Any:
@@ -88,8 +88,9 @@ class Client:
             return json.loads(answer)
         except ValueError as error:
             raise BackendError(
-                f"{self._name}: {self.url}{path} answered with {_kind(response)} that is not JSON; "
-                "it is no server of this engine: give the server's address, without a path"
+                f"{self._name}: {self.url}{path} answered with {_kind(response)} that is not JSON",
+                cause="it is no server of this engine",
+                cure="give the server's address, without a path",
             ) from error
 
     def broken(self, what: str) -> BackendError:
@@ -297,18 +298,20 @@ def _address(name: str, url: str) -> tuple[str, str]:
         host = None
     if "@" in text:
         raise InvalidInputError(
-            f"{name}: the server's address holds a user name or password; give it without, such "
-            f"as {example}, and an API key in the environment"
+            f"{name}: the server's address holds a user name or password",
+            cure=f"give it without, such as {example}, and an API key in the environment",
         )
     plain = text.isascii() and text.isprintable() and " " not in text
     if not host or not plain or parts.scheme not in ("http", "https"):
         raise InvalidInputError(
-            f"{name}: got the address {text!r}, expected that of a server, such as {example}; "
-            "begin it with http:// or https://, and write a port as a number"
+            f"{name}: got the address {text!r}",
+            expected=f"that of a server, such as {example}",
+            cure="begin it with http:// or https://, and write a port as a number",
         )
     if parts.query or parts.fragment:
         raise InvalidInputError(
-            f"{name}: got the address {text!r}, expected one without '?' and '#', such as {example}"
+            f"{name}: got the address {text!r}",
+            expected=f"one without '?' and '#', such as {example}",
         )
     path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
     return f"{parts.scheme}://{parts.netloc}{path}", host

@@ -63,8 +63,8 @@ class VllmServer(ServerLLM):
         if not token or token[-1] != tokens.image_token_id:
             raise InvalidInputError(
                 f"{NAME}: the bundle's image token id is {tokens.image_token_id}, but the LLM "
-                f"{self.model!r} at {self.url} makes {token} of {_IMAGE!r}; serve the LLM of the "
-                "checkpoint that the bundle was exported from"
+                f"{self.model!r} at {self.url} makes {token} of {_IMAGE!r}",
+                cure="serve the LLM of the checkpoint that the bundle was exported from",
             )
         start = token[:-1]
         chat = self._ids(
@@ -79,8 +79,9 @@ class VllmServer(ServerLLM):
             return [int(each) for each in answer["tokens"]]
         except (TypeError, KeyError, ValueError) as error:
             raise BackendError(
-                f"{NAME}: {self.url}/tokenize answered {str(answer)[:80]!r}, expected 'tokens'; it "
-                "is no vLLM server, or a proxy changed the answer"
+                f"{NAME}: {self.url}/tokenize answered {str(answer)[:80]!r}",
+                expected="'tokens'",
+                cause="it is no vLLM server, or a proxy changed the answer",
             ) from error
 
     def request(self, messages: Sequence[Message], max_new_tokens: int) -> dict[str, Any]:
@@ -142,8 +143,8 @@ class VllmLLM(LLM):
         settings = config.multimodal_config
         if settings is None or not settings.enable_mm_embeds:
             raise InvalidInputError(
-                f"{NAME}: this engine takes no embeddings; open it with vllm.LLM(…, "
-                "enable_mm_embeds=True)"
+                f"{NAME}: this engine takes no embeddings",
+                cure="open it with vllm.LLM(…, enable_mm_embeds=True)",
             )
         self.llm = llm
         self.text = TextCheckpoint.open(NAME, config.model, tokens=tokens, revision=config.revision)
@@ -208,8 +209,8 @@ class VllmLLM(LLM):
         check_max_new_tokens(NAME, max_new_tokens)
         if len(embeds) != len(questions) or not questions:
             raise InvalidInputError(
-                f"{NAME}: got {len(embeds)} images' tokens and {len(questions)} questions; it "
-                "takes as many of both, 1 or more"
+                f"{NAME}: got {len(embeds)} images' tokens and {len(questions)} questions",
+                cause="it takes as many of both, 1 or more",
             )
         shown = [self._shown(each, frames) for each in embeds]
         _check_rows(shown)
@@ -235,8 +236,8 @@ class VllmLLM(LLM):
         except (RuntimeError, ValueError) as error:  # EngineDeadError is a RuntimeError too
             words = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise BackendError(
-                f"{NAME}: the engine failed ({words}); see its log, and open a new engine if "
-                "this one has ended"
+                f"{NAME}: the engine failed ({words})",
+                cure="see its log, and open a new engine if this one has ended",
             ) from error
         return [list(result.outputs[0].token_ids) for result in results]
 
@@ -258,9 +259,9 @@ class VllmLLM(LLM):
     def _shown(self, embeds: Embeds | Sequence[Embeds], frames: int | None) -> Shown:
         if frames is not None and "video" in self.text.prompts.placeholders:
             raise InvalidInputError(
-                f"{NAME}: got a video's tokens, which this LLM takes at a placeholder for videos, "
-                "but vLLM's class of it takes embeddings of images only; ask about frames as "
-                "images, or use transformers for videos"
+                f"{NAME}: got a video's tokens, which this LLM takes at a placeholder for "
+                "videos, but vLLM's class of it takes embeddings of images only",
+                cure="ask about frames as images, or use transformers for videos",
             )
         return self.text.shown(embeds, frames, dtype=self._dtype, takes_videos=False)
 
@@ -311,8 +312,8 @@ class VllmConversation(Conversation):
     def _answer(self, before: list[int], ids: list[int], max_new_tokens: int) -> Iterator[str]:
         if self._ids is not before:
             raise InvalidInputError(
-                f"{NAME}: this answer was left behind by a later question of the same "
-                "conversation; read an answer to its end before asking on"
+                f"{NAME}: this answer was left behind by a later question of the same conversation",
+                cure="read an answer to its end before asking on",
             )
         ((*made,),) = self._llm.generate([(ids, self._shown)], max_new_tokens)
         spoken = self._llm.spoken(made)
@@ -341,9 +342,9 @@ def _check_rows(shown: Sequence[Shown]) -> None:
     rows = sorted({len(part) for each in shown for part in each.parts})
     if len(rows) > 1:
         raise InvalidInputError(
-            f"{NAME}: got images of {', '.join(map(str, rows))} tokens at once, but vLLM takes as "
-            "many of each in a batch, and ends when they differ; ask about one image at a time, "
-            "or about images of one size"
+            f"{NAME}: got images of {', '.join(map(str, rows))} tokens at once, but vLLM takes "
+            "as many of each in a batch, and ends when they differ",
+            cure="ask about one image at a time, or about images of one size",
         )
 
 

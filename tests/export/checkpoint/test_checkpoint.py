@@ -372,7 +372,7 @@ def test_a_truncated_shard(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-10])
     text = message(tmp_path)
     assert f"can't read tensors from {shard}" in text
-    assert "truncated or damaged: download it again" in text
+    assert "truncated or damaged; download it again" in text
 
 
 def test_a_missing_configuration(tmp_path: Path) -> None:

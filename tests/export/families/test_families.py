@@ -383,7 +383,7 @@ def test_a_family_without_a_view_of_video_says_so(family: str) -> None:
     name = "llava" if family == "llava-siglip" else family
     assert str(caught.value) == (
         f"media is 'video', and the family '{name}' has a graph for image alone, expected 'image'; "
-        "its towers see the frames of a clip as images: leave media out"
+        "its towers see the frames of a clip as images; leave media out"
     )
 
 

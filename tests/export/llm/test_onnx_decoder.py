@@ -81,7 +81,7 @@ def test_random_weights_answer_nothing(tmp_path: Path, capsys: Any) -> None:
     arguments = ("--model", "demo", "--weights", "random", "--with-llm", "-o", tmp_path / "x")
     assert refused(capsys, *arguments) == (
         "vzip: error: --with-llm and --weights random were both given; the answers of an LLM to "
-        "random tokens mean nothing: leave out one of the two"
+        "random tokens mean nothing; leave out one of the two"
     )
 
 

@@ -656,7 +656,7 @@ def test_a_fork_is_told_and_frees_nothing(
                 lambda: opened.run_on_device({"image": golden["images"][:1]}),
                 left.__dlpack__,
             ):
-                with pytest.raises(BackendError, match="survive a fork: open the bundle in this"):
+                with pytest.raises(BackendError, match="survive a fork; open the bundle in this"):
                     use()
             alive = trt.lib.fake_blocks(HOST | DEVICE), trt.lib.fake_handles()
             encoder.close()

@@ -144,7 +144,7 @@ class TestServer:
         with pytest.raises(BackendError, match=r"/tokenize answered .*, expected 'tokens'; it is"):
             VllmServer(fake.url, TOKENS)
         del fake.pages["/tokenize"]
-        with pytest.raises(BackendError, match="it has no /tokenize: give the address"):
+        with pytest.raises(BackendError, match="it has no /tokenize; give the address"):
             VllmServer(fake.url, TOKENS)
 
     def test_images_of_different_sizes(self, fake):

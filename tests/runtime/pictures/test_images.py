@@ -440,7 +440,7 @@ def test_truncated_message(name: str) -> None:
     data = encoded(Image.fromarray(noise()), name)
     message = rejected(data[: len(data) // 2])
     assert f"the encoded image can't be decoded as {name}: " in message
-    assert "it is truncated, corrupt or closed: save it again" in message
+    assert "it is truncated, corrupt or closed; save it again" in message
 
 
 def test_truncated_lazy_pil_image() -> None:
