@@ -6,82 +6,104 @@ import ast
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
 import tomllib
 
-ROOT = Path(__file__).parent.parent
-FOLDERS = ("export", "runtime", "calibration")
-PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+from tests import house
+from tests.places import ROOT
 
-# What each folder may import of vzip: data flows calibration → export → runtime.
-MAY_IMPORT = {
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+# What each package may name of vzip: data flows calibration → export → runtime.
+BELOW = {
     "runtime": {"runtime"},
     "export": {"export", "runtime"},
     "calibration": {"calibration", "export", "runtime"},
 }
-
-
-def modules() -> list[Path]:
-    return sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
-
-
-def imports(path: Path, *, top_level_only: bool) -> Iterator[str]:
-    """Names of imported modules; `if TYPE_CHECKING:` blocks don't count."""
-    pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative imports hide where a module lives"
-            assert node.module is not None
-            yield node.module
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            pending.extend(node.orelse)
-        elif not (top_level_only and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))):
-            pending.extend(ast.iter_child_nodes(node))
+MOST_MODULES = 15
 
 
 def test_pyproject_lists_every_package_of_the_tree() -> None:
-    found = {
-        "vzip." + ".".join(path.parent.relative_to(ROOT).parts)
-        for path in modules()
-        if path.name == "__init__.py"
-    }
+    found = {"vzip." + ".".join(each[:-1]) for each in house.modules()}
     assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == found
 
 
 def test_every_folder_with_modules_is_a_package() -> None:
-    for path in modules():
-        assert (path.parent / "__init__.py").exists(), f"{path.parent} has no __init__.py"
+    for module, path in house.modules().items():
+        assert (*module[:-1], "__init__") in house.modules(), f"{path.parent} has no __init__.py"
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_installed_module_is_the_file_of_the_tree(path: Path) -> None:
-    name = "vzip." + ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    spec = importlib.util.find_spec(name.removesuffix(".__init__"))
-    assert spec is not None, f"{name} is not installed: run 'make' again, new files need it"
-    assert spec.origin is not None
-    assert Path(spec.origin).samefile(path), f"{name} is {spec.origin}: run 'make' again"
+def test_the_installed_modules_are_the_files_of_the_tree() -> None:
+    for module, path in house.modules().items():
+        name = "vzip." + ".".join(module).removesuffix(".__init__")
+        spec = importlib.util.find_spec(name)
+        assert spec is not None, f"{name} is not installed: run 'make' again, new files need it"
+        assert spec.origin is not None
+        assert Path(spec.origin).samefile(path), f"{name} is {spec.origin}: run 'make' again"
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_dependencies_point_one_way(folder: str) -> None:
-    for path in (ROOT / folder).rglob("*.py"):
-        for name in imports(path, top_level_only=False):
-            if name.split(".")[0] == "vzip":
-                owner = name.split(".")[1]
-                assert owner in MAY_IMPORT[folder], f"{path} imports {name}"
+def test_dependencies_point_one_way() -> None:
+    for importer, imported in house.imports():
+        assert imported[0] in BELOW[importer[0]], f"{'/'.join(importer)} imports {imported}"
+
+
+def test_no_module_names_what_stands_above_it() -> None:
+    """A name in a string is imported all the same; documentation may speak of anything."""
+    above = {
+        package: tuple(f"vzip.{each}" for each in house.PACKAGES if each not in BELOW[package])
+        for package in house.PACKAGES
+    }
+    for module, path in house.modules().items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        documentation = {
+            id(node.value)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        }
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and id(node) not in documentation
+            ):
+                named = [each for each in above[module[0]] if each in node.value]
+                assert not named, f"{path}:{node.lineno} names {named}"
+
+
+def test_nothing_imports_in_a_circle() -> None:
+    assert house.circles() == []
+
+
+def test_a_file_s_name_means_one_thing_in_its_package() -> None:
+    places = defaultdict(list)
+    for module in house.modules():
+        if module[-1] != "__init__" and "cli" not in module:
+            places[module[0], module[-1]].append("/".join(module))
+    twice = [each for each in places.values() if len(each) > 1]
+    assert not twice
+
+
+def test_no_folder_has_too_many_modules() -> None:
+    counts = Counter(module[:-1] for module in house.modules() if module[-1] != "__init__")
+    assert max(counts.values()) <= MOST_MODULES, counts.most_common(3)
+
+
+def test_the_document_of_the_house_is_the_tree_s() -> None:
+    assert house.DOCUMENT.read_text(encoding="utf-8") == house.document(), (
+        "docs/house.md is not what the tree is: run 'python -m tests.house'"
+    )
 
 
 def test_the_runtime_imports_numpy_and_pillow_alone() -> None:
     allowed = {*sys.stdlib_module_names, "numpy", "PIL", "vzip"}
-    for path in (ROOT / "runtime").rglob("*.py"):
-        foreign = {name.split(".")[0] for name in imports(path, top_level_only=True)} - allowed
-        assert not foreign, f"{path} imports {foreign} at module level"
+    for module, path in house.modules().items():
+        if module[0] == "runtime":
+            names = house.imported_names(path, top_level_only=True)
+            foreign = {name.split(".")[0] for name, _ in names} - allowed
+            assert not foreign, f"{path} imports {foreign} at module level"
 
 
 def test_dependencies_of_a_plain_install_are_numpy_and_pillow() -> None:
