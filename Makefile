@@ -1,7 +1,7 @@
 # make demo          export the demo model, check it, ask it about a picture, draw what it kept
 # make test          lint, types, all tests
 # make test-fast     the same without the tests that take minutes (full-size models)
-# make test-engines  the tests that run a real LLM engine, llama.cpp among them (which pip builds)
+# make test-llms     the tests that run a real LLM on this machine, llama.cpp's among them (pip builds it)
 # make bench-short   ratios of times, compared with the committed ones
 # make test-pythons  the runtime's tests under Python 3.10 with numpy 1.26 and under 3.13
 # make format        format the code
@@ -23,7 +23,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 # ONNX Runtime 1.29 and newer sends telemetry when it is imported; vzip turns that off for itself.
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-fast test-engines engines bench-short test-pythons lint types format clean
+.PHONY: demo test test-fast test-llms llms bench-short test-pythons lint types format clean
 
 demo: $(VENV)/linked
 	$(BIN)/vzip export --model demo --tokens 43 -o $(DEMO_BUNDLE)
@@ -37,13 +37,13 @@ test: lint types
 test-fast: lint types
 	$(PYTEST) -m "not slow"
 
-test-engines: $(VENV)/linked engines
-	VZIP_ENGINES=llama_cpp $(PYTEST) -m engine
+test-llms: $(VENV)/linked llms
+	VZIP_LLMS=llama_cpp $(PYTEST) -m local_llm
 
-engines: $(VENV)/engines
+llms: $(VENV)/llms
 
 # Built for the machine's own CPU; of llama.cpp only the library is needed.
-$(VENV)/engines: $(VENV)/installed
+$(VENV)/llms: $(VENV)/installed
 	CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAVA_BUILD=OFF" \
 	  $(BIN)/pip install $(PIP_QUIET) -c constraints.txt llama-cpp-python
 	touch $@

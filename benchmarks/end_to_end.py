@@ -71,7 +71,7 @@ SERVER = (
     "run on hardware"
 )
 ABSENT = {
-    **dict.fromkeys(("vllm", "sglang", "trtllm", "lmdeploy"), SERVER),
+    **dict.fromkeys(("vllm", "sglang", "trtllm"), SERVER),
     "encoder as a TensorRT engine": (
         "this command measures on the CPU; benchmarks.gpu_evidence is for GPUs; not run on hardware"
     ),

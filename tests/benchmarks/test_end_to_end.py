@@ -170,7 +170,7 @@ def test_engines_of_a_gpu_are_empty_cells_that_say_why(monkeypatch, tmp_path):
     answering(monkeypatch, lambda job: found(dict.fromkeys(job["budgets"], 100.0)))
     result = end_to_end.measure([], [LLAVA], tmp_path)
     why = {each["cell"]: each["why"] for each in result["empty"]}
-    for engine in ("vllm", "sglang", "trtllm", "lmdeploy"):
+    for engine in ("vllm", "sglang", "trtllm"):
         assert "not run on hardware" in why[engine]
 
 

@@ -20,7 +20,7 @@ from vzip.runtime.llm import ImageTokens
 from vzip.runtime.llm.local.transformers import TransformersLLM
 from vzip.runtime.pictures.video import sample_frames
 
-pytestmark = pytest.mark.engine
+pytestmark = pytest.mark.local_llm
 
 SCENES = (3, 5)  # seeds
 LENGTH = 30

@@ -25,7 +25,7 @@ from vzip.runtime.llm import ImageTokens
 from vzip.runtime.llm.chat_template import make_prompts
 from vzip.runtime.llm.local.transformers import TransformersLLM
 
-pytestmark = pytest.mark.engine
+pytestmark = pytest.mark.local_llm
 
 TINY_BUNDLE = GOLDEN / "tiny_bundle"
 PATCHES, WIDTH = 16, 64

@@ -10,7 +10,7 @@
 
 The first two know LLaVA-NeXT alone of vzip's families. Sources: NVIDIA/TensorRT-LLM, 1.2 and newer
 for the first two, 0.12 and newer for the last; what tests hold this module to stands in
-`tests/golden/engine_contracts.json`.
+`tests/golden/llm_server_contracts.json`.
 """
 
 from __future__ import annotations

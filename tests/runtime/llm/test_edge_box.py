@@ -15,7 +15,7 @@ from vzip.runtime import VisionEncoder, demo
 from vzip.runtime.llm import ImageTokens
 from vzip.runtime.llm.local.transformers import TransformersLLM
 
-pytestmark = pytest.mark.engine
+pytestmark = pytest.mark.local_llm
 
 ABSENT = ("torch", "transformers", "jinja2", "safetensors", "huggingface_hub", "onnx", "tqdm")
 

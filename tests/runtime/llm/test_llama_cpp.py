@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.engines import needed
+from tests.llms import needed
 from tests.places import DOCS
 from tests.runtime.llm.tiny_checkpoints import CHAT_ML, WIDTH, qwen2, save_checkpoint, sentencepiece
 from tests.snippets import run_snippets
@@ -39,7 +39,7 @@ from vzip.runtime.llm.local.gguf_model import Key
 from vzip.runtime.llm.local.llama_cpp import LlamaCppLLM, open_llm
 from vzip.runtime.llm.local.transformers import TransformersLLM
 
-pytestmark = pytest.mark.engine
+pytestmark = pytest.mark.local_llm
 
 ANSWERS = 200
 FIRST_SCENE = 710_000  # seeds that neither training nor its validation used

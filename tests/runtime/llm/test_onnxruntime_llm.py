@@ -85,7 +85,7 @@ def shown(bundle: Bundle, held_out: accuracy.HeldOut) -> list[np.ndarray]:
 
 
 @pytest.mark.slow
-@pytest.mark.engine
+@pytest.mark.local_llm
 def test_held_out_questions_get_the_answers_that_transformers_gives(
     ours: OnnxRuntimeLLM,
     theirs: TransformersLLM,
@@ -102,7 +102,7 @@ def test_held_out_questions_get_the_answers_that_transformers_gives(
     assert right >= 0.75 * asked, "answers that mean something"
 
 
-@pytest.mark.engine
+@pytest.mark.local_llm
 def test_three_turns_equal_and_later_ones_feed_only_what_is_new(
     ours: OnnxRuntimeLLM,
     theirs: TransformersLLM,
@@ -135,7 +135,7 @@ def test_three_turns_equal_and_later_ones_feed_only_what_is_new(
                 assert prompt > 43
 
 
-@pytest.mark.engine
+@pytest.mark.local_llm
 def test_conversations_keep_caches_of_their_own(
     ours: OnnxRuntimeLLM, shown: list[np.ndarray]
 ) -> None:
@@ -147,7 +147,7 @@ def test_conversations_keep_caches_of_their_own(
     assert [list(turns) for turns in zip(*answers, strict=True)] == expected
 
 
-@pytest.mark.engine
+@pytest.mark.local_llm
 def test_an_answer_comes_in_pieces(
     ours: OnnxRuntimeLLM, theirs: TransformersLLM, shown: list[np.ndarray]
 ) -> None:
@@ -158,7 +158,7 @@ def test_an_answer_comes_in_pieces(
     assert next(stream) == ours.ask(shown[1], TURNS[0])[:1]
 
 
-@pytest.mark.engine
+@pytest.mark.local_llm
 def test_several_images_and_the_frames_of_a_video(
     ours: OnnxRuntimeLLM, theirs: TransformersLLM, bundle: Bundle, shown: list[np.ndarray]
 ) -> None:
@@ -176,7 +176,7 @@ def test_several_images_and_the_frames_of_a_video(
     assert one.ids.count(IMAGE) == 4 * 43
 
 
-@pytest.mark.engine
+@pytest.mark.local_llm
 def test_the_context_is_a_limit(ours: OnnxRuntimeLLM, shown: list[np.ndarray]) -> None:
     with pytest.raises(InvalidInputError, match=r"^onnxruntime: .* the LLM's context takes 1024"):
         ours.conversation(shown[0]).ask("What digit is there?", max_new_tokens=1000)
@@ -184,7 +184,7 @@ def test_the_context_is_a_limit(ours: OnnxRuntimeLLM, shown: list[np.ndarray]) -
         ours.conversation(shown[0][:42])
 
 
-@pytest.mark.engine
+@pytest.mark.local_llm
 def test_the_bundles_own_llm_is_the_default(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,7 +200,7 @@ def test_the_bundles_own_llm_is_the_default(
     assert capsys.readouterr() == (question["answer"] + "\n", "")
 
 
-@pytest.mark.engine
+@pytest.mark.local_llm
 def test_another_bundles_llm_can_be_named(
     bundle: Bundle, shown: list[np.ndarray], tiny_bundle: Path, tmp_path: Path
 ) -> None:
@@ -226,7 +226,7 @@ def test_another_bundles_llm_can_be_named(
         open_llm(str(bundle.path), Bundle(without.path, other))
 
 
-@pytest.mark.engine
+@pytest.mark.local_llm
 def test_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
     picture = demo.pictures() / "scene-1.jpg"
     replaced = {"llava-64": str(demo_with_llm()), "photo.jpg": str(picture)}
@@ -279,7 +279,7 @@ def full(llm: TransformersLLM, ids: list[int], rows: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.slow
-@pytest.mark.engine
+@pytest.mark.local_llm
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_logits_equal_a_full_recompute(tiny: types.SimpleNamespace, kind: str) -> None:
     if kind == "video" and not tiny.family.videos:
@@ -303,7 +303,7 @@ def test_logits_equal_a_full_recompute(tiny: types.SimpleNamespace, kind: str) -
     assert np.ptp(expected) > 1, "the test wants logits that differ"
 
 
-@pytest.mark.engine
+@pytest.mark.local_llm
 def test_conversations_equal_transformers(tiny: types.SimpleNamespace) -> None:
     llm = OnnxRuntimeLLM(tiny.bundle)
     for embeds, frames in ((embeds_of(7), None), ([embeds_of(5), embeds_of(3)], None)) + (
@@ -319,7 +319,7 @@ def test_conversations_equal_transformers(tiny: types.SimpleNamespace) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.engine
+@pytest.mark.local_llm
 def test_in_fp16_weights_and_cache_are_half_as_wide(
     tiny: types.SimpleNamespace, tmp_path: Path
 ) -> None:
@@ -353,7 +353,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     )
 
 
-@pytest.mark.engine
+@pytest.mark.local_llm
 def test_of_equal_logits_the_lower_id_is_said(plain: Bundle, monkeypatch: Any) -> None:
     llm = OnnxRuntimeLLM(plain)
     logits = np.zeros(300, np.float32)
@@ -366,7 +366,7 @@ def test_of_equal_logits_the_lower_id_is_said(plain: Bundle, monkeypatch: Any) -
             llm.step([5], llm.new_cache(), None)
 
 
-@pytest.mark.engine
+@pytest.mark.local_llm
 def test_a_graph_that_fails_breaks_its_conversation_alone(plain: Bundle, monkeypatch: Any) -> None:
     llm = OnnxRuntimeLLM(plain)
     expected = llm.ask(embeds_of(3), QUESTIONS[0], max_new_tokens=4)
@@ -386,7 +386,7 @@ def test_a_graph_that_fails_breaks_its_conversation_alone(plain: Bundle, monkeyp
     assert llm.ask(embeds_of(3), QUESTIONS[0], max_new_tokens=4) == expected
 
 
-@pytest.mark.engine
+@pytest.mark.local_llm
 def test_a_token_without_an_embedding(plain: Bundle) -> None:
     llm = OnnxRuntimeLLM(plain)
     rows = llm.settings.vocabulary
@@ -394,7 +394,7 @@ def test_a_token_without_an_embedding(plain: Bundle) -> None:
         llm.logits([5, rows], llm.new_cache(), None)
 
 
-@pytest.mark.engine
+@pytest.mark.local_llm
 def test_a_placeholder_needs_no_embedding(tmp_path: Path) -> None:
     """LLaVA-NeXT's 32000 is one past a vocabulary of 32000 that nobody extended."""
     tokenizer = make_tokenizer()
@@ -641,7 +641,7 @@ def test_the_tokenizers_file_gives_what_transformers_gives(kind: str) -> None:
         assert ours.decode(ours.encode("大", special=False)[:1]) == "\ufffd"
 
 
-@pytest.mark.engine
+@pytest.mark.local_llm
 def test_a_character_of_several_tokens_comes_in_one_piece(plain: Bundle, monkeypatch: Any) -> None:
     llm = OnnxRuntimeLLM(plain)
     ids = iter([*llm.prompts._tokenizer.encode("a 大きさ 🙂!", special=False), llm.prompts.eos_id])

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.engines import needed
-from tests.runtime.llm.engine_stubs import (
+from tests.llms import needed
+from tests.runtime.llm.llm_server_stubs import (
     CONTRACTS,
     VOCABULARY,
     WIDTH,
@@ -296,7 +296,7 @@ def test_the_contract_names_the_classes_that_are_refused():
     assert set(CONTRACT["no_input_embeds"]) == set(_LLAVAS)
 
 
-@pytest.mark.engine
+@pytest.mark.local_llm
 def test_sglangs_own_contract_takes_it():
     """Its JSON schema, and the fields of its dataclass; neither needs a GPU."""
     needed("sglang")

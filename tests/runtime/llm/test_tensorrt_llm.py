@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.runtime.llm.engine_stubs import (
+from tests.runtime.llm.llm_server_stubs import (
     CONTRACTS,
     VOCABULARY,
     bundle_of,

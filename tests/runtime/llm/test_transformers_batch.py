@@ -21,7 +21,7 @@ from vzip.runtime.errors import InvalidInputError, MissingDependencyError
 from vzip.runtime.llm import ImageTokens
 from vzip.runtime.llm.local.transformers import TransformersLLM
 
-pytestmark = pytest.mark.engine
+pytestmark = pytest.mark.local_llm
 
 QUESTIONS = ("what is it?", "is it a red circle below?", "7?")
 COUNTS = (5, 1, 9)

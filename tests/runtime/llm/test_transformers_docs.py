@@ -10,7 +10,7 @@ from tests.snippets import run_snippets
 from vzip.runtime import demo
 from vzip.runtime.cli.main import main
 
-pytestmark = pytest.mark.engine
+pytestmark = pytest.mark.local_llm
 
 
 def test_the_page_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.engines import needed
+from tests.llms import needed
 from tests.runtime.llm.fake_chat_server import FakeServer, answer, fake_server, send, stream
 from tests.snippets import run_snippets
 from vzip.runtime import VisionEncoder, demo
@@ -470,7 +470,7 @@ ENV = os.environ | {
 }
 
 
-@pytest.mark.engine
+@pytest.mark.local_llm
 @pytest.mark.slow
 class TestRealServer:
     def test_answers_as_transformers(self, server, bundle, asked):
@@ -536,7 +536,7 @@ class TestRealServer:
             names["engine"].llm_engine.engine_core.shutdown()
 
 
-@pytest.mark.engine
+@pytest.mark.local_llm
 @pytest.mark.slow
 class TestRealOffline:
     def test_answers_as_transformers(self, llm_alone, bundle, asked, monkeypatch):

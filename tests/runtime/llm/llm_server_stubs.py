@@ -20,7 +20,7 @@ from vzip.runtime import demo
 from vzip.runtime.bundle.manifest import Llm, Model, Selection
 from vzip.runtime.llm.local.transformers import TransformersLLM
 
-CONTRACTS = json.loads((GOLDEN / "engine_contracts.json").read_text())
+CONTRACTS = json.loads((GOLDEN / "llm_server_contracts.json").read_text())
 
 WIDTH, IMAGE, VOCABULARY = 128, 4, 431  # of the demo model
 Answer = Callable[[Mapping[str, Any]], Iterator[Any]]
