@@ -6,31 +6,22 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from vzip.export.engines.tensorrt.api import load_stack
 from vzip.export.engines.tensorrt.layers import EngineLayers, inspect_engine
+from vzip.export.graph.reading import read_graph
 from vzip.runtime.backends.tensorrt.engine_file import read_engine
 from vzip.runtime.bundle.engine_record import EngineRecord
 from vzip.runtime.bundle.manifest import Manifest, Scalar
 from vzip.runtime.bundle.reader import Bundle, read_bundle
-from vzip.runtime.errors import (
-    BackendError,
-    BundleError,
-    InvalidInputError,
-    MissingDependencyError,
-    missing,
-)
+from vzip.runtime.errors import BackendError, InvalidInputError, MissingDependencyError
 
 if TYPE_CHECKING:
-    import onnx
+    import onnx_ir as ir
 
 _MIB: Final = 2**20
-_NAMES: Final = {1: "FP32", 2: "UINT8", 6: "INT32", 7: "INT64", 9: "BOOL", 10: "FP16"}
-_BYTES: Final = {1: 4, 2: 1, 6: 4, 7: 8, 9: 1, 10: 2}
-_WORK: Final = ("MatMul", "Conv")
-
-Shapes = Mapping[str, tuple[int, tuple[int, ...]]]
+_NAMES: Final = {"FLOAT": "FP32", "FLOAT16": "FP16"}
 
 
 def describe_graph(path: str | os.PathLike[str]) -> Iterator[str]:
@@ -43,31 +34,36 @@ def describe_graph(path: str | os.PathLike[str]) -> Iterator[str]:
         BundleError: The bundle is damaged.
         MissingDependencyError: The package onnx is not installed.
     """
-    bundle = read_bundle(path, verify=False)  # `read_model` verifies
-    model = _load(bundle)
+    bundle = read_bundle(path, verify=False)  # `read_graph` verifies
+    graph = read_graph(bundle, "'vzip inspect' of a graph").graph
     yield from _about(bundle.manifest)
-    graph = model.graph
     batch = 1 if bundle.manifest.batch.dynamic else bundle.manifest.batch.max
-    shapes = _shapes(graph)
-    operators = Counter(node.op_type for node in graph.node)
-    yield f"operators: {len(graph.node)}: {_counts(operators)}"
-    yield "values: " + _counts(Counter(_dtype(shapes, o) for n in graph.node for o in n.output))
-    yield from _weights(graph)
+    nodes = list(graph)
+    made = [value for node in nodes for value in node.outputs]
+    weights = list(graph.initializers.values())
+    yield f"operators: {len(nodes)}: {_counts(Counter(node.op_type for node in nodes))}"
+    yield f"values: {_counts(Counter(map(_dtype, made)))}"
+    sizes: Counter[str] = Counter()
+    for value in weights:
+        sizes[_dtype(value)] += _bytes(value)
+    shown = ", ".join(f"{size / _MIB:.2f} MiB {kind}" for kind, size in sizes.most_common())
+    yield f"weights: {sum(sizes.values()) / _MIB:.1f} MiB in {len(weights)} tensors: {shown}"
     work: Counter[str] = Counter()
-    for node in graph.node:
-        if node.op_type in _WORK:
-            work[_dtype(shapes, node.output[0])] += _operations(node, shapes) // batch
+    for node in nodes:
+        if operations := _operations(node):
+            work[_dtype(node.outputs[0])] += operations // batch
     shown = ", ".join(f"{count / 1e9:.3g} GFLOP in {kind}" for kind, count in work.most_common())
     yield f"work per image: {sum(work.values()) / 1e9:.4g} GFLOP (estimate): {shown}"
-    yield f"attention: {_attention(graph)} times MatMul → Softmax → MatMul, the form that is fused"
+    fusable = sum(map(_is_attention, nodes))
+    yield f"attention: {fusable} times MatMul → Softmax → MatMul, the form that is fused"
     if bundle.manifest.precision == "fp16":
-        islands = [node for node in graph.node if _dtype(shapes, node.output[0]) == "FP32"]
+        islands = [node for node in nodes if _dtype(node.outputs[0]) == "FP32"]
         names = _counts(Counter(node.op_type for node in islands))
         yield f"FP32 islands: {len(islands)} operators: {names}"
-    largest = max(shapes, key=lambda name: math.prod(shapes[name][1]) * _BYTES[shapes[name][0]])
-    kind, shape = shapes[largest]
-    size = math.prod(shape) * _BYTES[kind] / _MIB
-    yield f"largest value: {largest} {_NAMES[kind]} {list(shape)}, {size:.1f} MiB at batch {batch}"
+    largest = max((*weights, *graph.inputs, *made), key=_bytes)
+    size = _bytes(largest) / _MIB
+    shown = f"{largest.name} {_dtype(largest)} {list(_shape(largest))}, {size:.1f} MiB"
+    yield f"largest value: {shown} at batch {batch}"
     yield from _engines(bundle)
 
 
@@ -121,70 +117,39 @@ def _takes(manifest: Manifest) -> Iterator[str]:
         yield f"pooled {pool}x{pool}"
 
 
-def _load(bundle: Bundle) -> onnx.ModelProto:
-    try:
-        import onnx
-    except ImportError as error:
-        raise missing("onnx", needed_for="'vzip inspect' of a graph", extra="export") from error
-    data = bundle.read_model()
-    try:
-        return onnx.load_model_from_string(data)
-    except Exception as error:  # protobuf's own error, of several packages
-        raise BundleError(
-            f"{bundle.path}: model.onnx can't be parsed ({error})",
-            cure="export the bundle again",
-        ) from error
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    """Return a value's shape; an open batch counts as 1."""
+    return tuple(x if isinstance(x, int) else 1 for x in value.shape or ())
 
 
-def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Return element type and shape of every value; an open batch counts as 1."""
-    shapes = {value.name: (value.data_type, tuple(value.dims)) for value in graph.initializer}
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        tensor = value.type.tensor_type
-        extents = (d.dim_value if d.HasField("dim_value") else 1 for d in tensor.shape.dim)
-        shapes.setdefault(value.name, (tensor.elem_type, tuple(extents)))
-    return shapes
+def _dtype(value: ir.Value) -> str:
+    return "unknown" if value.dtype is None else _NAMES.get(value.dtype.name, value.dtype.name)
 
 
-def _dtype(shapes: Shapes, name: str) -> str:
-    kind = shapes.get(name, (0, ()))[0]
-    return _NAMES.get(kind, "unknown")
+def _bytes(value: ir.Value) -> int:
+    return 0 if value.dtype is None else math.ceil(math.prod(_shape(value)) * value.dtype.itemsize)
 
 
-def _operations(node: Any, shapes: Shapes) -> int:
-    """Return the floating-point operations of a MatMul or Conv; 0 where a shape is unknown."""
-    if any(name not in shapes for name in (*node.input[:2], node.output[0])):
+def _operations(node: ir.Node) -> int:
+    """Return the floating-point operations of a MatMul or Conv; 0 of others, or without shapes."""
+    first, second, *_ = (*node.inputs, None, None)
+    if node.op_type not in {"MatMul", "Conv"} or first is None or second is None:
         return 0
-    result = math.prod(shapes[node.output[0]][1])
+    if not (first.shape and second.shape and node.outputs[0].shape):
+        return 0
+    result = math.prod(_shape(node.outputs[0]))
     if node.op_type == "MatMul":
-        return 2 * result * shapes[node.input[0]][1][-1]
-    return 2 * result * math.prod(shapes[node.input[1]][1][1:])  # a kernel [D, C, h, w]
+        return 2 * result * _shape(first)[-1]
+    return 2 * result * math.prod(_shape(second)[1:])  # a kernel [D, C, h, w]
 
 
-def _weights(graph: onnx.GraphProto) -> Iterator[str]:
-    """Yield the line about weights: what they take, by element type."""
-    sizes: Counter[str] = Counter()
-    for value in graph.initializer:
-        size = math.prod(value.dims) * _BYTES.get(value.data_type, 0)
-        sizes[_NAMES.get(value.data_type, "unknown")] += size
-    shown = ", ".join(f"{size / _MIB:.2f} MiB {kind}" for kind, size in sizes.most_common())
-    total = sum(sizes.values()) / _MIB
-    yield f"weights: {total:.1f} MiB in {len(graph.initializer)} tensors: {shown}"
-
-
-def _attention(graph: onnx.GraphProto) -> int:
-    """Count the Softmax that follow a MatMul and feed one other MatMul alone."""
-    makers = {name: node for node in graph.node for name in node.output}
-    users: dict[str, list[Any]] = {}
-    for node in graph.node:
-        for name in node.input:
-            users.setdefault(name, []).append(node)
-    count = 0
-    for node in graph.node:
-        if node.op_type == "Softmax" and makers[node.input[0]].op_type == "MatMul":
-            after = users.get(node.output[0], [])
-            count += [each.op_type for each in after] == ["MatMul"]
-    return count
+def _is_attention(node: ir.Node) -> bool:
+    """Whether a node is a Softmax that follows a MatMul and feeds one other MatMul alone."""
+    if node.op_type != "Softmax" or node.inputs[0] is None:
+        return False
+    before = node.inputs[0].producer()
+    after = [use.node.op_type for use in node.outputs[0].uses()]
+    return before is not None and before.op_type == "MatMul" and after == ["MatMul"]
 
 
 def _engines(bundle: Bundle) -> Iterator[str]:

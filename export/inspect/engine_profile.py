@@ -15,14 +15,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from vzip.export.engines.cpu.form_graph import Graph, Node
 from vzip.export.engines.tensorrt.api import load_stack
 from vzip.export.engines.tensorrt.layers import FUSED, EngineLayers, inspect_engine
+from vzip.export.graph.reading import read_graph
 from vzip.export.inspect.parts import SELECTION, parts
 from vzip.runtime.backends.tensorrt.engine_file import read_engine
 from vzip.runtime.errors import BackendError
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from vzip.runtime.backends.tensorrt.backend import TensorRt
     from vzip.runtime.bundle.reader import Bundle
 
@@ -108,11 +110,11 @@ def profile_engine(
     record = bundle.manifest.engines[opened.engine]
     runs = opened.layer_ms(rows, warm_up + calls)[warm_up:]
     layers = inspect_engine(load_stack(record.stack), read_engine(bundle, opened.engine))
-    model = bundle.at(record.quantised or bundle.manifest.precision).read_model()
-    return summary(runs, layers, Graph.read(model, bundle.path).nodes)
+    built_from = bundle.at(record.quantised or bundle.manifest.precision)
+    return summary(runs, layers, list(read_graph(built_from, "an engine's profile").graph))
 
 
-def summary(runs: Sequence[Run], layers: EngineLayers, graph: Sequence[Node]) -> Profile:
+def summary(runs: Sequence[Run], layers: EngineLayers, graph: Sequence[ir.Node]) -> Profile:
     """Sum runs up by what each layer is for.
 
     Args:
@@ -155,10 +157,10 @@ def summary(runs: Sequence[Run], layers: EngineLayers, graph: Sequence[Node]) ->
     )
 
 
-def _labels(layers: EngineLayers, graph: Sequence[Node]) -> dict[str, str]:
+def _labels(layers: EngineLayers, graph: Sequence[ir.Node]) -> dict[str, str]:
     """Return layer name → part, `REFORMAT` or `UNKNOWN`."""
     part = parts(graph)
-    operators = {node.name: node.operator for node in graph}
+    operators = {node.name or "": node.op_type for node in graph}
     return {
         name: _label(name, kind, origins, part, operators)
         for (name, kind, _), origins in zip(layers.layers, layers.origins, strict=True)

@@ -8,12 +8,14 @@ with a Softmax is attention. Everything else scores, chooses and merges.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final, Literal
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Final, Literal
 
-from vzip.export.engines.cpu.form_graph import Node
 from vzip.runtime.bundle.manifest import TOKEN_WEIGHTS
 from vzip.runtime.errors import BundleError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 Part = Literal[
     "embedding", "attention", "feed-forward", "LayerNorm", "selection and merge", "projector"
@@ -24,76 +26,73 @@ _PROJECTOR = "projector."  # weights are called after the modules that hold them
 _NORM, _PRODUCT, _SOFTMAX = "LayerNormalization", "MatMul", "Softmax"
 
 
-def parts(nodes: Sequence[Node]) -> dict[str, Part]:
+def parts(graph: Iterable[ir.Node]) -> dict[str, Part]:
     """Return node name → part, in the order of the graph; nodes without a name are left out.
 
     Raises:
         BundleError: There is no merge or no projector: the graph isn't one of vzip's.
     """
-    maker = {value: place for place, node in enumerate(nodes) for value in node.outputs}
-    merged = _followers(nodes, lambda value: value == TOKEN_WEIGHTS)
-    projector = _followers(nodes, lambda value: value.startswith(_PROJECTOR))
+    nodes = list(graph)
+    merged = _followers(nodes, lambda name: name == TOKEN_WEIGHTS)
+    projector = _followers(nodes, lambda name: name.startswith(_PROJECTOR))
     if not merged or not projector:
         raise BundleError(
             f"model.onnx has {len(nodes)} operators and no merge by {TOKEN_WEIGHTS}, or no "
             "projector",
             expected="a graph that 'vzip export' made",
         )
-    if min(projector) not in merged:  # pooled tokens are merged behind the projector
-        projector -= merged
-    tower = _leading(sorted(projector), nodes, maker, merged) - merged - projector
-    found: dict[int, Part] = dict.fromkeys(projector, "projector")
-    for segment in _segments(nodes, sorted(tower)):
-        operators = {nodes[place].operator for place in segment}
+    if next(node for node in nodes if node in projector) not in merged:
+        projector -= merged  # else pooled tokens are merged behind the projector
+    tower = _leading(projector, merged) - merged - projector
+    found: dict[ir.Node, Part] = dict.fromkeys(projector, "projector")
+    for segment in _segments(node for node in nodes if node in tower):
+        operators = {node.op_type for node in segment}
         part: Part = "feed-forward" if _PRODUCT in operators else "embedding"
         if _SOFTMAX in operators:
             part = "attention"
-        for place in segment:
-            found[place] = "LayerNorm" if nodes[place].operator == _NORM else part
-    return {node.name: found.get(place, SELECTION) for place, node in enumerate(nodes) if node.name}
+        for node in segment:
+            found[node] = "LayerNorm" if node.op_type == _NORM else part
+    return {node.name: found.get(node, SELECTION) for node in nodes if node.name}
 
 
-def _followers(nodes: Sequence[Node], first: Callable[[str], bool]) -> set[int]:
+def _followers(nodes: Iterable[ir.Node], first: Callable[[str], bool]) -> set[ir.Node]:
     """Return the nodes that take a value of some name, or a value of such a node."""
-    places: set[int] = set()
-    values: set[str] = set()
-    for place, node in enumerate(nodes):  # makers stand before takers
-        if any(value in values or first(value) for value in node.inputs):
-            places.add(place)
-            values.update(node.outputs)
-    return places
+    found: set[ir.Node] = set()
+    for node in nodes:  # makers stand before takers
+        if any(x and (x.producer() in found or first(x.name or "")) for x in node.inputs):
+            found.add(node)
+    return found
 
 
-def _leading(
-    ends: Iterable[int], nodes: Sequence[Node], maker: Mapping[str, int], merged: set[int]
-) -> set[int]:
+def _leading(ends: Iterable[ir.Node], merged: set[ir.Node]) -> set[ir.Node]:
     """Return some nodes and all that lead to them, the choice of tokens left out.
 
     Nor does a cast before the merge count, which is in FP32 in every graph: it serves the merge.
     """
-    found: set[int] = set()
+    found: set[ir.Node] = set()
     pending = list(ends)
     while pending:
-        place = pending.pop()
-        if place in found:
+        node = pending.pop()
+        if node in found:
             continue
-        found.add(place)
-        for value in nodes[place].inputs:
-            before = None if value == TOKEN_WEIGHTS else maker.get(value)
-            if before is None:
+        found.add(node)
+        for value in node.inputs:
+            if value is None or value.name == TOKEN_WEIGHTS:
                 continue
-            if place in merged and nodes[before].operator == "Cast" and before not in merged:
-                before = maker.get(nodes[before].inputs[0])
+            before = value.producer()
+            if before and node in merged and before.op_type == "Cast" and before not in merged:
+                (source,) = before.inputs
+                before = source.producer() if source else None
             if before is not None:
                 pending.append(before)
     return found
 
 
-def _segments(nodes: Sequence[Node], places: Iterable[int]) -> list[list[int]]:
-    """Return places in their order, cut before each LayerNorm."""
-    segments: list[list[int]] = [[]]
-    for place in places:
-        if nodes[place].operator == _NORM:
+def _segments(nodes: Iterable[ir.Node]) -> list[list[ir.Node]]:
+    """Return nodes in their order, cut before each LayerNorm."""
+    segments: list[list[ir.Node]] = [[]]
+    for node in nodes:
+        if node.op_type == _NORM:
             segments.append([])
-        segments[-1].append(place)
+        segments[-1].append(node)
     return segments

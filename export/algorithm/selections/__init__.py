@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 DEFAULT = "visionzip"
 
+# The selection that scores by attention is the paper's, and has the paper's name.
+_NAMES = {"attention": DEFAULT}
+_MODULES = {name: module for module, name in _NAMES.items()}
+
 
 @dataclass(frozen=True)
 class Signals:
@@ -87,7 +91,9 @@ def register(name: str) -> Callable[[type[Selection]], type[Selection]]:
 
 def names() -> tuple[str, ...]:
     """Return the names of all selections, the default first, without importing any."""
-    found = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    found = sorted(
+        _NAMES.get(module.name, module.name) for module in pkgutil.iter_modules(__path__)
+    )
     return tuple(sorted(found, key=lambda name: name != DEFAULT))
 
 
@@ -103,6 +109,6 @@ def get(name: str) -> Selection:
             expected=f"one of {', '.join(names())}",
             cause="it was mistyped, or the bundle was made by another version of vzip",
         )
-    importlib.import_module(f"{__name__}.{name}")
+    importlib.import_module(f"{__name__}.{_MODULES.get(name, name)}")
     registered: Mapping[str, Selection] = _REGISTRY
     return registered[name]
