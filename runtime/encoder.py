@@ -435,10 +435,13 @@ def _checked_input(manifest: Manifest, array: object) -> Array:
     got = f"{array.dtype} {list(array.shape)}"
     if array.dtype != np.dtype(expected.dtype):
         raise InvalidInputError(
-            f"got {got}, expected {expected}; give the bundle's input as it is, unscaled"
-            if expected.dtype == "uint8"
-            else f"got {got}, expected {expected}; normalise and convert it with "
-            "vzip.runtime.pictures.preprocess.pixel_values"
+            f"got {got}",
+            expected=f"{expected}",
+            cure=(
+                "give the bundle's input as it is, unscaled"
+                if expected.dtype == "uint8"
+                else "normalise and convert it with vzip.runtime.pictures.preprocess.pixel_values"
+            ),
         )
     if array.shape[1:] != expected.shape[1:]:
         layout = "[B, H, W, 3]" if expected.name == "image" else "[B, 3, H, W]"

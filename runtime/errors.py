@@ -30,14 +30,17 @@ class VzipError(Exception):
 
     def __reduce__(self) -> tuple[Callable[..., VzipError], tuple[object, ...]]:
         # An error crosses from a worker process with its fields.
-        return _remade, (type(self), self.got, self.expected, self.cause, self.cure)
+        fields = (self.got, self.expected, self.cause, self.cure)
+        return _remade, (type(self), *fields), self.__dict__
 
 
-def _message(got: str, expected: str, cause: str, cure: str) -> str:
+def _message(*fields: str) -> str:
     """Return the one line that says all; a field may quote another library's lines."""
+    got, expected, cause, cure = (
+        " ".join(part.strip() for part in field.splitlines()).strip() for field in fields
+    )
     fault = f"{got}, expected {expected}" if expected else got
-    text = "; ".join(part for part in (fault, cause, cure) if part)
-    return " ".join(part.strip() for part in text.splitlines())
+    return "; ".join(part for part in (fault, cause, cure) if part)
 
 
 def _remade(kind: type[VzipError], got: str, expected: str, cause: str, cure: str) -> VzipError:

@@ -80,8 +80,10 @@ class CudaError(BackendError):
         sticky: Whether every later call of this process will fail too.
     """
 
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
+    def __init__(
+        self, got: str, *, expected: str = "", cause: str = "", cure: str = "", code: int = 0
+    ) -> None:
+        super().__init__(got, expected=expected, cause=cause, cure=cure)
         self.code = code
         self.sticky = code in STICKY
 
@@ -266,7 +268,7 @@ class Cuda:
             else "the next call may succeed; otherwise look at nvidia-smi and dmesg",
         )
         said = f"{name.decode(errors='replace')} ({code}): {text.decode(errors='replace')}"
-        return CudaError(f"{where} failed with {said}; {cure}", code)
+        return CudaError(f"{where} failed with {said}", cure=cure, code=code)
 
     def _call(self, name: str, *arguments: object) -> None:
         """Call a function and raise what it returns."""

@@ -191,8 +191,8 @@ class OnnxRuntimeLLM(GreedyLLM):
             wrong = wrong or sorted({*found} ^ {*expected}) or outputs
             raise BundleError(
                 f"{NAME}: the graph of the LLM in {bundle.path} is not the one that llm.json "
-                f"describes, first at {wrong[0]!r} (got {found.get(wrong[0])}, expected "
-                f"{expected.get(wrong[0])})",
+                f"describes, first at {wrong[0]!r}, which is {found.get(wrong[0])}",
+                expected=f"{expected.get(wrong[0])}",
                 cause="the files are of different models",
                 cure="export the bundle again",
             )
