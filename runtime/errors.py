@@ -8,7 +8,6 @@ status 2; anything else is a bug of ours and keeps its traceback.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 
 
 class VzipError(Exception):
@@ -28,7 +27,7 @@ class VzipError(Exception):
         self.got, self.expected, self.cause, self.cure = got, expected, cause, cure
         super().__init__(_message(got, expected, cause, cure))
 
-    def __reduce__(self) -> tuple[Callable[..., VzipError], tuple[object, ...]]:
+    def __reduce__(self) -> tuple[object, ...]:
         # An error crosses from a worker process with its fields.
         fields = (self.got, self.expected, self.cause, self.cure)
         return _remade, (type(self), *fields), self.__dict__
