@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from collections import Counter
 from pathlib import Path
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from vzip.calibration.demo import accuracy, dialogue, scenes
 from vzip.runtime import demo
+from vzip.runtime.machine.record import machine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -120,13 +120,7 @@ def measure(folder: Path, seed: int, count: int) -> dict[str, Any]:
         "patches": patches,
         "rows": rows,
         "seconds": round(time.monotonic() - started, 1),
-        "environment": {
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "numpy": np.__version__,
-        },
+        "environment": machine(),
     }
 
 

@@ -24,9 +24,9 @@ from vzip.export.bench.measure import Wanted, bench
 from vzip.export.bench.output import plot, table, without_paths
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.console import say
+from vzip.runtime.doctor.environment import gpus
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.files import atomic
-from vzip.runtime.machine.environment import gpus
 
 FILE = Path(__file__).parent / "results" / "encoder.json"
 MODEL = "llava-1.5-7b"

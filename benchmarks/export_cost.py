@@ -33,10 +33,10 @@ VZIP = "import sys; from vzip.runtime.cli.main import main; sys.exit(main(sys.ar
 # The process says it itself as it ends: the kernel's own account begins with its parent's size.
 _PEAK = """
 import atexit, resource, sys
+from vzip.runtime.machine.process import peak_bytes
 def _say():
-    lines = open("/proc/self/status").read().splitlines()
-    own = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    print(max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss), file=sys.stderr)
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    print(max(peak_bytes() // 1024, children), file=sys.stderr)
 atexit.register(_say)
 """
 CHECKED, PLAIN, BUILT = "with parity check", "without", "build"

@@ -40,10 +40,11 @@ from vzip.export.bench.processes import Process, WorkerError, profiles, take_tur
 from vzip.export.bench.stacks import CEILINGS, Stack
 from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.console import run_command, say
+from vzip.runtime.doctor.environment import environment
 from vzip.runtime.errors import InvalidInputError, VzipError
 from vzip.runtime.files import atomic
 from vzip.runtime.machine import timing
-from vzip.runtime.machine.environment import environment, state
+from vzip.runtime.machine.record import state
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -463,7 +464,7 @@ def _check_output(output: Path, *, dry_run: bool) -> None:
 
 
 def _require_gpu() -> None:
-    from vzip.runtime.machine.environment import gpus
+    from vzip.runtime.doctor.environment import gpus
 
     found = gpus()
     if isinstance(found, str):

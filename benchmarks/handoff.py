@@ -18,12 +18,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness.environment import environment
 from vzip.calibration.demo import accuracy
 from vzip.runtime import VisionEncoder
 from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.cli.main import main as vzip
 from vzip.runtime.llm.programs import parse
+from vzip.runtime.machine.record import machine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,7 +72,7 @@ def first_token_ms(conversation: Any, question: str) -> tuple[float, str]:
 
 def measure(seed: int, count: int) -> dict[str, Any]:
     """Ask every engine every question, and as a second turn the next question of the scene."""
-    where = environment("numpy")
+    where = machine()
     held_out = accuracy.held_out(seed, count, painted=224)
     with tempfile.TemporaryDirectory() as folder:
         path, names = prepare(Path(folder))

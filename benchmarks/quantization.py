@@ -17,13 +17,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +41,7 @@ from vzip.export.pipeline import Method, WeightSource, export_bundle
 from vzip.runtime import demo
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, Model
 from vzip.runtime.bundle.reader import Bundle, read_bundle
+from vzip.runtime.machine.record import machine
 
 RESULTS = Path(__file__).parent / "results"
 FILE = RESULTS / "quantization.json"
@@ -167,7 +165,7 @@ def measure_full_size(name: str, bundle: Path, count: int) -> dict[str, Any]:
     return {
         "name": name,
         "bytes": size,
-        "environment": environment(),
+        "environment": machine("onnx"),
         "report": done.report.to_json(),
     }
 
@@ -184,19 +182,6 @@ def measure_apart(name: str, count: int, work: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.quantization", "--one", name, "-o", output]
     subprocess.run([*command, "--bundle", folder, "--images", str(count)], check=True)
     return json.loads(output.read_text())  # type: ignore[no-any-return]
-
-
-def environment() -> dict[str, Any]:
-    """Return what the numbers depend on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = [line for line in lines if "model name" in line]
-    return {
-        "processor": model[0].split(":")[1].strip() if model else platform.processor(),
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("onnxruntime", "onnx", "torch", "numpy")},
-    }
 
 
 def tables(result: dict[str, Any]) -> str:
@@ -257,7 +242,7 @@ def _full_size_table(rows: list[dict[str, Any]]) -> list[str]:
             f"{report['calibrated']}, {report['held_apart']}",
             *_agreement(report["agreement"]),
             f"{len(high)} of {len(report['layers'])}",
-            f"{report['seconds']:.0f} (load {row['environment']['load']:.0f})",
+            f"{report['seconds']:.0f} (load {row['environment']['state']['load']:.0f})",
             f"{report['peak_bytes'] / 1e9:.1f}",
             f"{row['bytes'] / 1e9:.2f}",
         )
@@ -279,7 +264,7 @@ def _agreement(agreement: dict[str, float]) -> tuple[str, str]:
 
 def _where(environment: dict[str, Any]) -> str:
     machine = f"{environment['processor']}, {environment['cores']} cores"
-    return f"{machine}; ONNX Runtime {environment['onnxruntime']}."
+    return f"{machine}; ONNX Runtime {environment['packages']['onnxruntime']}."
 
 
 def main() -> None:
@@ -305,7 +290,7 @@ def main() -> None:
         parser.error("say which part: demo or outliers")
     if options.part == "demo":
         rows = measure_demo(options.scenes, options.seed, options.images)
-        where = environment()
+        where = machine("onnx")
         write(
             "demo",
             {"images": options.images, "seed": options.seed, "environment": where, "rows": rows},

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import io
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from vzip.runtime import VisionEncoder
 from vzip.runtime.backends.onnxruntime import import_onnxruntime
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, MODEL_FILE
 from vzip.runtime.bundle.reader import Bundle, read_bundle
+from vzip.runtime.machine.process import peak_bytes
 from vzip.runtime.machine.record import machine
 from vzip.runtime.machine.timing import Timing, interleaved
 from vzip.runtime.pictures.images import load_image
@@ -276,7 +276,7 @@ def measure(bundle: Path) -> Row:
     name = f"{read.manifest.model.id}, {read.manifest.precision.upper()}"
     result["open"].append(_opened(name, bundle))
     result["host"] = {"bundle": name, "ms": _json(host(read, seconds=1.0))}
-    result["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    result["peak_mib"] = peak_bytes() // 2**20
     return result
 
 

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import tempfile
 from collections import Counter
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +25,7 @@ from vzip.calibration.cli import tune as tune_cli
 from vzip.calibration.demo import accuracy, dialogue, scenes
 from vzip.export.cli import export as export_cli
 from vzip.runtime import VisionEncoder, demo
+from vzip.runtime.machine.record import machine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -134,11 +133,7 @@ def measure(projector: Path, seed: int, count: int) -> dict[str, Any]:
             "loss_of_the_first_50_steps": round(float(np.mean(first)), 4),
             "loss_of_the_last_50_steps": round(float(np.mean(last)), 4),
         },
-        "environment": {
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            **{name: metadata.version(name) for name in ("torch", "transformers", "numpy")},
-        },
+        "environment": machine(),
     }
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from vzip.runtime.llm.conversation import GreedyLLM
 from vzip.runtime.llm.local.llama_cpp import LlamaCppLLM
 from vzip.runtime.llm.local.onnx_decoder import OnnxRuntimeLLM
 from vzip.runtime.machine import sensors, timing
+from vzip.runtime.machine.process import peak_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -53,13 +53,6 @@ CACHES = {"transformers": "bfloat16", "llama.cpp": "float16", "onnxruntime": "fl
 _BITS = {"bfloat16": 16, "float32": 32}
 _ROOM = 2**30  # for the process and what a prefill needs besides weights and cache
 _MERGE = "average"
-
-
-def peak_bytes() -> int:
-    """Return the most memory that this process had at any time, file mappings included."""
-    found = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.M)
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def encode(*, llm: str, tiles: int, budgets: list[int], seconds: float) -> Answer:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -35,6 +32,7 @@ from vzip.runtime.bundle.manifest import EMBEDS, KEPT, Manifest
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.console import progress
 from vzip.runtime.errors import ParityError
+from vzip.runtime.machine.process import cores, peak_bytes
 
 Array = NDArray[Any]
 Say = Callable[[str], None]
@@ -201,8 +199,8 @@ def quantize(bundle: Bundle, samples: Samples, recipe: Recipe, *, step: Say) -> 
         agreement=agreement,
         unrefined=unrefined,
         seconds=round(time.monotonic() - started, 1),
-        peak_bytes=_peak_bytes(),
-        threads=os.cpu_count() or 1,
+        peak_bytes=peak_bytes(),
+        threads=cores(),
     )
     return Quantised(graph, report)
 
@@ -409,17 +407,3 @@ def _missed(recipe: Recipe, agreement: Agreement, rounds: int) -> str:
         f"{rounds} rounds, expected {_asked(recipe)}; the samples differ too much from each "
         "other: give more of them, or lower the limits"
     )
-
-
-def _peak_bytes() -> int:
-    """Return the largest resident memory of this process.
-
-    Linux's own count for a process begins with what its parent had when it was forked, so where
-    there is one the memory's own high-water mark is taken.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

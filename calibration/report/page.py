@@ -283,14 +283,14 @@ def _picture(image: Shown, own: str) -> Iterable[str]:
 
 
 def _latency(content: Content) -> Iterable[str]:
-    machine, versions = content.machine, content.machine["versions"]
+    machine = content.machine
     images = "one image" if content.batch == 1 else f"{content.batch} images"
     yield "<h2>Latency</h2>"
     yield (
         f"<p>Encoder, {images} a call, from pixels at the tower's size to checked tokens. ONNX "
-        f"Runtime {escape(str(versions['onnxruntime']))} on {escape(str(machine['cores']))} cores "
-        f"({escape(str(machine['system']))}, {escape(str(machine['machine']))}, load "
-        f"{escape(str(machine['load']))}); precisions in turn.</p>"
+        f"Runtime {escape(str(machine['packages']['onnxruntime']))} on "
+        f"{escape(str(machine['cores']))} cores ({escape(str(machine['system']))}, load "
+        f"{escape(str(machine['state']['load']))}); precisions in turn.</p>"
     )
     timed = [(graph, graph.timing) for graph in content.graphs if graph.timing is not None]
     slowest = max(timing.median_ms for _, timing in timed)

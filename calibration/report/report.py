@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vzip.calibration.agreement import Agreement, compare
-from vzip.calibration.sweep.sweep import machine
 from vzip.export.checkpoint.reader import Checkpoint
 from vzip.export.defaults import FRAMES
 from vzip.export.plan.llm_cost import LlmShape, llm_shape
@@ -28,6 +27,7 @@ from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.console import progress
 from vzip.runtime.encoder import CompressedTokens, VisionEncoder
 from vzip.runtime.errors import BackendError, BundleError, CheckpointError, InvalidInputError
+from vzip.runtime.machine.record import machine
 from vzip.runtime.machine.timing import Timing, interleaved
 from vzip.runtime.models import DEMO
 from vzip.runtime.pictures.images import ImageSource, load_image

@@ -23,9 +23,9 @@ def table(sweep: Sweep, advice: Advice | None) -> str:
     measured = (
         f"Agreement on {sweep.images} images ({_code(sweep.source)}): of every patch's embedding "
         "with that of the token that stands for it, cosines weighted by attention. Encoder: one "
-        f"{sweep.unit}, ONNX Runtime {machine['versions']['onnxruntime']}, FP32, median and "
+        f"{sweep.unit}, ONNX Runtime {machine['packages']['onnxruntime']}, FP32, median and "
         f"distance of the quartiles of {sweep.everything.latency.calls} calls in turn, on "
-        f"{machine['cores']} cores ({machine['machine']}, load {machine['load']}). LLM: a "
+        f"{machine['cores']} cores ({machine['system']}, load {machine['state']['load']}). LLM: a "
         f"{_code(llm.model_type)} with {llm.layers} layers and hidden size {llm.hidden_size}, "
         f"{sweep.text_tokens} tokens of text beside the image's; prefill "
         f"T(4nd² + 2n²d + 2ndm), predicted; KV cache in {dtype}, predicted."

@@ -10,11 +10,8 @@ it. For the demo model accuracy on held-out questions stands beside it.
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +23,7 @@ from vzip.export.defaults import FRAMES
 from vzip.export.plan.llm_cost import LlmShape, llm_shape
 from vzip.runtime.console import progress
 from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.machine.record import machine
 from vzip.runtime.machine.timing import Timing, interleaved
 from vzip.runtime.models import DEMO
 from vzip.runtime.pictures.images import ImageSource, load_image
@@ -38,8 +36,6 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 Say = Callable[[str], None]
-
-_PACKAGES = ("vzip", "numpy", "onnxruntime", "torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -201,26 +197,6 @@ def sweep(
         rows=tuple(row(each.name, each) for each in variants),
         machine=machine(),
     )
-
-
-def machine() -> dict[str, Any]:
-    """Return where something was measured, and how busy it was."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-        "load": None if load is None else round(load, 1),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # run from a folder that was never installed
-        return None
 
 
 def _inputs(

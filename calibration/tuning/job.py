@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import platform
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from vzip.runtime.bundle.manifest import Model
 from vzip.runtime.console import progress
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.llm.local.transformers import TransformersLLM
+from vzip.runtime.machine.process import peak_bytes
 
 NAMED: Final = 10
 """Records left out that are named while a run begins; its report names all of them."""
@@ -305,8 +305,7 @@ def _report(
 
 def _peak_mib(device: torch.device) -> dict[str, int]:
     """Return the most memory that this process has had, since it began."""
-    unit = 2**20 if platform.system() == "Darwin" else 2**10  # macOS counts bytes, Linux KiB
-    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20}
+    peak = {"host": peak_bytes() // 2**20}
     if device.type == "cuda":
         peak["device"] = torch.cuda.max_memory_allocated(device) // 2**20
     return peak

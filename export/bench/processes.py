@@ -22,7 +22,7 @@ from vzip.export.bench import worker
 from vzip.export.bench.stacks import Stack
 from vzip.runtime.backends import TENSORRT
 from vzip.runtime.errors import VzipError
-from vzip.runtime.machine.environment import state
+from vzip.runtime.machine.record import state
 
 TURN_LIMIT_S: Final = 600.0
 _CLOSE_LIMIT_S: Final = 20.0

@@ -24,7 +24,6 @@ import importlib
 import json
 import os
 import platform
-import resource
 import signal
 import statistics
 import sys
@@ -301,6 +300,7 @@ class Worker:
 
     def _warm(self, timed: Timed, batch: int) -> Answer:
         from vzip.runtime.machine import timing
+        from vzip.runtime.machine.process import peak_mib
 
         self.calls[batch] = timed.call(batch)
         call, _ = self.calls[batch]
@@ -313,7 +313,7 @@ class Worker:
         return {
             "warm_up_calls": 1 + len(warm),
             "warm_ms": self.warm_ms[batch],
-            "peak_host_mib": _peak_mib(),
+            "peak_host_mib": peak_mib(),
             "python": platform.python_version(),
             "packages": _versions(),
             **timed.about(batch),
@@ -344,17 +344,6 @@ def _said(agreement: Answer) -> str:
         for name, value in agreement.items()
     }
     return ", ".join(f"{name} {value}" for name, value in shown.items())
-
-
-def _peak_mib() -> float:
-    """Return the most memory that this process had: the parent's before exec is not counted."""
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    except OSError:
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # kibibytes on Linux
 
 
 def _versions() -> dict[str, str]:

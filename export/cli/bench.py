@@ -43,7 +43,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         require("torch", "transformers", "onnxruntime", needed_for="--peers", extra="export")
     from vzip.export.bench.measure import Wanted, bench
     from vzip.export.bench.output import table
-    from vzip.runtime.machine.environment import gpus
+    from vzip.runtime.doctor.environment import gpus
 
     wanted = Wanted(
         peers=arguments.peers,

@@ -1,1 +1,1 @@
-"""The machine: what it is, what it has, what it can run, and time measured on it."""
+"""What this machine is, what it has, and time measured on it; nothing here knows of a backend."""

@@ -1,33 +1,28 @@
-"""What a number depends on: the machine, its state and the versions, stored beside every result.
+"""The record of this machine: what it is, its state and the versions, beside every measured number.
 
-Quick, unlike `vzip.runtime.machine.environment.environment`, which asks every package in a child
-process.
+No package is imported for it. `vzip.runtime.doctor.environment` adds what only an import can say.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
-import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-from vzip.runtime.machine import sensors
-from vzip.runtime.machine.environment import power_mode, state
+from vzip.runtime.machine import commands, sensors
+from vzip.runtime.machine.process import cores
 
 PACKAGES: Final = ("vzip", "numpy", "pillow", "onnxruntime", "openvino", "torch", "transformers")
 
-# The instructions that decide how fast a CPU multiplies, as /proc/cpuinfo names them.
-_INSTRUCTIONS: Final = (
-    "avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8",
-    "asimd", "asimddp", "i8mm", "bf16", "sve",
-)  # fmt: skip
-
 _THREADS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
+Record = dict[str, Any]
 
-def machine(*packages: str, root: Path = sensors.ROOT) -> dict[str, Any]:
+
+def machine(*packages: str, root: Path = sensors.ROOT) -> Record:
     """Return the machine's record, as JSON has it.
 
     Args:
@@ -40,55 +35,52 @@ def machine(*packages: str, root: Path = sensors.ROOT) -> dict[str, Any]:
         installed), ``jetson`` (its model; None elsewhere), ``power_mode`` (a Jetson's), ``cpu_mhz``
         and ``governor`` (None where the kernel doesn't say, as in most virtual machines),
         ``threads`` (variables of the environment that bound their number) and ``state``: see
-        `vzip.runtime.machine.environment.state`; its ``load`` is that before the measurement.
+        `state`; its ``load`` is that before the measurement.
     """
     memory, jetson = sensors.memory(root), sensors.jetson(root)
     return {
-        "processor": sensors.processor(root) or platform.machine(),
-        "cores": _cores(),
-        "instructions": instructions(root),
+        "processor": processor(root),
+        "cores": cores(),
+        "instructions": sensors.instructions(root),
         "memory_mib": None if memory is None else memory.total,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
-        "packages": {
-            name: version
-            for name in (*PACKAGES, *packages)
-            if (version := _version(name)) is not None
-        },
+        "packages": versions(*PACKAGES, *packages),
         "jetson": None if jetson is None else jetson.model,
-        "power_mode": None if jetson is None else power_mode(),
+        "power_mode": None if jetson is None else commands.power_mode(),
         "cpu_mhz": [round(clock.mhz) for clock in sensors.cpu_clocks(root)] or None,
-        "governor": _governor(root),
+        "governor": sensors.governor(root),
         "threads": {name: os.environ[name] for name in _THREADS if name in os.environ},
         "state": state(root),
     }
 
 
-def _cores() -> int | None:
-    """Return how many cores this process may use: a container may have fewer than the machine."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+def state(root: Path = sensors.ROOT) -> Record:
+    """Return what changes from second to second: power, temperatures, clocks, load, memory.
+
+    Returns:
+        ``power_w`` and ``temperature_c`` by name, ``gpu_clocks``, ``nvidia_smi`` (None where it
+        can't be asked), ``memory_available_mib`` and ``load``, the average over a minute.
+    """
+    memory = sensors.memory(root)
+    return {
+        "power_w": sensors.power(root),
+        "temperature_c": sensors.temperatures(root),
+        "gpu_clocks": [dataclasses.asdict(clock) for clock in sensors.gpu_clocks(root)],
+        "nvidia_smi": commands.nvidia_smi(),
+        "memory_available_mib": None if memory is None else memory.available,
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    }
 
 
-def instructions(root: Path = sensors.ROOT) -> list[str]:
-    """Return which vector instructions of those that matter here the processor has."""
-    try:
-        text = (root / "proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
-    there = set(match[1].split()) if match else set()
-    return [name for name in _INSTRUCTIONS if name in there]
+def processor(root: Path = sensors.ROOT) -> str:
+    """Return the processor's name, or its architecture where the kernel has no name for it."""
+    return sensors.processor(root) or platform.processor() or platform.machine()
 
 
-def _governor(root: Path) -> str | None:
-    """Return how the first CPU's clock is governed: the power mode of a machine without a GPU."""
-    path = root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError:
-        return None
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of those distributions that are installed, without importing them."""
+    return {name: found for name in packages if (found := _version(name)) is not None}
 
 
 def _version(package: str) -> str | None:

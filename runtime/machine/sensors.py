@@ -22,6 +22,12 @@ _JETPACKS: Final = (
     ("36.5", "6.2.2"), ("38.2", "7.0"), ("38.4", "7.1"), ("39.2", "7.2"),
 )  # fmt: skip
 
+# The instructions that decide how fast a CPU multiplies, as /proc/cpuinfo names them.
+_INSTRUCTIONS: Final = (
+    "avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8",
+    "asimd", "asimddp", "i8mm", "bf16", "sve",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -209,6 +215,27 @@ def processor(root: Path = ROOT) -> str | None:
     """Return what /proc/cpuinfo calls the processor; ARM's kernels don't say."""
     match = re.search(r"^model name\s*:\s*(.+)$", _read(root / "proc/cpuinfo") or "", re.M)
     return match[1].strip() if match else None
+
+
+def instructions(root: Path = ROOT) -> list[str]:
+    """Return which vector instructions of those that matter here the processor has."""
+    text = _read(root / "proc/cpuinfo") or ""
+    match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    there = set(match[1].split()) if match else set()
+    return [name for name in _INSTRUCTIONS if name in there]
+
+
+def governor(root: Path = ROOT) -> str | None:
+    """Return how the first CPU's clock is governed: the power mode of a machine without a GPU."""
+    text = _read(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    return None if text is None else text.strip()
+
+
+def distribution(root: Path = ROOT) -> str | None:
+    """Return what the distribution of Linux calls itself."""
+    text = _read(root / "etc/os-release") or ""
+    match = re.search(r'^PRETTY_NAME="?([^"\n]+)', text, re.MULTILINE)
+    return match[1] if match else None
 
 
 def _entries(folder: Path, pattern: str = "*") -> Iterator[Path]:

@@ -12,11 +12,12 @@ Pillow is newer than what was looked at, it resizes by itself.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, TypeVar
 
 import PIL
 from PIL import Image
+
+from vzip.runtime.machine.process import cores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -78,7 +79,7 @@ def on_cores(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> li
     Raises:
         Exception: What the function raises, of the first item for which it does.
     """
-    threads = min(len(items), _cores())
+    threads = min(len(items), cores())
     if threads <= 1:
         return [function(item) for item in items]
     from concurrent.futures import ThreadPoolExecutor  # few pictures need it
@@ -102,10 +103,3 @@ def _pillow() -> tuple[int, int]:
 def _strip_rows(width: int) -> int:
     """Return how many rows of a picture make a strip."""
     return max(1, _STRIP_PIXELS // width)
-
-
-def _cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

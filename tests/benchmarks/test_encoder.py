@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from benchmarks import encoder
+from tests.refusals import refused
 from vzip.export.bench.stacks import Stack
 from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.errors import InvalidInputError
@@ -37,7 +38,7 @@ def found(name: str, baseline: str = "torch-published:fp32") -> dict:
 
 def test_another_bundle_is_refused(tiny_bundle, tmp_path):
     tiny_bundle.rename(tmp_path / "tokens-64")
-    with pytest.raises(InvalidInputError, match=r"it was exported with other options: delete it"):
+    with refused(InvalidInputError, got="tokens-64", expected="32)", cure="--bundles"):
         encoder.made(tmp_path, "llava-1.5-7b", 64)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,8 +19,8 @@ from benchmarks import gpu_evidence
 from benchmarks.gpu_evidence import RESULTS, ROOT, EvidenceError
 from vzip.export.bench.processes import Process, WorkerError
 from vzip.export.bench.stacks import Stack
+from vzip.runtime.doctor import environment
 from vzip.runtime.errors import InvalidInputError
-from vzip.runtime.machine import environment
 
 
 def run(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
@@ -240,7 +241,7 @@ def dry_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evidence")
     # One thread: idle pools of several processes on few cores would time each other.
     options = ("--batches", "2", "--rounds", "2", "--bundles", str(folder / "bundles"))
-    environ = {**environment.os.environ, "OMP_NUM_THREADS": "1"}
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = run("-o", str(folder / "r.json"), "--dry-run-cpu", *options, env=environ)
     assert done.returncode == 0, done.stderr
     return folder, done, json.loads((folder / "r.json").read_text())

@@ -331,7 +331,9 @@ def a_sweep(**change: Any) -> Sweep:
         "model": "owner/na$me`|", "revision": None, "images": 2, "source": "somewhere",
         "unit": "tile", "units": 5, "patches": 576, "text_tokens": 64, "llm": shape,
         "questions": None, "everything": everything, "rows": tuple(ROWS),
-        "machine": {"versions": {"onnxruntime": "1"}, "cores": 2, "machine": "x", "load": 1},
+        "machine": {
+            "packages": {"onnxruntime": "1"}, "cores": 2, "system": "x", "state": {"load": 1},
+        },
     }  # fmt: skip
     return Sweep(**{**values, **change})
 

@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +26,9 @@ from vzip.runtime.bundle.precision_record import files_of
 from vzip.runtime.bundle.reader import FASTEST, Bundle
 from vzip.runtime.errors import BackendError, BundleError
 from vzip.runtime.files.atomic import StagedFolder
-from vzip.runtime.machine.record import instructions
+from vzip.runtime.machine.process import cores
+from vzip.runtime.machine.record import processor
+from vzip.runtime.machine.sensors import instructions
 
 VERSION: Final = 2
 """Goes up when forms, or how they are chosen, change."""
@@ -129,23 +130,12 @@ def _depends_on(bundle: Bundle, version: str) -> dict[str, Any]:
     return {
         "version": VERSION,
         "files": {name: files[name].sha256 for name in sorted(names) if name in files},
-        "processor": _processor(),
+        "processor": processor(),
         # Integer products saturate without VNNI, and virtual machines of both kinds share a name.
         "instructions": instructions(),
-        "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "threads": cores(),
         "onnxruntime": version,
     }  # fmt: skip
-
-
-def _processor() -> str:
-    """Return the name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _read(folder: Path, bundle: Bundle, depends: Mapping[str, Any]) -> Candidate | None:

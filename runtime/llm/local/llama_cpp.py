@@ -39,6 +39,7 @@ from vzip.runtime.llm.local.gguf_model import (
     said,
 )
 from vzip.runtime.llm.prompts import KINDS, Kind, Prompts, Words, llava_15_words
+from vzip.runtime.machine.process import physical_cores
 
 if TYPE_CHECKING:
     from vzip.runtime.bundle.reader import Bundle
@@ -401,18 +402,7 @@ def _cores() -> int:
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     if asked.isdecimal() and int(asked) > 0:
         return int(asked)
-    try:
-        allowed = os.sched_getaffinity(0)
-    except AttributeError:  # not Linux
-        return os.cpu_count() or 1
-    cores = set()  # two threads of one core share it: more than one would slow the other down
-    for cpu in allowed:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        try:
-            cores.add(siblings.read_text())
-        except OSError:
-            return len(allowed)
-    return len(cores)
+    return physical_cores()
 
 
 def _free(model: GgufModel, context: Any) -> None:

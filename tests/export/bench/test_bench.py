@@ -25,7 +25,7 @@ from vzip.export.bench.stacks import Stack
 from vzip.export.cli.bench import main
 from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.errors import InvalidInputError
-from vzip.runtime.machine import environment
+from vzip.runtime.machine import commands
 from vzip.runtime.machine.record import machine
 
 ONNX = Stack("ours", "onnxruntime", "fp32", "fp32", "cpu")
@@ -550,7 +550,7 @@ def test_a_jetsons_power_mode_is_stored(tmp_path, monkeypatch, result):
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/nv_tegra_release").write_text("# R36 (release), REVISION: 4.3\n")
     monkeypatch.setattr(
-        environment, "ask", lambda *command: {"nvpmodel": "NV Power Mode: 15W\n"}.get(command[0])
+        commands, "ask", lambda *command: {"nvpmodel": "NV Power Mode: 15W\n"}.get(command[0])
     )
     found = machine(root=tmp_path)
     assert found["power_mode"] == "15W"

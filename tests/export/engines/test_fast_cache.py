@@ -99,7 +99,7 @@ def test_anything_that_matters_is_measured_again(
 ) -> None:
     check(tiny_bundle, golden)
     if what == "processor":
-        monkeypatch.setattr(cache, "_processor", lambda: "another")
+        monkeypatch.setattr(cache, "processor", lambda: "another")
     elif what == "instructions":
         monkeypatch.setattr("vzip.export.engines.cpu.cache.instructions", lambda: ["avx2"])
     elif what == "threads":

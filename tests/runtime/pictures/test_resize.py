@@ -46,7 +46,7 @@ def test_equals_pillows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "_STRIP_PIXELS", pixels)
-    monkeypatch.setattr(module, "_cores", lambda: cores)
+    monkeypatch.setattr(module, "cores", lambda: cores)
     image = noise(*size)
     expected = np.asarray(image.resize(target, Image.Resampling.BICUBIC))
     assert np.array_equal(np.asarray(resize(image, target)), expected)
@@ -80,7 +80,7 @@ def test_the_pillow_of_the_tests_is_known() -> None:
 
 
 def test_a_large_picture_is_resized_in_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_cores", lambda: 2)
+    monkeypatch.setattr(module, "cores", lambda: 2)
     both = threading.Barrier(2, timeout=20)  # passed only by two at a time
 
     def strip(top: int, bottom: int) -> Image.Image:
@@ -97,12 +97,3 @@ def test_results_are_in_order_and_the_first_error_is_raised() -> None:
     assert on_cores(str, []) == []
     with pytest.raises(ZeroDivisionError):
         on_cores(lambda item: 1 // item, [2, 0, 1])
-
-
-def test_as_many_threads_as_cores_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    for present in (True, False):
-        monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: {0, 5, 6}, raising=False)
-        monkeypatch.setattr(module.os, "cpu_count", lambda: 7)
-        if not present:
-            monkeypatch.delattr(module.os, "sched_getaffinity")
-        assert module._cores() == (3 if present else 7)

@@ -1,26 +1,20 @@
-"""``vzip doctor``: what is on this machine, what it can run, and what is missing for the rest.
+"""What a machine can run and what is missing for the rest, judged from its record.
 
-`environment` asks; this judges. The judgement is a pure function of the record, so that tests can
-show it machines that nobody here has.
+`environment` asks; this judges, and `showing` prints. The judgement is a pure function of the
+record, so that tests can show it machines that nobody here has.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
-
-from vzip.runtime.console import emit
 
 Record = Mapping[str, Any]
 
 SMALLEST_CMA: Final = 64  # MiB; [E]
 SMALLEST_SM: Final = 75  # TensorRT 10's and PyTorch's oldest in common: Turing
-WIDTH: Final = 100
 
 # What `vzip export` needs beyond torch and onnxruntime.
 EXPORT_PACKAGES: Final = ("transformers", "onnx", "onnxscript", "safetensors")
@@ -59,39 +53,12 @@ class Verdict:
         return not self.needs
 
 
-def main(argv: Sequence[str], *, prog: str) -> int:
-    """Run ``vzip doctor``.
-
-    Args:
-        argv: The arguments.
-        prog: The command's name, for its help.
-
-    Returns:
-        0 if at least one backend can run a bundle here, 1 if none can.
-    """
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        allow_abbrev=False,
-        description="Say what is on this machine, which backends and commands can run on it, and "
-        "what is missing for the others. Exit status 1 if no backend can run.",
-    )
-    parser.add_argument("--json", action="store_true", help="print the record itself, as JSON")
-    arguments = parser.parse_args(argv)
-    from vzip.runtime.machine.environment import environment
-
-    record = environment()
-    emit(json.dumps(record, indent=1) if arguments.json else report(record))
-    return 0 if any(verdict.ready for verdict in backends(record)) else 1
-
-
 # Judging
 
 
 def backends(record: Record) -> list[Verdict]:
     """Return a verdict on every backend, in the order in which ``auto`` tries them."""
-    from vzip.runtime.backends import BACKENDS
-
-    return [_JUDGES[name](record) for name in BACKENDS]
+    return [judge(record) for judge in JUDGES.values()]
 
 
 def commands(record: Record) -> list[Verdict]:
@@ -133,8 +100,8 @@ def _onnxruntime_cuda(record: Record) -> Verdict:
 
 
 def _onnxruntime_cuda_cure(record: Record, *, installed: bool) -> str:
-    minor = ".".join(record["python"]["version"].split(".")[:2])
-    if record["platform"]["machine"] == "aarch64" and minor != "3.12":
+    minor = ".".join(record["python"].split(".")[:2])
+    if record["architecture"] == "aarch64" and minor != "3.12":
         return f"none: PyPI has aarch64 wheels for Python 3.12 alone, this is {minor}; use tensorrt"
     remove = "pip uninstall onnxruntime && " if installed else ""
     return f"{remove}pip install 'vzip[gpu]'"
@@ -142,7 +109,7 @@ def _onnxruntime_cuda_cure(record: Record, *, installed: bool) -> str:
 
 def _pytorch(record: Record) -> Verdict:
     needs = _package_needs(record, "torch", "pip install torch")
-    if record["packages"]["onnx"] is None:
+    if "onnx" not in record["packages"]:
         needs.append(Need("the package onnx", "pip install onnx"))
     found = record["torch"] or {}
     where = found.get("gpu") or "the CPU"
@@ -168,7 +135,7 @@ def _export(record: Record) -> Verdict:
         *_package_needs(record, "torch", cure),
         *_package_needs(record, "onnxruntime", cure),
     ]
-    absent = [name for name in EXPORT_PACKAGES if record["packages"][name] is None]
+    absent = [name for name in EXPORT_PACKAGES if name not in record["packages"]]
     if absent:
         needs.append(Need(f"the packages {', '.join(absent)}", cure))
     return Verdict("vzip export", "with the parity check", tuple(needs))
@@ -176,12 +143,12 @@ def _export(record: Record) -> Verdict:
 
 def _ask(record: Record) -> Verdict:
     needs = _package_needs(record, "torch", "pip install torch")
-    if record["packages"]["transformers"] is None:
+    if "transformers" not in record["packages"]:
         needs.append(Need("the package transformers", "pip install 'transformers>=5'"))
     return Verdict("vzip ask, chat", "the language model runs in transformers", tuple(needs))
 
 
-_JUDGES: Final[Mapping[str, Callable[[Record], Verdict]]] = MappingProxyType(
+JUDGES: Final[Mapping[str, Callable[[Record], Verdict]]] = MappingProxyType(
     {
         "tensorrt": _tensorrt,
         "onnxruntime-cuda": _onnxruntime_cuda,
@@ -189,6 +156,26 @@ _JUDGES: Final[Mapping[str, Callable[[Record], Verdict]]] = MappingProxyType(
         "pytorch": _pytorch,
     }
 )
+
+
+# Facts that are shown too
+
+
+def dotted(sm: str) -> str:
+    """Return ``87`` as ``8.7`` and ``120`` as ``12.0``."""
+    return f"{sm[:-1]}.{sm[-1]}"
+
+
+def _gpu_name(record: Record) -> str:
+    gpus = record["driver"].get("gpus")
+    return str(gpus[0]["name"]) if gpus else "no GPU"
+
+
+def jetpack_version(record: Record) -> str | None:
+    """Return a Jetson's JetPack: what the package says, else what its Jetson Linux came with."""
+    software = record["jetpack"]
+    version: str | None = software["package"] or software["jetpack"]
+    return version
 
 
 # What is missing
@@ -208,7 +195,7 @@ def _gpu_needs(record: Record) -> list[Need]:
     if int(gpus[0]["sm"]) < SMALLEST_SM:
         return [
             Need(
-                f"a GPU of SM 7.5 or newer: {gpus[0]['name']} is SM {_dotted(gpus[0]['sm'])}",
+                f"a GPU of SM 7.5 or newer: {gpus[0]['name']} is SM {dotted(gpus[0]['sm'])}",
                 "none: use the backend onnxruntime",
             )
         ]
@@ -227,31 +214,31 @@ def _cudart_needs(record: Record) -> list[Need]:
 
 
 def _tensorrt_needs(record: Record) -> list[Need]:
-    found, jetson = record["tensorrt"], record["jetson"]
+    found, jetpack = record["tensorrt"], record["jetpack"]
     if found is None:
         return [Need("the package tensorrt", _tensorrt_cure(record))]
     if "error" not in found:
         return []
-    numpy = record["packages"]["numpy"] or ""
+    numpy = record["packages"].get("numpy", "")
     cure = _tensorrt_cure(record)
-    if jetson is not None and "numpy" in found["error"].lower() and not numpy.startswith("1."):
+    if jetpack is not None and "numpy" in found["error"].lower() and not numpy.startswith("1."):
         cure = "pip install 'numpy<2' (JetPack 6's bindings are built for numpy 1)"
     return [Need(f"a tensorrt that can be imported: {found['error']}", cure)]
 
 
 def _tensorrt_cure(record: Record) -> str:
-    jetson = record["jetson"]
-    if jetson is None:
+    jetpack = record["jetpack"]
+    if jetpack is None:
         return "pip install 'vzip[tensorrt]' (fetches the libraries from NVIDIA's own index)"
-    if not jetson["system_tensorrt"]:
+    if not jetpack["system_tensorrt"]:
         return "sudo apt update && sudo apt install nvidia-jetpack"
     # JetPack's bindings are for one Python, and a plain virtual environment doesn't see them.
-    theirs = jetson["system_tensorrt"][0].split("/")[-3]
+    theirs = jetpack["system_tensorrt"][0].split("/")[-3]
     return f"/usr/bin/{theirs} -m venv --system-site-packages vzip-env, and install vzip there"
 
 
 def _rtx_needs(record: Record) -> list[Need]:
-    if record["platform"]["machine"] == "aarch64":
+    if record["architecture"] == "aarch64":
         return [Need("TensorRT-RTX", "none: it has no aarch64 wheels; build on an x86-64 machine")]
     return _package_needs(record, "tensorrt_rtx", "pip install 'vzip[rtx]'")
 
@@ -272,8 +259,8 @@ def _package_needs(record: Record, name: str, cure: str) -> list[Need]:
 def hints(record: Record) -> list[str]:
     """Return what isn't missing but will be in the way."""
     found = []
-    memory, jetson, disk = record["memory_mib"], record["jetson"], record["disk"]
-    if jetson is not None:
+    memory, disk = record["memory"], record["disk"]
+    if record["jetson"] is not None:
         found += _jetson_hints(record)
     if memory is not None and memory["total"] < 9000:
         if memory["swap_total"] - memory["zram"] < 4000:
@@ -292,190 +279,30 @@ def hints(record: Record) -> list[str]:
 
 
 def _jetson_hints(record: Record) -> list[str]:
-    jetson, found = record["jetson"], []
-    jetpack = jetson["nvidia_jetpack_package"] or jetson["jetpack"] or ""
+    found = []
+    jetpack = jetpack_version(record) or ""
     if jetpack.startswith("5."):
         found.append(
             "JetPack 5 has TensorRT 8.5, without LayerNormalization and fused attention: flash "
             "JetPack 6.2 or newer"
         )
-    numpy = record["packages"]["numpy"] or ""
+    numpy = record["packages"].get("numpy", "")
     if jetpack.startswith("6.") and not numpy.startswith("1."):
         found.append(
             f"numpy {numpy} with JetPack {jetpack}, whose TensorRT is built for numpy 1: "
             "pip install 'numpy<2'"
         )
-    memory = record["memory_mib"]
+    memory = record["memory"]
     if memory is not None and memory["cma_total"] and memory["cma_free"] < SMALLEST_CMA:
         found.append(
             f"{memory['cma_free']} of {memory['cma_total']} MiB of contiguous memory free: if an "
             "allocation on the GPU fails with NvMapMemAlloc error 12, close what uses GPU or "
             "camera, or add cma=512M to the APPEND line of /boot/extlinux/extlinux.conf and restart"
         )
-    mode = jetson["power_mode"]
+    mode = record["power_mode"]
     if mode is not None and not mode.startswith("MAXN"):
         found.append(f"power mode {mode}: numbers are those of this mode (docs/jetson.md)")
     clocks = record["state"]["gpu_clocks"]
     if any(clock["lowest_mhz"] < clock["highest_mhz"] for clock in clocks):
         found.append("the GPU's clock is not locked: sudo jetson_clocks before measuring")
     return found
-
-
-# Showing
-
-
-def report(record: Record) -> str:
-    """Return the record and the verdicts as one reads them, at most `WIDTH` columns wide."""
-    facts = [fact for fact in _facts(record) if fact[1]]
-    label = max(len(name) for name, _ in facts) + 2
-    lines = ["This machine"]
-    for name, text in facts:
-        lines += _hang(f"  {name:<{label}}", text)
-    judged = {"Backends": backends(record), "Commands": commands(record)}
-    width = max(len(each.name) for group in judged.values() for each in group) + 2
-    for title, verdicts in judged.items():
-        lines += ["", title]
-        for verdict in verdicts:
-            lines += _shown(verdict, width)
-    if advice := hints(record):
-        lines += ["", "Mind"]
-        for hint in advice:
-            lines += _hang("  - ", hint)
-    return "\n".join(lines)
-
-
-def _shown(verdict: Verdict, width: int) -> list[str]:
-    head = f"  {verdict.name:<{width}}"
-    if verdict.ready:
-        return _hang(f"{head}ready    ", verdict.detail)
-    lines = []
-    for number, need in enumerate(verdict.needs):
-        first = f"{head}missing  " if number == 0 else " " * (len(head) + 9)
-        lines += _hang(first, need.what)
-        if need.cure not in {later.cure for later in verdict.needs[number + 1 :]}:  # once is enough
-            lines += _hang(" " * (len(head) + 9) + "-> ", need.cure)
-    return lines
-
-
-def _hang(head: str, text: str) -> list[str]:
-    return textwrap.wrap(
-        text,
-        WIDTH,
-        initial_indent=head,
-        subsequent_indent=" " * len(head),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-
-
-def _facts(record: Record) -> list[tuple[str, str]]:
-    python, machine = record["python"], record["platform"]
-    kind = "system Python"
-    if python["virtual_environment"]:
-        sees = "sees" if python["system_site_packages"] else "without"
-        kind = f"virtual environment, {sees} system packages"
-    packages = [f"{name} {version}" for name, version in record["packages"].items() if version]
-    return [
-        ("system", _joined(machine["distribution"], machine["kernel"], machine["machine"])),
-        ("processor", _joined(machine["processor"], f"{machine['cores']} cores")),
-        ("Python", f"{python['version']} ({kind}): {python['executable']}"),
-        ("packages", ", ".join(packages)),
-        *((name, _found(record[name])) for name in ("onnxruntime", "torch")),
-        ("TensorRT", _found(record["tensorrt"])),
-        ("TensorRT-RTX", _found(record["tensorrt_rtx"])),
-        ("Jetson", _jetson_fact(record)),
-        ("GPU", _gpu_fact(record)),
-        ("CUDA runtime", _found(record["cudart"])),
-        ("memory", _memory_fact(record["memory_mib"])),
-        ("disk", _disk_fact(record["disk"])),
-        *_state_facts(record["state"]),
-    ]
-
-
-def _joined(*parts: str | None) -> str:
-    return ", ".join(part for part in parts if part)
-
-
-def _found(answer: Record | None) -> str:
-    """Return what a probe found, as one reads it."""
-    if answer is None:
-        return "not installed"
-    if "error" in answer:
-        return str(answer["error"])
-    more = [
-        *answer.get("providers", ()),
-        *(f"{key.upper()} {answer[key]}" for key in ("cuda", "gpu") if answer.get(key)),
-        *([answer["file"]] if "file" in answer else []),
-    ]
-    return f"{answer['version']}" + (f" ({', '.join(more)})" if more else "")
-
-
-def _gpu_name(record: Record) -> str:
-    gpus = record["driver"].get("gpus")
-    return str(gpus[0]["name"]) if gpus else "no GPU"
-
-
-def _gpu_fact(record: Record) -> str:
-    driver = record["driver"]
-    if "error" in driver:
-        return str(driver["error"])
-    smi = record["state"]["nvidia_smi"]
-    version = f", driver {smi[0]['driver_version']}" if smi else ""
-    gpus = [
-        f"{gpu['name']}, SM {_dotted(gpu['sm'])}, {gpu['memory_mib']} MiB" for gpu in driver["gpus"]
-    ]
-    return f"{'; '.join(gpus) or 'none'}{version}, serves CUDA up to {driver['cuda']}"
-
-
-def _dotted(sm: str) -> str:
-    """Return ``87`` as ``8.7`` and ``120`` as ``12.0``."""
-    return f"{sm[:-1]}.{sm[-1]}"
-
-
-def _jetson_fact(record: Record) -> str:
-    jetson = record["jetson"]
-    if jetson is None:
-        return ""
-    jetpack = jetson["nvidia_jetpack_package"] or jetson["jetpack"]
-    return _joined(
-        jetson["model"],
-        f"JetPack {jetpack}" if jetpack else "JetPack unknown",
-        f"Jetson Linux {jetson['l4t']}" if jetson["l4t"] else None,
-        f"power mode {jetson['power_mode']}" if jetson["power_mode"] else "power mode unknown",
-    )
-
-
-def _memory_fact(memory: Record | None) -> str:
-    if memory is None:
-        return ""
-    swap = f"swap {memory['swap_total']} MiB"
-    if memory["zram"]:
-        swap += f" ({memory['zram']} of it zram)"
-    cma = memory["cma_total"]
-    return _joined(
-        f"{memory['available']} of {memory['total']} MiB available",
-        swap,
-        f"contiguous {memory['cma_free']} of {cma} MiB free" if cma else None,
-    )
-
-
-def _disk_fact(disk: Record | None) -> str:
-    return "" if disk is None else f"{disk['free_gb']} GB free in {disk['folder']}"
-
-
-def _state_facts(state: Record) -> list[tuple[str, str]]:
-    clocks = [
-        f"{clock['name']} {clock['mhz']:.0f} MHz "
-        f"({clock['lowest_mhz']:.0f} to {clock['highest_mhz']:.0f})"
-        + ("" if clock["load"] is None else f", load {clock['load']:.0%}")
-        for clock in state["gpu_clocks"]
-    ]
-    power = [f"{rail} {watts:.2f} W" for rail, watts in state["power_w"].items()]
-    heat = [f"{zone} {celsius:.0f} °C" for zone, celsius in state["temperature_c"].items()]
-    facts = [("GPU clock", "; ".join(clocks)), ("power", ", ".join(power))]
-    facts.append(("temperature", ", ".join(heat)))
-    if state["nvidia_smi"]:
-        first = state["nvidia_smi"][0]
-        names = ("power.draw", "temperature.gpu", "utilization.gpu", "clocks.sm", "memory.used")
-        facts.append(("nvidia-smi", ", ".join(f"{name} {first[name]}" for name in names)))
-    return facts

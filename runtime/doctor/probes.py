@@ -1,7 +1,7 @@
 """Questions that only an import can answer, each asked in a process of its own.
 
 A broken installation of TensorRT, PyTorch or CUDA can crash or hang whoever imports it, so
-`vzip.runtime.machine.environment` runs this file as a script, one probe a time, and survives
+`vzip.runtime.doctor.environment` runs this file as a script, one probe a time, and survives
 either::
 
     python probes.py torch

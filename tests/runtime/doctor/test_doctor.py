@@ -6,6 +6,7 @@ its packages would give them; what is concluded from it is a pure function.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,8 +16,13 @@ import pytest
 
 from tests.places import GOLDEN
 from vzip.runtime.backends import BACKENDS
-from vzip.runtime.machine import doctor, environment, probes
-from vzip.runtime.machine.environment import environment as look
+from vzip.runtime.cli import doctor
+from vzip.runtime.doctor import environment, probes, showing, verdicts
+from vzip.runtime.doctor.environment import environment as look
+from vzip.runtime.machine import commands, sensors
+from vzip.runtime.machine.record import machine
+
+STEADY = ("processor", "cores", "instructions", "memory_mib", "system", "python", "jetson")
 
 TREES = json.loads((GOLDEN / "jetson_trees.json").read_text())
 ORIN_NANO, THOR = TREES["orin_nano"], TREES["thor"]
@@ -37,32 +43,22 @@ NO_DRIVER = {"error": "no NVIDIA driver (no libcuda.so.1)"}
 def record(**changes):
     """A workstation with ONNX Runtime on the CPU and nothing else."""
     return {
-        "python": {
-            "version": "3.10.12",
+        "python": "3.10.12",
+        "interpreter": {
             "executable": "python3",
             "virtual_environment": True,
             "system_site_packages": False,
         },
-        "platform": {
-            "system": "Linux",
-            "distribution": "Ubuntu 22.04.5 LTS",
-            "kernel": "5.15",
-            "machine": "x86_64",
-            "processor": None,
-            "cores": 6,
-        },
-        "packages": dict.fromkeys(environment.PACKAGES) | {"numpy": "1.26.4", "pillow": "12.0"},
+        "system": "Linux 5.15 x86_64",
+        "distribution": "Ubuntu 22.04.5 LTS",
+        "architecture": "x86_64",
+        "processor": "x86_64",
+        "cores": 6,
+        "packages": {"numpy": "1.26.4", "pillow": "12.0"},
         "jetson": None,
-        "memory_mib": {
-            "total": 32000,
-            "available": 30000,
-            "swap_total": 0,
-            "swap_free": 0,
-            "zram": 0,
-            "cma_total": None,
-            "cma_free": None,
-            "disk_swap_free": 0,
-        },
+        "jetpack": None,
+        "power_mode": None,
+        "memory": dataclasses.asdict(sensors.Memory(32000, 30000, 0, 0, 0, None, None, 0)),
         "disk": {"folder": "/data", "free_gb": 100.0},
         "driver": NO_DRIVER,
         "cudart": {"error": "libcudart.so is not there"},
@@ -85,12 +81,15 @@ def record(**changes):
 def jetson(root: Path, tree: dict[str, str], **changes):
     """The record of a Jetson; what is in files is read from them."""
     grow(root, tree)
-    found = environment._jetson(root)
-    assert found is not None
-    machine = {**record()["platform"], "machine": "aarch64"}
-    memory = environment._fields(environment.sensors.memory(root))
-    state = environment.state(root)
-    return record(jetson=found, platform=machine, memory_mib=memory, state=state, **changes)
+    memory, found = sensors.memory(root), machine(root=root)
+    assert memory is not None
+    return record(
+        **{name: found[name] for name in ("jetson", "power_mode", "state")},
+        jetpack=environment._jetpack(root),
+        architecture="aarch64",
+        memory=dataclasses.asdict(memory),
+        **changes,
+    )
 
 
 ORIN_GPU = {"cuda": "12.6", "gpus": [{"name": "Orin", "sm": "87", "memory_mib": 7619}]}
@@ -98,7 +97,7 @@ CUDART = {"version": "12.6", "file": "libcudart.so.12"}
 
 
 def verdict(name, found):
-    every = [doctor._JUDGES[key](found) for key in doctor._JUDGES] + doctor.commands(found)
+    every = verdicts.backends(found) + verdicts.commands(found)
     return next(each for each in every if each.name == name)
 
 
@@ -110,8 +109,8 @@ def needs(name, found):
 
 
 def test_every_backend_has_a_judge():
-    assert set(BACKENDS) <= set(doctor._JUDGES)
-    assert [each.name for each in doctor.backends(record())] == list(BACKENDS)
+    assert list(verdicts.JUDGES) == list(BACKENDS)
+    assert [each.name for each in verdicts.backends(record())] == list(BACKENDS)
 
 
 def test_a_workstation_without_a_gpu():
@@ -213,7 +212,7 @@ def test_tensorrt_that_dies_of_numpy_2(tmp_path):
             "pip install 'numpy<2' (JetPack 6's bindings are built for numpy 1)",
         )
     ]
-    assert any("numpy 2.2.0 with JetPack 6.2" in hint for hint in doctor.hints(found))
+    assert any("numpy 2.2.0 with JetPack 6.2" in hint for hint in verdicts.hints(found))
 
 
 def test_a_gpu_that_is_too_old():
@@ -232,8 +231,8 @@ def test_a_driver_of_cuda_12_gets_the_runtime_of_cuda_12():
 
 def test_hints_of_a_small_orin(tmp_path):
     found = jetson(tmp_path, ORIN_NANO, disk={"folder": "/data", "free_gb": 2.5})
-    found["jetson"]["power_mode"] = "15W"
-    text = "\n".join(doctor.hints(found))
+    found["power_mode"] = "15W"
+    text = "\n".join(verdicts.hints(found))
     assert "less than 4 GB of swap on disk" in text  # zram is not swap on disk
     assert "2000 MiB of memory available" in text
     assert "--low-memory" in text
@@ -243,20 +242,20 @@ def test_hints_of_a_small_orin(tmp_path):
     # The kernel sets 256 MiB aside, and 40 of them are left.
     assert "40 of 256 MiB of contiguous memory free: if an allocation on the GPU fails with" in text
     assert "cma=512M" in text
-    found["memory_mib"]["cma_free"] = 100
-    assert "contiguous" not in "\n".join(doctor.hints(found))
+    found["memory"]["cma_free"] = 100
+    assert "contiguous" not in "\n".join(verdicts.hints(found))
 
 
 def test_no_hints_for_a_big_locked_thor(tmp_path):
     found = jetson(tmp_path, THOR)
-    found["jetson"]["power_mode"] = "MAXN"
-    assert doctor.hints(found) == []
+    found["power_mode"] = "MAXN"
+    assert verdicts.hints(found) == []
 
 
 def test_jetpack_5_is_named(tmp_path):
     tree = {**ORIN_NANO, "etc/nv_tegra_release": "# R35 (release), REVISION: 6.0, GCID: 1"}
     assert any(
-        "JetPack 5 has TensorRT 8.5" in hint for hint in doctor.hints(jetson(tmp_path, tree))
+        "JetPack 5 has TensorRT 8.5" in hint for hint in verdicts.hints(jetson(tmp_path, tree))
     )
 
 
@@ -268,7 +267,7 @@ def test_the_record_of_this_machine(tmp_path):
     assert json.loads(json.dumps(found)) == found
     assert set(probes.PROBES) <= set(found)
     assert found["packages"]["numpy"]
-    assert found["python"]["version"] == ".".join(map(str, sys.version_info[:3]))
+    assert found == {**found, **{k: v for k, v in machine().items() if k in STEADY}}
     assert found["disk"]["folder"] == str(tmp_path)
     assert "error" in found["driver"] or found["driver"]["gpus"]
 
@@ -322,30 +321,30 @@ def test_a_package_that_is_not_installed_is_absent(monkeypatch):
 
 
 def test_a_command_that_is_absent_fails_or_hangs_is_none():
-    assert environment.ask("no-such-command") is None
-    assert environment.ask("false") is None
-    assert environment.ask("sleep", "30", limit_s=0.2) is None
-    assert environment.ask("echo", "yes") == "yes\n"
+    assert commands.ask("no-such-command") is None
+    assert commands.ask("false") is None
+    assert commands.ask("sleep", "30", limit_s=0.2) is None
+    assert commands.ask("echo", "yes") == "yes\n"
 
 
 def test_nvidia_smi_as_on_a_card_and_on_an_orin(monkeypatch):
     row = "NVIDIA L4, 570.86, 23034 MiB, 3 MiB, 16.1 W, 41, 0 %, 210 MHz, 405 MHz, Enabled, 72.00 W"
-    monkeypatch.setattr(environment, "ask", lambda *command: row + "\n")
-    found = environment.nvidia_smi()
+    monkeypatch.setattr(commands, "ask", lambda *command: row + "\n")
+    found = commands.nvidia_smi()
     assert found is not None
     assert found[0]["name"] == "NVIDIA L4"
     assert found[0]["clocks.sm"] == "210 MHz"
-    monkeypatch.setattr(environment, "ask", lambda *command: "an error\n")
-    assert environment.nvidia_smi() == []
+    monkeypatch.setattr(commands, "ask", lambda *command: "an error\n")
+    assert commands.nvidia_smi() == []
 
 
 def test_power_mode_and_package(tmp_path, monkeypatch):
     answers = {"dpkg-query": "6.2+b77", "nvpmodel": "NV Power Mode: MAXN_SUPER\n2\n"}
-    monkeypatch.setattr(environment, "ask", lambda *command: answers.get(command[0]))
-    found = jetson(tmp_path, ORIN_NANO)["jetson"]
+    monkeypatch.setattr(commands, "ask", lambda *command: answers.get(command[0]))
+    found = jetson(tmp_path, ORIN_NANO)
     assert found["power_mode"] == "MAXN_SUPER"
-    assert found["nvidia_jetpack_package"] == "6.2+b77"
-    assert doctor._jetson_fact({"jetson": found}).endswith(
+    assert found["jetpack"]["package"] == "6.2+b77"
+    assert showing._jetson_fact(found).endswith(
         "JetPack 6.2+b77, Jetson Linux 36.4.3, power mode MAXN_SUPER"
     )
 
@@ -357,9 +356,9 @@ def test_the_report_of_an_orin(tmp_path):
     found = jetson(
         tmp_path, ORIN_NANO, driver=ORIN_GPU, cudart=CUDART, tensorrt={"version": "10.3.0"}
     )
-    text = doctor.report(found)
+    text = showing.report(found)
     lines = text.splitlines()
-    assert max(map(len, lines)) <= doctor.WIDTH
+    assert max(map(len, lines)) <= showing.WIDTH
     assert lines[0] == "This machine"
     for part in (
         "Orin, SM 8.7, 7619 MiB, serves CUDA up to 12.6",
@@ -408,6 +407,6 @@ def test_help_imports_nothing_heavy(arguments):
 @pytest.mark.gpu
 def test_on_a_gpu_machine_the_engine_s_backend_is_ready():
     found = look()
-    assert int(found["driver"]["gpus"][0]["sm"]) >= doctor.SMALLEST_SM
+    assert int(found["driver"]["gpus"][0]["sm"]) >= verdicts.SMALLEST_SM
     assert verdict("tensorrt", found).ready, needs("tensorrt", found)
     assert verdict("vzip build", found).ready
