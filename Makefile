@@ -1,6 +1,7 @@
 # make demo          export the demo model, check it, ask it about a picture, draw what it kept
-# make test          lint, types, all tests
-# make test-fast     the same without the tests that take minutes (full-size models)
+# make test          lint, types, and everything that a change can break: 12 minutes on two cores
+# make test-fast     the same without the slow tests: 2 minutes
+# make test-all      everything: cross products, full-size models, all ahead-of-time builds, local LLMs
 # make test-llms     the tests that run a real LLM on this machine, llama.cpp's among them (pip builds it)
 # make bench-short   ratios of times, compared with the committed ones
 # make test-pythons  the runtime's tests under Python 3.10 with numpy 1.26 and under 3.13
@@ -23,7 +24,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 # ONNX Runtime 1.29 and newer sends telemetry when it is imported; vzip turns that off for itself.
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-fast test-llms llms bench-short test-pythons lint types format clean
+.PHONY: demo test test-fast test-all test-rest test-llms llms bench-short test-pythons lint types format clean
 
 demo: $(VENV)/linked
 	$(BIN)/vzip export --model demo --tokens 43 -o $(DEMO_BUNDLE)
@@ -32,10 +33,16 @@ demo: $(VENV)/linked
 	$(BIN)/vzip show $(DEMO_BUNDLE) $(DEMO_PICTURE) -o demo-overlay.png
 
 test: lint types
-	$(PYTEST)
+	$(PYTEST) -m "not full"
 
 test-fast: lint types
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not full"
+
+test-all: test test-rest
+
+# What `make test` leaves out.
+test-rest: $(VENV)/linked llms
+	VZIP_LLMS=llama_cpp $(PYTEST) -m "full or local_llm"
 
 test-llms: $(VENV)/linked llms
 	VZIP_LLMS=llama_cpp $(PYTEST) -m local_llm
