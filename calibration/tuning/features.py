@@ -22,6 +22,7 @@ from torch import nn
 from vzip.export.architecture import needed_tensors
 from vzip.export.graph.traced import Encoder
 from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.files import codec
 from vzip.runtime.pictures.images import load_image
 from vzip.runtime.pictures.preprocess import tower_image
 
@@ -201,7 +202,7 @@ def _fingerprint(weights: VisionWeights, method: Method) -> str:
         "tower": dataclasses.asdict(config.tower),
         "feature_layers": config.feature_layers,
         "pool": config.pool,
-        "preprocessing": config.preprocessing.to_json(),
+        "preprocessing": codec.write(config.preprocessing),
         "budget": dataclasses.asdict(method.budget),
         "merge": method.merge,
         "selection": method.selection,

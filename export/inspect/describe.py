@@ -13,9 +13,10 @@ from vzip.export.engines.tensorrt.layers import EngineLayers, inspect_engine
 from vzip.export.graph.reading import read_graph
 from vzip.runtime.backends.tensorrt.engine_file import read_engine
 from vzip.runtime.bundle.engine_record import EngineRecord
-from vzip.runtime.bundle.manifest import Manifest, Scalar
+from vzip.runtime.bundle.manifest import Manifest
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.errors import BackendError, InvalidInputError, MissingDependencyError
+from vzip.runtime.files.codec import Scalar
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Annotated, Final, Literal
 
-from vzip.runtime.bundle import checks
+from vzip.runtime.files.codec import Count, Record, Scalar, Sha256, Text, within
 
 Quantised = Literal["int8", "fp8"]
 Precision = Literal["fp32", "fp16", "int8", "fp8"]
@@ -47,7 +47,7 @@ QUANTISED_FILES: Final = tuple(name for each in QUANTISED for name in files_of(e
 
 
 @dataclass(frozen=True)
-class PrecisionRecord:
+class PrecisionRecord(Record):
     """How a quantised graph was made, and how it agrees with the bundle's own.
 
     Attributes:
@@ -58,38 +58,8 @@ class PrecisionRecord:
         agreement: How far it agrees with the bundle's own graph, by name, on the images held apart.
     """
 
-    opset: int
-    samples_sha256: str
-    images: int
-    recipe: Mapping[str, checks.Scalar]
-    agreement: Mapping[str, checks.Scalar]
-
-    def __post_init__(self) -> None:
-        checks.integer("precisions.opset", self.opset, low=17, high=21)
-        checks.digest("precisions.samples_sha256", self.samples_sha256)
-        checks.integer("precisions.images", self.images, low=1)
-        for name in ("recipe", "agreement"):
-            values = getattr(self, name)
-            if not isinstance(values, Mapping):
-                raise checks.refuse(f"precisions.{name}", values, "an object")
-            for key, value in values.items():
-                checks.text(f"precisions.{name}", key)
-                checks.scalar(f"precisions.{name}.{key}", value)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the record as JSON values, in the order of `docs/bundle.md`."""
-        return {**vars(self), "recipe": dict(self.recipe), "agreement": dict(self.agreement)}
-
-    @classmethod
-    def from_json(cls, where: str, value: object) -> PrecisionRecord:
-        """Return the record that `value`, parsed JSON, describes.
-
-        Args:
-            where: Its place in the manifest, for messages.
-            value: The JSON.
-
-        Raises:
-            BundleError: An unknown or missing key, a wrong type, or a value out of range.
-        """
-        values: dict[str, Any] = dict(checks.mapping(where, value, cls.__dataclass_fields__))
-        return cls(**values)
+    opset: Annotated[int, within(17, 21)]
+    samples_sha256: Sha256
+    images: Count
+    recipe: Mapping[Text, Scalar]
+    agreement: Mapping[Text, Scalar]

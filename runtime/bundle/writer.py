@@ -21,7 +21,6 @@ from vzip.runtime.bundle.engine_record import (
     LOCK_FILE,
     TIMING_CACHE,
     EngineRecord,
-    check_name,
 )
 from vzip.runtime.bundle.manifest import (
     DATA_FILE,
@@ -34,7 +33,6 @@ from vzip.runtime.bundle.manifest import (
     REFERENCE_FILE,
     FileEntry,
     Manifest,
-    Scalar,
 )
 from vzip.runtime.bundle.precision_record import QUANTISED, QUANTISED_FILES
 from vzip.runtime.bundle.reader import (
@@ -53,6 +51,7 @@ from vzip.runtime.bundle.reader import (
 )
 from vzip.runtime.errors import BundleError
 from vzip.runtime.files import atomic
+from vzip.runtime.files.codec import Scalar
 
 _WAITING = re.compile(rf"\.({'|'.join(QUANTISED)})\.[0-9a-f]{{16}}{re.escape(WAITING_SUFFIX)}")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -203,14 +202,14 @@ def add_engine(bundle: Bundle, name: str, record: EngineRecord, plan: bytes | me
     found = FileEntry(hashlib.sha256(plan).hexdigest(), len(plan))
     if found != FileEntry(record.sha256, record.bytes):
         raise BundleError(
-            f"{bundle.path}: the record of the engine {check_name(name)!r} says {record.bytes} "
+            f"{bundle.path}: the record of the engine {name!r} says {record.bytes} "
             f"bytes {record.sha256[:12]}…, the engine has {found.bytes} {found.sha256[:12]}…",
             cause="they don't belong together: this is a defect of the builder",
         )
     graph = bundle.graph_file
     if record.model_sha256 != bundle.manifest.files[graph].sha256:
         raise BundleError(
-            f"{bundle.path}: the engine {check_name(name)!r} was built from a {graph} with "
+            f"{bundle.path}: the engine {name!r} was built from a {graph} with "
             f"SHA-256 {record.model_sha256[:12]}…, the bundle's has "
             f"{bundle.manifest.files[graph].sha256[:12]}…",
             cause="another process replaced the bundle",

@@ -16,14 +16,14 @@ Two stages, because a graph may hold the second one itself:
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from PIL import Image
 
 from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.files.codec import Must, Record, within
 from vzip.runtime.pictures.resize import resize, resize_rows
 
 if TYPE_CHECKING:
@@ -41,8 +41,14 @@ MAX_SQUARE_SIDE = 2**15
 """Longest edge that `pad_square` takes: its work grows with the square of it."""
 
 
+Side = Annotated[int, within(1, MAX_IMAGE_SIZE)]
+# Times 255 the mean is the colour that a picture is padded with.
+Share = Annotated[float, Must(lambda value: 0 <= value <= 1, "a number from 0 to 1")]
+Positive = Annotated[float, Must(lambda value: value > 0, "a positive number")]
+
+
 @dataclass(frozen=True)
-class Preprocessing:
+class Preprocessing(Record):
     """How an image becomes the tower's input.
 
     Args:
@@ -59,78 +65,19 @@ class Preprocessing:
         InvalidInputError: A field has the wrong type or an impossible value.
     """
 
-    image_size: int
+    image_size: Side
     mode: Mode
-    shortest_edge: int
+    shortest_edge: Side
     resample: Literal["bicubic"]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    rescale_factor: float
+    mean: tuple[Share, Share, Share]
+    std: tuple[Positive, Positive, Positive]
+    rescale_factor: Positive
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "shortest_edge"):
-            value = getattr(self, name)
-            if not _is_int(value) or not 1 <= value <= MAX_IMAGE_SIZE:
-                raise _field_error(name, value, f"an integer from 1 to {MAX_IMAGE_SIZE}")
-        if self.mode not in get_args(Mode):
-            raise _field_error("mode", self.mode, " or ".join(map(repr, get_args(Mode))))
+        super().__post_init__()
         if self.mode == "stretch" and self.shortest_edge != self.image_size:
-            raise _field_error(
-                "shortest_edge",
-                self.shortest_edge,
-                f"image_size {self.image_size}, since 'stretch' crops nothing",
-            )
-        if self.resample != "bicubic":
-            raise _field_error("resample", self.resample, "'bicubic'")
-        # Within 0 … 1: times 255 the mean is the colour that a picture is padded with.
-        if not _is_triple(self.mean) or not all(0 <= x <= 1 for x in self.mean):
-            raise _field_error("mean", self.mean, "three numbers from 0 to 1 (red, green, blue)")
-        if not _is_triple(self.std) or not all(x > 0 for x in self.std):
-            raise _field_error("std", self.std, "three positive numbers (red, green, blue)")
-        if not _is_finite(self.rescale_factor) or self.rescale_factor <= 0:
-            raise _field_error("rescale_factor", self.rescale_factor, "a positive number")
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as values that `json` writes; `from_json` takes them back exactly."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-        }
-
-    @classmethod
-    def from_json(cls, data: object) -> Preprocessing:
-        """Return the preprocessing that `to_json` described.
-
-        Args:
-            data: A mapping with exactly the fields of this class; a number may be an integer.
-
-        Raises:
-            InvalidInputError: Not a mapping, a key too many or too few, a wrong type or value.
-        """
-        if not isinstance(data, dict):
-            raise InvalidInputError(
-                f"preprocessing: got {type(data).__name__}",
-                expected=f"an object with the keys {_keys()}",
-                cause="the manifest was edited or damaged",
-                cure="export the bundle again",
-            )
-        if set(data) != set(_keys()):
-            unknown = sorted(map(str, set(data) - set(_keys())))
-            missing = [key for key in _keys() if key not in data]
-            raise InvalidInputError(
-                f"preprocessing: got unknown keys {unknown} and missing keys {missing}",
-                expected=f"exactly {_keys()}",
-                cause="it was written by another version or edited",
-                cure="export the bundle again",
-            )
-        values = dict(data)
-        for name in ("mean", "std"):
-            value = values[name]
-            if isinstance(value, list) and all(_is_finite(x) for x in value):
-                values[name] = tuple(float(x) for x in value)
-        if _is_finite(values["rescale_factor"]):
-            values["rescale_factor"] = float(values["rescale_factor"])
-        return cls(**values)
+            expected = f"image_size {self.image_size}, since 'stretch' crops nothing"
+            raise self.misfit("shortest_edge", expected)
 
 
 def tower_image(image: Image.Image, prep: Preprocessing) -> NDArray[np.uint8]:
@@ -274,40 +221,3 @@ def _overlap(length: int, side: int) -> tuple[slice, slice]:
         return slice(start, start + side), slice(0, side)
     start = (side - length + 1) // 2  # the odd pixel of padding comes first
     return slice(0, length), slice(start, start + length)
-
-
-def _keys() -> list[str]:
-    """Return the names of the fields, in order."""
-    return [field.name for field in fields(Preprocessing)]
-
-
-def _field_error(name: str, value: object, expected: str) -> InvalidInputError:
-    """Return the error for one field."""
-    return InvalidInputError(
-        f"preprocessing: got {name} = {value!r}",
-        expected=f"{expected}",
-        cause=(
-            "the processor's configuration or the manifest is damaged or of another kind of model"
-        ),
-    )
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: object) -> bool:
-    """Whether a value is an int or float (no bool) and finite."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int beyond float's range, which JSON may hold
-        return False
-
-
-def _is_triple(value: object) -> bool:
-    """Whether a value is a tuple of three finite numbers."""
-    if not isinstance(value, tuple) or len(value) != 3:
-        return False
-    return all(_is_finite(x) for x in cast("tuple[object, ...]", value))

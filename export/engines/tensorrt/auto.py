@@ -29,10 +29,11 @@ from vzip.export.engines.tensorrt.publish import (
 )
 from vzip.runtime.backends.tensorrt.backend import TensorRt
 from vzip.runtime.bundle.engine_record import EngineRecord
-from vzip.runtime.bundle.manifest import REFERENCE_FILE, Scalar
+from vzip.runtime.bundle.manifest import REFERENCE_FILE
 from vzip.runtime.bundle.precision_record import FP8_SM, Quantised
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.errors import BackendError, ExportError, InvalidInputError, ParityError
+from vzip.runtime.files.codec import Scalar
 
 AUTO: Final = "auto"
 

@@ -15,9 +15,10 @@ from typing import Any, Final, Literal
 from vzip.export.engines.tensorrt.api import Stack
 from vzip.export.engines.tensorrt.progress import Progress
 from vzip.runtime.backends.tensorrt.engine_file import HEADER_BYTES, header_fault
-from vzip.runtime.bundle.manifest import Manifest, Scalar, Tensor
+from vzip.runtime.bundle.manifest import Manifest, Tensor
 from vzip.runtime.bundle.precision_record import Quantised
 from vzip.runtime.errors import BackendError, ExportError
+from vzip.runtime.files.codec import Scalar
 from vzip.runtime.machine import sensors
 
 # What a layer of a weakly typed network computes in, beyond what the graph says.

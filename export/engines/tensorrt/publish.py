@@ -26,17 +26,18 @@ from vzip.export.engines.tensorrt.proof import prove_engine
 from vzip.runtime.bundle.engine_record import (
     ENGINES_FOLDER,
     LOCK_FILE,
+    NAME,
     TIMING_CACHE,
     EngineBatch,
     EngineRecord,
-    check_name,
 )
-from vzip.runtime.bundle.manifest import REFERENCE_FILE, Manifest, Scalar
+from vzip.runtime.bundle.manifest import REFERENCE_FILE, Manifest
 from vzip.runtime.bundle.precision_record import FP8_SM
 from vzip.runtime.bundle.reader import Bundle, open_engine, read_bundle
 from vzip.runtime.bundle.writer import add_engine
 from vzip.runtime.errors import BackendError, BundleError, InvalidInputError, ParityError
 from vzip.runtime.files import atomic
+from vzip.runtime.files.codec import Scalar
 from vzip.runtime.machine import sensors
 
 Say = Callable[[str], None]
@@ -72,16 +73,11 @@ class BuildRequest:
     precision: str | None = None
 
     def __post_init__(self) -> None:
-        if self.name is not None:
-            try:
-                check_name(self.name)
-            except BundleError as error:
-                raise InvalidInputError(
-                    f"--name is {self.name!r}",
-                    expected=(
-                        "letters, digits, '.', '_' and '-', at most 100, which a file can be called"
-                    ),
-                ) from error
+        if self.name is not None and not NAME.test(self.name):
+            raise InvalidInputError(
+                f"--name is {self.name!r}",
+                expected=f"{NAME.expected}, which a file can be called",
+            )
         if self.workspace_mib is not None and not 1 <= self.workspace_mib <= 2**20:
             raise InvalidInputError(
                 f"--workspace is {self.workspace_mib}",

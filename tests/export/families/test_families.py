@@ -26,6 +26,7 @@ from vzip.export import families
 from vzip.export.architecture import Media, VisionConfig
 from vzip.export.families import configs
 from vzip.runtime.errors import CheckpointError, InvalidInputError
+from vzip.runtime.files.codec import write
 from vzip.runtime.models import ALIASES
 
 
@@ -153,7 +154,7 @@ def test_hugging_faces_form() -> None:
     assert (config.feature_strategy, config.video_token_id) == ("default", None)
     assert (config.media, config.takes, config.pool) == ("image", ("image", "video"), 1)
     assert (config.tiling, config.newline) == (None, False)
-    assert config.preprocessing.to_json() == {
+    assert write(config.preprocessing) == {
         "image_size": 32,
         "mode": "resize_crop",
         "shortest_edge": 32,
@@ -173,7 +174,7 @@ def test_a_siglip_tower() -> None:
     assert (config.feature_layers, config.layers_run) == ((-1,), 4)
     assert config.feature_strategy == "full"
     assert config.projector.out_features == 48
-    assert config.preprocessing.to_json() == {
+    assert write(config.preprocessing) == {
         "image_size": 34,
         "mode": "stretch",
         "shortest_edge": 34,
@@ -280,7 +281,7 @@ def test_llava_next() -> None:
     assert (config.tower, config.projector) == (hf().tower, hf().projector)
     assert config.feature_strategy == "default"
     assert config.tiling is not None
-    assert config.tiling.to_json() == {"pinpoints": PINPOINTS, "order": "reference"}
+    assert write(config.tiling) == {"pinpoints": PINPOINTS, "order": "reference"}
     assert config.newline is True
     assert (config.preprocessing.mode, config.preprocessing.shortest_edge) == ("stretch", 32)
     assert config.preprocessing.mean == hf().preprocessing.mean
@@ -328,7 +329,7 @@ def test_pinpoints_that_are_left_out_are_those_of_transformers() -> None:
                 **points,
             )
             assert config.tiling is not None
-            assert config.tiling.to_json()["pinpoints"] == upstream
+            assert write(config.tiling)["pinpoints"] == upstream
 
 
 def test_video_llavas_two_towers() -> None:

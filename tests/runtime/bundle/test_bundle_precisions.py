@@ -21,7 +21,7 @@ from vzip.runtime.backends.tensorrt.engine_file import Machine, rebuild_command,
 from vzip.runtime.bundle.engine_record import EngineBatch, EngineRecord
 from vzip.runtime.bundle.fingerprint import fingerprint
 from vzip.runtime.bundle.manifest import Manifest
-from vzip.runtime.bundle.precision_record import PrecisionRecord, Quantised
+from vzip.runtime.bundle.precision_record import Quantised
 from vzip.runtime.bundle.precision_writer import precision_writer
 from vzip.runtime.bundle.reader import Bundle, read_bundle, waiting_folder
 from vzip.runtime.bundle.writer import add_engine, bundle_writer
@@ -123,63 +123,14 @@ def test_the_manifest_says_what_was_added(tiny_bundle: Path) -> None:
     assert len(both.files) == 8
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"opset": 16}, "'precisions.opset' is 16, expected an integer from 17 to 21"),
-        ({"opset": True}, "'precisions.opset' is True"),
-        ({"samples_sha256": "x"}, "'precisions.samples_sha256' is 'x', expected 64"),
-        ({"images": 0}, "'precisions.images' is 0, expected an integer at least 1"),
-        ({"recipe": None}, "'precisions.recipe' is None, expected an object"),
-        ({"recipe": {"a": None}}, "'precisions.recipe.a' is None, expected true"),
-        ({"agreement": {"a": float("nan")}}, "'precisions.agreement.a' is nan, expected true"),
-        ({"agreement": {"": 1}}, "'precisions.agreement' is '', expected a printable text"),
-    ],
-)
-def test_refuses_wrong_records(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(BundleError, match=message):
-        a_record("int8", **change)
-
-
-def edited(path: Path, change: Callable[[dict[str, Any]], object]) -> Callable[[], Manifest]:
-    value = read_bundle(path).manifest.to_json()
-    change(value)
-    return lambda: Manifest.from_json(value)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda v: v["files"].pop("model.int8.onnx"), r"expected also \['model.int8.onnx'\]"),
-        (lambda v: v["files"].pop("calibration.int8.json"), r"also \['calibration.int8.json'\]"),
-        (lambda v: v.pop("precisions"), r"'precisions' is \[\], expected also 'int8'"),
-        (lambda v: v["precisions"].clear(), r"'precisions' is \[\], expected also 'int8'"),
-        (lambda v: v.update(precisions=[]), r"'precisions' is \[\], expected an object"),
-        (lambda v: v["precisions"].update(int4=v["precisions"]["int8"]), "'int4', expected one of"),
-        (lambda v: v["precisions"]["int8"].pop("opset"), r"'precisions.int8' lacks \['opset'\]"),
-        (lambda v: v["precisions"]["int8"].update(x=1), r"'precisions.int8' has the unknown \['x'"),
-    ],
-)
-def test_refuses_manifests_that_contradict_themselves(
-    tiny_bundle: Path, change: Callable[[dict[str, Any]], object], message: str
-) -> None:
-    add_precision(tiny_bundle)
-    with pytest.raises(BundleError, match=message):
-        edited(tiny_bundle, change)()
-
-
 def test_the_weights_may_be_in_the_graph(tiny_bundle: Path) -> None:
     add_precision(tiny_bundle)
-    manifest = edited(tiny_bundle, lambda v: v["files"].pop("model.int8.onnx.data"))()
+    value = read_bundle(tiny_bundle).manifest.to_json()
+    del value["files"]["model.int8.onnx.data"]
+    manifest = Manifest.from_json(value)
     assert Bundle(tiny_bundle, manifest, "int8").data_path is None
     with pytest.raises(BundleError, match=r"model.int8.onnx.data, which the manifest doesn't"):
         Bundle(tiny_bundle, manifest, "int8").read_model()
-
-
-def test_records_are_objects_of_their_class(tiny_bundle: Path) -> None:
-    manifest = add_precision(tiny_bundle).manifest
-    with pytest.raises(BundleError, match="expected a PrecisionRecord"):
-        dataclasses.replace(manifest, precisions={"int8": {}})  # type: ignore[dict-item]
 
 
 def publish(
@@ -608,8 +559,3 @@ def test_the_command_line_takes_a_precision(
     assert main([*shown, "-o", str(tmp_path / "o.png"), "--precision", "int8"]) == 0
     assert main([*shown, "-o", str(tmp_path / "o.png"), "--precision", "fp8"]) == 2
     assert "make it with: vzip calibrate" in capsys.readouterr().err
-
-
-def test_the_record_is_what_its_json_says() -> None:
-    record = a_record("int8")
-    assert PrecisionRecord.from_json("precisions.int8", record.to_json()) == record
