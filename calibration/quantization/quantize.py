@@ -27,7 +27,7 @@ from vzip.calibration.quantization.sensitivity import (
     scores_name,
 )
 from vzip.calibration.samples import Samples
-from vzip.export.engines.cpu import smooth
+from vzip.export.graph import smooth
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, Manifest
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.console import progress

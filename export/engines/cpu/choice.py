@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
-from vzip.export.engines.cpu import smooth
-from vzip.export.engines.cpu.form_graph import Graph
-from vzip.export.engines.cpu.forms import FORMS, Form, made
-from vzip.export.engines.cpu.patterns import norms
+from vzip.export.engines.cpu.forms import FORMS, rewrite
+from vzip.export.engines.cpu.patterns import array, norms
+from vzip.export.graph import smooth
+from vzip.export.graph.reading import read_graph
 from vzip.runtime.agreement import prove, read_reference
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, REFERENCE_FILE
 from vzip.runtime.bundle.onnx_wire import with_output
@@ -119,7 +120,6 @@ def choose(bundle: Bundle, opened: Open, work: Path) -> tuple[Candidate, list[Me
         reference = read_reference(file, bundle.manifest)
     own = Candidate(OWN, bundle.read_model(), bundle.weights_folder)
     batch = _batch(bundle)
-    graph = Graph.read(own.model, own.folder)
     pictures = np.ascontiguousarray(reference.input[np.arange(batch) % len(reference.input)])
 
     def call(session: Any) -> Callable[[Array], dict[str, Array]]:
@@ -147,12 +147,12 @@ def choose(bundle: Bundle, opened: Open, work: Path) -> tuple[Candidate, list[Me
     if first.kept_overlap is None:
         raise BackendError(f"{bundle.path}: the bundle's own graph {first.refused}")
     measured = [replace(first, refused=None)]  # it is what the bundle promises, in any case
-    factors = _factors(bundle, graph, own, reference.input, opened)
+    factors = _factors(bundle, own, reference.input, opened)
     calibrated = [name for name in bundle.manifest.precisions if name == CALIBRATED]
     for name in [*(form.name for form in FORMS), *calibrated]:
         start = time.perf_counter()
         try:
-            candidate = _candidate(name, bundle, graph, factors, work)
+            candidate = _candidate(name, bundle, factors, work)
             session = None if candidate is None else opened(candidate.model, candidate.folder)
         except BackendError as error:
             measured.append(Measured(name, refused=f"can't be opened: {error}"))
@@ -198,24 +198,18 @@ def _run(session: Any, bundle: Bundle, names: Sequence[str], array: Array) -> li
 
 
 def _candidate(
-    name: str, bundle: Bundle, graph: Graph, factors: Mapping[str, Array], work: Path
+    name: str, bundle: Bundle, factors: Mapping[str, Array], work: Path
 ) -> Candidate | None:
     """Return a form as a graph that can be run; None where it is nothing but the bundle's own."""
-    form = _with_own_weights(name)
+    form = next((each for each in FORMS if each.name == name and each.own_weights), None)
     if form is None:
         return with_bundles_weights(name, bundle)
-    changed = made(graph, form, factors)
-    if changed.nodes == graph.nodes:
+    graph = read_graph(bundle, "precision='fastest'")
+    if not rewrite(graph, form, factors):
         return None
     file = work / f"{name}.onnx"
-    changed.save(file, work / f"{name}.onnx.data")
+    ir.save(graph, file, external_data=f"{name}.onnx.data", size_threshold_bytes=1024)
     return Candidate(name, file.read_bytes(), work)
-
-
-def _with_own_weights(name: str) -> Form | None:
-    """Return a form whose weights are not the bundle's; None for another."""
-    forms = {form.name: form for form in FORMS if form.after_norm or form.others}
-    return forms.get(name)
 
 
 def with_bundles_weights(name: str, bundle: Bundle) -> Candidate | None:
@@ -224,19 +218,16 @@ def with_bundles_weights(name: str, bundle: Bundle) -> Candidate | None:
     Raises:
         BundleError: The bundle is damaged.
     """
-    if name in bundle.manifest.precisions:  # vzip calibrate made it
-        bundle = bundle.at(name)
-    elif name != OWN and (name not in {form.name for form in FORMS} or _with_own_weights(name)):
+    if name == OWN or name in bundle.manifest.precisions:  # vzip calibrate made it
+        bundle = bundle if name == OWN else bundle.at(name)
+        return Candidate(name, bundle.read_model(), bundle.weights_folder)
+    form = next((each for each in FORMS if each.name == name and not each.own_weights), None)
+    if form is None:
         return None
-    model, folder = bundle.read_model(), bundle.weights_folder
-    for form in FORMS:
-        if form.name == name:
-            graph = Graph.read(model, folder)
-            changed = made(graph, form, {})
-            return None if changed.nodes == graph.nodes else Candidate(
-                name, changed.to_model(), folder
-            )  # fmt: skip
-    return Candidate(name, model, folder)
+    graph = read_graph(bundle, "precision='fastest'")
+    if not rewrite(graph, form, {}):
+        return None
+    return Candidate(name, ir.to_proto(graph).SerializeToString(), bundle.weights_folder)
 
 
 def _remove_others(work: Path, name: str) -> None:
@@ -246,22 +237,22 @@ def _remove_others(work: Path, name: str) -> None:
             path.unlink()
 
 
-def _factors(
-    bundle: Bundle, graph: Graph, own: Candidate, pictures: Array, opened: Open
-) -> dict[str, Array]:
+def _factors(bundle: Bundle, own: Candidate, pictures: Array, opened: Open) -> dict[str, Array]:
     """Return what the channels of LayerNorms' results are divided by, from the bundle's pictures.
 
     Args:
         bundle: The bundle.
-        graph: Its graph.
-        own: The same, serialised.
+        own: Its graph.
         pictures: The graph's input, [n, …].
         opened: As `choose` takes it.
 
     Returns:
         Name of the result → float32 [in], powers of two.
     """
-    found = norms(graph)
+    found = {
+        str(norm.outputs[0].name): [array(linear.weight) for linear in fed]
+        for norm, fed in norms(read_graph(bundle, "precision='fastest'").graph).items()
+    }
     if not found:  # no outputs asked for would be all of them
         return {}
     model = own.model
@@ -273,10 +264,7 @@ def _factors(
     for start in range(0, len(pictures), batch):
         chosen = np.arange(start, start + batch) % len(pictures)
         values = _run(session, bundle, tuple(found), np.ascontiguousarray(pictures[chosen]))
-        for value, array in zip(found, values, strict=True):
-            most = np.abs(array).max(axis=tuple(range(array.ndim - 1)))
+        for value, result in zip(found, values, strict=True):
+            most = np.abs(result).max(axis=tuple(range(result.ndim - 1)))
             largest[value] = np.maximum(largest.get(value, 0), most)
-    return {
-        value: smooth.factors(largest[value], [graph.array(linear.weight) for linear in fed], ALPHA)
-        for value, (_, fed) in found.items()
-    }
+    return {value: smooth.factors(largest[value], fed, ALPHA) for value, fed in found.items()}

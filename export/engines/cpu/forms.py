@@ -1,24 +1,27 @@
 """What a bundle's graph is rewritten to: ONNX Runtime's own attention, and products in 8 bits.
 
 `vzip.export.engines.cpu.patterns` finds what is rewritten. A form of a graph in which nothing is
-found is the graph itself, which `vzip.export.engines.cpu.choice` measures as such.
+found is the graph itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal
+from dataclasses import dataclass
+from typing import Any, Final, Literal, NoReturn
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes import common
 
-from vzip.export.engines.cpu.form_graph import Graph, Node, number
 from vzip.export.engines.cpu.patterns import (
-    MICROSOFT,
-    Around,
+    ATTENTION,
     Linear,
+    array,
     attention,
+    choosing,
+    floats,
     gates,
     linears,
     norms,
@@ -27,6 +30,8 @@ from vzip.export.engines.cpu.patterns import (
 Array = NDArray[Any]
 Bits = Literal["tensor", "blocks"]
 
+MICROSOFT: Final = "com.microsoft"
+"""Domain of ONNX Runtime's own operators."""
 BLOCK: Final = 128
 """Numbers that share a scale in ``blocks``; of those that ONNX Runtime has kernels for (16 to 256)
 the largest is the fastest, and each outlier spoils so many neighbours."""
@@ -50,6 +55,11 @@ class Form:
     after_norm: Bits | None
     others: Bits | None
 
+    @property
+    def own_weights(self) -> bool:
+        """Whether its weights are others than the bundle's."""
+        return self.after_norm is not None or self.others is not None
+
 
 FORMS: Final = (
     Form("dynamic", "tensor", "tensor"),
@@ -59,177 +69,201 @@ FORMS: Final = (
 )
 
 
-def made(graph: Graph, form: Form, factors: Mapping[str, Array]) -> Graph:
-    """Return a form of a graph.
+def rewrite(model: ir.Model, form: Form, factors: Mapping[str, Array]) -> bool:
+    """Give a graph a form, in place; its inputs and outputs stay what they are.
 
     Args:
-        graph: The bundle's.
+        model: The bundle's graph.
         form: Which.
         factors: Name of a LayerNorm's result → float32 [in], powers of two that its channels are
             divided by before they are quantised; the weights are multiplied.
 
     Returns:
-        A graph with the same inputs and outputs.
+        Whether anything of the form was found in it.
     """
-    return with_attention(_with_integers(graph, form, factors))
+    fused = FuseAttention()(model).modified
+    return EightBits(form, factors)(model).modified or fused
 
 
-def with_attention(graph: Graph) -> Graph:
-    """Return the graph with every attention as one MultiHeadAttention.
+class FuseAttention(ir.passes.InPlacePass):
+    """Make one MultiHeadAttention of every attention; what chooses tokens keeps its own nodes."""
 
-    softmax((q · scale) kᵀ) v with q, k and v split in heads by Reshape and Transpose, nothing of it
-    read elsewhere but by what chooses tokens, which keeps the nodes it reads.
-    """
-    around = Around(graph, graph.makers(), graph.readers())
-    places = {id(node): place for place, node in enumerate(graph.nodes)}
-    edits = {}
-    for node in graph.nodes:
-        found = attention(around, node)
-        if found is not None:
-            last, fused = found
-            edits[places[id(last)]] = [fused]
-    return graph.edited(edits)
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Replace the last node of each; what then leads nowhere is removed."""
+        graph, modified = model.graph, False
+        for node in list(graph):
+            found = attention(node)
+            if found is None:
+                continue
+            result = found.end.outputs[0]
+            fused = ir.node(
+                ATTENTION,
+                (found.queries, found.keys, found.values),
+                {"num_heads": found.heads, "scale": found.scale},
+                domain=MICROSOFT,
+                name=f"{result.name}.attention",
+            )
+            _replace(graph, [found.end], [fused])
+            modified = True
+        return _cleaned(model, modified)
 
-
-def _choosing(graph: Graph) -> set[str]:
-    """Return the inputs of the linear layers that choose tokens: more than attention reads them."""
-    fused = with_attention(graph)
-    readers = fused.readers()
-    read = {
-        value
-        for node in fused.nodes
-        if node.operator == "MultiHeadAttention"
-        for value in node.inputs
-        if len(readers[value]) > 1
-    }
-    return {linear.input for linear in linears(graph) if linear.output in read}
+    def ensures(self, model: ir.Model) -> None:
+        """No attention of that form is left."""
+        if any(attention(node) is not None for node in model.graph):
+            _fail("an attention was not fused")
 
 
-def _taken(graph: Graph, form: Form) -> list[tuple[Linear, Bits]]:
-    """Return the linear layers that a form has in 8 bits, and how."""
-    normed, choosing, found = norms(graph), _choosing(graph), []
-    for linear in linears(graph):
-        if linear.input in choosing:
-            continue
-        bits = form.after_norm if linear.input in normed else form.others
-        rows = (graph.shape(linear.weight) or (0,))[0]
-        if bits is not None and (bits != "blocks" or rows % BLOCK == 0):
-            found.append((linear, bits))
-    return found
-
-
-def _with_integers(graph: Graph, form: Form, factors: Mapping[str, Array]) -> Graph:
-    """Return the graph with linear layers in 8 bits as a form has them.
+class EightBits(ir.passes.InPlacePass):
+    """Compute linear layers in 8 bits, of a graph whose attention is fused.
 
     ONNX Runtime computes x · σ(x) more than three times as fast as x · σ(c x) (1.31 on AVX-512),
     so c goes into the weights around it: those before are multiplied by it, those after divided.
-    """
-    normed, taken, added = norms(graph), _taken(graph, form), _Added()
-    places = {value: place for place, node in enumerate(graph.nodes) for value in node.outputs}
-    times: dict[str, float] = {}  # result of a layer → the c of the gate after it
-    over: dict[str, float] = {}  # and of the gate before it
-    for gate in gates(graph, [linear for linear, _ in taken]):
-        times[gate.before.output] = gate.c
-        over.update((linear.output, gate.c) for linear in gate.after)
-        added.edits[places[gate.scaled.outputs[0]]] = []
-        unscaled = replace(gate.sigmoid, inputs=(gate.before.output,))
-        added.edits[places[gate.sigmoid.outputs[0]]] = [unscaled]
-    for linear, bits in taken:
-        c = times.get(linear.output, 1.0)
-        weights = graph.array(linear.weight) * np.float32(c / over.get(linear.output, 1.0))
-        if linear.bias is not None and c != 1:
-            bias = f"{linear.output}.bias"
-            added.tensors[bias] = graph.array(linear.bias) * np.float32(c)
-            linear = replace(linear, bias=bias)  # noqa: PLW2901
-        factor = factors.get(linear.input) if linear.input in normed else None
-        if factor is not None:
-            weights = weights * factor[:, None]
-            added.edits[places[linear.input]] = [added.smoothed(graph, linear.input, factor)]
-        if bits == "tensor":
-            added.tensor_product(linear, weights)
-        else:
-            added.block_product(linear, weights)
-    return graph.edited(added.edits, added.tensors)
-
-
-@dataclass
-class _Added:
-    """What a rewrite puts into a graph.
 
     Attributes:
-        edits: As `Graph.edited` takes them.
-        tensors: Likewise.
+        form: Which layers, and how.
+        factors: As `rewrite` takes them.
     """
 
-    edits: dict[int, list[Node]] = field(default_factory=dict)
-    tensors: dict[str, Array] = field(default_factory=dict)
-    _quantised: set[str] = field(default_factory=set)
+    def __init__(self, form: Form, factors: Mapping[str, Array]) -> None:
+        self.form, self.factors = form, factors
 
-    def smoothed(self, graph: Graph, value: str, factor: Array) -> Node:
-        """Return the LayerNorm that gives `value`, divided by [in] factors."""
-        node = next(each for each in graph.nodes if value in each.outputs)
-        names = [f"{value}.gamma", f"{value}.beta"]  # not the old names: tensors may be shared
-        for name, old in zip(names, node.inputs[1:], strict=True):
-            self.tensors[name] = graph.array(old) / factor
-        return Node(
-            node.operator, (node.inputs[0], *names), node.outputs, "", node.name, node.attributes
-        )
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Replace the nodes of each layer; see the class."""
+        graph = model.graph
+        taken = self._taken(graph)
+        normed = {norm.outputs[0].name: norm for norm in norms(graph)}
+        times: dict[str, float] = {}  # result of a layer → the c of the gate after it
+        over: dict[str, float] = {}  # and of the gate before it
+        for gate in gates(graph, [linear for linear, _ in taken]):
+            times[_name(gate.before.output)] = gate.c
+            over.update((_name(linear.output), gate.c) for linear in gate.after)
+            gate.sigmoid.replace_input_with(0, gate.before.output)
+        smoothed: set[str] = set()
+        for linear, bits in taken:
+            name, given = _name(linear.output), _name(linear.input)
+            c = times.get(name, 1.0)
+            weights = array(linear.weight) * np.float32(c / over.get(name, 1.0))
+            bias = linear.bias
+            if bias is not None and c != 1:
+                bias = _constant(graph, f"{name}.bias", array(bias) * np.float32(c))
+            factor = self.factors.get(given) if given in normed else None
+            if factor is not None:
+                weights = weights * factor[:, None]
+                if given not in smoothed:
+                    smoothed.add(given)
+                    _divide(graph, normed[given], factor)
+            if bits == "tensor":
+                _tensor_product(graph, linear, weights, bias)
+            else:
+                _block_product(graph, linear, weights, bias)
+        return _cleaned(model, bool(taken))
 
-    def tensor_product(self, linear: Linear, weights: Array) -> None:
-        """Quantise the input in a call with one scale, the weights [in, out] with one per output.
+    def ensures(self, model: ir.Model) -> None:
+        """No layer that the form has in 8 bits is left in FP32."""
+        if left := self._taken(model.graph):
+            _fail(f"{len(left)} linear layers are still in FP32")
 
-        ONNX Runtime's kernels for x86 take unsigned inputs and signed weights; layers that share an
-        input share its quantisation.
-        """
-        small, scale, zero = (f"{linear.input}.{each}" for each in ("u8", "scale", "zero"))
-        nodes = []
-        if linear.input not in self._quantised:
-            self._quantised.add(linear.input)
-            outputs = (small, scale, zero)
-            nodes.append(Node("DynamicQuantizeLinear", (linear.input,), outputs, "", small))
-        scales = np.abs(weights).max(axis=0) / 127
-        scales = np.where(scales > 0, scales, 1).astype(np.float32)
-        quantised, steps = f"{linear.output}.s8", f"{linear.output}.scale"
-        self.tensors[quantised] = np.rint(weights / scales).astype(np.int8)
-        self.tensors[steps] = scales
-        inputs = [small, quantised, scale, steps, zero]
-        if linear.bias is not None:
-            inputs += ["", linear.bias]
-        nodes.append(
-            Node("MatMulIntegerToFloat", tuple(inputs), (linear.output,), MICROSOFT, linear.output)
-        )
-        self._put(linear, nodes)
+    def _taken(self, graph: ir.Graph) -> list[tuple[Linear, Bits]]:
+        """Return the linear layers that the form has in 8 bits, and how."""
+        if not self.form.own_weights:
+            return []
+        every, read = linears(graph), choosing(graph)
+        shared = {linear.input for linear in every if linear.output in read}
+        normed, found = {norm.outputs[0] for norm in norms(graph)}, []
+        for linear in every:
+            if linear.input in shared:
+                continue
+            bits = self.form.after_norm if linear.input in normed else self.form.others
+            rows = (floats(linear.weight) or (0,))[0]
+            if bits is not None and (bits != "blocks" or rows % BLOCK == 0):
+                found.append((linear, bits))
+        return found
 
-    def block_product(self, linear: Linear, weights: Array) -> None:
-        """Quantise input and weights [in, out] with one scale for each `BLOCK` numbers."""
-        rows, columns = weights.shape
-        blocks = weights.T.reshape(columns, rows // BLOCK, BLOCK)
-        scales = np.abs(blocks).max(axis=2) / 127
-        scales = np.where(scales > 0, scales, 1).astype(np.float32)
-        quantised, steps = f"{linear.output}.blocks", f"{linear.output}.steps"
-        # 128 is the zero that the operator assumes.
-        self.tensors[quantised] = (np.rint(blocks / scales[..., None]) + 128).astype(np.uint8)
-        self.tensors[steps] = scales
-        inputs = [linear.input, quantised, steps]
-        if linear.bias is not None:
-            inputs += ["", "", linear.bias]
-        attributes = {"K": rows, "N": columns, "bits": 8, "block_size": BLOCK, "accuracy_level": 4}
-        self._put(
-            linear,
-            [
-                Node(
-                    "MatMulNBits",
-                    tuple(inputs),
-                    (linear.output,),
-                    MICROSOFT,
-                    linear.output,
-                    tuple(number(name, value) for name, value in attributes.items()),
-                )
-            ],
-        )
 
-    def _put(self, linear: Linear, nodes: list[Node]) -> None:
-        """Put nodes in the place of a linear layer's."""
-        self.edits[linear.place] = nodes
-        if linear.end != linear.place:
-            self.edits[linear.end] = []
+def _divide(graph: ir.Graph, norm: ir.Node, factor: Array) -> None:
+    """Divide what a LayerNorm gives by [in] factors; tensors may be shared, so it gets its own."""
+    for place, kind in ((1, "gamma"), (2, "beta")):
+        old = norm.inputs[place]
+        assert old is not None
+        name = f"{norm.outputs[0].name}.{kind}"
+        norm.replace_input_with(place, _constant(graph, name, array(old) / factor))
+
+
+def _tensor_product(graph: ir.Graph, linear: Linear, weights: Array, bias: ir.Value | None) -> None:
+    """Quantise the input in a call with one scale, the weights [in, out] with one per output.
+
+    ONNX Runtime's kernels for x86 take unsigned inputs and signed weights; layers that share an
+    input share its quantisation.
+    """
+    nodes, x = [], linear.input
+    quantise = next((n for n in x.consumers() if n.op_type == "DynamicQuantizeLinear"), None)
+    if quantise is None:
+        small = f"{x.name}.u8"
+        quantise = ir.node("DynamicQuantizeLinear", (x,), num_outputs=3, name=small)
+        for value, kind in zip(quantise.outputs, ("u8", "scale", "zero"), strict=True):
+            value.name = f"{x.name}.{kind}"
+        nodes.append(quantise)
+    scales = np.abs(weights).max(axis=0) / 127
+    scales = np.where(scales > 0, scales, 1).astype(np.float32)
+    name = _name(linear.output)
+    quantised = _constant(graph, f"{name}.s8", np.rint(weights / scales).astype(np.int8))
+    steps = _constant(graph, f"{name}.scale", scales)
+    small_x, scale, zero = quantise.outputs
+    inputs = [small_x, quantised, scale, steps, zero, *(() if bias is None else (None, bias))]
+    nodes.append(ir.node("MatMulIntegerToFloat", inputs, domain=MICROSOFT, name=name))
+    _replace(graph, _nodes(linear), nodes)
+
+
+def _block_product(graph: ir.Graph, linear: Linear, weights: Array, bias: ir.Value | None) -> None:
+    """Quantise input and weights [in, out] with one scale for each `BLOCK` numbers."""
+    rows, columns = weights.shape
+    blocks = weights.T.reshape(columns, rows // BLOCK, BLOCK)
+    scales = np.abs(blocks).max(axis=2) / 127
+    scales = np.where(scales > 0, scales, 1).astype(np.float32)
+    # 128 is the zero that the operator assumes.
+    small = (np.rint(blocks / scales[..., None]) + 128).astype(np.uint8)
+    name = _name(linear.output)
+    quantised = _constant(graph, f"{name}.blocks", small)
+    inputs = [linear.input, quantised, _constant(graph, f"{name}.steps", scales)]
+    inputs += [] if bias is None else [None, None, bias]
+    attributes = {"K": rows, "N": columns, "bits": 8, "block_size": BLOCK, "accuracy_level": 4}
+    product = ir.node("MatMulNBits", inputs, attributes, domain=MICROSOFT, name=name)
+    _replace(graph, _nodes(linear), [product])
+
+
+def _nodes(linear: Linear) -> list[ir.Node]:
+    return list(dict.fromkeys((linear.product, linear.end)))
+
+
+def _replace(graph: ir.Graph, old: list[ir.Node], new: list[ir.Node]) -> None:
+    """Put nodes in the place of others; the last one's result takes the place of the last one's."""
+    ir.convenience.replace_nodes_and_values(
+        graph, old[0], old, new, [old[-1].outputs[0]], [new[-1].outputs[0]]
+    )
+
+
+def _cleaned(model: ir.Model, modified: bool) -> ir.passes.PassResult:
+    """Remove what leads nowhere any more, and say which operators there are."""
+    if modified:
+        model.graph.opset_imports[MICROSOFT] = 1
+        common.RemoveUnusedNodesPass()(model)
+    return ir.passes.PassResult(model, modified=modified)
+
+
+def _constant(graph: ir.Graph, name: str, values: Array) -> ir.Value:
+    """Return a new initializer."""
+    tensor = ir.tensor(values, name=name)
+    value = ir.Value(
+        name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def _name(value: ir.Value) -> str:
+    assert value.name is not None  # ONNX has no values without one
+    return value.name
+
+
+def _fail(message: str) -> NoReturn:
+    raise ir.passes.PostconditionError(message)

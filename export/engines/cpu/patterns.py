@@ -6,16 +6,16 @@ as it is and is computed by the graph's own nodes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
-import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
 
-from vzip.export.engines.cpu.form_graph import Graph, Node, number
+Array = NDArray[Any]
 
-MICROSOFT: Final = "com.microsoft"
-"""Domain of ONNX Runtime's own operators."""
+ATTENTION: Final = "MultiHeadAttention"
 
 _LEAST = 16  # rows and columns of weights that are worth an integer product
 
@@ -25,60 +25,64 @@ class Linear:
     """A product with constant weights, and the bias that is added to it, if there is one.
 
     Attributes:
-        input: Name of the value that is multiplied.
-        weight: Name of the weights, [in, out].
-        bias: Name of the bias, [out].
-        output: Name of the result.
-        place: Of the MatMul among the graph's nodes.
-        end: Of the node that makes `output`.
+        product: The MatMul.
+        end: The node that makes the result: the Add of the bias, or the MatMul.
+        weight: The weights, [in, out].
+        bias: The bias, [out].
     """
 
-    input: str
-    weight: str
-    bias: str | None
-    output: str
-    place: int
-    end: int
+    product: ir.Node
+    end: ir.Node
+    weight: ir.Value
+    bias: ir.Value | None
+
+    @property
+    def input(self) -> ir.Value:
+        """The value that is multiplied."""
+        return _input(self.product, 0)
+
+    @property
+    def output(self) -> ir.Value:
+        """The result."""
+        return self.end.outputs[0]
 
 
-def linears(graph: Graph) -> list[Linear]:
+def linears(graph: ir.Graph) -> list[Linear]:
     """Return the linear layers of a graph in FP32, in its order."""
-    readers = graph.readers()
-    places = {id(node): place for place, node in enumerate(graph.nodes)}
     found = []
-    for place, node in enumerate(graph.nodes):
-        if node.operator != "MatMul" or node.domain or node.inputs[0] in graph.tensors:
+    for node in graph:
+        if not _is(node, "MatMul") or ir.convenience.get_const_tensor(_input(node, 0)) is not None:
             continue
-        shape = graph.shape(node.inputs[1])
+        weight = _input(node, 1)
+        shape = floats(weight)
         if shape is None or len(shape) != 2 or min(shape) < _LEAST:
             continue
-        bias, output, end = None, node.outputs[0], place
-        after = readers.get(output, [])
-        if len(after) == 1 and after[0].operator == "Add" and output not in graph.outputs:
-            other = [each for each in after[0].inputs if each != output]
-            if len(other) == 1 and graph.shape(other[0]) == shape[1:]:
-                bias, output, end = other[0], after[0].outputs[0], places[id(after[0])]
-        found.append(Linear(node.inputs[0], node.inputs[1], bias, output, place, end))
+        bias, end = None, node
+        add = _only_reader(node.outputs[0], "Add")
+        if add is not None:
+            other = [each for each in add.inputs if each is not node.outputs[0]]
+            if len(other) == 1 and other[0] is not None and floats(other[0]) == shape[1:]:
+                bias, end = other[0], add
+        found.append(Linear(node, end, weight, bias))
     return found
 
 
-def norms(graph: Graph) -> dict[str, tuple[Node, list[Linear]]]:
-    """Return the LayerNorms whose results linear layers alone read.
+def norms(graph: ir.Graph) -> dict[ir.Node, list[Linear]]:
+    """Return the LayerNorms with constant gamma and beta [in], whose results linear layers read.
 
     Returns:
-        Name of the result → the norm, with constant gamma and beta [in], and those layers.
+        The norm → those layers, which alone read its result.
     """
-    readers, every = graph.readers(), linears(graph)
-    found = {}
-    for node in graph.nodes:
-        if node.operator != "LayerNormalization" or len(node.inputs) != 3:
+    every, found = linears(graph), {}
+    for node in graph:
+        if not _is(node, "LayerNormalization") or len(node.inputs) != 3:
             continue
         output = node.outputs[0]
-        fed = [each for each in every if each.input == output]
-        constant = all(graph.shape(name) is not None for name in node.inputs[1:])
-        alone = fed and len(fed) == len(readers[output]) and output not in graph.outputs
+        fed = [each for each in every if each.input is output]
+        constant = all(value is not None and floats(value) is not None for value in node.inputs[1:])
+        alone = fed and len(fed) == len(output.consumers()) and not output.is_graph_output()
         if alone and constant:
-            found[output] = (node, fed)
+            found[node] = fed
     return found
 
 
@@ -95,120 +99,167 @@ class Gate:
     """
 
     c: float
-    scaled: Node
-    sigmoid: Node
+    scaled: ir.Node
+    sigmoid: ir.Node
     before: Linear
     after: tuple[Linear, ...]
 
 
-def gates(graph: Graph, among: Sequence[Linear]) -> list[Gate]:
+def gates(graph: ir.Graph, among: Sequence[Linear]) -> list[Gate]:
     """Return the QuickGELUs between some of a graph's linear layers."""
-    around = Around(graph, graph.makers(), graph.readers())
     makers = {linear.output: linear for linear in among}
     found = []
-    for sigmoid in graph.nodes:
-        if sigmoid.operator != "Sigmoid":
+    for sigmoid in graph:
+        if not _is(sigmoid, "Sigmoid"):
             continue
-        source, c = around.scaled(sigmoid.inputs[0])
-        gated = around.only(sigmoid.outputs[0], "Mul")
+        source, c = _scaled(_input(sigmoid, 0))
+        gated = _only_reader(sigmoid.outputs[0], "Mul")
         if source not in makers or gated is None or not c:
             continue
-        scaled, output = around.makers[sigmoid.inputs[0]], gated.outputs[0]
-        after = tuple(linear for linear in among if linear.input == output)
+        scaled, output = _input(sigmoid, 0).producer(), gated.outputs[0]
+        assert scaled is not None  # it has a source
+        after = tuple(linear for linear in among if linear.input is output)
         if (
-            around.only(scaled.outputs[0], "Sigmoid") is not None
+            _only_reader(scaled.outputs[0], "Sigmoid") is not None
             and set(gated.inputs) == {source, sigmoid.outputs[0]}
-            and len(around.readers[source]) == 2
-            and len(after) == len(around.readers.get(output, ()))
+            and len(source.consumers()) == 2
+            and len(after) == len(output.consumers())
             and after
-            and not {source, output} & set(graph.outputs)
+            and not (source.is_graph_output() or output.is_graph_output())
         ):
             found.append(Gate(c, scaled, sigmoid, makers[source], after))
     return found
 
 
-def attention(around: Around, softmax: Node) -> tuple[Node, Node] | None:
-    """Return the last node of the attention around a Softmax, and what computes the same."""
-    if softmax.operator != "Softmax" or softmax.integers("axis") not in {(-1,), (3,)}:
-        return None
-    scores = around.maker(softmax.inputs[0], "MatMul")
-    context = around.only(softmax.outputs[0], "MatMul")
-    if scores is None or context is None or context.inputs[0] != softmax.outputs[0]:
-        return None
-    queries, shape = around.split(scores.inputs[0], (0, 2, 1, 3))
-    keys, of_keys = around.split(scores.inputs[1], (0, 2, 3, 1))
-    values, of_values = around.split(context.inputs[1], (0, 2, 1, 3))
-    source, scale = around.scaled(queries)
-    joined = around.joined(context.outputs[0])
-    if joined is None or scale is None or not shape == of_keys == of_values:
-        return None
-    flat, (heads, width) = _ints(around.graph, joined.inputs[1]), shape[2:]
-    if min(heads, width) < 1 or len(flat) != 3 or flat[2] not in {-1, heads * width}:
-        return None
-    attributes = (number("num_heads", heads), number("scale", scale))
-    name = f"{joined.outputs[0]}.attention"
-    inputs = (source, keys, values)
-    fused = Node("MultiHeadAttention", inputs, joined.outputs, MICROSOFT, name, attributes)
-    return joined, fused
-
-
 @dataclass(frozen=True)
-class Around:
-    """Finds the nodes around a value.
+class Attention:
+    """softmax((q · scale) kᵀ) v, with q, k and v split in heads by Reshape and Transpose.
 
     Attributes:
-        graph: The graph.
-        makers: Which node makes each value.
-        readers: Which nodes read it.
+        queries: q, [b, n, heads · d], not yet scaled.
+        keys: k, likewise.
+        values: v, likewise.
+        end: The Reshape that makes the result, [b, n, heads · d].
+        heads: How many.
+        scale: What the scores are multiplied by.
     """
 
-    graph: Graph
-    makers: Mapping[str, Node]
-    readers: Mapping[str, list[Node]]
-
-    def only(self, value: str, operator: str) -> Node | None:
-        """Return the node that alone reads a value, if it is of this operator."""
-        after = self.readers.get(value, [])
-        alone = len(after) == 1 and value not in self.graph.outputs
-        return after[0] if alone and after[0].operator == operator else None
-
-    def maker(self, value: str, operator: str) -> Node | None:
-        """Return the node that makes a value, if it is of this operator."""
-        node = self.makers.get(value)
-        return node if node is not None and node.operator == operator else None
-
-    def split(self, value: str, perm: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-        """Return what was split in heads [b, n, heads, d] and transposed to this, and into what.
-
-        Without a name if nothing was.
-        """
-        turned = self.maker(value, "Transpose")
-        shaped = self.maker(turned.inputs[0], "Reshape") if turned is not None else None
-        if turned is None or shaped is None or turned.integers("perm") != perm:
-            return "", ()
-        shape = _ints(self.graph, shaped.inputs[1])
-        return (shaped.inputs[0], shape) if len(shape) == 4 else ("", ())
-
-    def joined(self, value: str) -> Node | None:
-        """Return what joins the heads [b, heads, n, d] of a value to [b, n, heads · d] again."""
-        turned = self.only(value, "Transpose")
-        if turned is None or turned.integers("perm") != (0, 2, 1, 3):
-            return None
-        return self.only(turned.outputs[0], "Reshape")
-
-    def scaled(self, value: str) -> tuple[str, float | None]:
-        """Return what was multiplied by a constant number to this, and that number or None."""
-        node = self.maker(value, "Mul")
-        constants = [each for each in node.inputs if each in self.graph.tensors] if node else []
-        if node is None or len(constants) != 1 or self.graph.shape(constants[0]) not in {(), (1,)}:
-            return "", None
-        source = next(each for each in node.inputs if each != constants[0])
-        return source, float(self.graph.array(constants[0]).reshape(-1)[0])
+    queries: ir.Value
+    keys: ir.Value
+    values: ir.Value
+    end: ir.Node
+    heads: int
+    scale: float
 
 
-def _ints(graph: Graph, name: str) -> tuple[int, ...]:
+def attention(softmax: ir.Node) -> Attention | None:
+    """Return the attention around a Softmax.
+
+    Nothing of it is read elsewhere but by what chooses tokens, which keeps the nodes it reads.
+    """
+    if not _is(softmax, "Softmax") or softmax.attributes.get_int("axis", -1) not in {-1, 3}:
+        return None
+    scores = _maker(_input(softmax, 0), "MatMul")
+    context = _only_reader(softmax.outputs[0], "MatMul")
+    if scores is None or context is None or _input(context, 0) is not softmax.outputs[0]:
+        return None
+    queries, shape = _split(_input(scores, 0), (0, 2, 1, 3))
+    keys, of_keys = _split(_input(scores, 1), (0, 2, 3, 1))
+    values, of_values = _split(_input(context, 1), (0, 2, 1, 3))
+    source, scale = (None, None) if queries is None else _scaled(queries)
+    end = _joined(context.outputs[0])
+    if source is None or keys is None or values is None or end is None or scale is None:
+        return None
+    if not shape == of_keys == of_values:
+        return None
+    flat, (heads, width) = _integers(_input(end, 1)), shape[2:]
+    if min(heads, width) < 1 or len(flat) != 3 or flat[2] not in {-1, heads * width}:
+        return None
+    return Attention(source, keys, values, end, heads, scale)
+
+
+def floats(value: ir.Value) -> tuple[int, ...] | None:
+    """Return the shape of a constant of FP32 numbers; None for anything else."""
+    tensor = ir.convenience.get_const_tensor(value)
+    if tensor is None or tensor.dtype != ir.DataType.FLOAT:
+        return None
+    return tuple(tensor.shape.numpy())
+
+
+def array(value: ir.Value) -> Array:
+    """Return a constant's numbers."""
+    tensor = ir.convenience.get_const_tensor(value)
+    assert tensor is not None  # patterns ask for constants alone
+    return tensor.numpy()
+
+
+def _is(node: ir.Node, operator: str) -> bool:
+    return node.op_type == operator and node.domain == ""
+
+
+def _input(node: ir.Node, place: int) -> ir.Value:
+    value = node.inputs[place]
+    assert value is not None  # no operator here has inputs that can be left out
+    return value
+
+
+def _only_reader(value: ir.Value, operator: str) -> ir.Node | None:
+    """Return the node that alone reads a value, if it is of this operator."""
+    after = value.consumers()
+    alone = len(after) == 1 and not value.is_graph_output()
+    return after[0] if alone and _is(after[0], operator) else None
+
+
+def _maker(value: ir.Value, operator: str) -> ir.Node | None:
+    """Return the node that makes a value, if it is of this operator."""
+    node = value.producer()
+    return node if node is not None and _is(node, operator) else None
+
+
+def _split(value: ir.Value, perm: tuple[int, ...]) -> tuple[ir.Value | None, tuple[int, ...]]:
+    """Return what was split in heads [b, n, heads, d] and transposed to this, and into what."""
+    turned = _maker(value, "Transpose")
+    if turned is None or tuple(turned.attributes.get_ints("perm", ())) != perm:
+        return None, ()
+    shaped = _maker(_input(turned, 0), "Reshape")
+    shape = () if shaped is None else _integers(_input(shaped, 1))
+    return (_input(shaped, 0), shape) if shaped is not None and len(shape) == 4 else (None, ())
+
+
+def _joined(value: ir.Value) -> ir.Node | None:
+    """Return what joins the heads [b, heads, n, d] of a value to [b, n, heads · d] again."""
+    turned = _only_reader(value, "Transpose")
+    if turned is None or tuple(turned.attributes.get_ints("perm", ())) != (0, 2, 1, 3):
+        return None
+    return _only_reader(turned.outputs[0], "Reshape")
+
+
+def _scaled(value: ir.Value) -> tuple[ir.Value | None, float | None]:
+    """Return what was multiplied by a constant number to this, and that number."""
+    node = _maker(value, "Mul")
+    if node is None:
+        return None, None
+    constants = [each for each in node.inputs if each is not None and floats(each) is not None]
+    sources = [each for each in node.inputs if each not in constants]
+    if len(constants) != 1 or len(sources) != 1 or floats(constants[0]) not in {(), (1,)}:
+        return None, None
+    return sources[0], float(array(constants[0]).reshape(-1)[0])
+
+
+def _integers(value: ir.Value) -> tuple[int, ...]:
     """Return a constant list of int64; empty if it is none."""
-    if name not in graph.tensors:
+    tensor = ir.convenience.get_const_tensor(value)
+    if tensor is None or tensor.dtype != ir.DataType.INT64 or len(tensor.shape) != 1:
         return ()
-    array = graph.array(name)
-    return tuple(array.tolist()) if array.dtype == np.int64 and array.ndim == 1 else ()
+    return tuple(tensor.numpy().tolist())
+
+
+def choosing(graph: ir.Graph) -> set[ir.Value]:
+    """Return what fused attention reads and something else reads too, which chooses tokens."""
+    return {
+        value
+        for node in graph
+        if node.op_type == ATTENTION
+        for value in node.inputs
+        if value is not None and len(value.consumers()) > 1
+    }

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from tests.places import ROOT
 from vzip.export.engines.cpu import cache
 from vzip.export.engines.cpu.choice import Candidate, Measured
-from vzip.export.engines.cpu.form_graph import Graph
+from vzip.export.graph.reading import read_graph
 from vzip.runtime import VisionEncoder
 from vzip.runtime.bundle.fingerprint import fingerprint
 from vzip.runtime.bundle.reader import FASTEST, Bundle, read_bundle
@@ -37,9 +38,9 @@ class Chooser:
         self, bundle: Bundle, opened: object, work: Path
     ) -> tuple[Candidate, list[Measured]]:
         self.calls += 1
-        graph = Graph.read(bundle.read_model(), bundle.weights_folder)
         if self.form == "dynamic":
-            graph.save(work / "dynamic.onnx", work / "dynamic.onnx.data")
+            graph = read_graph(bundle, "a test")
+            ir.save(graph, work / "dynamic.onnx", external_data="dynamic.onnx.data")
         return Candidate(self.form, b"", work), [Measured(self.form, 1.0, 1.0, 1.0)]
 
 

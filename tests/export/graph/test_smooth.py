@@ -12,7 +12,7 @@ import pytest
 from vzip.calibration.quantization.graph import Graph, Session
 from vzip.calibration.quantization.qdq import smoothed
 from vzip.calibration.samples import Samples
-from vzip.export.engines.cpu import smooth
+from vzip.export.graph import smooth
 from vzip.runtime.bundle.reader import Bundle
 
 MakeBundle = Callable[[str], Bundle]

@@ -1,0 +1,500 @@
+"""Forms of exported graphs, each run beside the graph that they were made from.
+
+What a form is to compute in 8 bits is computed here again, in float64 from its own description.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from benchmarks.quantization import WithOutliers
+from tests.export.layouts import write_layout
+from vzip.export.algorithm.budget import Budget
+from vzip.export.engines.cpu import choice, forms
+from vzip.export.engines.cpu.forms import FORMS, FuseAttention, rewrite
+from vzip.export.engines.cpu.patterns import array, attention, gates, linears, norms
+from vzip.export.graph.reading import read_graph
+from vzip.export.graph.trace import GraphOptions
+from vzip.export.pictures import reference_images
+from vzip.export.pipeline import Method, WeightSource, export_bundle
+from vzip.runtime import VisionEncoder
+from vzip.runtime.agreement import read_reference
+from vzip.runtime.bundle.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS
+from vzip.runtime.bundle.onnx_wire import with_output
+from vzip.runtime.bundle.reader import Bundle, read_bundle
+
+Array = np.ndarray[Any, Any]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "image": {},
+    "pixels-17": {"options": GraphOptions("pixel_values", 2, opset=17)},
+    "outliers": {"source": WithOutliers},
+    "fp16": {"precision": "fp16"},
+    "siglip": {"family": "llava-siglip"},
+}
+MakeBundle = Callable[[str], Bundle]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> MakeBundle:
+    """Return a function that gives a bundle of `OPTIONS`; tests must not change it."""
+    done: dict[str, Bundle] = {}
+    folder = tmp_path_factory.mktemp("fast")
+
+    def make(name: str) -> Bundle:
+        if name not in done:
+            change = dict(OPTIONS[name])
+            source, family = change.pop("source", WeightSource), change.pop("family", "llava")
+            write_layout("llava-hf-single", folder / f"{name}-model", family=family)
+            options: dict[str, Any] = {
+                "method": Method(Budget(12, 4, cls_token=family == "llava")),
+                "precision": "fp32",
+                "options": GraphOptions(batch=4, dynamic_batch=True),
+                "check_images": reference_images(),
+                "step": lambda _: None,
+            }
+            path = folder / f"{name}-model"
+            done[name] = export_bundle(
+                source(str(path), seed=0), folder / name, **{**options, **change}
+            )
+        return done[name]
+
+    return make
+
+
+def graph_of(bundle: Bundle) -> ir.Model:
+    return read_graph(bundle, "a test")
+
+
+def formed(bundle: Bundle, form: forms.Form, factors: dict[str, Array] | None = None) -> ir.Model:
+    model = graph_of(bundle)
+    assert rewrite(model, form, factors or {})
+    return model
+
+
+def pictures(bundle: Bundle) -> Array:
+    with bundle.open_file("reference.npz") as file:
+        return read_reference(file, bundle.manifest).input[: bundle.manifest.batch.max]
+
+
+def run(model: ir.Model, bundle: Bundle, extra: tuple[str, ...] = ()) -> dict[str, Array]:
+    """Run a graph without ONNX Runtime's own optimisations."""
+    data = ir.to_proto(model).SerializeToString()
+    for name in extra:
+        data = with_output(data, name)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(bundle.weights_folder)
+    )
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_outputs()]
+    feeds = {bundle.manifest.input.name: pictures(bundle)}
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def operators(model: ir.Model) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph)
+
+
+def close(one: dict[str, Array], other: dict[str, Array], tolerance: float) -> None:
+    assert np.array_equal(one[KEPT], other[KEPT])
+    assert np.abs(one[EMBEDS] - other[EMBEDS]).max() <= tolerance * np.abs(other[EMBEDS]).max()
+
+
+def alike(one: Array, other: Array) -> float:
+    """Return the cosine of two arrays as a whole."""
+    a, b = (np.ravel(each).astype(np.float64) for each in (one, other))
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def also_read(model: ir.Model, value: ir.Value) -> None:
+    """Let something else read a value: an output of the graph."""
+    extra = ir.node("Identity", (value,))
+    extra.outputs[0].name = "extra"
+    extra.outputs[0].type, extra.outputs[0].shape = value.type, value.shape
+    model.graph.append(extra)
+    model.graph.outputs.append(extra.outputs[0])
+
+
+# Attention
+
+
+@pytest.mark.parametrize("name", ["image", "pixels-17", "outliers", "siglip"])
+def test_attention_becomes_one_operator_and_computes_the_same(
+    exported: MakeBundle, name: str
+) -> None:
+    bundle = exported(name)
+    model, fused = graph_of(bundle), graph_of(bundle)
+    assert FuseAttention()(fused).modified
+    layers = operators(model)["LayerNormalization"] // 2
+    assert operators(fused)["MultiHeadAttention"] == layers >= 2
+    # What is left chooses tokens.
+    assert operators(fused)["Softmax"] == operators(model)["Softmax"] - layers <= 1
+    close(run(fused, bundle, (TOKEN_WEIGHTS,)), run(model, bundle, (TOKEN_WEIGHTS,)), 1e-5)
+
+
+@pytest.mark.parametrize("case", ["axis", "read", "swapped", "shape", "unscaled", "output", "perm"])
+def test_attention_of_another_form_stays_as_it_is(exported: MakeBundle, case: str) -> None:
+    """Each changes the first layer alone, in a graph that still runs but for two."""
+    bundle = exported("image")
+    model = graph_of(bundle)
+    softmax = next(node for node in model.graph if node.op_type == "Softmax")
+    scores, (context,) = softmax.inputs[0].producer(), softmax.outputs[0].consumers()
+    queries, keys = (scores.inputs[place].producer() for place in (0, 1))
+    if case == "axis":
+        softmax.attributes["axis"] = ir.AttrInt64("axis", -2)
+    elif case == "read":  # probabilities that something else reads too
+        after = context.outputs[0].consumers()[0]
+        summed = ir.node("ReduceSum", (softmax.outputs[0],), {"keepdims": 1})
+        weighted = ir.node("Mul", (context.outputs[0], summed.outputs[0]))
+        model.graph.insert_after(context, [summed, weighted])
+        after.replace_input_with(0, weighted.outputs[0])
+    elif case == "swapped":  # probabilities from the right, of values laid out for it
+        turned = context.inputs[1].producer()
+        turned.attributes["perm"] = ir.AttrInt64s("perm", [0, 2, 3, 1])
+        turned.outputs[0].shape = None
+        context.replace_input_with(0, turned.outputs[0])
+        context.replace_input_with(1, softmax.outputs[0])
+        context.outputs[0].shape = None
+        after = context.outputs[0].consumers()[0]
+        after.attributes["perm"] = ir.AttrInt64s("perm", [0, 3, 1, 2])
+    elif case == "shape":  # queries and keys in more, narrower heads than values
+        for turned in (queries, keys):
+            split = turned.inputs[0].producer()
+            shape = array(split.inputs[1]) * [1, 1, 2, 1] // [1, 1, 1, 2]
+            split.replace_input_with(1, forms._constant(model.graph, f"{split.name}.other", shape))
+    elif case == "unscaled":  # by a value that isn't constant
+        scaled = queries.inputs[0].producer().inputs[0].producer()
+        constant = next(place for place, v in enumerate(scaled.inputs) if v.is_initializer())
+        scaled.replace_input_with(constant, scaled.inputs[1 - constant])
+    elif case == "output":  # probabilities that the graph gives itself
+        model.graph.outputs.append(softmax.outputs[0])
+    else:  # heads last
+        queries.attributes["perm"] = ir.AttrInt64s("perm", [3, 1, 2, 0])
+    assert attention(softmax) is None
+    if case in {"shape", "perm"}:
+        return
+    expected = run(model, bundle)
+    FuseAttention()(model)
+    assert softmax in list(model.graph)
+    close(run(model, bundle), expected, 1e-5)
+
+
+# Products in 8 bits
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let blocks fit into the tiny tower's rows."""
+    monkeypatch.setattr(forms, "BLOCK", 16)
+
+
+def by_hand(x: Array, weights: Array, bits: str, block: int = 16) -> Array:
+    """Return x · weights, rounded as a form describes it, in float64."""
+    x, weights = x.astype(np.float64), weights.astype(np.float64)
+    if bits == "tensor":
+        step = (max(x.max(), 0) - min(x.min(), 0)) / 255
+        zero = np.clip(np.rint(-min(x.min(), 0) / step), 0, 255)
+        rounded = (np.clip(np.rint(x / step) + zero, 0, 255) - zero) * step
+        steps = np.abs(weights).max(axis=0) / 127
+        return np.asarray(rounded @ (np.rint(weights / steps) * steps))
+    rows = x.reshape(*x.shape[:-1], -1, block)
+    steps = np.abs(rows).max(axis=-1, keepdims=True) / 127
+    rounded = (np.rint(rows / np.where(steps, steps, 1)) * steps).reshape(x.shape)
+    parts = weights.reshape(-1, block, weights.shape[1])
+    steps = np.abs(parts).max(axis=1, keepdims=True) / 127
+    return np.asarray(rounded @ (np.rint(parts / steps) * steps).reshape(weights.shape))
+
+
+@pytest.mark.parametrize("form", FORMS[:-1], ids=lambda form: form.name)
+@pytest.mark.parametrize("name", ["image", "pixels-17", "siglip"])
+def test_every_linear_layer_is_rounded_as_described(
+    exported: MakeBundle, small_blocks: None, name: str, form: forms.Form
+) -> None:
+    bundle = exported(name)
+    graph = graph_of(bundle).graph
+    found, rng = linears(graph), np.random.default_rng(0)
+    normed = {norm.outputs[0].name: fed for norm, fed in norms(graph).items()}
+    factors = {
+        value: np.exp2(rng.integers(-2, 3, len(array(fed[0].weight)))).astype(np.float32)
+        for value, fed in normed.items()
+    }
+    changed = formed(bundle, form, factors)
+    kinds = operators(changed)
+    assert all(each.bias is not None for each in found)
+    layers = len(normed) // 2
+    chooses = tuple(f"layers.{layers - 1}.{part}.weight" for part in "qkv")
+    assert set(chooses) < {each.weight.name for each in found}
+    bits = [
+        None if each.weight.name in chooses
+        else form.after_norm if each.input.name in normed else form.others
+        for each in found
+    ]  # fmt: skip
+    fits = [b == "tensor" or (b == "blocks" and len(array(each.weight)) % 16 == 0)
+            for b, each in zip(bits, found, strict=True)]  # fmt: skip
+    assert len(found) == 6 * layers + 2
+    assert len(normed) == 2 * layers >= 4
+    assert kinds["MatMulIntegerToFloat"] == bits.count("tensor")
+    assert kinds["MatMulNBits"] == sum(b == "blocks" and f for b, f in zip(bits, fits, strict=True))
+    names = {x.name for each in found for x in (each.input, each.output)} - {EMBEDS}
+    values = run(changed, bundle, tuple(names))
+    # QuickGELU's constant is in the weights around it.
+    between = gates(graph, [each for each, fit in zip(found, fits, strict=True) if fit])
+    assert len(between) == (0 if name == "siglip" else layers)
+    times = {gate.before.output: gate.c for gate in between}
+    over = {each.output: gate.c for gate in between for each in gate.after}
+    for linear, how, fit in zip(found, bits, fits, strict=True):
+        if not fit:
+            continue
+        assert how is not None
+        gain = times.get(linear.output, 1)
+        weights = array(linear.weight) * np.float32(gain / over.get(linear.output, 1))
+        if linear.input.name in factors:
+            weights = weights * factors[linear.input.name][:, None]
+        bias, x = gain * array(linear.bias), values[linear.input.name]
+        expected, got = by_hand(x, weights, how) + bias, values[linear.output.name]
+        # What lies between two steps may be rounded either way; the rounding as a whole may not.
+        rounding = np.square(x.astype(np.float64) @ weights + bias - expected).mean()
+        assert np.square(got - expected).mean() <= 0.05 * rounding, linear
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+def test_forms_agree_with_the_graph(
+    exported: MakeBundle, small_blocks: None, form: forms.Form
+) -> None:
+    bundle = exported("image")
+    expected, got = run(graph_of(bundle), bundle), run(formed(bundle, form), bundle)
+    assert alike(expected[EMBEDS], got[EMBEDS]) > 0.99
+    share = np.mean(
+        [len(np.intersect1d(a, b)) for a, b in zip(expected[KEPT], got[KEPT], strict=True)]
+    )
+    assert share / 12 > 0.9
+
+
+def _tail(model: ir.Model) -> tuple[ir.Node, ir.Node, ir.Node]:
+    """Return the nodes of the first QuickGELU: x · 1.702, σ of it, and x times that."""
+    sigmoid = next(node for node in model.graph if node.op_type == "Sigmoid")
+    return sigmoid.inputs[0].producer(), sigmoid, sigmoid.outputs[0].consumers()[0]
+
+
+def test_the_constant_of_quickgelu_goes_into_the_weights_around_it(exported: MakeBundle) -> None:
+    bundle = exported("image")
+    model = graph_of(bundle)
+    every = gates(model.graph, linears(model.graph))
+    assert [gate.c for gate in every] == [pytest.approx(1.702)] * len(every) != []
+    changed = formed(bundle, FORMS[0])
+    x_name, gated = every[0].before.output.name, _tail(model)[2].outputs[0].name
+    values = run(changed, bundle, (x_name, gated))
+    x = values[x_name].astype(np.float64)
+    # x is 1.702 times what it was, and so is the result.
+    assert np.allclose(values[gated], x / (1 + np.exp(-x)), rtol=1e-5, atol=1e-6)
+    plain = run(model, bundle, (x_name,))[x_name]
+    assert np.dot(x.ravel(), plain.ravel()) / np.square(plain).sum() == pytest.approx(1.702, 0.01)
+    assert _tail(changed)[1].inputs[0].name == x_name
+    fused = formed(bundle, FORMS[-1])
+    assert operators(changed)["Mul"] == operators(fused)["Mul"] - len(every)
+
+
+@pytest.mark.parametrize("case", ["read", "result read", "output", "varying", "other", "sigmoid"])
+def test_a_gate_of_another_form_keeps_its_constant(exported: MakeBundle, case: str) -> None:
+    """Each changes the first layer alone."""
+    bundle = exported("image")
+    model = graph_of(bundle)
+    known = len(gates(model.graph, linears(model.graph)))
+    scaled, sigmoid, gated = _tail(model)
+    constant = next(place for place, v in enumerate(scaled.inputs) if v.is_initializer())
+    source = scaled.inputs[1 - constant]
+    if case == "read":
+        also_read(model, source)
+    elif case == "result read":
+        also_read(model, gated.outputs[0])
+    elif case == "output":
+        model.graph.outputs.append(gated.outputs[0])
+    elif case == "varying":  # by itself instead of a constant
+        scaled.replace_input_with(constant, source)
+    elif case == "other":  # what is gated is not what the gate is of
+        for place in (0, 1):
+            gated.replace_input_with(place, sigmoid.outputs[0])
+    else:
+        also_read(model, scaled.outputs[0])
+    assert len(gates(model.graph, linears(model.graph))) == known - 1
+    expected = run(model, bundle)
+    assert rewrite(model, FORMS[0], {})
+    values = run(model, bundle)
+    for name in expected:
+        assert alike(values[name], expected[name]) > 0.98, name
+
+
+@pytest.mark.parametrize("which", ["before", "after"])
+def test_a_gate_beside_a_layer_that_stays_in_fp32_keeps_its_constant(
+    exported: MakeBundle, which: str
+) -> None:
+    graph = graph_of(exported("image")).graph
+    every = linears(graph)
+    gate = gates(graph, every)[0]
+    left_out = gate.before if which == "before" else gate.after[0]
+    some = [linear for linear in every if linear is not left_out]
+    assert [each.c for each in gates(graph, some)] == [each.c for each in gates(graph, every)][1:]
+
+
+def test_smoothing_divides_what_a_norm_gives(exported: MakeBundle) -> None:
+    """By powers of two: bit for bit, also where norms share gamma and beta."""
+    bundle = exported("outliers")
+
+    def shared() -> ir.Model:
+        model = graph_of(bundle)
+        first, *others = norms(model.graph)
+        for norm in others:
+            for place in (1, 2):
+                norm.replace_input_with(place, first.inputs[place])
+        return model
+
+    model, changed, rng = shared(), shared(), np.random.default_rng(1)
+    found = {norm.outputs[0].name: (norm, fed) for norm, fed in norms(model.graph).items()}
+    factors = {
+        value: np.exp2(rng.integers(-3, 4, len(array(fed[0].weight)))).astype(np.float32)
+        for value, (_, fed) in found.items()
+    }
+    assert len(factors) >= 4
+    first = next(iter(factors))
+    assert rewrite(changed, FORMS[0], factors)
+    before, after = run(model, bundle, (first,)), run(changed, bundle, (first,))
+    assert np.array_equal(after[first], before[first] / factors[first])
+    # Later ones get other inputs, for the rounding before them: each against its own.
+    sources = {value: norm.inputs[0].name for value, (norm, _) in found.items()}
+    new = changed.graph.initializers
+    choosing = set(factors) - {v for v in factors if f"{v}.gamma" in new}
+    assert len(choosing) == 1
+    values = run(changed, bundle, (*factors, *sources.values()))
+    gamma, beta = (array(found[first][0].inputs[place]) for place in (1, 2))
+    for value, factor in factors.items():
+        x = values[sources[value]].astype(np.float64)
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        divided = 1 if value in choosing else factor
+        assert np.allclose(values[value], (x * gamma + beta) / divided, rtol=1e-3, atol=1e-4), value
+
+
+def test_a_norm_that_something_else_reads_is_not_smoothed(exported: MakeBundle) -> None:
+    model = graph_of(exported("image"))
+    norm = next(iter(norms(model.graph)))
+    also_read(model, norm.outputs[0])
+    assert norm not in norms(model.graph)
+
+
+def test_fp16_graphs_have_no_other_form(exported: MakeBundle) -> None:
+    for form in FORMS:
+        assert not rewrite(graph_of(exported("fp16")), form, {})
+
+
+# The choice
+
+
+def opened(model: bytes, folder: Path) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(folder)
+    )
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def test_of_an_fp16_graph_the_own_form_is_chosen(exported: MakeBundle, tmp_path: Path) -> None:
+    best, measured = choice.choose(exported("fp16"), opened, tmp_path)
+    assert best.name == "own"
+    assert [each.form for each in measured] == ["own", *(form.name for form in FORMS)]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fastest", ["own", *(form.name for form in FORMS)])
+def test_the_fastest_that_agrees_is_chosen(
+    exported: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fastest: str
+) -> None:
+    from vzip.runtime.machine.timing import Timing
+
+    def fake(calls: dict[str, Callable[[], object]], *, seconds: float) -> dict[str, Timing]:
+        for each in calls.values():
+            each()
+        return {name: Timing.of([1.0 if name == fastest else 2.0]) for name in calls}
+
+    monkeypatch.setattr(choice, "interleaved", fake)
+    monkeypatch.setattr(forms, "BLOCK", 16)
+    monkeypatch.setattr(choice, "COSINE", 0.5)
+    monkeypatch.setattr(choice, "OVERLAP", 0.5)
+    chosen, measured = choice.choose(exported("image"), opened, tmp_path)
+    assert chosen.name == fastest
+    assert [each.form for each in measured] == ["own", *(form.name for form in FORMS)]
+    assert all(each.refused is None for each in measured)
+    mine = {f"{fastest}.onnx", f"{fastest}.onnx.data"}
+    assert {path.name for path in tmp_path.iterdir()} == (
+        set() if fastest in {"own", "fused"} else mine
+    )
+
+
+def test_a_form_that_keeps_other_tokens_is_refused(
+    exported: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = choice.rewrite
+
+    def wrong(model: ir.Model, form: forms.Form, factors: Any) -> bool:
+        done = right(model, form, factors)
+        for name, value in model.graph.initializers.items():
+            if name.endswith(".scale"):
+                spoiled = np.full_like(array(value), 0.01)
+                value.const_value = ir.tensor(spoiled, name=name)
+        return done
+
+    monkeypatch.setattr(choice, "rewrite", wrong)
+    chosen, measured = choice.choose(exported("image"), opened, tmp_path)
+    refused = {each.form: each.refused for each in measured}
+    assert "expected at least 0.95 and 0.99" in str(refused["dynamic"])
+    assert chosen.name not in {"dynamic", "mixed"}
+
+
+def test_a_form_that_cannot_be_opened_is_recorded(exported: MakeBundle, tmp_path: Path) -> None:
+    from vzip.runtime.errors import BackendError
+
+    def refuse(model: bytes, folder: Path) -> Any:
+        if b"MatMulIntegerToFloat" in model:
+            raise BackendError("no such operator")
+        return opened(model, folder)
+
+    chosen, measured = choice.choose(exported("image"), refuse, tmp_path)
+    refused = {each.form: each.refused for each in measured}
+    assert refused["dynamic"] == "can't be opened: no such operator"
+    assert chosen.name not in {"dynamic", "mixed"}
+
+
+@pytest.mark.slow
+def test_outliers_are_smoothed_away(
+    exported: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = exported("outliers")
+    _, smoothed = choice.choose(bundle, opened, tmp_path)
+    monkeypatch.setattr(choice, "_factors", lambda *_: {})
+    _, plain = choice.choose(bundle, opened, tmp_path)
+    with_, without = (next(x for x in each if x.form == "dynamic") for each in (smoothed, plain))
+    assert with_.min_cosine is not None
+    assert without.min_cosine is not None
+    assert 1 - with_.min_cosine < 0.2 * (1 - without.min_cosine)
+
+
+def test_the_encoder_tells_groups_of_the_form_that_it_runs(
+    exported: MakeBundle, tmp_path: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(exported("image").path, tmp_path / "bundle")
+    with VisionEncoder.open(tmp_path / "bundle", "onnxruntime", precision="fastest") as encoder:
+        assert encoder.precision == "fastest"
+        tokens = encoder.run(pictures(read_bundle(tmp_path / "bundle")))
+        assert tokens.groups.shape == (4, encoder.manifest.tower.tokens)
+        assert (tokens.groups >= 0).sum(axis=1).tolist() == [encoder.manifest.tower.tokens - 12] * 4
