@@ -224,7 +224,8 @@ def _block_product(graph: ir.Graph, linear: Linear, weights: Array, bias: ir.Val
     small = (np.rint(blocks / scales[..., None]) + 128).astype(np.uint8)
     name = _name(linear.output)
     quantised = _constant(graph, f"{name}.blocks", small)
-    inputs = [linear.input, quantised, _constant(graph, f"{name}.steps", scales)]
+    steps = _constant(graph, f"{name}.steps", scales)
+    inputs: list[ir.Value | None] = [linear.input, quantised, steps]
     inputs += [] if bias is None else [None, None, bias]
     attributes = {"K": rows, "N": columns, "bits": 8, "block_size": BLOCK, "accuracy_level": 4}
     product = ir.node("MatMulNBits", inputs, attributes, domain=MICROSOFT, name=name)
@@ -253,9 +254,8 @@ def _cleaned(model: ir.Model, modified: bool) -> ir.passes.PassResult:
 def _constant(graph: ir.Graph, name: str, values: Array) -> ir.Value:
     """Return a new initializer."""
     tensor = ir.tensor(values, name=name)
-    value = ir.Value(
-        name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
+    kind, shape = ir.TensorType(tensor.dtype), ir.Shape(values.shape)
+    value = ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
     graph.register_initializer(value)
     return value
 
