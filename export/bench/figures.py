@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,21 +20,21 @@ def figure(size: tuple[float, float], *, needed_for: str) -> Any:
         MissingDependencyError: It is not installed.
     """
     try:
-        importlib.import_module("matplotlib")
-        canvas: Any = importlib.import_module("matplotlib.backends.backend_agg")
-        made = importlib.import_module("matplotlib.figure").Figure(
-            figsize=size, layout="constrained"
-        )
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise missing("matplotlib", needed_for=needed_for, extra="report") from error
-    canvas.FigureCanvasAgg(made)
+    made = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(made)
     return made
 
 
 def drawn(figure: Any, kind: Literal["svg", "png"]) -> bytes:
     """Return a figure as a file's bytes; the same figure gives the same bytes."""
+    from matplotlib import rc_context
+
     data = io.BytesIO()
-    with importlib.import_module("matplotlib").rc_context({"svg.hashsalt": "vzip"}):
+    with rc_context({"svg.hashsalt": "vzip"}):
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
         figure.savefig(data, format=kind, dpi=120, metadata=metadata)
     return data.getvalue()

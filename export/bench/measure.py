@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from vzip.export.bench import stacks as names
+from vzip.export.bench.peers import Device
 from vzip.export.bench.processes import Process, WorkerError, profiles, take_turns
 from vzip.export.bench.stacks import Stack
 from vzip.runtime.bundle.manifest import REFERENCE_FILE
@@ -50,7 +51,7 @@ class Wanted:
     only: tuple[str, ...] = ()
     batches: tuple[int, ...] = ()
     rounds: int = 7
-    device: names.Device = "cpu"
+    device: Device = "cpu"
 
     def stacks(self, bundle: Bundle) -> list[Stack]:
         """Return the stacks of a bundle.

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
+from vzip.export.bench.peers import Device
+from vzip.export.bench.peers.catalogue import PEERS
 from vzip.runtime.backends import BACKENDS, TENSORRT
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.errors import InvalidInputError
 
 KIND = Literal["ours", "peer", "ceiling", "phase"]
-Device = Literal["cpu", "cuda"]
 
-PEERS: Final = "vzip.export.bench.peers"
 CEILINGS: Final[Mapping[Device, str]] = {"cpu": "ceiling", "cuda": "ceiling-cuda"}
 PREPROCESSING: Final = "preprocessing"
 COPIES: Final = ("host-to-device", "device-to-host")
@@ -68,7 +67,7 @@ def own(bundle: Bundle) -> list[Stack]:
 def peers(device: Device) -> list[Stack]:
     """Return every peer on a device, in each of its precisions, and those of the CPU alone."""
     found = []
-    for name, kind in importlib.import_module(PEERS).PEERS.items():
+    for name, kind in PEERS.items():
         place: Device = device if kind.precisions(device) else "cpu"
         found += [Stack("peer", name, each, each, place) for each in kind.precisions(place)]
     return found

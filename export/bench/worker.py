@@ -20,7 +20,6 @@ there.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import platform
@@ -64,12 +63,12 @@ class Timed(Protocol):
         ...
 
 
-class Encoder:
+class TimedEncoder:
     """A backend of ours, or a peer."""
 
     def __init__(self, stack: Stack, bundle: Bundle) -> None:
-        # By name: the runtime imports no export, and a machine that benchmarks has it.
-        peers: Any = importlib.import_module("vzip.export.bench.peers")
+        from vzip.export.bench import peers
+        from vzip.export.bench.peers.catalogue import open_peer
         from vzip.runtime import agreement as proof
         from vzip.runtime.bundle.manifest import EMBEDS, KEPT, REFERENCE_FILE
 
@@ -79,7 +78,7 @@ class Encoder:
         self.precision = stack.precision
         self.peer: Any = None
         if stack.kind == "peer":
-            self.peer = peers.open_peer(stack.name, stack.form, bundle, stack.device)
+            self.peer = open_peer(stack.name, stack.form, bundle, stack.device)
             self.run: Callable[[Any], Any] = self.peer.run
             self.prove_by = self.peer.prove
         else:
@@ -142,11 +141,10 @@ class Encoder:
         return {} if self.peer is None else dict(self.peer.about(batch))
 
 
-class Ceiling:
+class TimedCeiling:
     """The encoder's multiplications."""
 
     def __init__(self, stack: Stack, bundle: Bundle) -> None:
-        self.make: Any = importlib.import_module("vzip.export.bench.peers.ceiling").Ceiling
         self.stack, self.bundle, self.flops = stack, bundle, 0
 
     def prove(self, _batches: list[int]) -> Answer:
@@ -155,7 +153,9 @@ class Ceiling:
 
     def call(self, batch: int) -> tuple[Call, More]:
         """See `Timed`."""
-        made = self.make(self.bundle.manifest, self.stack.form, batch, self.stack.device)
+        from vzip.export.bench.peers.ceiling import Ceiling
+
+        made = Ceiling(self.bundle.manifest, self.stack.form, batch, self.stack.device)
         self.flops = made.flops
         return made.call, {}
 
@@ -164,14 +164,15 @@ class Ceiling:
         return {"flops": self.flops}
 
 
-class Preprocessing:
+class TimedPreprocessing:
     """A picture's file to the tower's input."""
 
     def __init__(self, stack: Stack, bundle: Bundle) -> None:
         from PIL import Image
 
-        pictures: Any = importlib.import_module("vzip.export.pictures")
-        named = {path.name: path for path in pictures.reference_images()}
+        from vzip.export.pictures import reference_images
+
+        named = {path.name: path for path in reference_images()}
         self.path, self.manifest = named[stack.form], bundle.manifest
         with Image.open(self.path) as image:
             self.pixels = list(image.size)
@@ -200,7 +201,7 @@ class Preprocessing:
         return {"picture": self.path.name, "pixels": self.pixels}
 
 
-class Copies:
+class TimedCopies:
     """The graph's input to a GPU, or its outputs to the host, in pinned memory."""
 
     def __init__(self, stack: Stack, bundle: Bundle) -> None:
@@ -281,21 +282,23 @@ class Worker:
         from vzip.runtime.bundle.reader import read_bundle
 
         kinds: dict[str, Callable[[Stack, Bundle], Timed]] = {
-            **dict.fromkeys(stacks.CEILINGS.values(), Ceiling),
-            stacks.PREPROCESSING: Preprocessing,
-            **dict.fromkeys(stacks.COPIES, Copies),
+            **dict.fromkeys(stacks.CEILINGS.values(), TimedCeiling),
+            stacks.PREPROCESSING: TimedPreprocessing,
+            **dict.fromkeys(stacks.COPIES, TimedCopies),
         }
         start = time.perf_counter()
         bundle = read_bundle(self.folder, verify=False)  # who opens it verifies what it runs
-        self.timed = kinds.get(self.stack.name, Encoder)(self.stack, bundle)
+        self.timed = kinds.get(self.stack.name, TimedEncoder)(self.stack, bundle)
         opened = time.perf_counter() - start
         return {"open_s": opened, **self.timed.prove(batches)}
 
     def _profile(self, timed: Timed, batch: int) -> Answer:
         """Return where an engine's time goes; see `vzip.export.inspect.engine_profile`."""
-        assert isinstance(timed, Encoder), "an engine's stack"
-        profile: Any = importlib.import_module("vzip.export.inspect.engine_profile").profile_engine
-        found = profile(timed.encoder._opened, timed.bundle, batch)
+        assert isinstance(timed, TimedEncoder), "an engine's stack"
+        from vzip.export.inspect.engine_profile import profile_engine
+
+        opened: Any = timed.encoder._opened
+        found = profile_engine(opened, timed.bundle, batch)
         return dict(found.to_json())
 
     def _warm(self, timed: Timed, batch: int) -> Answer:

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from tests.precisions import add_precision
+from tests.refusals import refused
 from vzip.export.algorithm.budget import split_tokens
-from vzip.export.bench.peers import UNCOMPRESSED, open_peer, prove
+from vzip.export.bench.peers import UNCOMPRESSED, prove
+from vzip.export.bench.peers.catalogue import open_peer
 from vzip.export.bench.peers.ceiling import Ceiling, flops
 from vzip.export.bench.peers.torch_forms import Published, Sdpa, TorchEncoder, Uncompressed
 from vzip.export.checkpoint.reader import vision_config
@@ -115,12 +117,12 @@ def test_patches_that_differ_are_not_proven(demo):
 def test_what_the_forms_can_not_be_is_said(demo):
     wanted = manifest(demo)
     tuned = dataclasses.replace(wanted.model, projector="0" * 64)
-    with pytest.raises(InvalidInputError, match="a tuned projector, whose file is not in it"):
+    with refused(InvalidInputError, got="projector", cure="--projector"):
         TorchEncoder(
             "torch-sdpa", "fp32", Bundle(Path(), dataclasses.replace(wanted, model=tuned)), "cpu"
         )
     other = dataclasses.replace(wanted.selection, method="random")
-    with pytest.raises(InvalidInputError, match="the bundle has the selection 'random', expected"):
+    with refused(InvalidInputError, got="'random'"):
         TorchEncoder(
             "torch-sdpa",
             "fp32",
@@ -218,11 +220,10 @@ def test_openvino_gets_the_graph_and_the_precision(monkeypatch, tiny_bundle, gol
     hints = [settings["INFERENCE_PRECISION_HINT"] for _, settings in openvino.settings]
     assert hints == ["f32", "bf16"]
     assert sys.modules["openvino_telemetry"] is None  # nothing is reported to anyone
-    with pytest.raises(InvalidInputError, match="has no INT8 graph for openvino; make it with"):
-        open_peer("openvino", "int8", bundle, "cpu")
-    with pytest.raises(InvalidInputError, match="has no INT8 graph for openvino-f32; make it with"):
-        open_peer("openvino-f32", "int8", bundle, "cpu")
-    with pytest.raises(InvalidInputError, match="openvino runs in nothing on cuda, got 'fp16'"):
+    for name in ("openvino", "openvino-f32"):
+        with refused(InvalidInputError, got=("INT8", name), cure="vzip calibrate"):
+            open_peer(name, "int8", bundle, "cpu")
+    with refused(InvalidInputError, got=("openvino", "cuda", "'fp16'"), expected="none"):
         open_peer("openvino", "fp16", bundle, "cuda")
 
 
@@ -239,7 +240,7 @@ def test_openvino_gets_the_int8_graph(monkeypatch, tiny_bundle, name, hint):
 
 def test_without_openvino_it_is_one_line(monkeypatch, tiny_bundle):
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(MissingDependencyError, match="install it with: pip install openvino"):
+    with refused(MissingDependencyError, cure="pip install openvino"):
         open_peer("openvino", "fp32", read_bundle(tiny_bundle), "cpu")
 
 
