@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +23,7 @@ import torch
 
 from vzip.calibration.tuning.workers import Workers
 from vzip.runtime.errors import InvalidInputError, VzipError
-from vzip.runtime.files import atomic
+from vzip.runtime.files import atomic, locks
 
 PREFIX: Final = "multi_modal_projector."
 """What stands before the names of the tensors that are written, as llava-hf publishes them."""
@@ -55,7 +54,7 @@ class Session:
     ) -> None:
         self.output = output
         self.folder = output.with_name(output.name + WORK)
-        self._lock: int | None = None
+        self._lock: locks.Lock | None = None
         if workers.first:
             self._begin(run, resume)
         workers.gathered(None)  # the others wait until the folder is there
@@ -178,7 +177,7 @@ class Session:
             if {path.name for path in self.folder.iterdir()} <= {_LOCK}:
                 (self.folder / _LOCK).unlink()
                 self.folder.rmdir()
-            os.close(self._lock)
+            self._lock.close()
             self._lock = None
 
     def _write(self, path: Path, data: bytes | memoryview) -> None:
@@ -191,18 +190,20 @@ class Session:
             ) from error
 
 
-def _locked(path: Path) -> int:
-    """Lock a file without waiting; return its descriptor, with which the lock goes."""
-    import fcntl
-
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
+def _locked(path: Path) -> locks.Lock:
+    """Lock a file without waiting."""
+    lock = locks.on_file(path)
+    if lock.taken:
+        return lock
+    lock.close()
+    if lock.taken is None:
         raise InvalidInputError(
-            f"{path.parent} is in use by another process",
-            expected="one at a time",
-            cure="wait for it, or choose another -o",
-        ) from error
-    return descriptor
+            f"{path.parent} lies on a file system without locks",
+            cause="two processes could spoil each other's work",
+            cure="choose another -o",
+        )
+    raise InvalidInputError(
+        f"{path.parent} is in use by another process",
+        expected="one at a time",
+        cure="wait for it, or choose another -o",
+    )

@@ -1,7 +1,7 @@
 """Folders and files that appear whole or not at all, whatever kills the process that writes them.
 
 A folder is written beside its target under a hidden name, flushed to the disk, and takes the
-target's name in one system call. The hidden folder is locked (flock) by the process that writes it:
+target's name in one system call. The hidden folder is locked by the process that writes it:
 the kernel drops the lock with the process, so the next writer of the same target can tell what a
 dead one left behind from what a living one is working on.
 """
@@ -12,6 +12,8 @@ import errno
 import os
 from pathlib import Path
 from typing import Final
+
+from vzip.runtime.files import locks
 
 TEMPORARY: Final = ".vzip-tmp"
 ASIDE: Final = ".vzip-old"
@@ -60,10 +62,8 @@ class StagedFolder:
 
     def close(self) -> None:
         """Remove what was not committed and drop the lock; closing twice does nothing."""
-        if self._lock is not None:
-            _remove(self.path)
-            os.close(self._lock)
-            self._lock = None
+        _remove(self.path)
+        self._lock.close()
 
 
 def rename_file(path: Path, target: Path) -> None:
@@ -105,29 +105,15 @@ def _hidden(target: Path, ending: str) -> Path:
     return target.with_name(f".{target.name}.{os.urandom(4).hex()}{ending}")
 
 
-def _make_locked(target: Path) -> tuple[Path, int | None]:
+def _make_locked(target: Path) -> tuple[Path, locks.Lock]:
     """Create the hidden folder and lock it; the mode is the umask's, as for any folder."""
     while True:
         path = _hidden(target, TEMPORARY)
-        path.mkdir()
-        lock = os.open(path, os.O_RDONLY)
-        if _try_lock(lock) is not False and path.exists():
+        lock = locks.on_folder(path)
+        if lock.taken is not False:
             return path, lock
         # Another writer took it for a dead one's, in the moment before it was locked.
-        os.close(lock)
-
-
-def _try_lock(descriptor: int) -> bool | None:
-    """Lock a folder without waiting: False if another process has it, None without locks."""
-    try:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):  # Windows, some network file systems: nothing is swept there
-        return None
-    return True
+        lock.close()
 
 
 def _sweep(target: Path) -> None:
@@ -136,14 +122,12 @@ def _sweep(target: Path) -> None:
         if path.is_symlink() or not path.is_dir():
             continue
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            lock = locks.Lock(os.open(path, os.O_RDONLY))
         except OSError:
             continue  # another writer swept it first
-        try:
-            if _try_lock(descriptor) is True:
+        with lock:
+            if lock.taken:  # without locks nothing is swept
                 _remove(path)
-        finally:
-            os.close(descriptor)
 
 
 def _escaped(name: str) -> str:

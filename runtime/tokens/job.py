@@ -21,7 +21,7 @@ import numpy as np
 
 from vzip.runtime.encoder import EncodedImage
 from vzip.runtime.errors import InvalidInputError
-from vzip.runtime.files import atomic
+from vzip.runtime.files import atomic, locks
 from vzip.runtime.tokens.cache import TokenCache, image_digest, read_image
 from vzip.runtime.tokens.file import (
     LARGEST_HEADER,
@@ -451,40 +451,19 @@ def _check_fingerprint(path: Path, found: str, origin: Origin) -> None:
         )
 
 
-@contextlib.contextmanager
-def _lock(folder: Path, output: Path) -> Iterator[None]:
-    """Make a folder and hold its lock, which the kernel drops with the process."""
-    while True:
-        try:
-            folder.mkdir(exist_ok=True)
-            descriptor = os.open(folder, os.O_RDONLY)
-        except OSError as error:
-            raise InvalidInputError(
-                f"{folder.parent}: can't be written ({error.strerror})",
-                cure="choose another place for the output with -o",
-            ) from error
-        try:
-            if not _take_lock(descriptor):
-                raise InvalidInputError(
-                    f"{output}: another process is writing it",
-                    cure="wait for it, or choose another name with -o",
-                )
-            if folder.exists() and os.path.samestat(folder.stat(), os.fstat(descriptor)):
-                yield
-                return
-        finally:
-            os.close(descriptor)
-        # Its last user removed it in the moment before it was locked.
-
-
-def _take_lock(descriptor: int) -> bool:
-    """Lock a folder without waiting; return False if another process has it."""
+def _lock(folder: Path, output: Path) -> locks.Lock:
+    """Make the folder of a run and hold its lock; where there are no locks, go on without."""
     try:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):  # Windows, some network file systems: there are no locks
-        return True
-    return True
+        lock = locks.on_folder(folder)
+    except OSError as error:
+        raise InvalidInputError(
+            f"{folder.parent}: can't be written ({error.strerror})",
+            cure="choose another place for the output with -o",
+        ) from error
+    if lock.taken is False:
+        lock.close()
+        raise InvalidInputError(
+            f"{output}: another process is writing it",
+            cure="wait for it, or choose another name with -o",
+        )
+    return lock

@@ -25,6 +25,7 @@ from vzip.runtime.bundle.onnx_wire import external_tensors
 from vzip.runtime.bundle.precision_record import files_of
 from vzip.runtime.bundle.reader import FASTEST, Bundle
 from vzip.runtime.errors import BackendError, BundleError
+from vzip.runtime.files import locks
 from vzip.runtime.files.atomic import StagedFolder
 from vzip.runtime.machine.process import cores
 from vzip.runtime.machine.record import processor
@@ -239,18 +240,12 @@ def _writable(folders: list[Path]) -> Path:
 def _alone(folder: Path) -> Iterator[None]:
     """Wait until no other process measures for this folder; the kernel ends it with the process."""
     try:
-        lock = (folder / ".lock").open("ab")
+        lock = locks.on_file(folder / ".lock", lambda: None)
     except OSError as error:
         raise BackendError(
             f"{folder / '.lock'} can't be opened ({error.strerror})",
             cause="another user made it",
             cure="remove it, or open the bundle in its own precision",
         ) from error
-    with lock as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except (ImportError, OSError):  # Windows, some network file systems: both then measure
-            pass
+    with lock:  # where there are none, both measure
         yield

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import os
 import time
@@ -36,7 +35,7 @@ from vzip.runtime.bundle.precision_record import FP8_SM
 from vzip.runtime.bundle.reader import Bundle, open_engine, read_bundle
 from vzip.runtime.bundle.writer import add_engine
 from vzip.runtime.errors import BackendError, BundleError, InvalidInputError, ParityError
-from vzip.runtime.files import atomic
+from vzip.runtime.files import atomic, locks
 from vzip.runtime.files.codec import Scalar
 from vzip.runtime.machine import sensors
 
@@ -304,35 +303,26 @@ def build_lock(bundle: Bundle, say: Say) -> Iterator[None]:
     Raises:
         BundleError: The folder can't be written, or its file system has no locks.
     """
-    import fcntl
-
     folder = bundle.path / ENGINES_FOLDER
     try:
         folder.mkdir(exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(folder / LOCK_FILE, flags, 0o644)
+        lock = locks.on_file(
+            folder / LOCK_FILE,
+            lambda: say(f"another process works on {bundle.path}; waiting for it to end"),
+        )
     except OSError as error:
         raise BundleError(
             f"{folder}: can't be written ({error.strerror}), so the bundle can't be changed",
             cure="copy the bundle to a folder that you may write to",
         ) from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"another process works on {bundle.path}; waiting for it to end")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with lock:
+        if not lock.taken:
+            raise BundleError(
+                f"{folder}: its file system has no locks",
+                cause="two processes could spoil each other's work",
+                cure="copy the bundle to a local disk and work on it there",
+            )
         yield
-    except OSError as error:
-        if error.errno not in {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}:
-            raise
-        raise BundleError(
-            f"{folder}: its file system has no locks ({error.strerror}), so two processes "
-            "could spoil each other's work",
-            cure="copy the bundle to a local disk and work on it there",
-        ) from error
-    finally:
-        os.close(descriptor)
 
 
 def _build(

@@ -18,7 +18,7 @@ from vzip.runtime.files.atomic import StagedFolder, replace_file
 KILLER = r"""
 import dataclasses, json, os, shutil, signal, sys
 from pathlib import Path
-from vzip.runtime import atomic
+from vzip.runtime.files import atomic
 from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.bundle.writer import bundle_writer, update_manifest
 from vzip.runtime.errors import BundleError

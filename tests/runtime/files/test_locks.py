@@ -1,0 +1,97 @@
+"""Who gets a lock, who waits and who is refused, with a second process that is killed."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vzip.runtime.files import locks
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from vzip.runtime.files import locks
+lock = getattr(locks, sys.argv[1])(Path(sys.argv[2]))
+print(lock.taken, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture(params=["on_file", "on_folder"])
+def held(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Yield a process that holds the lock of ``tmp_path / "lock"``."""
+    command = [sys.executable, "-c", HOLDER, request.param, str(tmp_path / "lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "True\n"
+        yield process
+        process.kill()
+
+
+def test_one_holds_it_and_sigkill_leaves_none(
+    held: subprocess.Popen[str], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    name = request.node.callspec.params["held"]
+    with getattr(locks, name)(tmp_path / "lock") as lock:
+        assert lock.taken is False
+    held.send_signal(signal.SIGKILL)
+    held.wait()
+    with getattr(locks, name)(tmp_path / "lock") as lock:
+        assert lock.taken is True
+        assert getattr(locks, name)(tmp_path / "lock").taken is False
+        lock.close()  # and closing twice does nothing
+    assert getattr(locks, name)(tmp_path / "lock").taken is True
+
+
+@pytest.mark.parametrize("held", ["on_file"], indirect=True)
+def test_who_waits_gets_it_when_it_is_free(held: subprocess.Popen[str], tmp_path: Path) -> None:
+    said = []
+
+    def waiting() -> None:
+        said.append("waiting")
+        held.kill()
+
+    with locks.on_file(tmp_path / "lock", waiting) as lock:
+        assert (lock.taken, said) == (True, ["waiting"])
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    with locks.on_folder(tmp_path / "a") as folder, locks.on_file(tmp_path / "b") as file:
+        assert (folder.taken, file.taken) == (None, None)
+
+
+def test_a_folder_that_was_removed_before_it_was_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, flock = tmp_path / "folder", fcntl.flock
+    calls = []
+
+    def once_removed(descriptor: int, how: int) -> None:
+        calls.append(how)
+        if len(calls) == 1:
+            path.rmdir()
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", once_removed)
+    with locks.on_folder(path) as lock:
+        assert lock.taken is True
+        assert lock.is_of(path)
+    assert len(calls) == 2
+
+
+def test_a_link_is_no_file_to_lock(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic"):
+        locks.on_file(tmp_path / "link")
