@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.harness.llm_shapes import LLMS
 from vzip.export.bench.peers import UNCOMPRESSED
-from vzip.export.plan.devices import HERE, Device, find_device
+from vzip.export.hardware import HERE, Device, find_device
 from vzip.export.plan.here import measure
 from vzip.export.plan.model import PlanModel, read_model
 from vzip.export.plan.predict import Plan, short

@@ -16,7 +16,7 @@ from vzip.export import EXPORT_PACKAGES
 from vzip.export.algorithm import selections
 from vzip.export.algorithm.budget import Budget, split_tokens
 from vzip.export.cli.options import add_compression, add_model
-from vzip.export.targets import Choice, find, resolve
+from vzip.export.hardware import Choice, find, resolve
 from vzip.runtime.console import emit, run_command, say
 from vzip.runtime.errors import BudgetError, InvalidInputError, require
 

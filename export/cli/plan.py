@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from vzip.export import EXPORT_PACKAGES
+from vzip.export.hardware import DEVICES, HERE, find_device
 from vzip.export.plan import predict as plan
-from vzip.export.plan.devices import DEVICES, HERE, find_device
 from vzip.runtime.console import emit
 from vzip.runtime.errors import InvalidInputError, require
 from vzip.runtime.models import ALIASES

@@ -9,7 +9,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from vzip.export.plan.devices import HERE, Device
+from vzip.export.hardware import HERE, Device
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.machine import sensors
 
@@ -54,9 +54,7 @@ def measure(model: PlanModel) -> Device:
     return Device(
         name=HERE,
         title=f"{sensors.processor() or 'a CPU'}, {torch.get_num_threads()} threads",
-        target=None,
         memory_gb=memory.total * 2**20 / 1e9,
-        shared=False,
         tflops=MappingProxyType(rates),
         bandwidth_gb=bandwidth,
         source=f"PyTorch or ONNX Runtime, measured now at a load of {os.getloadavg()[0]:.1f}",

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
-from vzip.export.plan.devices import Device
+from vzip.export.hardware import Device
 from vzip.runtime.errors import InvalidInputError
 
 if TYPE_CHECKING:

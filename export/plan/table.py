@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from vzip.export.hardware import TARGETS
 from vzip.export.plan.predict import Plan, Prediction, gb, short
-from vzip.export.targets import TARGETS
 
 
 def table(plan: Plan, rows: Sequence[Prediction]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import plan
-from vzip.export.plan.devices import HERE, Device, find_device
+from vzip.export.hardware import HERE, Device, find_device
 from vzip.export.plan.model import read_model
 from vzip.export.plan.predict import Plan
 

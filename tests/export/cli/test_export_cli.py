@@ -271,7 +271,7 @@ def test_all_tiles_go_in_one_call(place: Path) -> None:
 def test_a_target_with_little_memory_takes_fewer(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vzip.export.targets.Target.largest_batch", lambda *_: 2)
+    monkeypatch.setattr("vzip.export.hardware.Target.largest_batch", lambda *_: 2)
     manifest = family_bundle("llava-next", place, "--tokens", "16", "--target", "t4").manifest
     assert (manifest.batch.max, manifest.batch.dynamic) == (2, True)
 

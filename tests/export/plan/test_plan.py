@@ -17,11 +17,10 @@ import pytest
 
 from tests.places import DOCS
 from vzip.export.cli import plan as plan_cli
+from vzip.export.hardware import DEVICES, HERE, TARGETS, Device, find_device
 from vzip.export.plan import here as plan_here
-from vzip.export.plan.devices import DEVICES, HERE, Device, find_device
 from vzip.export.plan.model import PlanModel, read_model
 from vzip.export.plan.predict import BITS, ON_CPU, ON_GPU, Limits, Pace, Plan, advise
-from vzip.export.targets import TARGETS
 from vzip.runtime import demo
 from vzip.runtime.cli.main import main
 from vzip.runtime.errors import BudgetError, CheckpointError, InvalidInputError
@@ -325,7 +324,7 @@ def test_here_from_the_command_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     speeds = MappingProxyType({"fp32": 0.2, "bf16": 0.6})
-    cpu = Device(HERE, "a CPU, 2 threads", None, 25, False, speeds, 20, "measured")
+    cpu = Device(HERE, "a CPU, 2 threads", 25, speeds, 20, "measured")
     monkeypatch.setattr(plan_here, "measure", lambda _: cpu)
     assert main(["plan", "--model", MODEL, "--device", HERE]) == 0
     out = capsys.readouterr().out
@@ -416,10 +415,3 @@ def test_help_loads_nothing_heavy_and_names_the_devices() -> None:
     assert done.stdout.splitlines()[-1] == "[] 0"
     assert "orin-nano-4gb" in done.stdout
     assert "rtx4090" in done.stdout
-
-
-def test_it_is_among_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["-h"]) == 0
-    assert re.search(
-        r"^  plan +predict what budgets of a model cost", capsys.readouterr().out, re.M
-    )

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from vzip.export import targets
+from vzip.export import hardware
 from vzip.export.cli import export as cli
-from vzip.export.targets import TARGETS, Choice, Software, find, resolve, table
+from vzip.export.hardware import TARGETS, Choice, Software, find, resolve, table
 from vzip.runtime.errors import InvalidInputError
 
 
@@ -208,7 +208,7 @@ def test_the_table_is_readable_at_100_columns():
     assert all(line == line.rstrip() for line in lines)
     for name, target in TARGETS.items():
         row = next(line for line in lines if line.split()[:1] == [name])
-        assert targets.dotted(target.sm[0]) in row
+        assert hardware.dotted(target.sm[0]) in row
     assert "estimates" in lines[-2]
 
 

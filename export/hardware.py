@@ -1,21 +1,25 @@
-"""The machines an export can be made for: a table of facts, and what follows from them.
+"""The machines that vzip knows: one table of facts, and what follows from them.
 
 ``vzip targets`` prints the table. ``--target NAME`` at export takes opset and precision from it
-where the command line says nothing, and refuses what the machine can't do, with the reason. It
-never changes what the user said.
+where the command line says nothing, and refuses what the machine can't do, with the reason; it
+never changes what the user said. ``vzip plan`` predicts from what a machine could do at best.
 
 Sources: SM, JetPack, TensorRT versions and the memory of Jetsons from NVIDIA's JetPack and module
 pages, TensorRT's and TensorRT-RTX's support matrices and release notes (collected 2026-11); memory
-of cards from NVIDIA's data sheets. What is marked [E] is an estimate of ours that no hardware has
-confirmed.
+and ceilings from NVIDIA's data sheets of the product, unless something else stands beside the row.
+What is marked [E] is an estimate of ours that no hardware has confirmed.
+
+All ceilings are dense; data sheets like to print those with structured sparsity, twice as high.
+FP16 is with sums in FP32, as BF16 is wherever the device has it.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
 
@@ -37,8 +41,8 @@ NEWEST_OPSET: Final = 18
 
 # [E] of CLIP ViT-L/14-336, the largest tower with an alias: 0.31 G parameters, and per image the
 # largest tensors alive at once, attention not fused (two of 16 · 577 · 577, four of 577 · 4096).
-WEIGHTS_MIB: Final[Mapping[str, int]] = MappingProxyType({"fp32": 1200, "fp16": 600})
-IMAGE_MIB: Final[Mapping[str, int]] = MappingProxyType({"fp32": 80, "fp16": 40})
+WEIGHTS_MIB: Final[Mapping[str, int]] = {"fp32": 1200, "fp16": 600}
+IMAGE_MIB: Final[Mapping[str, int]] = {"fp32": 80, "fp16": 40}
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,81 @@ class Software:
         return OPSET_OF_8 if legacy else NEWEST_OPSET
 
 
+HERE: Final = "here"
+"""The machine that the command runs on: its CPU, measured at the call (`vzip.export.plan.here`)."""
+
+# [E] What the system of a Jetson and its desktop, and CUDA's own libraries, keep of the memory that
+# CPU and GPU share; and on a card what CUDA's context, activations and fragmentation take of it.
+_SYSTEM_GB: Final = 2.0
+_CARD_SHARE: Final = 0.9
+
+
+@dataclass(frozen=True)
+class Device:
+    """One size of a machine, and its ceilings.
+
+    Attributes:
+        name: What `vzip plan` calls it.
+        title: What its maker calls it, with what decides about its figures.
+        memory_gb: Gigabytes (10⁹ bytes), as its maker counts them.
+        tflops: Precision → 10¹² operations a second, a multiply-add counted as two: ``fp32``,
+            ``fp16`` (on a CPU ``bf16``) and, where it is known, ``int8``.
+        bandwidth_gb: Of its memory, 10⁹ bytes a second.
+        source: Where the figures are from, for whoever reads a plan.
+        target: The `Target` that it is one of, by name; None for a CPU.
+        shared: Whether CPU and GPU share its memory.
+    """
+
+    name: str
+    title: str
+    memory_gb: float
+    tflops: Mapping[str, float]
+    bandwidth_gb: float
+    source: str = "data sheet"
+    target: str | None = None
+    shared: bool = False
+
+    @property
+    def half(self) -> str:
+        """The precision of 16 bits that it is good at."""
+        return "fp16" if "fp16" in self.tflops else "bf16"
+
+    @property
+    def usable_gb(self) -> float:
+        """What a model may take of its memory [E]."""
+        if self.shared:
+            return max(0.0, self.memory_gb - _SYSTEM_GB)
+        return self.memory_gb * _CARD_SHARE
+
+
+def _card(
+    name: str, title: str, memory_gb: int, bandwidth_gb: float,
+    *, fp32: float, fp16: float, int8: float,
+) -> Device:  # fmt: skip
+    tflops = {"fp32": fp32, "fp16": fp16, "int8": int8}
+    return Device(name, title, memory_gb, tflops, bandwidth_gb)
+
+
+def _orin(
+    name: str, title: str, memory_gb: int, bandwidth_gb: float,
+    *, cores: int, ghz: float,
+) -> Device:  # fmt: skip
+    """Return a module with an Orin from the cores and the clock of its GPU.
+
+    A core does one multiply-add a clock in FP32. There is one tensor core to 32 of them, and one
+    does 512 multiply-adds a clock in INT8, so that cores and clock give the sparse INT8 figure of
+    the data sheets' GPU. The DLAs, where there are any, do nothing here. FP16 is half of INT8, as
+    on every GPU of that generation [E]: NVIDIA prints no such figure for modules.
+    """
+    int8 = cores / 32 * 512 * 2 * ghz / 1000
+    tflops = {"fp32": round(cores * 2 * ghz / 1000, 2), "fp16": round(int8 / 2, 1)}
+    return Device(
+        name, title, memory_gb,
+        {**tflops, "int8": round(int8, 1)}, bandwidth_gb,
+        "data sheet; fp16 from int8 [E]",
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Target:
     """One kind of machine.
@@ -75,6 +154,7 @@ class Target:
         batch: Recommended largest batch [E]: above it, latency grows and throughput hardly does.
         workspace_mib: Recommended builder workspace [E].
         note: What one should know.
+        devices: The sizes of it whose ceilings are known.
     """
 
     name: str
@@ -86,8 +166,10 @@ class Target:
     batch: int
     workspace_mib: int
     note: str = ""
+    devices: tuple[Device, ...] = ()
 
     def __post_init__(self) -> None:
+        assert {each.memory_gb for each in self.devices} <= {*self.memory_gb}, self.name
         assert self.sm, self.name
         assert self.sm == tuple(sorted(self.sm)), self.name
         assert self.memory_gb, self.name
@@ -151,18 +233,37 @@ _DATACENTER: Final = (Software("8.6", "TensorRT"), Software("10+", "TensorRT"))
 _BLACKWELL: Final = (Software("10.8+", "TensorRT"),)
 _RTX: Final = Software("1.7", "RTX")
 
+_SUPER: Final = "MAXN SUPER of JetPack 6.2"
+
+# Orin Nano, NX and AGX Orin series data sheets: CUDA cores, memory; the clocks and bandwidths of
+# the Super modes from "JetPack 6.2 brings Super Mode" (NVIDIA, January 2025). 67, 34 and 170 sparse
+# INT8 TOPS of the GPU are what the data sheets print. GeForce: founders' editions, NVIDIA's
+# architecture white papers (GA102, Ada, RTX Blackwell), FP16 with FP32 sums; with FP16 sums it is
+# twice as high.
 _ALL: Final = (
     Target(
         "orin-nano", "Jetson Orin Nano", (87,), (4, 8), True, _ORIN, 4, 512,
         "4 GB: build with --low-memory and swap (docs/jetson.md)",
+        (
+            _orin("orin-nano", f"Jetson Orin Nano 8 GB, {_SUPER}", 8, 102, cores=1024, ghz=1.02),
+            _orin("orin-nano-4gb", f"Jetson Orin Nano 4 GB, {_SUPER}", 4, 51, cores=512, ghz=1.02),
+        ),
     ),
     Target(
         "orin-nx", "Jetson Orin NX", (87,), (8, 16), True, _ORIN, 8, 1024,
         "8 GB: as the Orin Nano",
+        (
+            _orin("orin-nx", f"Jetson Orin NX 16 GB, {_SUPER}", 16, 102.4, cores=1024, ghz=1.173),
+            _orin("orin-nx-8gb", f"Jetson Orin NX 8 GB, {_SUPER}", 8, 102.4, cores=1024, ghz=1.173),
+        ),
     ),
     Target(
         "agx-orin", "Jetson AGX Orin", (87,), (32, 64), True,
-        (*_ORIN, Software("11.4", "JetPack 7.2.2+")), 16, 2048,
+        (*_ORIN, Software("11.4", "JetPack 7.2.2+")), 16, 2048, "",
+        (
+            _orin("agx-orin", "Jetson AGX Orin 64 GB, MAXN", 64, 204.8, cores=2048, ghz=1.3),
+            _orin("agx-orin-32gb", "Jetson AGX Orin 32 GB, MAXN", 32, 204.8, cores=1792, ghz=0.93),
+        ),
     ),
     Target(
         "thor", "Jetson Thor", (110,), (64, 128), True,
@@ -173,28 +274,63 @@ _ALL: Final = (
         ),
         32, 4096,
         "10.13.3 miscompiles batch 1: take JetPack 7.2",
+        # Jetson Thor series data sheet: 2070 and 1200 sparse FP4 TFLOPS, 273 GB/s; cores and clock
+        # 2560 · 1.57 GHz and 1536 · 1.53 GHz. FP16 is an eighth of sparse FP4, INT8 twice that [E].
+        (
+            Device("thor", "Jetson Thor T5000, MAXN", 128,
+                   {"fp32": 8.0, "fp16": 258.8, "int8": 517.5}, 273,
+                   "data sheet; fp16 and int8 from fp4 [E]"),
+            Device("thor-64gb", "Jetson Thor T4000, MAXN", 64,
+                   {"fp32": 4.7, "fp16": 150.0, "int8": 300.0}, 273,
+                   "data sheet; fp16 and int8 from fp4 [E]"),
+        ),
     ),
     # Whether TensorRT 11 still serves SM 7.5 was not found out.
     Target("t4", "T4", (75,), (16,), False,
            (Software("8.6", "TensorRT"), Software("10.x", "TensorRT"), _RTX), 8, 2048,
-           "INT8 ViTs are often slower than FP16"),
-    Target("l4", "L4", (89,), (24,), False, (*_DATACENTER, _RTX), 16, 4096),
-    Target("a10", "A10", (86,), (24,), False, (*_DATACENTER, _RTX), 16, 4096),
+           "INT8 ViTs are often slower than FP16",
+           (_card("t4", "T4", 16, 320, fp32=8.1, fp16=65, int8=130),)),
+    # With sparsity 242 and 485.
+    Target("l4", "L4", (89,), (24,), False, (*_DATACENTER, _RTX), 16, 4096, "",
+           (_card("l4", "L4", 24, 300, fp32=30.3, fp16=121, int8=242.5),)),
+    Target("a10", "A10", (86,), (24,), False, (*_DATACENTER, _RTX), 16, 4096, "",
+           (_card("a10", "A10", 24, 600, fp32=31.2, fp16=125, int8=250),)),
     Target("a100", "A100", (80,), (40, 80), False, (*_DATACENTER, _RTX), 32, 8192,
-           "INT8 ViTs are often slower than FP16"),
-    Target("h100", "H100", (90,), (80, 94), False, _DATACENTER, 64, 8192),
-    Target("h200", "H200", (90,), (141,), False, _DATACENTER, 64, 8192),
-    Target("b200", "B200", (100,), (180,), False, _BLACKWELL, 64, 8192),
+           "INT8 ViTs are often slower than FP16",
+           (_card("a100", "A100 80 GB SXM", 80, 2039, fp32=19.5, fp16=312, int8=624),
+            _card("a100-40gb", "A100 40 GB", 40, 1555, fp32=19.5, fp16=312, int8=624))),
+    # SXM 67, with sparsity 1979 and 3958, 3.35 TB/s; NVL 60, 1671 and 3341, 3.9 TB/s.
+    Target("h100", "H100", (90,), (80, 94), False, _DATACENTER, 64, 8192, "",
+           (_card("h100", "H100 SXM 80 GB", 80, 3350, fp32=67, fp16=989.5, int8=1979),
+            _card("h100-94gb", "H100 NVL 94 GB", 94, 3900, fp32=60, fp16=835.5, int8=1670.5))),
+    # SXM: with sparsity 1979 and 3958.
+    Target("h200", "H200", (90,), (141,), False, _DATACENTER, 64, 8192, "",
+           (_card("h200", "H200 SXM", 141, 4800, fp32=67, fp16=989.5, int8=1979),)),
+    # DGX B200, an eighth of it: with sparsity 36 and 72 P, FP32 600 T; 1440 GB at 64 TB/s.
+    Target("b200", "B200", (100,), (180,), False, _BLACKWELL, 64, 8192, "",
+           (_card("b200", "B200", 180, 8000, fp32=75, fp16=2250, int8=4500),)),
     Target("rtx", "GeForce RTX 30 to 50", (86, 89, 120), (8, 12, 16, 24, 32), False,
            (_RTX, *_BLACKWELL), 8, 2048,
            "one bundle for all three; rtx30, rtx40, rtx50 for one"),
-    Target("rtx30", "GeForce RTX 30", (86,), (8, 12, 24), False, (*_DATACENTER, _RTX), 8, 2048),
-    Target("rtx40", "GeForce RTX 40", (89,), (8, 12, 16, 24), False, (*_DATACENTER, _RTX), 8, 2048),
+    Target("rtx30", "GeForce RTX 30", (86,), (8, 12, 24), False, (*_DATACENTER, _RTX), 8, 2048, "",
+           (_card("rtx3090", "GeForce RTX 3090", 24, 936, fp32=35.6, fp16=71, int8=284),)),
+    Target("rtx40", "GeForce RTX 40", (89,), (8, 12, 16, 24), False, (*_DATACENTER, _RTX), 8, 2048,
+           "",
+           (_card("rtx4090", "GeForce RTX 4090", 24, 1008, fp32=82.6, fp16=165.2, int8=660.6),)),
     Target("rtx50", "GeForce RTX 50", (120,), (8, 12, 16, 24, 32), False, (*_BLACKWELL, _RTX), 8,
-           2048, "TensorRT through 10.16.1 miscompiles fused attention (#4837)"),
+           2048, "TensorRT through 10.16.1 miscompiles fused attention (#4837)",
+           (_card("rtx5090", "GeForce RTX 5090", 32, 1792, fp32=104.8, fp16=209.5, int8=838),)),
 )  # fmt: skip
 
 TARGETS: Final[Mapping[str, Target]] = MappingProxyType({each.name: each for each in _ALL})
+
+DEVICES: Final[Mapping[str, Device]] = MappingProxyType(
+    {
+        each.name: replace(each, target=target.name, shared=target.shared)
+        for target in _ALL
+        for each in target.devices
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -254,6 +390,26 @@ def find(name: str) -> Target:
             cure="'vzip targets' says what they are",
         )
     return TARGETS[name]
+
+
+def find_device(name: str) -> Device:
+    """Return the device called `name`, which isn't `HERE`.
+
+    Raises:
+        InvalidInputError: There is none; the message lists what there is.
+    """
+    if name in DEVICES:
+        return DEVICES[name]
+    of_target = [each.name for each in DEVICES.values() if each.target == name]
+    close = of_target or difflib.get_close_matches(name.lower(), (*DEVICES, HERE), n=1)
+    if name in TARGETS and not of_target:  # "rtx", which is any of three generations
+        close = [each.name for each in DEVICES.values() if str(each.target).startswith(name)]
+    raise InvalidInputError(
+        f"--device is {name!r}",
+        expected=f"one of {', '.join((*DEVICES, HERE))}",
+        cause=f"did you mean {' or '.join(close)}?" if close else "",
+        cure=f"'{HERE}' measures this machine's CPU",
+    )
 
 
 def _refuse_precision(target: Target, precision: str) -> None:
