@@ -55,7 +55,7 @@ def opset_of(graph: Graph, precision: QuantPrecision) -> int:
 def raise_opset(graph: Graph, opset: int) -> Graph:
     """Rewrite a graph of opset 17 or 18 for a later one.
 
-    Of the operators that an exported graph may hold (`vzip.export.graph.passes.ALLOWED_OPERATORS`)
+    Of the operators that an exported graph may hold (`vzip.runtime.bundle.graph_check.EXPORTED`)
     one changed its form on the way to 19: ReduceMax takes its axes as an input since 18.
     """
     if opset == graph.opset:

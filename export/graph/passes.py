@@ -13,19 +13,8 @@ from typing import NoReturn
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from vzip.runtime.bundle import graph_check
 from vzip.runtime.bundle.manifest import TOKEN_WEIGHTS
-
-# Every operator type an exported graph may hold. TensorRT 8.6 to 11 and TensorRT-RTX take all of
-# them; none has a data-dependent shape.
-ALLOWED_OPERATORS = frozenset(
-    {
-        "Add", "ArgMax", "Cast", "Clip", "Concat", "Conv", "CumSum", "Div", "Equal", "Erf",
-        "GreaterOrEqual", "LayerNormalization", "MatMul", "Mul", "Neg", "Pad", "ReduceMax",
-        "ReduceSum", "Reshape", "Sigmoid", "Slice", "Softmax", "Sqrt", "Squeeze", "Sub", "Tanh",
-        "TopK", "Transpose", "Unsqueeze",
-    }
-)  # fmt: skip
-
 
 # How the encoder's parameters end that are FP16 in an FP16 graph.
 WEIGHT_NAMES = (".weight", ".bias", ".kernel", ".positions")
@@ -162,8 +151,8 @@ class Promises(ir.passes.InPlacePass):
         if dict(model.opset_imports) != {"": self.opset}:
             _fail(f"opset imports are {dict(model.opset_imports)}; expected {self.opset} alone")
         operators = {node.op_type for node in model.graph}
-        if not operators <= ALLOWED_OPERATORS:
-            _fail(f"operators {sorted(operators - ALLOWED_OPERATORS)} are not allowed")
+        if others := sorted(operators - graph_check.EXPORTED):
+            _fail(f"operators {others} are not allowed")
         for node in model.graph:
             for value in node.outputs:
                 self._check_shape(value)

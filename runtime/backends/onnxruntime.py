@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from vzip.runtime.backends import BackendUnavailableError
 from vzip.runtime.backends.forks import outlive_forks
-from vzip.runtime.bundle.onnx_wire import with_output
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.errors import BackendError, missing
 
@@ -191,6 +190,20 @@ class OnnxRuntimeCuda(_OnnxRuntime):
     name = "onnxruntime-cuda"
     providers = ("CUDAExecutionProvider", "CPUExecutionProvider")
     extra = "gpu"
+
+
+def with_output(model: bytes, name: str) -> bytes:
+    """Return a serialised ModelProto with the graph's value `name` as an additional output.
+
+    Protobuf merges a message that stands twice, and repeated fields are then concatenated: the
+    bytes of a model that holds only this output are simply appended.
+    """
+    data = name.encode()
+    assert len(data) < 120, "longer fields have a length of several bytes"
+    # ValueInfoProto.name, GraphProto.output, ModelProto.graph
+    for number in (1, 12, 7):
+        data = bytes([number << 3 | 2, len(data)]) + data
+    return model + data
 
 
 def first_line(error: Exception) -> str:

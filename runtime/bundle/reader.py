@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import numpy as np
 
+from vzip.runtime.bundle import graph_check
 from vzip.runtime.bundle.engine_record import ENGINE_SUFFIX, ENGINES_FOLDER, EngineRecord
 from vzip.runtime.bundle.manifest import (
     DATA_FILE,
@@ -33,7 +34,6 @@ from vzip.runtime.bundle.manifest import (
     FileEntry,
     Manifest,
 )
-from vzip.runtime.bundle.onnx_wire import external_tensors
 from vzip.runtime.bundle.precision_record import (
     QUANTISED,
     QUANTISED_FILES,
@@ -66,6 +66,8 @@ _GRAPHS: Final = {
     LLM_FILE: LLM_DATA_FILE,
     **{graph_file(each): data_file(each) for each in QUANTISED},
 }
+# Graph → operators that it may hold.
+_OPERATORS: Final = {MODEL_FILE: graph_check.OWN, LLM_FILE: graph_check.LLM}
 
 
 @dataclass(frozen=True)
@@ -461,7 +463,15 @@ def _read_graph(folder: Path, manifest: Manifest, graph: str, *, verify: bool) -
         model = file.read()
     if verify:
         _check_digest(graph, hashlib.sha256(model).hexdigest(), manifest.files[graph])
-    _check_external(model, graph, manifest)
+    data_file = _GRAPHS[graph]
+    data = manifest.files.get(data_file)
+    graph_check.check_graph(
+        model,
+        file=graph,
+        data_file=data_file,
+        data_bytes=None if data is None else data.bytes,
+        operators=_OPERATORS.get(graph, graph_check.QUANTISED),
+    )
     return model
 
 
@@ -570,31 +580,3 @@ def _check_digest(name: str, got: str, entry: FileEntry) -> None:
             cause="it was damaged or replaced",
             cure="copy it again, or export the bundle again",
         )
-
-
-def _check_external(model: bytes, graph: str, manifest: Manifest) -> None:
-    """Refuse a graph that reads anything but its own file of weights."""
-    data_file = _GRAPHS[graph]
-    for tensor in external_tensors(model, file=graph):
-        if tensor.location != data_file:
-            raise BundleError(
-                f"{graph}: the tensor {tensor.name!r} lies in {tensor.location!r}",
-                expected=f"{data_file!r}",
-                cause="a graph may not read other files",
-                cure="don't use this bundle",
-            )
-        if data_file not in manifest.files:
-            raise BundleError(
-                f"{graph}: the tensor {tensor.name!r} lies in {data_file}, which the manifest "
-                "doesn't list",
-                cause="the bundle is incomplete",
-                cure="export it again",
-            )
-        size = manifest.files[data_file].bytes
-        if tensor.offset + tensor.length > size:
-            raise BundleError(
-                f"{graph}: the tensor {tensor.name!r} takes bytes {tensor.offset} to "
-                f"{tensor.offset + tensor.length} of {data_file}, which has {size}",
-                cause="the files don't belong together",
-                cure="export the bundle again",
-            )

@@ -27,8 +27,9 @@ from vzip.calibration.quantization.ranges import BINS, Histograms, fp8_grid, int
 from vzip.calibration.quantization.recipe import Recipe
 from vzip.calibration.samples import Samples
 from vzip.runtime.backends import open_backend
+from vzip.runtime.backends.onnxruntime import with_output
+from vzip.runtime.bundle.graph_check import external_tensors
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS
-from vzip.runtime.bundle.onnx_wire import external_tensors, with_output
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.errors import BundleError, InvalidInputError, ParityError
 

@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.refusals import refused
 from vzip.runtime import CompressedTokens, VisionEncoder
 from vzip.runtime.backends import BACKENDS
 from vzip.runtime.bundle.reader import read_bundle
-from vzip.runtime.errors import BackendError, InvalidInputError
+from vzip.runtime.errors import BackendError, BundleError, InvalidInputError
 
 Golden = dict[str, np.ndarray]
 
@@ -273,14 +274,25 @@ class TestContract:
             with pytest.raises(BackendError, match="token_weights"):
                 _ = tokens.groups
 
-    def test_a_graph_that_is_none_is_one_line(self, tiny_bundle: Path, backend: str) -> None:
+    def test_an_unknown_operator_is_refused_before_a_backend_sees_it(
+        self, tiny_bundle: Path, backend: str
+    ) -> None:
         path = tiny_bundle / "model.onnx"
         path.write_bytes(path.read_bytes().replace(b"MatMul", b"NoSuch"))
         sign(tiny_bundle)
-        # An engine isn't made from this graph any more, and that is what it is refused for.
-        message = "was built from a graph" if backend == "tensorrt" else "NoSuch"
-        with pytest.raises(BackendError, match=message) as raised:
+        with refused(BundleError, got=("model.onnx", "NoSuch"), cure="export") as raised:
             VisionEncoder.open(tiny_bundle, backend=backend)
+        assert "\n" not in str(raised.value)
+
+    def test_a_graph_that_can_not_run_is_one_line(
+        self, tiny_bundle: Path, golden: Golden, backend: str
+    ) -> None:
+        path = tiny_bundle / "model.onnx"
+        path.write_bytes(path.read_bytes().replace(b"MatMul", b"Concat"))
+        sign(tiny_bundle)
+        # An engine isn't made from this graph any more, and that is what it is refused for.
+        with pytest.raises(BackendError) as raised:
+            VisionEncoder.open(tiny_bundle, backend=backend).run(golden["images"][:1])
         assert "\n" not in str(raised.value)
 
 

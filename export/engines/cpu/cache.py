@@ -20,8 +20,8 @@ from typing import Any, Final
 
 from vzip.export.engines.cpu.choice import Candidate, Open, choose, with_bundles_weights
 from vzip.export.engines.cpu.forms import FORMS
+from vzip.runtime.bundle.graph_check import external_tensors
 from vzip.runtime.bundle.manifest import REFERENCE_FILE
-from vzip.runtime.bundle.onnx_wire import external_tensors
 from vzip.runtime.bundle.precision_record import files_of
 from vzip.runtime.bundle.reader import FASTEST, Bundle
 from vzip.runtime.errors import BackendError, BundleError

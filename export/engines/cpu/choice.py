@@ -22,8 +22,8 @@ from vzip.export.engines.cpu.patterns import array, norms
 from vzip.export.graph import smooth
 from vzip.export.graph.reading import read_graph
 from vzip.runtime.agreement import prove, read_reference
+from vzip.runtime.backends.onnxruntime import with_output
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, REFERENCE_FILE
-from vzip.runtime.bundle.onnx_wire import with_output
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.errors import BackendError, InvalidInputError
 from vzip.runtime.machine.timing import interleaved

@@ -1,4 +1,4 @@
-"""The field numbers that `vzip.runtime.bundle.onnx_wire` walks are those of onnx's descriptors."""
+"""The field numbers that the runtime's check of a graph walks are those of onnx's descriptors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from vzip.runtime.bundle import onnx_wire
+from vzip.runtime.backends.onnxruntime import with_output
+from vzip.runtime.bundle import graph_check
 
 
 def descriptor(name: str) -> Any:
@@ -43,20 +44,19 @@ def test_every_way_to_a_tensor_is_walked() -> None:
             if field.message_type and reaches_tensor(field.message_type.name)
         }
         pending.extend(expected[name].values())
-    assert expected == onnx_wire.PATHS
+    assert expected == graph_check.PATHS
 
 
 def test_field_numbers_are_those_of_onnx() -> None:
     tensor = {field.name: field.number for field in descriptor("TensorProto").fields}
-    assert tensor["name"] == onnx_wire.TENSOR_NAME
-    assert tensor["external_data"] == onnx_wire.TENSOR_EXTERNAL_DATA
-    assert tensor["data_location"] == onnx_wire.TENSOR_DATA_LOCATION
-    assert TensorProto.EXTERNAL == onnx_wire.EXTERNAL
+    assert tensor["name"] == graph_check.TENSOR_NAME
+    assert tensor["external_data"] == graph_check.TENSOR_EXTERNAL_DATA
+    assert tensor["data_location"] == graph_check.TENSOR_DATA_LOCATION
+    assert TensorProto.EXTERNAL == graph_check.EXTERNAL
     entry = {field.name: field.number for field in descriptor("StringStringEntryProto").fields}
-    assert (entry["key"], entry["value"]) == (onnx_wire.ENTRY_KEY, onnx_wire.ENTRY_VALUE)
-    (graph,) = (field for field in descriptor("ModelProto").fields if field.name == "graph")
-    (output,) = (field for field in descriptor("GraphProto").fields if field.name == "output")
-    assert (graph.number, output.number) == onnx_wire.GRAPH_OUTPUT
+    assert (entry["key"], entry["value"]) == (graph_check.ENTRY_KEY, graph_check.ENTRY_VALUE)
+    node = {field.name: field.number for field in descriptor("NodeProto").fields}
+    assert (node["op_type"], node["domain"]) == (graph_check.NODE_OPERATOR, graph_check.NODE_DOMAIN)
 
 
 def test_finds_what_onnx_writes(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_finds_what_onnx_writes(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     model = helper.make_model(graph)
     onnx.save_model(model, path, save_as_external_data=True, location="w.bin", size_threshold=0)
-    found = onnx_wire.external_tensors(path.read_bytes())
+    found = graph_check.external_tensors(path.read_bytes())
     assert sorted(each.name for each in found) == ["inner", "inner", "outer"]
     assert {each.location for each in found} == {"w.bin"}
     assert {each.length for each in found} == {256}
@@ -89,7 +89,7 @@ def test_with_output_is_what_onnx_would_write(tiny_bundle: Path, extra: str) -> 
     data = (tiny_bundle / "model.onnx").read_bytes()
     expected = onnx.load_model_from_string(data)
     expected.graph.output.append(onnx.ValueInfoProto(name=extra))
-    longer = onnx_wire.with_output(data, extra)
+    longer = with_output(data, extra)
     assert onnx.load_model_from_string(longer) == expected
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry(

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from vzip.runtime.bundle.onnx_wire import ExternalTensor, external_tensors, with_output
+from tests.places import ROOT
+from tests.refusals import refused
+from vzip.runtime.bundle import graph_check
+from vzip.runtime.bundle.graph_check import ExternalTensor, check_graph, external_tensors
 from vzip.runtime.errors import BundleError
 
 
@@ -92,19 +95,19 @@ def test_reads_the_golden_bundle(tiny_bundle: Path) -> None:
     ],
 )
 def test_refuses_ambiguous_descriptions(more: bytes) -> None:
-    with pytest.raises(BundleError, match="exactly one each of location, offset and length"):
+    with refused(BundleError, got="'w'", expected=("location", "offset", "length")):
         external_tensors(model(message(5, tensor("model.onnx.data", more))))
 
 
 @pytest.mark.parametrize("number", ["-1", "0x10", "", " 8", "1e3", "٣", "9" * 20])
 def test_refuses_offsets_that_are_no_plain_numbers(number: str) -> None:
     where = entry("location", "model.onnx.data") + entry("offset", number) + entry("length", "4")
-    with pytest.raises(BundleError, match="the last two in digits"):
+    with refused(BundleError, got=repr(("offset", number)), expected="digits"):
         external_tensors(model(message(5, where)))
 
 
 def test_refuses_an_external_tensor_without_a_place() -> None:
-    with pytest.raises(BundleError, match="'w' is described by \\[\\], expected exactly one each"):
+    with refused(BundleError, got=("'w'", "[]"), expected="location"):
         external_tensors(model(message(5, message(8, b"w") + varint(14 << 3) + b"\x01")))
 
 
@@ -122,19 +125,19 @@ def test_refuses_an_external_tensor_without_a_place() -> None:
         (b"\x08" + b"\xff" * 10 + b"\x01", "a number has more than 64 bits"),
         (b"\x0d\x00\x00", "it ends within a field"),
         (model(message(5, message(8, b"\xff"))), "a text is not UTF-8"),
-        (b"not an ONNX file, just text", "malformed"),
+        (b"not an ONNX file, just text", "wire type 6"),
     ],
 )
 def test_refuses_what_is_no_model(data: bytes, what: str) -> None:
-    with pytest.raises(BundleError, match=what):
-        external_tensors(data)
+    with refused(BundleError, got=("llm.onnx", what), expected="ModelProto", cure="export"):
+        external_tensors(data, file="llm.onnx")
 
 
 def test_refuses_graphs_nested_too_deeply() -> None:
     graph = b""
     for _ in range(100):
         graph = node(message(6, graph))
-    with pytest.raises(BundleError, match="nested more than 64 deep"):
+    with refused(BundleError, got="64 deep"):
         external_tensors(model(graph))
 
 
@@ -162,13 +165,56 @@ def test_no_flipped_bit_raises_anything_but_a_bundle_error(tiny_bundle: Path) ->
     assert refused > 100
 
 
-def test_with_output_appends_one_output() -> None:
-    data = model(message(5, tensor()))
-    longer = with_output(data, "token_weights")
-    assert longer == data + message(7, message(12, message(1, b"token_weights")))
-    assert external_tensors(longer) == [FOUND]
+def operator(name: str, domain: str = "") -> bytes:
+    return message(1, message(4, name.encode()) + (message(7, domain.encode()) if domain else b""))
 
 
-def test_with_output_writes_long_names() -> None:
-    name = "a" * 300
-    assert with_output(b"", name) == message(7, message(12, message(1, name.encode())))
+def checked(data: bytes, operators: frozenset[str] | None, data_bytes: int | None = 12) -> None:
+    check_graph(data, file="m.onnx", data_file="m.data", data_bytes=data_bytes, operators=operators)
+
+
+def test_operators_are_those_that_are_listed() -> None:
+    within = message(1, message(4, b"Add") + message(5, message(6, operator("Evil"))))
+    for graph, found in (
+        (operator("Evil"), "Evil"),
+        (operator("Add", "com.microsoft"), "com.microsoft::Add"),
+        (operator("Add") + operator("Add", "ai.onnx.ml"), "ai.onnx.ml::Add"),
+        (within, "Evil"),
+    ):
+        with refused(BundleError, got=("m.onnx", found), cure="export"):
+            checked(model(graph), graph_check.OWN)
+    with refused(BundleError, got="Split"):
+        checked(model(operator("Split")), graph_check.OWN)
+    checked(model(operator("Split") + operator("Add", "ai.onnx")), graph_check.QUANTISED)
+    checked(model(operator("MatMulNBits", "com.microsoft")), graph_check.CPU_ENGINE)
+
+
+def test_a_function_can_not_stand_for_an_operator() -> None:
+    function = message(25, message(7, operator("Add")))
+    with refused(BundleError, got="local::f"):
+        checked(model(operator("f", "local")) + function, graph_check.OWN)
+
+
+def test_a_decoder_has_any_of_onnx_s_operators_and_no_graph_inside() -> None:
+    checked(model(operator("Attention") + operator("Gather")), graph_check.LLM)
+    for graph, found in (
+        (operator("Loop"), "Loop"),
+        (operator("GroupQueryAttention", "com.microsoft"), "GroupQueryAttention"),
+    ):
+        with refused(BundleError, got=found):
+            checked(model(graph), graph_check.LLM)
+
+
+def test_external_data_is_in_one_file_and_within_it() -> None:
+    checked(model(message(5, tensor("m.data"))), graph_check.OWN)
+    with refused(BundleError, got=("'w'", "'../m.data'"), expected="'m.data'", cure="don't use"):
+        checked(model(message(5, tensor("../m.data"))), graph_check.OWN)
+    with refused(BundleError, got=("'w'", "m.data")):
+        checked(model(message(5, tensor("m.data"))), graph_check.OWN, None)
+    with refused(BundleError, got=("'w'", "8 to 12", "11")):
+        checked(model(message(5, tensor("m.data"))), graph_check.OWN, 11)
+
+
+def test_the_specification_lists_the_operators() -> None:
+    said = (ROOT / "docs" / "bundle.md").read_text("utf-8")
+    assert [name for name in graph_check.QUANTISED if f"`{name}`" not in said] == []
