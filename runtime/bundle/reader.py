@@ -306,7 +306,8 @@ def naming(folder: Path) -> Iterator[None]:
     try:
         yield
     except BundleError as error:
-        raise BundleError(f"{folder}: {error}") from error.__cause__
+        fields = {name: getattr(error, name) for name in ("expected", "cause", "cure")}
+        raise BundleError(f"{folder}: {error.got}", **fields) from error.__cause__
 
 
 def open_plain(path: Path) -> BinaryIO:

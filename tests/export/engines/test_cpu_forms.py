@@ -27,8 +27,8 @@ from vzip.export.pictures import reference_images
 from vzip.export.pipeline import Method, WeightSource, export_bundle
 from vzip.runtime import VisionEncoder
 from vzip.runtime.agreement import read_reference
-from vzip.runtime.bundle.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS
 from vzip.runtime.backends.onnxruntime import with_output
+from vzip.runtime.bundle.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 
 Array = np.ndarray[Any, Any]
