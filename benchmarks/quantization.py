@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import transformers
 
-from vzip.calibration.agreement import compare
 from vzip.calibration.demo import accuracy, dialogue
 from vzip.calibration.quantization.graph import Graph, Session
 from vzip.calibration.quantization.quantize import quantize
@@ -39,6 +38,7 @@ from vzip.export.checkpoint.weights import VisionWeights
 from vzip.export.graph.trace import GraphOptions
 from vzip.export.pipeline import Method, WeightSource, export_bundle
 from vzip.runtime import demo
+from vzip.runtime.agreement import compare
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, Model
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.machine.record import machine

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vzip.export.engines.cpu import choice
+from vzip.runtime.agreement import CPU_FORM
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -189,7 +189,7 @@ def _aims(rows: dict[str, dict[str, Any]]) -> list[str]:
         f"* Aim: 8 times the published form. {'Met' if times >= AIM else 'Missed'}: {times:.1f}.",
         (
             "* Aim: ahead of every peer that keeps and merges the same tokens (overlap "
-            f"{choice.OVERLAP}, cosines {choice.COSINE}). {ahead}"
+            f"{CPU_FORM.overlap}, cosines {CPU_FORM.kept.lowest}). {ahead}"
         ),
         (
             f"* Aim: FP32 no slower than the best peer. {'Missed' if slower else 'Met'}: "
@@ -201,8 +201,12 @@ def _aims(rows: dict[str, dict[str, Any]]) -> list[str]:
 def _agrees(row: dict[str, Any]) -> bool:
     """Say whether a stack passes what a form has to pass to be chosen as the fastest."""
     found = row["agreement"]
-    cosines = (found["min_cosine"], found["contextual_cosine"])
-    return bool(found["kept_overlap"] >= choice.OVERLAP and min(cosines) >= choice.COSINE)
+    limits = {
+        "kept_overlap": CPU_FORM.overlap,
+        "min_cosine": CPU_FORM.kept.lowest,
+        "contextual_cosine": CPU_FORM.merged.mean,
+    }
+    return all(limit is not None and found[name] >= limit for name, limit in limits.items())
 
 
 def end_to_end(result: dict[str, Any]) -> str:

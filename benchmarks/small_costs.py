@@ -26,9 +26,9 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.harness.photographs import HEIGHT, WIDTH, jpeg, photograph
-from vzip.calibration.agreement import compare
 from vzip.calibration.demo import scenes
 from vzip.runtime import VisionEncoder
+from vzip.runtime.agreement import compare
 from vzip.runtime.backends.onnxruntime import import_onnxruntime
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, MODEL_FILE
 from vzip.runtime.bundle.reader import Bundle, read_bundle
@@ -125,7 +125,7 @@ def draft_agreement(encoder: VisionEncoder, count: int = SCENES) -> Row:
         count: Held-out scenes, painted at `SCENE_SIDE` pixels.
 
     Returns:
-        `vzip.calibration.agreement.Agreement` as JSON has it, and ``side``.
+        `vzip.runtime.agreement.Agreement` as JSON has it, and ``side``.
     """
     rng = np.random.default_rng(4711)
     prep = encoder.manifest.preprocessing

@@ -23,7 +23,7 @@ from vzip.export.checkpoint.weights import VisionWeights
 from vzip.export.graph.trace import GraphOptions, save, trace
 from vzip.export.graph.traced import Encoder
 from vzip.export.llm import onnx_decoder as llm
-from vzip.export.parity import compare as parity
+from vzip.export.parity.compare import UntouchedModel
 from vzip.runtime.bundle import manifest as form
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.bundle.writer import bundle_writer
@@ -166,7 +166,7 @@ def export_bundle(
         reference = None
         if check_images:
             step("running the untouched model")
-            reference = parity.Reference(weights, check_images)
+            reference = UntouchedModel(weights, check_images)
         step("tracing")
         encoder = Encoder(
             config,
@@ -191,11 +191,11 @@ def export_bundle(
             result = reference.compare(writer.stage(manifest))
             if not result.passed:
                 raise ParityError(
-                    f"the graph differs from the untouched model: {result}",
-                    expected=f"{parity.GATES[precision]}",
-                    cause=(
-                        "nothing was written. Please report this with the model's name and the "
-                        "installed versions of torch and onnxruntime"
+                    f"the graph differs from the untouched model: {'; '.join(result.short)}",
+                    cause="nothing was written",
+                    cure=(
+                        "please report this with the model's name and the installed versions of "
+                        "torch and onnxruntime"
                     ),
                 )
             manifest = dataclasses.replace(manifest, parity=result.to_json())

@@ -134,7 +134,7 @@ def table(bundle: Bundle, report: Report) -> Iterator[str]:
     high = [layer for layer in report.layers if not layer.quantised]
     graph = f"{bundle.graph_file}: {_mib(bundle, bundle.precision)} MiB, opset {report.opset}"
     images = f"{report.calibrated} images calibrated on, {report.held_apart} others to judge by"
-    least, lowest = f"{agreement.min_overlap:.4f}", f"{agreement.min_cosine:.6f}"
+    least, lowest = f"{agreement.min_overlap:.4f}", f"{agreement.every.lowest:.6f}"
     memory = f"at most {report.peak_bytes / 2**30:.1f} GiB of memory"
     rows = [
         ("graph", f"{graph}; in {own} it has {_mib(bundle, None)} MiB"),
@@ -144,7 +144,7 @@ def table(bundle: Bundle, report: Report) -> Iterator[str]:
         *_without_limits(report, high),
         *((f"in {own}", f"{layer.name}: {layer.reason}") for layer in high),
         ("overlap", f"{agreement.mean_overlap:.4f} of the kept tokens stay (at worst {least})"),
-        ("cosine", f"{agreement.mean_cosine:.6f} on average (at worst {lowest})"),
+        ("cosine", f"{agreement.every.mean:.6f} on average (at worst {lowest})"),
         ("took", f"{report.seconds:.0f} s on {report.threads} cores, {memory}"),
     ]
     width = max(len(name) for name, _ in rows) + 2
@@ -155,7 +155,7 @@ def table(bundle: Bundle, report: Report) -> Iterator[str]:
 def _without_limits(report: Report, high: Sequence[LayerReport]) -> Iterator[tuple[str, str]]:
     """Yield what all layers quantised would lose, which is why some are not."""
     if high and report.unrefined is not None:
-        overlap, cosine = report.unrefined.mean_overlap, report.unrefined.mean_cosine
+        overlap, cosine = report.unrefined.mean_overlap, report.unrefined.every.mean
         yield "all of them", f"would have an overlap of {overlap:.4f} and a cosine of {cosine:.6f}"
 
 

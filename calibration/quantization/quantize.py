@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vzip.calibration.agreement import Agreement, compare
 from vzip.calibration.quantization.graph import Chain, Graph, Kind, Linear, Session
 from vzip.calibration.quantization.qdq import Setting, opset_of, quantised
 from vzip.calibration.quantization.ranges import Histograms, Peaks, thresholds
@@ -28,6 +27,7 @@ from vzip.calibration.quantization.sensitivity import (
 )
 from vzip.calibration.samples import Samples
 from vzip.export.graph import smooth
+from vzip.runtime.agreement import Agreement, compare
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, Manifest
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.console import progress
@@ -111,7 +111,10 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as values that `json` writes."""
-        return asdict(self)
+        agreements = {"agreement": self.agreement, "unrefined": self.unrefined}
+        return asdict(self) | {
+            name: None if each is None else each.to_json() for name, each in agreements.items()
+        }
 
 
 class Quantised:
@@ -394,7 +397,7 @@ def _unreachable(recipe: Recipe, unrefined: Agreement | None) -> str:
     assert unrefined is not None
     return (
         f"no linear layer can be quantised to {recipe.precision} and keep {_asked(recipe)} (with "
-        f"all of them: overlap {unrefined.mean_overlap:.4f}, cosine {unrefined.mean_cosine:.6f}); "
+        f"all of them: overlap {unrefined.mean_overlap:.4f}, cosine {unrefined.every.mean:.6f}); "
         "the limits leave no room for rounding, or ranges are wrong: lower the limits, give more "
         "and more representative images, or take another --method"
     )
@@ -403,7 +406,7 @@ def _unreachable(recipe: Recipe, unrefined: Agreement | None) -> str:
 def _missed(recipe: Recipe, agreement: Agreement, rounds: int) -> str:
     return (
         f"on images held apart the {recipe.precision} graph reaches a mean overlap of "
-        f"{agreement.mean_overlap:.4f} and a mean cosine of {agreement.mean_cosine:.6f} after "
+        f"{agreement.mean_overlap:.4f} and a mean cosine of {agreement.every.mean:.6f} after "
         f"{rounds} rounds, expected {_asked(recipe)}; the samples differ too much from each "
         "other: give more of them, or lower the limits"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from vzip.runtime.agreement import CALIBRATED
 from vzip.runtime.errors import InvalidInputError
 
 QuantPrecision = Literal["int8", "fp8"]
@@ -38,8 +39,8 @@ class Recipe:
     precision: QuantPrecision = "int8"
     method: Method = "minmax"
     smoothing: float | None = 0.5
-    keep_agreement: float | None = 0.95
-    keep_cosine: float | None = 0.995
+    keep_agreement: float | None = CALIBRATED.overlap
+    keep_cosine: float | None = CALIBRATED.every.mean
 
     def __post_init__(self) -> None:
         for name, kinds in (("precision", QuantPrecision), ("method", Method)):

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vzip.calibration.agreement import Agreement, compare
 from vzip.calibration.quantization.graph import Chain, Graph, Linear, Session
 from vzip.calibration.quantization.qdq import Setting, quantised
 from vzip.calibration.quantization.recipe import QuantPrecision, Recipe
+from vzip.runtime.agreement import Agreement, Gate, Limits, compare
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, Manifest
 from vzip.runtime.console import progress
 
@@ -177,7 +177,7 @@ def effects(
         place = chain.place(linear)
         session = layers.one(place, frozenset({linear.name}))
         agreement, error = judge.compare(place, {place: session})
-        found[linear.name] = Effect(agreement.mean_overlap, agreement.mean_cosine, error)
+        found[linear.name] = Effect(agreement.mean_overlap, agreement.every.mean, error)
     return found
 
 
@@ -200,9 +200,7 @@ class Goal:
 
     def met(self, agreement: Agreement) -> bool:
         """Whether both limits hold."""
-        return (self.overlap is None or agreement.mean_overlap >= self.overlap) and (
-            self.cosine is None or agreement.mean_cosine >= self.cosine
-        )
+        return not Gate(overlap=self.overlap, every=Limits(mean=self.cosine)).judge(agreement)
 
     def nearer(self, share: float) -> Goal:
         """Return a stricter goal, by a share of what is left up to 1."""
@@ -226,7 +224,7 @@ def ranking(effects: Mapping[str, Effect], goal: Goal, first: Agreement) -> list
         Their names.
     """
     short_overlap = goal.overlap is not None and first.mean_overlap < goal.overlap
-    short_cosine = goal.cosine is not None and first.mean_cosine < goal.cosine
+    short_cosine = goal.cosine is not None and first.every.mean < goal.cosine
     # Errors of different layers add up as squares.
     by_score = {name: each.score_error**2 for name, each in effects.items()}
     by_cosine = {name: max(0.0, 1 - each.cosine) for name, each in effects.items()}

@@ -186,7 +186,7 @@ def _precisions(content: Content) -> Iterable[str]:
                 _optional(values.get("mean_cosine"), 6),
                 _optional(values.get("min_cosine"), 6),
                 _optional(None if here is None else here.mean_overlap, 4),
-                _optional(None if here is None else here.mean_cosine, 6),
+                _optional(None if here is None else here.every.mean, 6),
             )
         )
     heading = (

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vzip.calibration.agreement import Agreement, compare
 from vzip.export.checkpoint.reader import Checkpoint
 from vzip.export.defaults import FRAMES
 from vzip.export.plan.llm_cost import LlmShape, llm_shape
+from vzip.runtime.agreement import Agreement, compare
 from vzip.runtime.bundle.manifest import DATA_FILE, EMBEDS, KEPT, MODEL_FILE, Manifest
 from vzip.runtime.bundle.precision_record import Quantised, files_of, report_file
 from vzip.runtime.bundle.reader import Bundle

@@ -69,12 +69,11 @@ class TimedEncoder:
     def __init__(self, stack: Stack, bundle: Bundle) -> None:
         from vzip.export.bench import peers
         from vzip.export.bench.peers.catalogue import open_peer
-        from vzip.runtime import agreement as proof
-        from vzip.runtime.bundle.manifest import EMBEDS, KEPT, REFERENCE_FILE
+        from vzip.runtime.agreement import load_reference
+        from vzip.runtime.bundle.manifest import EMBEDS, KEPT
 
         self.stack, self.bundle = stack, bundle
-        with bundle.open_file(REFERENCE_FILE) as file:
-            self.reference = proof.read_reference(file, bundle.manifest)
+        self.reference = load_reference(bundle)
         self.precision = stack.precision
         self.peer: Any = None
         if stack.kind == "peer":

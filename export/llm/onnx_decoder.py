@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from vzip.export.checkpoint.reader import Checkpoint
 from vzip.export.graph.trace import save
 from vzip.export.llm.decoder_graph import Decoder, trace
+from vzip.runtime.agreement import LLM_LOGITS
 from vzip.runtime.bundle import manifest as form
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.bundle.writer import BundleWriter
@@ -37,7 +38,6 @@ LLMS: Final = ("llama", "mistral", "qwen2")
 # Rotary embeddings that are the same at every length; "dynamic" and "longrope" are not.
 _ROPE: Final = ("default", "linear", "llama3", "yarn")
 
-GATES: Final = {"fp32": 1e-4, "fp16": 2e-2}
 """Largest difference of a logit that is allowed, relative to the largest magnitude."""
 
 BYTES_PER_PARAMETER: Final = 6
@@ -238,7 +238,8 @@ class Trial:
                     "installed versions of transformers and tokenizers"
                 ),
             )
-        gate = GATES[bundle.manifest.precision]
+        gate = LLM_LOGITS[bundle.manifest.precision].error
+        assert gate is not None
         cache = llm.new_cache()
         for call, (ids, expected) in enumerate(zip(self._calls, self._logits, strict=True)):
             logits = llm.logits(ids, cache, None if call else self._rows)

@@ -1,17 +1,14 @@
 """The exported graph against the untouched Hugging Face tower, projector and processor.
 
 The reference shares nothing with the graph but the weights: transformers' own modules
-(`reference.py`) and the loop-by-loop `oracle`. Two things are judged apart.
-
-* Choices: which tokens were kept, and which target each other token went to. A choice that differs
-  from the oracle's where the numbers behind it differ by less than `Gate.margin` is a swap: it is
-  counted and not failed, for rounding decides it. Anything else is a disagreement.
-* Values: given the graph's own choices, cosine and largest error of every token.
+(`reference.py`) and the loop-by-loop `oracle`. Choices are compared with the oracle's: which tokens
+are kept, and which target each other token goes to. Values are compared given the graph's own
+choices, which say what each token should be. `GRAPH` has the gates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +20,7 @@ from numpy.typing import NDArray
 from vzip.export.algorithm import oracle, selections
 from vzip.export.checkpoint.weights import VisionWeights
 from vzip.export.parity.reference import Features, projector, tower_features
+from vzip.runtime.agreement import GRAPH, Agreement, Choices, Gate, Values, kept_choices
 from vzip.runtime.backends import open_backend
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS, Manifest
 from vzip.runtime.bundle.reader import Bundle
@@ -38,37 +36,6 @@ BACKEND = "onnxruntime"
 
 
 @dataclass(frozen=True)
-class Gate:
-    """What a graph must reach.
-
-    Attributes:
-        margin: Relative difference of two scores, or difference of two cosines, below which a
-            choice between them counts as rounding.
-        kept_overlap: Smallest mean share of kept tokens that the reference keeps too, or could have
-            kept within the margin.
-        group_agreement: Smallest mean share of merged tokens that go to the reference's target, or
-            to one within the margin of it.
-        cosine: Smallest cosine of any token with the reference's.
-        error: Largest difference of any value, relative to the largest magnitude.
-        disagreements: Choices that may differ beyond the margin; None leaves them to the shares.
-    """
-
-    margin: float
-    kept_overlap: float
-    group_agreement: float
-    cosine: float
-    error: float
-    disagreements: int | None
-
-
-GATES: Mapping[str, Gate] = {
-    "fp32": Gate(1e-5, 0.99, 0.99, 0.99999, 1e-4, 0),
-    # FP16 moves scores by about 1e-3, and random weights crowd them; values stay close.
-    "fp16": Gate(1e-5, 0.90, 0.90, 0.999, 2e-2, None),
-}
-
-
-@dataclass(frozen=True)
 class Parity:
     """What was measured over all images; the manifest's ``parity``.
 
@@ -80,10 +47,11 @@ class Parity:
         group_agreement: Mean share of merged tokens that go to the reference's target.
         group_swaps: Merged tokens whose target differs within the margin.
         group_disagreements: Merged tokens whose target differs beyond it.
-        min_cosine: Of any token with the reference's.
+        min_cosine: Of any token with the reference's; −1 if a number isn't finite.
         mean_cosine: Of all tokens.
-        max_error: Largest difference relative to the largest magnitude of the reference.
-        passed: Whether the precision's gate was met.
+        max_error: Largest difference relative to the largest magnitude of the reference; −1 if it
+            isn't finite.
+        short: What falls short of the precision's gate, in words; not recorded.
     """
 
     images: int
@@ -96,14 +64,39 @@ class Parity:
     min_cosine: float
     mean_cosine: float
     max_error: float
-    passed: bool
+    short: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, agreement: Agreement, gate: Gate) -> Parity:
+        """Return the numbers of an agreement, and the verdict."""
+        chosen, grouped, every = agreement.chosen, agreement.grouped, agreement.every
+        return cls(
+            images=len(agreement.overlaps),
+            kept_overlap=chosen.share,
+            kept_swaps=chosen.within(gate.margin),
+            kept_disagreements=chosen.beyond(gate.margin),
+            group_agreement=grouped.share,
+            group_swaps=grouped.within(gate.margin),
+            group_disagreements=grouped.beyond(gate.margin),
+            min_cosine=every.lowest,
+            mean_cosine=every.mean,
+            max_error=every.error if np.isfinite(every.error) else -1.0,
+            short=gate.judge(agreement),
+        )
+
+    @property
+    def passed(self) -> bool:
+        """Whether the gate was met."""
+        return not self.short
 
     def to_json(self) -> dict[str, int | float | bool]:
-        """Return the fields as the manifest holds them."""
-        return asdict(self)
+        """Return the fields as the manifest holds them, and ``passed``."""
+        numbers = asdict(self)
+        del numbers["short"]
+        return {**numbers, "passed": self.passed}
 
 
-class Reference:
+class UntouchedModel:
     """What the untouched model says of some images.
 
     Made before the graph is run, so that tower, graph and weights need not be in memory together.
@@ -132,19 +125,18 @@ class Reference:
         Returns:
             The numbers and the verdict.
         """
-        gate = GATES[bundle.manifest.precision]
         outputs = _run(bundle, self._inputs, self._preprocessing)
-        judged = [
-            _judge(features, output, bundle.manifest, self._projector, margin=gate.margin)
+        agreement = Agreement.of_all(
+            _compared(features, output, bundle.manifest, self._projector)
             for features, output in zip(self._ranked(bundle.manifest), outputs, strict=True)
-        ]
-        return _verdict(judged, gate)
+        )
+        return Parity.of(agreement, GRAPH[bundle.manifest.precision])
 
     def write(self, path: Path, manifest: Manifest) -> None:
-        """Write what `proof.py` compares an engine with, where there is no PyTorch.
+        """Write what an engine is compared with where there is no PyTorch.
 
         Args:
-            path: The file, ``reference.npz``; see `proof.Reference` for the arrays.
+            path: The file, ``reference.npz``: a `vzip.runtime.agreement.Reference`.
             manifest: Of the graph: its input, and which tokens it is to keep.
         """
         selection = manifest.selection
@@ -231,29 +223,9 @@ def _run(bundle: Bundle, images: NDArray[np.uint8], prep: Preprocessing) -> list
     return results
 
 
-class _Choices(NamedTuple):
-    """How many choices were made, how many differ, and how many of those beyond the margin."""
-
-    made: int
-    differing: int
-    beyond: int
-
-
-def _judge_kept(features: Features, kept: list[int], manifest: Manifest, margin: float) -> _Choices:
-    """Compare the kept set with the best scores of the untouched tower."""
-    selection, offset = manifest.selection, int(manifest.tower.cls_token)
-    scores = features.scores[0]
-    here = {index - offset for index in kept if index >= offset}
-    there = set(oracle.select(scores, selection.dominant - int(selection.cls_token)))
-    # Rounding may swap only what lies at the cut: the lowest score that the reference keeps.
-    cut = min((float(scores[patch]) for patch in there), default=0.0)
-    wrong = [p for p in here - there if abs(float(scores[p]) - cut) > margin * abs(cut)]
-    return _Choices(selection.dominant, len(here - there), len(wrong))
-
-
-def _judge_groups(
-    features: Features, output: _Output, manifest: Manifest, margin: float
-) -> tuple[_Choices, dict[int, list[int]]]:
+def _grouped(
+    features: Features, output: _Output, manifest: Manifest
+) -> tuple[Choices, dict[int, list[int]]]:
     """Compare targets with the most similar ones; return the graph's own groups beside that."""
     selection, keys = manifest.selection, features.keys[0]
     dropped = {0} if manifest.tower.cls_token and not selection.cls_token else set()
@@ -263,80 +235,36 @@ def _judge_groups(
     targets = list(expected)
     rows = output.token_weights[selection.dominant :]  # [contextual, S]
     groups: dict[int, list[int]] = {target: [] for target in targets}
-    made = differing = beyond = 0
+    lost = []
     for best, merged in expected.items():
         for token in merged:
-            made += 1
             chosen = targets[int(np.argmax(rows[:, token]))]
             groups[chosen].append(token)
             if chosen != best:
-                differing += 1
-                loss = oracle.cosine(keys, token, best) - oracle.cosine(keys, token, chosen)
-                beyond += loss > margin
-    return _Choices(made, differing, beyond), groups
+                lost.append(oracle.cosine(keys, token, best) - oracle.cosine(keys, token, chosen))
+    return Choices(sum(map(len, groups.values())), np.array(lost, np.float64)), groups
 
 
-class _Judged(NamedTuple):
-    """One image's numbers; see `Parity`."""
-
-    kept: _Choices
-    groups: _Choices
-    cosines: NDArray[np.float64]
-    error: float
-
-
-def _judge(
-    features: Features,
-    output: _Output,
-    manifest: Manifest,
-    untouched: torch.nn.Module,
-    *,
-    margin: float,
-) -> _Judged:
-    kept = [int(index) for index in output.kept]
-    group_choices, groups = _judge_groups(features, output, manifest, margin)
+def _compared(
+    features: Features, output: _Output, manifest: Manifest, untouched: torch.nn.Module
+) -> Agreement:
+    """Compare what the graph gave for one image."""
+    selection, offset = manifest.selection, int(manifest.tower.cls_token)
+    best = oracle.select(features.scores[0], selection.dominant - int(selection.cls_token))
+    right = np.array([0] * selection.cls_token + [patch + offset for patch in best])
+    chosen = kept_choices(right, output.kept, features.scores[0], manifest)
+    grouped, groups = _grouped(features, output, manifest)
     hidden = features.hidden[0]
-    contextual = oracle.merge_groups(hidden, groups, manifest.selection.merge)
-    tokens = np.concatenate([hidden[kept], contextual])  # [K, D]
+    contextual = oracle.merge_groups(hidden, groups, selection.merge)
+    tokens = np.concatenate([hidden[output.kept], contextual])  # [K, D]
     with torch.no_grad():
-        expected = untouched(torch.from_numpy(tokens).float()).double().numpy()  # [K, L]
-    got = output.embeds.astype(np.float64)
-    lengths = np.linalg.norm(got, axis=1) * np.linalg.norm(expected, axis=1)
-    return _Judged(
-        _judge_kept(features, kept, manifest, margin),
-        group_choices,
-        np.sum(got * expected, axis=1) / np.maximum(lengths, np.finfo(np.float64).tiny),
-        float(np.abs(got - expected).max() / np.abs(expected).max()),
+        expected = untouched(torch.from_numpy(tokens).float()).numpy()  # [K, L]
+    scale, dominant = float(np.abs(expected).max()), selection.dominant
+    return Agreement(
+        np.array([chosen.share]),
+        chosen,
+        Values.of(expected[:dominant], output.embeds[:dominant], scale),
+        Values.of(expected[dominant:], output.embeds[dominant:], scale),
+        grouped,
+        bool(np.isfinite(output.embeds).all()),
     )
-
-
-def _sum(choices: Iterable[_Choices]) -> _Choices:
-    return _Choices(*(sum(column) for column in zip(*choices, strict=True)))
-
-
-def _verdict(judged: Sequence[_Judged], gate: Gate) -> Parity:
-    kept, groups = _sum(one.kept for one in judged), _sum(one.groups for one in judged)
-    cosines = np.concatenate([one.cosines for one in judged])
-    parity = Parity(
-        images=len(judged),
-        kept_overlap=1.0 - kept.differing / kept.made,
-        kept_swaps=kept.differing - kept.beyond,
-        kept_disagreements=kept.beyond,
-        group_agreement=1.0 - groups.differing / max(1, groups.made),
-        group_swaps=groups.differing - groups.beyond,
-        group_disagreements=groups.beyond,
-        min_cosine=float(cosines.min()),
-        mean_cosine=float(cosines.mean()),
-        max_error=max(one.error for one in judged),
-        passed=False,
-    )
-    # Written so that a NaN fails.
-    passed = (
-        # Swaps within the margin are reported and don't count against the graph.
-        1.0 - kept.beyond / kept.made >= gate.kept_overlap
-        and 1.0 - groups.beyond / max(1, groups.made) >= gate.group_agreement
-        and parity.min_cosine >= gate.cosine
-        and parity.max_error <= gate.error
-        and (gate.disagreements is None or kept.beyond + groups.beyond <= gate.disagreements)
-    )
-    return replace(parity, passed=passed)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vzip.export.architecture import Media
-from vzip.export.parity import compare as parity
+from vzip.export.parity.compare import UntouchedModel
 from vzip.export.pipeline import WeightSource
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.bundle.writer import update_manifest
@@ -52,5 +52,5 @@ def check_bundle(
             f"the projector {projector} has SHA-256 {str(found.projector)[:12]}…",
             expected=f"{str(model.projector)[:12]}…, with which {path} was made: give that file",
         )
-    result = parity.Reference(weights, images).compare(bundle)
+    result = UntouchedModel(weights, images).compare(bundle)
     return update_manifest(bundle, parity=result.to_json())

@@ -16,10 +16,10 @@ import onnx
 import pytest
 from PIL import Image
 
+from tests.agreements import agreement
 from tests.export.layouts import write_layout
 from tests.precisions import add_precision, fill
 from tests.snippets import run_snippets
-from vzip.calibration.agreement import Agreement
 from vzip.calibration.cli import calibrate as calibrate_cli
 from vzip.calibration.quantization import quantize
 from vzip.calibration.quantization.quantize import LayerReport, Report
@@ -37,7 +37,7 @@ from vzip.runtime.bundle.writer import bundle_writer, update_manifest
 from vzip.runtime.cli.main import main
 from vzip.runtime.errors import BackendError, BundleError, ParityError
 
-AGREEMENT = Agreement(2, 0.97, 0.9, 0.998, 0.95, 0.997, None, 0)
+AGREEMENT = agreement(0.97, 0.998, least_overlap=0.9, least_cosine=0.95)
 
 
 def names(folder: Path) -> list[str]:
@@ -154,7 +154,7 @@ class Quick:
             opset=18,
             layers=layers,
             agreement=AGREEMENT,
-            unrefined=dataclasses.replace(AGREEMENT, mean_overlap=0.5),
+            unrefined=agreement(0.5, 0.998),
             seconds=12.3,
             peak_bytes=3 * 2**30,
             threads=2,

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.agreements import agreement
 from tests.export.layouts import write_layout
 from tests.precisions import add_precision
-from vzip.calibration.agreement import Agreement
 from vzip.calibration.cli import report as report_cli
 from vzip.calibration.quantization.quantize import LayerReport, Report
 from vzip.calibration.quantization.recipe import Recipe
@@ -40,7 +40,7 @@ VOID = {"meta", "img", "br"}
 
 def calibration(**change: Any) -> dict[str, Any]:
     """What `vzip calibrate` writes, as its own classes do."""
-    agreement = Agreement(12, 0.9731, 0.8642, 0.99873, 0.95124, 0.997, None, 0)
+    found = agreement(0.9731, 0.99873, least_overlap=0.8642, least_cosine=0.95124)
     small, large = Effect(0.9911, 0.99912, 0.0517), Effect(0.8123, 0.9534, 0.9091)
     why = "alone it leaves an overlap of 0.8123"
     layers = (
@@ -49,7 +49,7 @@ def calibration(**change: Any) -> dict[str, Any]:
     )
     made = Report(
         recipe=Recipe(), samples={"count": 64, "digest": "a" * 64}, calibrated=52, held_apart=12,
-        deciding=8, rounds=1, opset=18, layers=layers, agreement=agreement, unrefined=None,
+        deciding=8, rounds=1, opset=18, layers=layers, agreement=found, unrefined=None,
         seconds=3.0, peak_bytes=1, threads=2,
     )  # fmt: skip
     return json.loads(json.dumps(made.to_json())) | change
@@ -133,7 +133,7 @@ def test_a_page_has_the_numbers_of_bundle_calibration_and_measurements(
         "layers.0.qkv qkv int8 0.9911 0.999120 0.0517",
         "layers.3.fc2 fc2 fp32 0.8123 0.953400 0.9091",
         "In fp32: layer why layers.3.fc2 alone it leaves an overlap of 0.8123",
-        "1 of 2 linear layers are quantised", f"{int8.agreement.mean_cosine:.6f}",
+        "1 of 2 linear layers are quantised", f"{int8.agreement.every.mean:.6f}",
         f"{own.timing.median_ms:.2f}", f"{int8.timing.p90_ms:.2f}",
         f"int8: {100 * content.images[1].overlays['int8'][1]:.1f} % of fp32's kept tokens",
         *(name for name, _ in images), *(entry.sha256 for entry in content.manifest.files.values()),

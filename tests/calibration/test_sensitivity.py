@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vzip.calibration.agreement import Agreement, compare
+from tests.agreements import agreement
 from vzip.calibration.quantization.graph import Chain, Graph
 from vzip.calibration.quantization.qdq import Setting
 from vzip.calibration.quantization.quantize import quantize
@@ -25,6 +25,7 @@ from vzip.calibration.quantization.sensitivity import (
     scores_name,
 )
 from vzip.calibration.samples import Samples
+from vzip.runtime.agreement import compare
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT
 from vzip.runtime.bundle.reader import Bundle
 
@@ -32,10 +33,6 @@ MakeBundle = Callable[[str], Bundle]
 
 PLAIN = Recipe(smoothing=None, keep_agreement=None, keep_cosine=None)
 SMOOTH = dataclasses.replace(PLAIN, smoothing=0.5)
-
-
-def agreement(overlap: float, cosine: float) -> Agreement:
-    return Agreement(1, overlap, overlap, cosine, cosine, cosine, None, 0)
 
 
 def test_outliers_break_minmax_and_smoothing_with_limits_mends_it(
@@ -46,9 +43,9 @@ def test_outliers_break_minmax_and_smoothing_with_limits_mends_it(
     plain = quantize(bundle, samples, PLAIN, step=said.append).report
     mended = quantize(bundle, samples, Recipe(), step=said.append).report
     assert plain.agreement.mean_overlap < 0.85
-    assert plain.agreement.kept_cosine < 0.99
+    assert plain.agreement.kept.mean < 0.99
     assert mended.agreement.mean_overlap >= 0.95
-    assert mended.agreement.mean_cosine >= 0.995
+    assert mended.agreement.every.mean >= 0.995
     assert (mended.calibrated, mended.held_apart, mended.deciding) == (12, 2, 8)
     assert mended.unrefined is not None
     assert plain.unrefined is None
@@ -102,11 +99,11 @@ def test_the_layer_that_is_spoiled_has_the_largest_effect(tiny: MakeBundle, pict
     assert error > 0.5 * found["layers.1.out"].score_error
     rest, less = judge.compare(0, layers.all(linears, frozenset({"layers.1.out"})))
     assert less < error
-    assert rest.mean_cosine > first.mean_cosine
+    assert rest.every.mean > first.every.mean
     nothing, none = judge.compare(0, layers.all(linears, frozenset(settings)))
     assert none == 0
     assert nothing.mean_overlap == 1
-    assert nothing.min_cosine == pytest.approx(1)
+    assert nothing.every.lowest == pytest.approx(1)
 
 
 def test_only_what_falls_short_ranks_the_layers() -> None:
@@ -152,8 +149,8 @@ def test_agreement_compares_tokens_that_are_the_same(tiny: MakeBundle) -> None:
     kept = np.stack([np.arange(12), np.arange(12)])
     same = {EMBEDS: embeds, KEPT: kept}
     full = compare([same], [same], manifest)
-    assert (full.mean_overlap, full.min_overlap, full.merged_compared) == (1, 1, 8)
-    assert full.min_cosine == pytest.approx(1)
+    assert (full.mean_overlap, full.min_overlap, len(full.merged.cosines)) == (1, 1, 8)
+    assert full.every.lowest == pytest.approx(1)
     # In image 1, token 11 goes and 64 comes: the rows in between stay in their places, and the
     # first merged token forms around 11 instead of 12.
     moved = kept.copy()
@@ -164,7 +161,7 @@ def test_agreement_compares_tokens_that_are_the_same(tiny: MakeBundle) -> None:
     other = compare([same], [{EMBEDS: spoiled, KEPT: moved}], manifest)
     assert other.mean_overlap == pytest.approx(1 - 1 / 24)
     assert other.min_overlap == pytest.approx(11 / 12)
-    assert other.min_cosine == pytest.approx(-1)
-    assert other.kept_cosine == pytest.approx(1 - 2 / 23)
+    assert other.every.lowest == pytest.approx(-1)
+    assert other.kept.mean == pytest.approx(1 - 2 / 23)
     broken = compare([same], [{EMBEDS: embeds * np.nan, KEPT: kept}], manifest)
-    assert broken.mean_cosine == -1
+    assert broken.every.mean == -1

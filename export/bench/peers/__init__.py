@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from vzip.runtime import agreement as proof
+from vzip.runtime.agreement import COARSER_PEER, ENGINE, Reference, Run
+from vzip.runtime.agreement import prove as proven
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,11 +28,11 @@ class Peer(Protocol):
         """Return the graph's outputs for its input, whose batch is 1 … the bundle's largest."""
         ...
 
-    def prove(self, reference: proof.Reference, batches: Sequence[int]) -> Mapping[str, Any]:
+    def prove(self, reference: Reference, batches: Sequence[int]) -> Mapping[str, Any]:
         """Compare with the untouched model, in each batch size.
 
         Returns:
-            Numbers as `proof.Proof` has them, ``passed`` among them.
+            Numbers as `vzip.runtime.agreement.Proof` has them, ``passed`` among them.
         """
         ...
 
@@ -50,7 +51,11 @@ UNCOMPRESSED = "torch-uncompressed"
 
 
 def prove(
-    run: proof.Run, reference: proof.Reference, bundle: Bundle, batches: Sequence[int], within: str
+    run: Run,
+    reference: Reference,
+    bundle: Bundle,
+    batches: Sequence[int],
+    within: str,
 ) -> dict[str, Any]:
     """Compare an encoder with the untouched model, by the gate of its precision.
 
@@ -59,20 +64,10 @@ def prove(
         reference: Of the bundle.
         bundle: The bundle.
         batches: Sizes of batches to run.
-        within: Precision of the encoder; what is coarser than the bundle's own graph is held to
-            the gate of quantised graphs, for the tokens that both keep: merged tokens are shown and
-            exclude nobody, as rounding decides into which a token goes where keys are much alike.
+        within: Precision of the encoder; what is coarser than the bundle's own graph has a gate of
+            its own.
     """
-    manifest, gate = bundle.manifest, proof.QUANTISED_GATE
-    coarser = within not in ("fp32", manifest.precision)
-    found: dict[str, Any] = proof.prove(
-        run, reference, manifest, batches, quantised="int8" if coarser else None
-    ).to_json()
-    if coarser:
-        found["passed"] = (
-            not found["kept_disagreements"]
-            and found["kept_overlap"] >= gate.kept_overlap
-            and found["min_cosine"] >= gate.cosine
-            and 0 <= found["max_error"] <= gate.error  # negative: not finite
-        )
-    return found
+    manifest = bundle.manifest
+    own = within in ("fp32", manifest.precision)
+    gate = ENGINE[manifest.precision] if own else COARSER_PEER
+    return proven(run, reference, manifest, batches, gate).to_json()

@@ -24,7 +24,14 @@ from vzip.export.bench.peers import PUBLISHED, UNCOMPRESSED, Device, Outputs, pr
 from vzip.export.bench.peers.ceiling import flops
 from vzip.export.checkpoint.weights import VisionWeights
 from vzip.export.pipeline import WeightSource
-from vzip.runtime.agreement import GATES, Reference, Run
+from vzip.runtime.agreement import (
+    UNCOMPRESSED_PEER,
+    Agreement,
+    Choices,
+    Reference,
+    Run,
+    Values,
+)
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, Manifest
 from vzip.runtime.errors import InvalidInputError
 
@@ -251,8 +258,7 @@ def _prove_patches(
     run: Run, reference: Reference, batches: Sequence[int], precision: str
 ) -> dict[str, Any]:
     """Compare the patches that the reference keeps with what an encoder of all patches gives."""
-    gate = GATES[precision if precision in GATES else "int8"]
-    cosines = []
+    found = []
     for size in batches:
         for first in range(0, len(reference.input), size):
             chosen = np.arange(first, first + size) % len(reference.input)
@@ -260,16 +266,16 @@ def _prove_patches(
             for picture, tokens in zip(chosen, embeds, strict=True):
                 kept = reference.kept[picture]
                 patches = kept > 0  # CLS is no patch
-                expected = reference.embeds[picture, : len(kept)][patches].astype(np.float64)
-                got = tokens[kept[patches] - 1].astype(np.float64)
-                lengths = np.linalg.norm(got, axis=1) * np.linalg.norm(expected, axis=1)
-                cosines.append(np.sum(got * expected, axis=1) / np.maximum(lengths, 1e-300))
-    every = np.concatenate(cosines)
+                expected = reference.embeds[picture, : len(kept)][patches]
+                values = Values.of(expected, tokens[kept[patches] - 1], np.abs(expected).max())
+                none = Choices(0, np.zeros(0))
+                found.append(Agreement(np.ones(1), none, values, Values(np.zeros(0), 0.0)))
+    agreement = Agreement.of_all(found)
     return {
         "images": len(reference.input),
-        "min_cosine": float(every.min()),
-        "mean_cosine": float(every.mean()),
-        "passed": bool(every.min() >= gate.cosine),
+        "min_cosine": agreement.kept.lowest,
+        "mean_cosine": agreement.kept.mean,
+        "passed": not UNCOMPRESSED_PEER[precision].judge(agreement),
     }
 
 

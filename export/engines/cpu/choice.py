@@ -21,20 +21,16 @@ from vzip.export.engines.cpu.forms import FORMS, rewrite
 from vzip.export.engines.cpu.patterns import array, norms
 from vzip.export.graph import smooth
 from vzip.export.graph.reading import read_graph
-from vzip.runtime.agreement import prove, read_reference
+from vzip.runtime.agreement import CPU_FORM, load_reference, prove
 from vzip.runtime.backends.onnxruntime import with_output
-from vzip.runtime.bundle.manifest import EMBEDS, KEPT, REFERENCE_FILE
+from vzip.runtime.bundle.manifest import EMBEDS, KEPT
 from vzip.runtime.bundle.reader import Bundle
-from vzip.runtime.errors import BackendError, InvalidInputError
+from vzip.runtime.errors import BackendError
 from vzip.runtime.machine.timing import interleaved
 
 Array = NDArray[Any]
 Open = Callable[[bytes, Path], Any]
 
-OVERLAP: Final = 0.95
-"""Least mean share of kept tokens that the untouched model keeps too."""
-COSINE: Final = 0.99
-"""Least cosine of any kept token with the untouched model's, and of the merged ones on average."""
 CALIBRATED: Final = "int8"
 """The graph of vzip calibrate that may be faster here; FP8 has no kernels on a CPU."""
 OWN: Final = "own"
@@ -109,15 +105,7 @@ def choose(bundle: Bundle, opened: Open, work: Path) -> tuple[Candidate, list[Me
         BundleError: The bundle is damaged.
         BackendError: The bundle's own graph can't be run.
     """
-    if REFERENCE_FILE not in bundle.manifest.files:
-        raise InvalidInputError(
-            f"{bundle.path} has no {REFERENCE_FILE}",
-            expected="the untouched model's tokens to tell which forms keep the same",
-            cause="it was exported without them",
-            cure="export it again with the parity check, or open it in its own precision",
-        )
-    with bundle.open_file(REFERENCE_FILE) as file:
-        reference = read_reference(file, bundle.manifest)
+    reference = load_reference(bundle)
     own = Candidate(OWN, bundle.read_model(), bundle.weights_folder)
     batch = _batch(bundle)
     pictures = np.ascontiguousarray(reference.input[np.arange(batch) % len(reference.input)])
@@ -131,16 +119,11 @@ def choose(bundle: Bundle, opened: Open, work: Path) -> tuple[Candidate, list[Me
 
     def judged(candidate: Candidate, session: Any) -> Measured:
         try:
-            found = prove(call(session), reference, bundle.manifest, [batch])
+            found = prove(call(session), reference, bundle.manifest, [batch], CPU_FORM)
         except BackendError as error:
             return Measured(candidate.name, refused=f"can't be run: {error}")
         values = (found.kept_overlap, found.min_cosine, found.contextual_cosine)
-        agrees = values[0] >= OVERLAP and min(values[1:]) >= COSINE
-        refused = None if agrees else (
-            f"kept overlap {values[0]:.4f}, cosines {values[1]:.4f} and {values[2]:.4f}; expected "
-            f"at least {OVERLAP} and {COSINE}"
-        )  # fmt: skip
-        return Measured(candidate.name, *values, refused=refused)
+        return Measured(candidate.name, *values, refused="; ".join(found.short) or None)
 
     best, best_session = own, opened(own.model, own.folder)
     first = judged(own, best_session)

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from numpy.typing import NDArray
 
-from vzip.export.engines.tensorrt.proof import load_reference, open_staged
+from vzip.export.engines.tensorrt.proof import open_staged
 from vzip.export.engines.tensorrt.publish import (
     BuildRequest,
     Result,
@@ -27,6 +27,7 @@ from vzip.export.engines.tensorrt.publish import (
     build_if,
     this_machine,
 )
+from vzip.runtime.agreement import load_reference
 from vzip.runtime.backends.tensorrt.backend import TensorRt
 from vzip.runtime.bundle.engine_record import EngineRecord
 from vzip.runtime.bundle.manifest import REFERENCE_FILE

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import io
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vzip.runtime.agreement import Proof, Reference, prove, read_reference
+from vzip.runtime.agreement import ENGINE, Proof, load_reference, prove
 from vzip.runtime.bundle.engine_record import ENGINE_SUFFIX, ENGINES_FOLDER, EngineRecord
-from vzip.runtime.bundle.manifest import REFERENCE_FILE
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.errors import BundleError
 from vzip.runtime.files import atomic
@@ -49,30 +46,8 @@ def prove_engine(bundle: Bundle, record: EngineRecord, plan: memoryview) -> Proo
             reference,
             manifest,
             [*sizes, *sizes],
-            record.quantised,
+            ENGINE[record.precision],
         )
-
-
-def load_reference(bundle: Bundle) -> Reference:
-    """Read `reference.npz` and check it against the manifest's digest.
-
-    Raises:
-        BundleError: It is missing, damaged, or not what the graph takes and gives.
-    """
-    try:
-        data = (bundle.path / REFERENCE_FILE).read_bytes()
-    except OSError as error:
-        raise BundleError(
-            f"{bundle.path}: {REFERENCE_FILE} can't be read ({error.strerror})",
-            cure="copy the bundle again with all its files, or export it again",
-        ) from error
-    if hashlib.sha256(data).hexdigest() != bundle.manifest.files[REFERENCE_FILE].sha256:
-        raise BundleError(
-            f"{bundle.path}: {REFERENCE_FILE} isn't the file that the manifest has the digest of",
-            cause="it was damaged or replaced",
-            cure="copy it again, or export the bundle again",
-        )
-    return read_reference(io.BytesIO(data), bundle.manifest)
 
 
 @contextlib.contextmanager

@@ -378,8 +378,8 @@ def test_a_folder_that_cant_be_written(tiny_bundle: Path) -> None:
 # On a GPU, with a fake TensorRT
 
 ORIN = Machine("Orin", ("87",), "6.2")
-GOOD = Proof(4, 8, 1.0, 0, 0, 0.9999, 0.99999, 1e-3, 40, 0.9999, passed=True)
-BAD = dataclasses.replace(GOOD, min_cosine=0.14, passed=False)
+GOOD = Proof(4, 8, 1.0, 0, 0, 0.9999, 0.99999, 1e-3, 40, 0.9999)
+BAD = dataclasses.replace(GOOD, min_cosine=0.14, short=("lowest cosine of kept tokens 0.14",))
 
 
 class Jetson:
