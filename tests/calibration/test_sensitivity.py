@@ -87,7 +87,7 @@ def test_the_layer_that_is_spoiled_has_the_largest_effect(tiny: MakeBundle, pict
     assert list(found) == [each.name for each in linears]
     goal = Goal(0.99, 0.9999)
     first, error = judge.compare(0, layers.all(linears, frozenset()))
-    assert first.images == 3
+    assert len(first.overlaps) == 3
     assert ranking(found, goal, first)[0] == "layers.1.out"
     assert found["layers.1.out"].score_error == max(each.score_error for each in found.values())
     # What lies behind the scores moves none of them, and the projector no kept token.

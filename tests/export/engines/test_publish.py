@@ -320,10 +320,9 @@ def start(path: Path, *arguments: str, before: str = "") -> subprocess.Popen[str
 
 def test_two_builders_at_once(tiny_bundle: Path) -> None:
     slowly = (
-        "import time; from vzip.export import trt_build; build = trt_build.build\n"
-        "from vzip.export import engine\n"
+        "import time; from vzip.export.engines.tensorrt import publish; build = publish.build\n"
         "def slow(*a, **k): time.sleep(3); return build(*a, **k)\n"
-        "engine.build = slow\n"
+        "publish.build = slow\n"
     )
     one = start(tiny_bundle, before=slowly)
     while not (tiny_bundle / "engines" / ".lock").exists():
