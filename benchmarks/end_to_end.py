@@ -29,6 +29,7 @@ from benchmarks.harness.llm_shapes import LLMS, Llm
 from vzip.export.bench import figures
 from vzip.runtime.console import say
 from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.files import outputs
 from vzip.runtime.machine.record import machine
 
 ROOT = Path(__file__).parent.parent
@@ -357,7 +358,7 @@ def write(folder: Path, result: Result) -> None:
         "md": table(result).encode(),
         "svg": plot(result),
     }
-    figures.write(folder, {f"end_to_end.{kind}": data for kind, data in files.items()})
+    outputs.write_folder(folder, {f"end_to_end.{kind}": data for kind, data in files.items()})
 
 
 def _seconds(milliseconds: float | None) -> str:
@@ -422,7 +423,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(given)
     try:
-        figures.write(options.output, {})  # an hour of measurements needs a place
+        outputs.write_folder(options.output, {})  # an hour of measurements needs a place
     except InvalidInputError as error:
         parser.error(str(error))
     result = measure(

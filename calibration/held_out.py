@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from vzip.calibration.demo import accuracy, dialogue
-from vzip.calibration.sweep.graph import Variant
+from vzip.calibration.variant import Variant
 from vzip.export.algorithm import visionzip
 from vzip.runtime import demo
 from vzip.runtime.errors import missing

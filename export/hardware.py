@@ -15,15 +15,13 @@ FP16 is with sums in FP32, as BF16 is wherever the device has it.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
 
-from vzip.runtime.console import emit
 from vzip.runtime.errors import InvalidInputError
 
 # What an export can make today; the others are known so that a refusal can give the true reason.
@@ -450,27 +448,6 @@ def _notes(target: Target, chosen: Choice, batch: int) -> list[str]:
     elif batch > target.batch:
         notes.append(f"a batch above {target.batch} hardly raises its throughput (estimate)")
     return notes
-
-
-def targets_main(argv: Sequence[str], *, prog: str) -> int:
-    """Run ``vzip targets``: print the table.
-
-    Args:
-        argv: The arguments.
-        prog: The command's name, for its help.
-
-    Returns:
-        The exit status.
-    """
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        allow_abbrev=False,
-        description="Print the machines that 'vzip export --target' knows, and what it takes from "
-        "them.",
-    )
-    parser.parse_args(argv)
-    emit(table())
-    return 0
 
 
 def table() -> str:

@@ -10,17 +10,67 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vzip.runtime.encoder import CompressedTokens, VisionEncoder
+    from vzip.runtime.errors import (
+        BackendError,
+        BudgetError,
+        BundleError,
+        CheckpointError,
+        ExportError,
+        InvalidInputError,
+        MissingDependencyError,
+        ParityError,
+        VzipError,
+    )
 
-__all__ = ["CompressedTokens", "VisionEncoder"]
+    __version__: str
+
+__all__ = [
+    "BackendError",
+    "BudgetError",
+    "BundleError",
+    "CheckpointError",
+    "CompressedTokens",
+    "ExportError",
+    "InvalidInputError",
+    "MissingDependencyError",
+    "ParityError",
+    "VisionEncoder",
+    "VzipError",
+    "__version__",
+]
+
+_PLACES = {"VisionEncoder": "encoder", "CompressedTokens": "encoder"}
+"""The module that a name is in; the others are in ``errors``."""
 
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from vzip.runtime import encoder
+    import importlib
 
-    return getattr(encoder, name)
+    if name == "__version__":
+        return _version()
+    return getattr(importlib.import_module(f"{__name__}.{_PLACES.get(name, 'errors')}"), name)
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    """Return the version of the installed distribution.
+
+    Raises:
+        VzipError: vzip runs from a folder that was never installed.
+    """
+    from importlib import metadata
+
+    from vzip.runtime.errors import VzipError
+
+    try:
+        return metadata.version("vzip")
+    except metadata.PackageNotFoundError as error:
+        raise VzipError(
+            "vzip has no version here, because it runs from a folder that was never installed",
+            cure="install it with: pip install -e .",
+        ) from error

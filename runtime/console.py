@@ -1,4 +1,7 @@
-"""What every command line of vzip shares: one-line errors, exit statuses and progress bars.
+"""What every command line of vzip shares: its streams, one-line errors, and exit statuses.
+
+Standard output has results alone. Standard error has errors (`complain`), what goes on (`say`, not
+with ``--quiet``) and, with ``--verbose``, what the modules of vzip log.
 
 Exit statuses: 0 done, 1 a verdict that says no (``vzip check``), 2 an error that is the caller's to
 mend (a `VzipError`, or an option that does not exist), 130 interrupted, 141 the reader of our
@@ -8,18 +11,37 @@ output went away. Anything else is a bug of ours and keeps its traceback.
 from __future__ import annotations
 
 import contextlib
+import enum
+import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vzip.runtime.errors import InvalidInputError, VzipError
+
+if TYPE_CHECKING:
+    import logging
 
 T = TypeVar("T")
 
 FAILED = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 PIPE_CLOSED = 141  # 128 + SIGPIPE
+
+
+class Verbosity(enum.IntEnum):
+    """How much a command says on standard error."""
+
+    QUIET = 0
+    NORMAL = 1
+    VERBOSE = 2
+    DEBUG = 3
+
+
+_verbosity = Verbosity.NORMAL
+_log_handler: logging.Handler | None = None
 
 
 def run_command(command: Callable[[], int], *, prog: str) -> int:
@@ -32,21 +54,80 @@ def run_command(command: Callable[[], int], *, prog: str) -> int:
     Returns:
         The exit status, for ``sys.exit``.
     """
-    try:
+    with _open_streams(), warnings.catch_warnings(), contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(set_verbosity, Verbosity.NORMAL)
         try:
-            status = command()
-        except SystemExit as ended:  # argparse, after -h or about a mistyped option
-            status = int(ended.code or 0)
-        flush()
-    except VzipError as error:
-        say(f"{prog}: error: {error}")
-        return FAILED
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        _drop_output()
-        return PIPE_CLOSED
-    return status
+            try:
+                status = command()
+            except SystemExit as ended:  # argparse, after -h
+                status = int(ended.code or 0)
+            flush()
+        except VzipError as error:
+            complain(f"{prog}: error: {error}")
+            return FAILED
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        except BrokenPipeError:
+            _drop_output()
+            return PIPE_CLOSED
+        return status
+
+
+@contextlib.contextmanager
+def _open_streams() -> Iterator[None]:
+    """Let the standard streams that are closed lead nowhere while a command runs.
+
+    Where standard error is closed, Python has None for it, and `print` and argparse take standard
+    output instead. The next file that is opened gets the closed descriptor, and C libraries write
+    their messages into that file.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # noqa: PERF203  three times
+            nowhere = os.open(os.devnull, os.O_RDWR)  # gets the lowest that is free: this one
+            os.set_inheritable(nowhere, True)
+    if sys.stderr is not None:
+        yield
+        return
+    with open(os.devnull, "w") as stream, contextlib.redirect_stderr(stream):  # noqa: PTH123
+        yield
+
+
+def set_verbosity(verbosity: Verbosity) -> None:
+    """Set how much is said on standard error until the command ends.
+
+    Args:
+        verbosity: QUIET: errors alone, so that warnings of libraries are left out too. NORMAL: also
+            what goes on. VERBOSE, DEBUG: also what the modules of vzip log at the levels INFO and
+            DEBUG.
+    """
+    global _verbosity, _log_handler  # noqa: PLW0603  a process has one standard error
+    if verbosity == _verbosity:
+        return
+    import logging
+
+    _verbosity = verbosity
+    logger = logging.getLogger("vzip")
+    if _log_handler is not None:
+        logger.removeHandler(_log_handler)
+        _log_handler = None
+    logger.setLevel(
+        {
+            Verbosity.QUIET: logging.ERROR,
+            Verbosity.NORMAL: logging.NOTSET,
+            Verbosity.VERBOSE: logging.INFO,
+            Verbosity.DEBUG: logging.DEBUG,
+        }[verbosity]
+    )
+    if verbosity == Verbosity.QUIET:
+        warnings.simplefilter("ignore")
+    elif verbosity > Verbosity.NORMAL:
+        _log_handler = logging.StreamHandler(sys.stderr)
+        _log_handler.setFormatter(
+            logging.Formatter("%(relativeCreated).0f ms %(name)s: %(message)s")
+        )
+        logger.addHandler(_log_handler)
 
 
 def emit(text: str, *, end: str = "\n") -> None:
@@ -75,10 +156,21 @@ def emit(text: str, *, end: str = "\n") -> None:
         sys.stdout.flush()
 
 
-def say(text: str) -> None:
-    """Tell the user what goes on, on standard error; standard output has results alone."""
+def emit_json(value: Any) -> None:
+    """Write a command's table as JSON, of Python's own containers, to standard output."""
+    emit(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def say(text: str, *, end: str = "\n") -> None:
+    """Tell the user what goes on, on standard error, unless ``--quiet`` was asked for."""
+    if _verbosity > Verbosity.QUIET:
+        complain(text, end=end)
+
+
+def complain(text: str, *, end: str = "\n") -> None:
+    """Tell the user about an error or a verdict that says no, on standard error."""
     if sys.stderr is not None:  # print would take standard output in its place
-        print(text, file=sys.stderr, flush=True)  # noqa: T201  what a command line is for
+        print(text, end=end, file=sys.stderr, flush=True)  # noqa: T201  what a command line is for
 
 
 def flush() -> None:
@@ -112,12 +204,17 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def watched() -> bool:
+    """Return whether somebody looks at standard error, so that a progress bar is of use."""
+    return _verbosity > Verbosity.QUIET and sys.stderr is not None and sys.stderr.isatty()
+
+
 def progress(
     items: Iterable[T], *, desc: str, total: int | None = None, unit: str = "it"
 ) -> Iterable[T]:
     """Go through items behind a progress bar on standard error.
 
-    There is no bar where standard error is no terminal or tqdm is not installed.
+    There is no bar with ``--quiet``, where standard error is no terminal, and without tqdm.
 
     Args:
         items: What to go through.
@@ -128,7 +225,7 @@ def progress(
     Returns:
         The items, in their order.
     """
-    if sys.stderr is None or not sys.stderr.isatty():
+    if not watched():
         return items
     try:
         from tqdm import tqdm

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vzip.runtime.bundle.manifest import DATA_FILE, MODEL_FILE, FileEntry
 from vzip.runtime.bundle.precision_record import QUANTISED, PrecisionRecord, files_of, report_file
-from vzip.runtime.console import emit, say
+from vzip.runtime.cli.options import Parser, add_bundle
+from vzip.runtime.console import emit, emit_json, say
 from vzip.runtime.errors import BundleError, require
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     Returns:
         The exit status.
     """
-    arguments = _parser(prog).parse_args(argv)
+    arguments = _parser(prog).read(argv)
     from vzip.runtime.bundle.reader import read_bundle
 
     bundle = read_bundle(arguments.bundle, verify=False)  # what reads the graph verifies it
@@ -61,8 +60,11 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         say(samples.describe_left_out())
     made = quantize(bundle, samples, recipe, step=say)
     bundle = publish(bundle, made, samples)
-    for line in table(bundle, made.report):
-        emit(line)
+    if arguments.json:
+        emit_json(made.report.to_json())
+    else:
+        for line in table(bundle, made.report):
+            emit(line)
     return 0
 
 
@@ -189,15 +191,15 @@ def number(text: str) -> float | None:
     return None if text == _NONE else float(text)
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        allow_abbrev=False,  # a new option would change what an old script says
-        description="Quantise the linear layers of a bundle's graph by what representative images "
+def _parser(prog: str) -> Parser:
+    parser = Parser(
+        prog,
+        "Quantise the linear layers of a bundle's graph by what representative images "
         "show, leave in high precision just the layers that must stay so, and put the graph into "
         "the bundle, beside its own.",
+        table=True,
     )
-    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="the folder of the bundle")
+    add_bundle(parser)
     parser.add_argument(
         "--images",
         required=True,

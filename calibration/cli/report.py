@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vzip.runtime.cli.options import Parser, add_bundle, add_output
 from vzip.runtime.console import emit, say
-from vzip.runtime.errors import InvalidInputError, require
-from vzip.runtime.files import atomic
+from vzip.runtime.errors import require
+from vzip.runtime.files import outputs
 from vzip.runtime.models import DEMO
 
 if TYPE_CHECKING:
@@ -30,24 +30,17 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     Returns:
         The exit status.
     """
-    arguments = _parser(prog).parse_args(argv)
-    output: Path = arguments.output
-    _check_output(output)
+    arguments = _parser(prog).read(argv)
+    output = outputs.check_file(arguments.output, ".html", ".htm")
     require("torch", "transformers", "onnxruntime", needed_for=f"'{prog}'", extra="export")
-    from vzip.calibration.report.page import page
-    from vzip.calibration.report.report import gather
+    from vzip.calibration.reporting.page import page
+    from vzip.calibration.reporting.report import gather
     from vzip.runtime.bundle.reader import read_bundle
 
     bundle = read_bundle(arguments.bundle, verify=False)  # what runs is verified when it is opened
     source, images = _images(bundle, arguments.images, arguments.count)
     content = gather(bundle, images, source=source, step=lambda name: say(f"{name} …"))
-    try:
-        atomic.replace_file(output, page(content).encode())
-    except OSError as error:
-        raise InvalidInputError(
-            f"report: '{output}' can't be written ({error.strerror})",
-            cure="give a file in a folder that you may write to, on a disk with room",
-        ) from error
+    outputs.write_file(output, page(content).encode())
     emit(str(output))
     return 0
 
@@ -74,34 +67,14 @@ def _opened(path: Path) -> Callable[[], ImageSource]:
     return lambda: path
 
 
-def _check_output(path: Path) -> None:
-    """Refuse an output that can't be written, before any work is done."""
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise InvalidInputError(
-            f"report: -o is '{path}', but the report is a web page",
-            cure="give a name ending in .html",
-        )
-    if path.is_dir():
-        raise InvalidInputError(
-            f"report: -o is '{path}', which is a folder",
-            cure="give a file in it",
-        )
-    if not path.parent.is_dir():
-        raise InvalidInputError(
-            f"report: -o is '{path}', but the folder '{path.parent}' does not exist",
-            cure="create it first",
-        )
-
-
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        allow_abbrev=False,  # a new option would change what an old script says
-        description="Write one HTML page about a bundle that opens without a network: its facts, "
+def _parser(prog: str) -> Parser:
+    parser = Parser(
+        prog,
+        "Write one HTML page about a bundle that opens without a network: its facts, "
         "parity, what each precision and layer costs, what is kept of some images, latency here, "
         "accuracy for the demo model, and what the language model is saved.",
     )
-    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="the folder of the bundle")
+    add_bundle(parser)
     parser.add_argument(
         "--images",
         metavar="FOLDER|LIST|demo",
@@ -115,12 +88,5 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         metavar="N",
         help="how many of the images, at most 12 (default: %(default)s)",
     )
-    parser.add_argument(
-        "-o",
-        "--output",
-        required=True,
-        type=Path,
-        metavar="FILE.html",
-        help="the page to write",
-    )
+    add_output(parser, "FILE.html", "the page to write")
     return parser

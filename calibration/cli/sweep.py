@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from vzip.calibration.sweep.advice import Advice, Limits, advise
+from vzip.calibration.sweeping.advice import Advice, Limits, advise
 from vzip.export import EXPORT_PACKAGES
 from vzip.export.algorithm.budget import Merge, split_tokens
-from vzip.export.bench import figures
 from vzip.export.cli.options import add_model
-from vzip.runtime.console import emit, say
+from vzip.runtime.cli.options import Parser, add_output, names, numbers
+from vzip.runtime.console import emit, emit_json, say
 from vzip.runtime.errors import InvalidInputError, MissingDependencyError, require
+from vzip.runtime.files import outputs
 from vzip.runtime.models import DEMO, locate
 
 if TYPE_CHECKING:
-    from vzip.calibration.sweep.graph import Variant
-    from vzip.calibration.sweep.sweep import Sweep
+    from vzip.calibration.sweeping.sweep import Sweep
+    from vzip.calibration.variant import Variant
     from vzip.runtime.pictures.images import ImageSource
 
 TEXT_TOKENS = 64
@@ -41,7 +42,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     Returns:
         0; 1 if limits were given and no budget meets them.
     """
-    arguments = _parser(prog).parse_args(argv)
+    arguments = _parser(prog).read(argv)
     limits = Limits(
         max_latency_ms=arguments.max_latency_ms,
         max_prefill_gflops=arguments.max_prefill_gflops,
@@ -59,9 +60,9 @@ def main(argv: Sequence[str], *, prog: str) -> int:
             f"got --text-tokens {arguments.text_tokens}",
             expected="0 or more",
         )
-    _check_folder(arguments.output)
+    outputs.check_folder(arguments.output)
     require(*EXPORT_PACKAGES, needed_for=f"'{prog}'", extra="export")
-    from vzip.calibration.sweep.sweep import sweep
+    from vzip.calibration.sweeping.sweep import sweep
 
     variants = _variants(arguments)
     source, images = _images(arguments)
@@ -75,17 +76,20 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         step=lambda name: say(f"{name} …"),
     )
     advice = advise(result.rows, limits) if limits.any else None
-    for path in _write(result, advice, arguments.output):
-        emit(str(path))
-    if advice is None:
-        return 0
-    emit(("recommended: " if advice.met else "") + advice.text)
-    return 0 if advice.met else NONE_MEETS
+    record = {**result.to_json(), "advice": None if advice is None else advice.to_json()}
+    tell = say if arguments.json else emit
+    for path in _write(result, advice, record, arguments.output):
+        tell(str(path))
+    if advice is not None:
+        tell(("recommended: " if advice.met else "") + advice.text)
+    if arguments.json:
+        emit_json(record)
+    return 0 if advice is None or advice.met else NONE_MEETS
 
 
 def _variants(arguments: argparse.Namespace) -> list[Variant]:
     """Return the budgets by size, each with every merge, as far as the tower takes CLS along."""
-    from vzip.calibration.sweep.graph import Variant
+    from vzip.calibration.variant import Variant
     from vzip.export import defaults
     from vzip.export.checkpoint.reader import Checkpoint
 
@@ -124,11 +128,12 @@ def _opened(path: Path) -> Callable[[], ImageSource]:
     return lambda: path
 
 
-def _write(result: Sweep, advice: Advice | None, folder: Path) -> list[Path]:
+def _write(
+    result: Sweep, advice: Advice | None, record: Mapping[str, Any], folder: Path
+) -> list[Path]:
     """Write table, JSON and plots; each file is there whole or not at all."""
-    from vzip.calibration.sweep.output import plot, table
+    from vzip.calibration.sweeping.output import plot, table
 
-    record = {**result.to_json(), "advice": None if advice is None else advice.to_json()}
     files = {
         "sweep.md": table(result, advice).encode(),
         "sweep.json": json.dumps(record, indent=1, allow_nan=False).encode() + b"\n",
@@ -138,57 +143,28 @@ def _write(result: Sweep, advice: Advice | None, folder: Path) -> list[Path]:
         files["sweep.png"] = plot(result, advice, "png")
     except MissingDependencyError as error:
         say(f"no plot was drawn: {error}")
-    return figures.write(folder, files)
+    return outputs.write_folder(folder, files)
 
 
-def _check_folder(folder: Path) -> None:
-    """Refuse an output that is a file, before minutes of work."""
-    if folder.exists() and not folder.is_dir():
-        raise InvalidInputError(
-            f"-o is '{folder}', which is a file",
-            cure="give a folder for the results",
-        )
-
-
-def _numbers(text: str) -> list[int]:
-    """Return the numbers of a list with commas."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}, expected numbers of tokens with commas, such as 64,128,192"
-        ) from None
-
-
-def _merges(text: str) -> list[str]:
-    """Return the merges of a list with commas."""
-    merges = text.split(",")
-    if unknown := [merge for merge in merges if merge not in get_args(Merge)]:
-        raise argparse.ArgumentTypeError(
-            f"got {unknown[0]!r}, expected {' or '.join(get_args(Merge))}, or both with a comma"
-        )
-    return merges
-
-
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        allow_abbrev=False,  # a new option would change what an old script says
-        description="Measure what budgets and merges of a model cost and keep, side by side, and "
+def _parser(prog: str) -> Parser:
+    parser = Parser(
+        prog,
+        "Measure what budgets and merges of a model cost and keep, side by side, and "
         "recommend one for a limit. Exit status 1 if none meets the limits.",
+        table=True,
     )
     add_model(parser)
     parser.add_argument(
         "--budgets",
         required=True,
-        type=_numbers,
+        type=numbers,
         metavar="K,K,…",
         help="tokens of an image, a tile or a frame, split 27:5 as in the paper",
     )
     parser.add_argument(
         "--merges",
-        type=_merges,
-        default=["average"],
+        type=names(*get_args(Merge)),
+        default=("average",),
         metavar="average,sum",
         help="how contextual tokens are formed (default: average)",
     )
@@ -219,12 +195,5 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         ("--min-agreement", "agreement with all tokens, from 0 to 1"),
     ):
         group.add_argument(name, type=float, metavar="X", help=what)
-    parser.add_argument(
-        "-o",
-        "--output",
-        required=True,
-        type=Path,
-        metavar="FOLDER",
-        help="where sweep.md, sweep.json, sweep.svg and sweep.png go",
-    )
+    add_output(parser, "FOLDER", "where sweep.md, sweep.json, sweep.svg and sweep.png go")
     return parser

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 from vzip.calibration.tuning.data import DEMO, DEMO_SCENES
 from vzip.export.algorithm.budget import Budget, split_tokens
 from vzip.export.cli.options import add_compression, add_model
+from vzip.runtime.cli.options import Parser, add_output
 from vzip.runtime.console import emit, say
 from vzip.runtime.errors import BudgetError, InvalidInputError, require
+from vzip.runtime.files import outputs
 
 if TYPE_CHECKING:
     import torch
@@ -37,8 +39,8 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     Returns:
         The exit status.
     """
-    arguments = _parser(prog).parse_args(argv)
-    output = _output(arguments.output)
+    arguments = _parser(prog).read(argv)
+    output = outputs.check_file(arguments.output, SUFFIX)
     asked = _asked_budget(arguments)
     _check_data(arguments)
     require("torch", "transformers", "safetensors", needed_for=f"'{prog}'", extra="export")
@@ -86,11 +88,10 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     return 0
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        allow_abbrev=False,  # a new option would change what an old script says
-        description="Train a model's projector alone on compressed tokens, with the tower and the "
+def _parser(prog: str) -> Parser:
+    parser = Parser(
+        prog,
+        "Train a model's projector alone on compressed tokens, with the tower and the "
         "LLM frozen, and write it for 'vzip export --projector'. On several GPUs: torchrun "
         "--nproc-per-node N -m vzip.runtime.cli.main tune ...",
     )
@@ -147,20 +148,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--save-every", type=int, default=100, metavar="N", help="steps (default: 100)"
     )
     parser.add_argument("--resume", action="store_true", help="continue the run of this output")
-    parser.add_argument(
-        "-o", "--output", required=True, type=Path, metavar=f"FILE{SUFFIX}", help="the projector"
-    )
+    add_output(parser, f"FILE{SUFFIX}", "the projector to write")
     return parser
-
-
-def _output(path: Path) -> Path:
-    if path.suffix != SUFFIX or not path.parent.is_dir():
-        raise InvalidInputError(
-            f"the output is {str(path)!r}",
-            expected=f"a file name that ends with {SUFFIX} in a folder that is there",
-            cure="check -o",
-        )
-    return path
 
 
 def _asked_budget(arguments: argparse.Namespace) -> Budget:

@@ -1,14 +1,11 @@
-"""What commands that measure share: figures of matplotlib, and results in a folder."""
+"""Figures of matplotlib, for commands that measure."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
-from vzip.runtime.errors import InvalidInputError, missing
-from vzip.runtime.files import atomic
+from vzip.runtime.errors import missing
 
 
 def figure(size: tuple[float, float], *, needed_for: str) -> Any:
@@ -38,21 +35,3 @@ def drawn(figure: Any, kind: Literal["svg", "png"]) -> bytes:
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
         figure.savefig(data, format=kind, dpi=120, metadata=metadata)
     return data.getvalue()
-
-
-def write(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
-    """Write a command's results, each whole or not at all, and return their paths.
-
-    Raises:
-        InvalidInputError: The folder, which is the command's ``-o``, can't be written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            atomic.replace_file(folder / name, data)
-    except OSError as error:
-        raise InvalidInputError(
-            f"-o is '{folder}', which can't be written ({error.strerror})",
-            cure="give a folder that you may write to, on a disk with room",
-        ) from error
-    return [folder / name for name in files]

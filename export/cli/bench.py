@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vzip.export.bench import figures
-from vzip.runtime.console import emit, say
+from vzip.runtime.cli.options import Parser, add_output, names
+from vzip.runtime.console import emit, emit_json, say
 from vzip.runtime.errors import InvalidInputError, MissingDependencyError, require
+from vzip.runtime.files import outputs
 
 NOTHING_RAN = 1
 
@@ -26,13 +27,10 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     Returns:
         0; 1 if no encoder could be timed.
     """
-    arguments = _parser(prog).parse_args(argv)
+    arguments = _parser(prog).read(argv)
     folder: Path | None = arguments.output
-    if folder is not None and folder.exists() and not folder.is_dir():
-        raise InvalidInputError(
-            f"-o is '{folder}', which is a file",
-            cure="give a folder for the results",
-        )
+    if folder is not None:
+        outputs.check_folder(folder)
     if arguments.rounds < 1:
         raise InvalidInputError(
             f"--rounds is {arguments.rounds}",
@@ -47,16 +45,19 @@ def main(argv: Sequence[str], *, prog: str) -> int:
 
     wanted = Wanted(
         peers=arguments.peers,
-        only=tuple(arguments.only),
+        only=arguments.only,
         batches=arguments.batches,
         rounds=arguments.rounds,
         device="cpu" if isinstance(gpus(), str) else "cuda",
     )
     result = bench(bundles, wanted, command=shlex.join([*prog.split(), *argv]), say=say)
-    emit(table(result), end="")
+    if arguments.json:
+        emit_json(result)
+    else:
+        emit(table(result), end="")
     if folder is not None:
         for path in write(result, folder):
-            emit(str(path))
+            (say if arguments.json else emit)(str(path))
     ran = any(row["kind"] in ("ours", "peer") for row in result["rows"])
     return 0 if ran else NOTHING_RAN
 
@@ -82,7 +83,7 @@ def write(result: Mapping[str, Any], folder: Path) -> list[Path]:
         except MissingDependencyError as error:
             say(f"no plot was drawn: {error}")
     files["result.html"] = page(result, svg).encode()
-    return figures.write(folder, files)
+    return outputs.write_folder(folder, files)
 
 
 def _bundles(folders: Sequence[Path]) -> Mapping[str, Any]:
@@ -112,14 +113,14 @@ def _batches(text: str) -> tuple[int, ...]:
     return tuple(sorted(map(int, parts)))
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        allow_abbrev=False,  # a new option would change what an old script says
-        description="Time every backend, engine and precision of bundles on this machine, each in "
+def _parser(prog: str) -> Parser:
+    parser = Parser(
+        prog,
+        "Time every backend, engine and precision of bundles on this machine, each in "
         "a process of its own and in turns, after its tokens were compared with the reference in "
         "the bundle; beside the matrix multiplications alone, and beside peers. Exit status 1 if "
         "nothing could be timed.",
+        table=True,
     )
     parser.add_argument(
         "bundles", metavar="BUNDLE", nargs="+", type=Path, help="folder of a bundle"
@@ -131,8 +132,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--only",
-        type=lambda text: text.split(","),
-        default=[],
+        type=names(),
+        default=(),
         metavar="NAME,NAME,…",
         help="these alone, by their names in the table: onnxruntime, openvino:bf16, …",
     )
@@ -146,11 +147,5 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--rounds", type=int, default=7, metavar="N", help="turns of each (default: %(default)s)"
     )
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        metavar="FOLDER",
-        help="where result.json, .md, .svg, .png and .html go",
-    )
+    add_output(parser, "FOLDER", "where result.json, .md, .svg, .png and .html go", required=False)
     return parser

@@ -1,15 +1,14 @@
-"""`vzip build` and `vzip inspect`; nothing heavy is imported before the arguments are read."""
+"""`vzip build`: ONNX to an engine; nothing heavy is imported before the arguments are read."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
+from vzip.runtime.cli.options import Parser, add_bundle
 from vzip.runtime.console import emit, say
 
 
-def build_main(argv: Sequence[str], *, prog: str) -> int:
+def main(argv: Sequence[str], *, prog: str) -> int:
     """Build an engine from a bundle; print its path.
 
     Args:
@@ -19,7 +18,7 @@ def build_main(argv: Sequence[str], *, prog: str) -> int:
     Returns:
         The exit status.
     """
-    arguments = _build_parser(prog).parse_args(argv)
+    arguments = _parser(prog).read(argv)
     from vzip.export.engines.tensorrt.auto import AUTO, build_best
     from vzip.export.engines.tensorrt.publish import BuildRequest, build_engine
 
@@ -50,46 +49,14 @@ def build_main(argv: Sequence[str], *, prog: str) -> int:
     return 0
 
 
-def inspect_main(argv: Sequence[str], *, prog: str) -> int:
-    """Print what a bundle's graph, or one of its engines, consists of.
-
-    Args:
-        argv: The arguments.
-        prog: The command's name, for its help.
-
-    Returns:
-        The exit status.
-    """
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        allow_abbrev=False,
-        description="Print what a bundle's graph consists of: operators, datatypes, work, weights "
-        "and the parts that stay FP32; or, with --engine, what TensorRT made of it.",
+def _parser(prog: str) -> Parser:
+    parser = Parser(
+        prog,
+        "Build a TensorRT engine from a bundle on the machine that will run it, compare its "
+        "tokens with PyTorch's, and put it into the bundle. An engine whose tokens differ is not "
+        "kept.",
     )
-    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="the folder of the bundle")
-    parser.add_argument("--engine", metavar="NAME", help="an engine that 'vzip build' made")
-    arguments = parser.parse_args(argv)
-    from vzip.export.inspect.describe import describe_engine, describe_graph
-
-    lines = (
-        describe_graph(arguments.bundle)
-        if arguments.engine is None
-        else describe_engine(arguments.bundle, arguments.engine)
-    )
-    for line in lines:
-        emit(line)
-    return 0
-
-
-def _build_parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        allow_abbrev=False,  # a new option would change what an old script says
-        description="Build a TensorRT engine from a bundle on the machine that will run it, "
-        "compare its tokens with PyTorch's, and put it into the bundle. An engine whose tokens "
-        "differ is not kept.",
-    )
-    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="the folder of the bundle")
+    add_bundle(parser)
     parser.add_argument("--name", help="the engine's name (default: after TensorRT and the GPU)")
     parser.add_argument(
         "--workspace", type=int, metavar="MIB", help="limit for the builder's scratch memory"

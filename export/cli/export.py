@@ -1,4 +1,4 @@
-"""`vzip-export` (also `vzip export`) and `vzip check`.
+"""`vzip export`, also `vzip-export`.
 
 Nothing heavy is imported before the arguments are understood: `-h` and a mistyped option answer at
 once, and on a machine without torch.
@@ -17,6 +17,7 @@ from vzip.export.algorithm import selections
 from vzip.export.algorithm.budget import Budget, split_tokens
 from vzip.export.cli.options import add_compression, add_model
 from vzip.export.hardware import Choice, find, resolve
+from vzip.runtime.cli.options import Parser
 from vzip.runtime.console import emit, run_command, say
 from vzip.runtime.errors import BudgetError, InvalidInputError, require
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     Returns:
         The exit status.
     """
-    arguments = _export_parser(prog).parse_args(argv)
+    arguments = _parser(prog).read(argv)
     _check_options(arguments)
     require(*EXPORT_PACKAGES, needed_for=f"'{prog}'", extra="export")
     from vzip.export.graph.trace import GraphOptions
@@ -89,45 +90,6 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     return 0
 
 
-def check_main(argv: Sequence[str], *, prog: str) -> int:
-    """Check a bundle against the untouched model.
-
-    Args:
-        argv: The arguments.
-        prog: The command's name, for its help.
-
-    Returns:
-        0 if the gate is met, 1 if it is not.
-    """
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        allow_abbrev=False,
-        description="Run a bundle's graph beside the untouched Hugging Face tower and projector "
-        "and a slow oracle of VisionZip; write the numbers into its manifest. Exit status 1 below "
-        "the gate.",
-    )
-    parser.add_argument("bundle", metavar="BUNDLE", help="the folder that an export wrote")
-    parser.add_argument(
-        "images", metavar="IMAGE", nargs="*", help="images to check on (default: vzip's own)"
-    )
-    parser.add_argument(
-        "--projector", type=Path, metavar="FILE", help="the tuned projector that it was made with"
-    )
-    arguments = parser.parse_args(argv)
-    require(*EXPORT_PACKAGES, needed_for=f"'{prog}'", extra="export")
-    from vzip.export.parity.recheck import check_bundle
-    from vzip.export.pictures import reference_images
-
-    bundle = check_bundle(
-        arguments.bundle, arguments.images or reference_images(), projector=arguments.projector
-    )
-    parity = bundle.manifest.parity
-    assert parity is not None
-    for name, value in parity.items():
-        emit(f"{name}: {value}")
-    return 0 if parity["passed"] else 1
-
-
 def describe_budget(budget: Budget) -> str:
     """Return a budget as one reads it: the sum and its parts."""
     cls = "CLS among the dominant" if budget.cls_token else "without CLS"
@@ -147,11 +109,10 @@ def describe_parity(bundle: Bundle) -> str:
     )
 
 
-def _export_parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        allow_abbrev=False,  # a new option would change what an old script says
-        description="Trace a vision tower, VisionZip's selection and merging, and the projector "
+def _parser(prog: str) -> Parser:
+    parser = Parser(
+        prog,
+        "Trace a vision tower, VisionZip's selection and merging, and the projector "
         "into one static ONNX graph, check it against the untouched model, and write a bundle.",
     )
     add_model(parser)

@@ -6,7 +6,7 @@ PyTorch, so that it is quick.
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ from typing import Any, Final
 
 from vzip.export import families
 from vzip.export.families import Config, Family, View
-from vzip.runtime.console import emit
+from vzip.runtime.cli.options import Parser
+from vzip.runtime.console import emit, emit_json
 from vzip.runtime.models import ALIASES, DEMO
 
 _TOWERS: Final[Mapping[str, str]] = {"clip_vision_model": "CLIP", "siglip_vision_model": "SigLIP"}
@@ -44,7 +45,7 @@ class Row:
     status: str
 
 
-def models_main(argv: Sequence[str], *, prog: str) -> int:
+def main(argv: Sequence[str], *, prog: str) -> int:
     """Run ``vzip models``: print the table.
 
     Args:
@@ -54,14 +55,17 @@ def models_main(argv: Sequence[str], *, prog: str) -> int:
     Returns:
         The exit status.
     """
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        allow_abbrev=False,
-        description="Print the models that 'vzip export --model' knows by name. A local folder or "
-        "a hub id with a model of one of these families does as well.",
+    parser = Parser(
+        prog,
+        "Print the models that 'vzip export --model' knows by name. A local folder or a hub id "
+        "with a model of one of these families does as well.",
+        table=True,
     )
-    parser.parse_args(argv)
-    emit(table())
+    arguments = parser.read(argv)
+    if arguments.json:
+        emit_json([dataclasses.asdict(row) for row in rows()])
+    else:
+        emit(table())
     return 0
 
 

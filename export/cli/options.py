@@ -10,14 +10,15 @@ from vzip.export.algorithm.budget import Merge
 from vzip.runtime.models import ALIASES
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add ``--model`` and ``--revision``."""
+def add_model(parser: argparse.ArgumentParser, *, revision: bool = True) -> None:
+    """Add ``--model`` and, if a command takes it, ``--revision``."""
     parser.add_argument(
         "--model",
         required=True,
         help=f"an alias ({', '.join(ALIASES)}), a hub id, or a local folder",
     )
-    parser.add_argument("--revision", help="commit, branch or tag of a hub id")
+    if revision:
+        parser.add_argument("--revision", help="commit, branch or tag of a hub id")
 
 
 def add_compression(parser: argparse.ArgumentParser, *, default: str = "") -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 
 from vzip.export import EXPORT_PACKAGES
+from vzip.export.cli.options import add_model
 from vzip.export.hardware import DEVICES, HERE, find_device
 from vzip.export.plan import predict as plan
-from vzip.runtime.console import emit
+from vzip.runtime.cli.options import Parser, numbers
+from vzip.runtime.console import complain, emit, emit_json
 from vzip.runtime.errors import InvalidInputError, require
-from vzip.runtime.models import ALIASES
 
 TEXT_TOKENS = 64
 """LLaVA-1.5's prompt without its image has about forty tokens, a question some twenty."""
@@ -29,7 +28,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     Returns:
         0; 1 if no budget meets the limits and fits the device.
     """
-    arguments = _parser(prog).parse_args(argv)
+    arguments = _parser(prog).read(argv)
     limits = plan.Limits(arguments.latency_ms, arguments.ttft_ms, arguments.memory_gb)
     if arguments.text_tokens < 0:
         raise InvalidInputError(
@@ -40,7 +39,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     require(*EXPORT_PACKAGES, needed_for=f"'{prog}'", extra="export")
     from vzip.export.plan.here import measure
     from vzip.export.plan.model import read_model
-    from vzip.export.plan.table import table
+    from vzip.export.plan.table import record, table
 
     model = read_model(arguments.model)
     budgets = arguments.budgets or model.budgets
@@ -52,39 +51,29 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     asked = {*budgets, model.patches}
     if limits.any:
         asked.add(advice.row.tokens)
-    emit(table(made, [made.predict(tokens) for tokens in sorted(asked)]))
+    rows = [made.predict(tokens) for tokens in sorted(asked)]
+    if arguments.json:
+        emit_json(record(made, rows, advice if limits.any or not advice.met else None))
+    else:
+        emit(table(made, rows))
     if not advice.met:
-        print(f"{prog}: error: {advice.text}", file=sys.stderr)  # noqa: T201  a command's verdict
+        complain(f"{prog}: error: {advice.text}")
         return NONE_MEETS
-    if limits.any:
+    if limits.any and not arguments.json:
         emit(f"\nrecommended (predicted): {advice.text}")
     return 0
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    """Return the numbers of a list with commas."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}, expected numbers of tokens with commas, such as 64,128,192"
-        ) from None
-
-
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        allow_abbrev=False,  # a new option would change what an old script says
-        description="Predict what budgets of a model cost on a device, from the model's work and "
+def _parser(prog: str) -> Parser:
+    parser = Parser(
+        prog,
+        "Predict what budgets of a model cost on a device, from the model's work and "
         "the device's published ceilings: time of the encoder and of the LLM's prefill, speed of "
         "the answer, memory. With limits, the largest budget that meets them all. Exit status 1 if "
         "none does, or nothing fits the device.",
+        table=True,
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        help=f"an alias ({', '.join(ALIASES)}), a hub id, or a local folder",
-    )
+    add_model(parser, revision=False)
     parser.add_argument(
         "--device",
         required=True,
@@ -93,7 +82,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--budgets",
-        type=_numbers,
+        type=numbers,
         metavar="K,K,…",
         help="tokens of an image, a tile or a frame (default: the paper's share of the patches)",
     )

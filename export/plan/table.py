@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from vzip.export.hardware import TARGETS
-from vzip.export.plan.predict import Plan, Prediction, gb, short
+from vzip.export.plan.predict import Advice, Plan, Prediction, gb, short
 
 
 def table(plan: Plan, rows: Sequence[Prediction]) -> str:
     """Return a plan as text of at most 100 columns: what it is of, the rows, and the legend."""
     return "\n".join([*_heading(plan), "", *_cells(plan, rows), "", *_legend(plan)])
+
+
+def record(plan: Plan, rows: Sequence[Prediction], advice: Advice | None) -> dict[str, Any]:
+    """Return the same as values that `json` writes: bytes, milliseconds, tokens a second."""
+    return {
+        "model": plan.model.name,
+        "unit": plan.model.unit,
+        "units": plan.model.units,
+        "device": asdict(plan.device),
+        "pace": asdict(plan.pace),
+        "precision": plan.precision,
+        "llm_weights": plan.weights,
+        "text_tokens": plan.text_tokens,
+        "rows": [{**asdict(row), "ttft_ms": row.ttft_ms, "fits": plan.fits(row)} for row in rows],
+        "advice": advice and {"met": advice.met, "tokens": advice.row.tokens, "text": advice.text},
+    }
 
 
 def _heading(plan: Plan) -> Iterator[str]:

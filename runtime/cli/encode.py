@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vzip.runtime.cli.options import add_encoder
-from vzip.runtime.console import emit, progress
+from vzip.runtime.cli.options import Parser, add_bundle, add_encoder, add_output
+from vzip.runtime.console import complain, emit, progress
 from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.files import outputs
 
 LEFT_OUT = 1  # the exit status where some files were not encoded
 _SUFFIXES = (".safetensors", ".npy")
@@ -17,17 +17,14 @@ _SUFFIXES = (".safetensors", ".npy")
 
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Run ``vzip encode``: write tokens, and print the path of each file that holds them."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Write the compressed tokens of images to a file. Started again after it was "
+    parser = Parser(
+        prog,
+        "Write the compressed tokens of images to a file. Started again after it was "
         "interrupted, it goes on where it was.",
         epilog="Exit status 1: files that are no images, or damaged ones, were left out; they are "
         "named on standard error.",
-        allow_abbrev=False,
     )
-    parser.add_argument(
-        "bundle", metavar="BUNDLE", type=Path, help="the folder that 'vzip export' wrote"
-    )
+    add_bundle(parser)
     parser.add_argument(
         "images",
         metavar="IMAGES",
@@ -35,14 +32,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         nargs="+",
         help="image files, and folders that are searched for images with all below them",
     )
-    parser.add_argument(
-        "-o",
-        "--output",
-        metavar="FILE",
-        type=Path,
-        required=True,
-        help="the file to write: .safetensors; or .npy, the tokens alone",
-    )
+    add_output(parser, "FILE", "the file to write: .safetensors; or .npy, the tokens alone")
     parser.add_argument(
         "--shard-size",
         type=int,
@@ -50,7 +40,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         help="write files of N images each, FILE-00001-of-….safetensors (default: one file)",
     )
     add_encoder(parser)
-    arguments = parser.parse_args(argv)
+    arguments = parser.read(argv)
     _check_options(arguments.output, arguments.shard_size)
     return _encode(arguments)
 
@@ -78,13 +68,13 @@ def _encode(arguments: argparse.Namespace) -> int:
             cure="export another with --media image",
         )
     origin = origin_of(bundle.manifest, bundle.quantised, fastest=bundle.fastest)
-    outputs = outputs_of(found.images, output, arguments.shard_size)
-    check_origin(outputs, origin)
+    files = outputs_of(found.images, output, arguments.shard_size)
+    check_origin(files, origin)
     with (
         work_store(output, origin) as store,
         VisionEncoder.open(bundle, arguments.backend, arguments.engine) as encoder,
     ):
-        job = EncodeJob(encoder, origin, store, outputs)
+        job = EncodeJob(encoder, origin, store, files)
         images = progress(found.images, desc="encoding", total=len(found.images), unit="image")
         job.run(images)
         left_out = [*found.left_out, *job.left_out]
@@ -104,41 +94,27 @@ def _encode(arguments: argparse.Namespace) -> int:
 
 
 def _tell(left_out: Sequence[tuple[str, str]], count: int, hidden: int) -> None:
-    """Say what was not encoded, on standard error."""
-    if not left_out or sys.stderr is None:
+    """Say what was not encoded; it is why the exit status is not 0."""
+    if not left_out:
         return
     for name, why in left_out:
-        print(f"encode: left out {name!r}: {why}", file=sys.stderr)  # noqa: T201
+        complain(f"encode: left out {name!r}: {why}")
     also = f" ({hidden} hidden ones were passed over)" if hidden else ""
-    print(f"encode: left out {len(left_out)} of {count} files{also}", file=sys.stderr)  # noqa: T201
+    complain(f"encode: left out {len(left_out)} of {count} files{also}")
 
 
 def _check_options(output: Path, shard_size: int | None) -> None:
     """Refuse what makes no sense, before any work is done.
 
     Raises:
-        InvalidInputError: Another extension, a folder, a folder that is not there, a size below 1,
-            or shards of a format that can't name its images.
+        InvalidInputError: An output that can't be written, a size below 1, or shards of a format
+            that can't name its images.
     """
-    if output.suffix not in _SUFFIXES:
-        raise InvalidInputError(
-            f"encode: -o is '{output}', but files of tokens end with .safetensors or .npy",
-            cure="give one of these",
-        )
-    if output.is_dir():
-        raise InvalidInputError(
-            f"encode: -o is '{output}', which is a folder",
-            cure="name a file in it",
-        )
-    if not output.parent.is_dir():
-        raise InvalidInputError(
-            f"encode: -o is '{output}', but the folder '{output.parent}' does not exist",
-            cure="create it first",
-        )
+    outputs.check_file(output, *_SUFFIXES, exact=True)
     if shard_size is not None and shard_size < 1:
         raise InvalidInputError(
             f"encode: got --shard-size {shard_size}",
-            cause="it takes 1 or more images a file",
+            expected="1 or more images a file",
         )
     if shard_size is not None and output.suffix == ".npy":
         raise InvalidInputError(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
 
-from vzip.runtime.console import FAILED, run_command
+from vzip.runtime.console import FAILED, complain, emit, run_command
 from vzip.runtime.errors import VzipError
 
 PROG = "vzip"
@@ -70,17 +70,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: list[str]) -> int:
     """Answer the options of `vzip` itself, or call the command."""
     if not argv:
-        print(_usage(), file=sys.stderr)  # noqa: T201  what a command line is for
+        complain(_usage())
         return FAILED
     name, rest = argv[0], argv[1:]
     if name in ("-h", "--help"):
-        print(_usage())  # noqa: T201
+        emit(_usage())
         return 0
     if name == "--version":
-        print(f"{PROG} {_version()}")  # noqa: T201
+        from vzip.runtime import __version__
+
+        emit(f"{PROG} {__version__}")
         return 0
     if name not in _names():
-        raise VzipError(_unknown(name))
+        raise _unknown(name)
     return _load(name)(rest, prog=f"{PROG} {name}")
 
 
@@ -136,28 +138,14 @@ def _usage() -> str:
     )
 
 
-def _unknown(name: str) -> str:
-    """Return the message about a word that is no command."""
+def _unknown(name: str) -> VzipError:
+    """Return the error about a word that is no command."""
     import difflib
 
     kind = "option" if name.startswith("-") else "command"
-    known = [*_names(), "--help", "--version"]
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name, [*_names(), "--help", "--version"], n=1)
     cure = f"did you mean '{close[0]}'?" if close else f"'{PROG} -h' lists what there is"
-    return f"unknown {kind} '{name}'; {cure}"
-
-
-def _version() -> str:
-    """Return the version of the installed distribution."""
-    from importlib import metadata
-
-    try:
-        return metadata.version("vzip")
-    except metadata.PackageNotFoundError as error:
-        raise VzipError(
-            "vzip has no version here, because it runs from a folder that was never installed",
-            cure="install it with: pip install -e .",
-        ) from error
+    return VzipError(f"unknown {kind} '{name}'", cure=cure)
 
 
 if __name__ == "__main__":

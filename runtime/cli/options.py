@@ -1,8 +1,147 @@
-"""Options that several commands of the runtime have."""
+"""The parser of every command, and the options that several commands of the runtime have."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import NoReturn
+
+from vzip.runtime import console
+from vzip.runtime.console import Verbosity
+from vzip.runtime.errors import InvalidInputError
+
+_NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's parser: it has ``-v`` and ``-q``, and every mistake is an error of one line.
+
+    There are no abbreviations: a new option would change what an old script says.
+
+    Args:
+        prog: The command's name, such as ``vzip plan``.
+        description: What the command does.
+        table: Whether it prints a table, which ``--json`` prints as JSON.
+        renamed: Old name of an option → what is written today.
+        epilog: What the help ends with.
+    """
+
+    def __init__(
+        self,
+        prog: str,
+        description: str,
+        *,
+        table: bool = False,
+        renamed: Mapping[str, str] = _NOTHING,
+        epilog: str | None = None,
+    ) -> None:
+        super().__init__(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
+        self._renamed = renamed
+        loudness = self.add_mutually_exclusive_group()
+        loudness.add_argument(
+            "-v",
+            "--verbose",
+            action="count",
+            default=0,
+            help="say more on standard error; twice: all that is logged",
+        )
+        loudness.add_argument(
+            "-q", "--quiet", action="store_true", help="say nothing but results and errors"
+        )
+        if table:
+            self.add_argument("--json", action="store_true", help="print the same as JSON")
+
+    def read(self, argv: Sequence[str], *, intermixed: bool = False) -> argparse.Namespace:
+        """Return the options, and set how much is said on standard error from now on.
+
+        Args:
+            argv: The arguments.
+            intermixed: Whether options may stand between the values of one positional argument.
+
+        Raises:
+            InvalidInputError: An option that there is not or that has another name today, a value
+                of the wrong form, or a lack of either.
+        """
+        self._refuse_unknown(argv)
+        parse = self.parse_intermixed_args if intermixed else self.parse_args
+        arguments = parse(list(argv))
+        if arguments.quiet:
+            console.set_verbosity(Verbosity.QUIET)
+        else:
+            console.set_verbosity(Verbosity(min(Verbosity.NORMAL + arguments.verbose, 3)))
+        return arguments
+
+    def _refuse_unknown(self, argv: Sequence[str]) -> None:
+        """Name an option that there is not before argparse asks for what was meant by it."""
+        if "-h" in argv or "--help" in argv:
+            return
+        for word in argv:
+            if word == "--":
+                return
+            name = word.partition("=")[0]
+            if not name.startswith("--") or " " in name or name in self._option_string_actions:
+                continue
+            if name in self._renamed:
+                raise InvalidInputError(
+                    f"'{self.prog}' has no option {name} any more",
+                    cure=f"write {self._renamed[name]}",
+                )
+            close = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            raise InvalidInputError(
+                f"unrecognized arguments: {name}",
+                cure=f"did you mean '{close[0]}'?" if close else self._help(),
+            )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse found."""
+        raise InvalidInputError(message, cure=self._help())
+
+    def _help(self) -> str:
+        return f"'{self.prog} -h' lists the options"
+
+
+def numbers(
+    text: str, *, of: str = "numbers", example: str = "64,128,192", least: int | None = None
+) -> tuple[int, ...]:
+    """Return the numbers of a list with commas, for argparse's ``type``."""
+    parts = text.split(",")
+    if all(re.fullmatch(r"-?[0-9]+", part) for part in parts):
+        found = tuple(map(int, parts))
+        if least is None or min(found) >= least:
+            return found
+    raise argparse.ArgumentTypeError(f"got {text!r}, expected {of} with commas, such as {example}")
+
+
+def names(*known: str) -> Callable[[str], tuple[str, ...]]:
+    """Return argparse's ``type`` for a list with commas of known names, or of any names."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        found = tuple(text.split(","))
+        if unknown := [each for each in found if known and each not in known]:
+            raise argparse.ArgumentTypeError(
+                f"got {unknown[0]!r}, expected {' or '.join(known)}, or several with commas"
+            )
+        return found
+
+    return parse
+
+
+def add_bundle(parser: argparse.ArgumentParser) -> None:
+    """Add the bundle, which is the first thing that a command takes."""
+    parser.add_argument(
+        "bundle", metavar="BUNDLE", type=Path, help="the folder that 'vzip export' wrote"
+    )
+
+
+def add_output(
+    parser: argparse.ArgumentParser, metavar: str, text: str, *, required: bool = True
+) -> None:
+    """Add ``-o``; `vzip.runtime.files.outputs` says whether it can be written."""
+    parser.add_argument("-o", "--output", metavar=metavar, type=Path, required=required, help=text)
 
 
 def add_encoder(parser: argparse.ArgumentParser) -> None:

@@ -18,20 +18,19 @@ from PIL import Image
 from tests.agreements import agreement
 from tests.export.layouts import write_layout
 from tests.precisions import add_precision
-from vzip.calibration.cli import report as report_cli
 from vzip.calibration.quantization.quantize import LayerReport, Report
 from vzip.calibration.quantization.recipe import Recipe
 from vzip.calibration.quantization.sensitivity import Effect
-from vzip.calibration.report import report
-from vzip.calibration.report.page import page
-from vzip.calibration.report.report import MOST_IMAGES, Savings, gather, parse_calibration
+from vzip.calibration.reporting import report
+from vzip.calibration.reporting.page import page
+from vzip.calibration.reporting.report import MOST_IMAGES, Savings, gather, parse_calibration
 from vzip.export.pictures import reference_images
 from vzip.runtime import VisionEncoder
 from vzip.runtime.bundle.manifest import Manifest
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.cli.main import main
 from vzip.runtime.encoder import CompressedTokens
-from vzip.runtime.errors import BackendError, BundleError, InvalidInputError
+from vzip.runtime.errors import BackendError, BundleError
 from vzip.runtime.machine import timing
 
 HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>'
@@ -345,16 +344,3 @@ def test_a_report_that_fails_leaves_the_old_one(
     assert main(["report", *arguments, "-o", str(output)]) == 2
     assert "got 13 images, expected 1 to 12" in capsys.readouterr().err
     assert output.read_text() == "the old one"
-
-
-@pytest.mark.parametrize(("name", "message"), [
-    ("page.pdf", "but the report is a web page; give a name ending in .html"),
-    ("absent/page.html", "does not exist; create it first"),
-    ("folder.html", "which is a folder; give a file in it"),
-])  # fmt: skip
-def test_an_output_that_can_not_be_written_is_refused_first(
-    tmp_path: Path, name: str, message: str
-) -> None:
-    (tmp_path / "folder.html").mkdir()
-    with pytest.raises(InvalidInputError, match=re.escape(message)):
-        report_cli._check_output(tmp_path / name)

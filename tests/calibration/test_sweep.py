@@ -16,11 +16,12 @@ import torch
 from tests.export.layouts import write_layout
 from vzip.calibration.cli import sweep as sweep_cli
 from vzip.calibration.held_out import Accuracy, DemoQuestions
-from vzip.calibration.sweep import graph as sweep_graph
-from vzip.calibration.sweep.advice import Limits, advise
-from vzip.calibration.sweep.graph import ALL, Seen, SweepSession, Variant, open_sweep
-from vzip.calibration.sweep.output import plot, size, table
-from vzip.calibration.sweep.sweep import Row, Sweep, agreement, sweep
+from vzip.calibration.sweeping import shared_tower as sweep_graph
+from vzip.calibration.sweeping.advice import Limits, advise
+from vzip.calibration.sweeping.output import plot, size, table
+from vzip.calibration.sweeping.shared_tower import ALL, Seen, SweepSession, open_sweep
+from vzip.calibration.sweeping.sweep import Row, Sweep, agreement, sweep
+from vzip.calibration.variant import Variant
 from vzip.export.algorithm import oracle
 from vzip.export.algorithm.budget import Budget
 from vzip.export.checkpoint.reader import Checkpoint, read_vision
@@ -392,7 +393,7 @@ def test_other_families_are_swept_by_the_unit_they_see(
     (["--budgets", "65"], "lower the budget to at most 64"),
     (["--budgets", "6", "--text-tokens", "-1"], "got --text-tokens -1, expected 0 or more"),
     (["--budgets", "6", "--images", "nowhere"], "the images 'nowhere' don't exist"),
-    (["--budgets", "6,x"], "got '6,x', expected numbers of tokens with commas"),
+    (["--budgets", "6,x"], "got '6,x', expected numbers with commas"),
     (["--budgets", "6", "--merges", "mean"], "got 'mean', expected average or sum"),
 ])  # fmt: skip
 def test_what_can_not_be_swept_is_said_at_once(
@@ -410,7 +411,7 @@ def test_a_file_is_no_folder_for_results(
     (tmp_path / "out").write_text("mine")
     output = str(tmp_path / "out")
     assert main(["sweep", "--model", str(model), "--budgets", "6", "-o", output]) == 2
-    assert "which is a file; give a folder" in capsys.readouterr().err
+    assert "out' is a file, expected a folder" in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "mine"
 
 

@@ -191,19 +191,19 @@ def in_place(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
         (["--tokens", "9", "--contextual", "5"], "--tokens and --dominant/--contextual were both"),
         (["--dominant", "5"], "expected --dominant and --contextual together"),
         (["--contextual", "5"], "expected --dominant and --contextual together"),
-        (["--tokens", "1"], "tokens is 1; expected at least 2"),
-        (["--tokens", "0"], "tokens is 0; expected at least 2"),
-        (["--tokens", "-4"], "tokens is -4; expected at least 2"),
+        (["--tokens", "1"], "tokens is 1, expected at least 2"),
+        (["--tokens", "0"], "tokens is 0, expected at least 2"),
+        (["--tokens", "-4"], "tokens is -4, expected at least 2"),
         (["--tokens", "many"], "invalid int value: 'many'"),
-        (["--dominant", "0", "--contextual", "4"], "dominant is 0; expected at least 1"),
-        (["--dominant", "4", "--contextual", "0"], "contextual is 0; expected at least 1"),
+        (["--dominant", "0", "--contextual", "4"], "dominant is 0, expected at least 1"),
+        (["--dominant", "4", "--contextual", "0"], "contextual is 0, expected at least 1"),
         (["--tokens", "65"], "= 65 tokens, but the tower has 65 to choose from"),
         (["--tokens", "64", "--no-cls"], "= 64 tokens, but the tower has 64 to choose from"),
         (["--tokens", "9999999"], "lower the budget to at most 64"),
-        (["--batch", "0"], "batch is 0; expected at least 1"),
-        (["--batch", "-2"], "batch is -2; expected at least 1"),
-        (["--max-batch", "0"], "batch is 0; expected at least 1"),
-        (["--max-batch", "-1"], "batch is -1; expected at least 1"),
+        (["--batch", "0"], "batch is 0, expected at least 1"),
+        (["--batch", "-2"], "batch is -2, expected at least 1"),
+        (["--max-batch", "0"], "batch is 0, expected at least 1"),
+        (["--max-batch", "-1"], "batch is -1, expected at least 1"),
         (["--batch", "2", "--max-batch", "4"], "not allowed with argument"),
         (["--seed", "1"], "--seed 1 was given without --weights random"),
         (["--seed", "0", "--weights", "checkpoint"], "--seed 0 was given without --weights"),
@@ -223,11 +223,11 @@ def in_place(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
         (["-o", ""], "-o"),
         (["surplus"], "unrecognized arguments: surplus"),
         # Abbreviations: a new option would change what an old script says.
-        (["--tok", "9"], "unrecognized arguments: --tok 9"),
-        (["--max-b", "2"], "unrecognized arguments: --max-b 2"),
-        (["--prec", "fp16"], "unrecognized arguments: --prec fp16"),
+        (["--tok", "9"], "unrecognized arguments: --tok;"),
+        (["--max-b", "2"], "unrecognized arguments: --max-b;"),
+        (["--prec", "fp16"], "unrecognized arguments: --prec;"),
         (["--no-ch"], "unrecognized arguments: --no-ch"),
-        (["--out", "x"], "unrecognized arguments: --out x"),
+        (["--out", "x"], "unrecognized arguments: --out;"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -285,7 +285,7 @@ def test_frames_have_the_papers_budget(place: Path) -> None:
 
 def test_a_default_name_tells_variants_apart() -> None:
     def name(*options: str) -> str:
-        parser = cli._export_parser("vzip-export")
+        parser = cli._parser("vzip-export")
         arguments = parser.parse_args(["--model", "m", "--precision", "fp16", *options])
         return cli._output(arguments, Budget(12, 4))
 
@@ -583,7 +583,5 @@ def test_the_default_output_of_the_current_folder_has_its_name(
 ) -> None:
     (tmp_path / "my-llava").mkdir()
     monkeypatch.chdir(tmp_path / "my-llava")
-    arguments = cli._export_parser("vzip export").parse_args(
-        ["--model", ".", "--precision", "fp16"]
-    )
+    arguments = cli._parser("vzip export").parse_args(["--model", ".", "--precision", "fp16"])
     assert cli._output(arguments, Budget(54, 10)) == "my-llava-64-fp16"

@@ -251,11 +251,11 @@ def test_an_array_is_written_whole_or_not_at_all(
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["images", "-o", "t.pt"], "files of tokens end with .safetensors or .npy"),
-        (["images", "-o", "no/t.npy"], "the folder 'no' does not exist; create it first"),
-        (["images", "-o", "empty/../images.npy/t.npy"], "does not exist; create it first"),
+        (["images", "-o", "t.pt"], "expected a file name that ends with .safetensors or .npy"),
+        (["images", "-o", "no/t.npy"], "the folder 'no' does not exist"),
+        (["images", "-o", "empty/../images.npy/t.npy"], "does not exist; create"),
         (["images", "-o", "t.npy", "--shard-size", "2"], "can't say which images its rows are"),
-        (["images", "-o", "t.safetensors", "--shard-size", "0"], "it takes 1 or more images"),
+        (["images", "-o", "t.safetensors", "--shard-size", "0"], "expected 1 or more images"),
         (["nowhere", "-o", "t.safetensors"], "got 'nowhere', which does not exist"),
         (["empty", "-o", "t.safetensors"], "found no files in empty, expected images"),
         (["images/a.png", "images/sub/a.png", "-o", "t.npy"], "both be called 'a.png'"),

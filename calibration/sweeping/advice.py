@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vzip.runtime.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from vzip.calibration.sweep.sweep import Row
+    from vzip.calibration.sweeping.sweep import Row
 
 
 @dataclass(frozen=True)

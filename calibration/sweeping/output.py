@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 from vzip.export.bench import figures
 
 if TYPE_CHECKING:
-    from vzip.calibration.sweep.advice import Advice
-    from vzip.calibration.sweep.sweep import Row, Sweep
+    from vzip.calibration.sweeping.advice import Advice
+    from vzip.calibration.sweeping.sweep import Row, Sweep
 
 _COLOURS = ("#1f6feb", "#d1572a", "#2c8a4b", "#8250df")
 _GREY = "#6b7280"

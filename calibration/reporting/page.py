@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from html import escape
 
-from vzip.calibration.report.report import Calibration, Content, Graph, Layer, Savings, Shown
-from vzip.calibration.sweep.output import size
+from vzip.calibration.reporting.report import Calibration, Content, Graph, Layer, Savings, Shown
+from vzip.calibration.sweeping.output import size
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2128; --dim: #59636e; --line: #d1d9e0;

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 from torch import Tensor, nn
 
+from vzip.calibration.variant import Variant
 from vzip.export.algorithm import selections
-from vzip.export.algorithm.budget import Budget, Merge
 from vzip.export.checkpoint.weights import VisionWeights
 from vzip.export.graph import passes
 from vzip.export.graph.trace import quiet_exporter, save
@@ -36,24 +36,6 @@ _FEATURES = ("features", "keys", "scores")
 
 ALL = "all"
 """Name of the encoder that compresses nothing."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to compress.
-
-    Attributes:
-        budget: Its tokens.
-        merge: How the contextual ones are formed.
-    """
-
-    budget: Budget
-    merge: Merge
-
-    @property
-    def name(self) -> str:
-        """What tells it from the others, such as ``64-average``."""
-        return f"{self.budget.tokens}-{self.merge}"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vzip.calibration.sweep.graph import ALL, Seen, SweepSession, Variant, open_sweep
+from vzip.calibration.sweeping.shared_tower import ALL, Seen, SweepSession, open_sweep
+from vzip.calibration.variant import Variant
 from vzip.export.checkpoint.reader import Checkpoint, read_vision
 from vzip.export.defaults import FRAMES
 from vzip.export.plan.llm_cost import LlmShape, llm_shape

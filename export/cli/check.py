@@ -1,0 +1,54 @@
+"""`vzip check`: a bundle beside the untouched model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from vzip.export import EXPORT_PACKAGES
+from vzip.runtime.cli.options import Parser, add_bundle
+from vzip.runtime.console import emit, emit_json
+from vzip.runtime.errors import require
+
+BELOW_THE_GATE = 1
+
+
+def main(argv: Sequence[str], *, prog: str) -> int:
+    """Check a bundle against the untouched model.
+
+    Args:
+        argv: The arguments.
+        prog: The command's name, for its help.
+
+    Returns:
+        0 if the gate is met, 1 if it is not.
+    """
+    parser = Parser(
+        prog,
+        "Run a bundle's graph beside the untouched Hugging Face tower and projector and a slow "
+        "oracle of VisionZip; write the numbers into its manifest. Exit status 1 below the gate.",
+        table=True,
+    )
+    add_bundle(parser)
+    parser.add_argument(
+        "images", metavar="IMAGE", nargs="*", help="images to check on (default: vzip's own)"
+    )
+    parser.add_argument(
+        "--projector", type=Path, metavar="FILE", help="the tuned projector that it was made with"
+    )
+    arguments = parser.read(argv)
+    require(*EXPORT_PACKAGES, needed_for=f"'{prog}'", extra="export")
+    from vzip.export.parity.recheck import check_bundle
+    from vzip.export.pictures import reference_images
+
+    bundle = check_bundle(
+        arguments.bundle, arguments.images or reference_images(), projector=arguments.projector
+    )
+    parity = bundle.manifest.parity
+    assert parity is not None
+    if arguments.json:
+        emit_json(dict(parity))
+    else:
+        for name, value in parity.items():
+            emit(f"{name}: {value}")
+    return 0 if parity["passed"] else BELOW_THE_GATE

@@ -1,0 +1,68 @@
+"""`vzip chat`: a question per line of standard input."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from vzip.runtime.cli import asking
+from vzip.runtime.console import complain, emit
+from vzip.runtime.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from vzip.runtime.llm import Conversation
+
+
+def main(argv: Sequence[str], *, prog: str) -> int:
+    """Run ``vzip chat``: a question per line of stdin, its answer on stdout as it is made."""
+    parser = asking.parser_of(
+        prog,
+        "Answer questions about images or a video, one per line of standard input, until it "
+        "ends. They are encoded once, and every question sees the ones before it.",
+    )
+    arguments = parser.read(argv, intermixed=True)
+    asking.check_numbers("chat", arguments)
+    if sys.stdin is None:
+        raise InvalidInputError(
+            "chat: standard input is closed, so there are no questions",
+            cure="start it without '<&-'",
+        )
+    conversation = asking.conversation(arguments)
+    for question in _questions():
+        _answer(conversation, question, arguments.max_new_tokens)
+    return 0
+
+
+def _answer(conversation: Conversation, question: str, max_new_tokens: int) -> None:
+    """Print an answer as it is made."""
+    try:
+        for piece in conversation.stream(question, max_new_tokens=max_new_tokens):
+            emit(piece, end="")
+        emit("")
+    except InvalidInputError as error:
+        # At a terminal there is somebody to ask again; in a pipe a lost answer would shift all
+        # that follow.
+        if not sys.stdin.isatty():
+            raise
+        complain(f"vzip: error: {error}")
+
+
+def _questions() -> Iterator[str]:
+    """Yield the lines of standard input that are not blank, with a prompt on a terminal."""
+    while True:
+        if sys.stdin.isatty():
+            complain("> ", end="")
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise InvalidInputError(
+                f"chat: standard input is not UTF-8 text ({error.reason})",
+                cure="convert the questions to UTF-8",
+            ) from error
+        if not line:
+            if sys.stdin.isatty():
+                complain("")
+            return
+        if line.strip():
+            yield line

@@ -1,0 +1,69 @@
+"""`vzip show`: which patches of an image a bundle keeps, drawn."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from vzip.runtime.cli.asking import tell_if_animated
+from vzip.runtime.cli.options import Parser, add_bundle, add_encoder, add_output
+from vzip.runtime.console import emit, say
+from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.files import outputs
+
+
+def main(argv: Sequence[str], *, prog: str) -> int:
+    """Run ``vzip show``: draw which patches of an image a bundle keeps, and print the path."""
+    parser = Parser(
+        prog,
+        "Draw which patches of an image are kept (clear), merged (tinted by group) and dimmed.",
+    )
+    add_bundle(parser)
+    parser.add_argument("image", metavar="IMAGE", type=Path, help="an image file")
+    add_encoder(parser)
+    add_output(parser, "FILE.png", "the picture to write")
+    arguments = parser.read(argv)
+    outputs.check_file(arguments.output, ".png")
+
+    from vzip.runtime.encoder import VisionEncoder
+    from vzip.runtime.pictures.images import load_image
+    from vzip.runtime.pictures.overlay import overlay
+    from vzip.runtime.pictures.video import is_video
+
+    if is_video(arguments.image):
+        raise InvalidInputError(
+            f"show: '{arguments.image}' is a video or a folder, but one image is drawn",
+            cure="take a frame out of it",
+        )
+    image = load_image(arguments.image)
+    tell_if_animated(arguments.image)
+    with VisionEncoder.open(
+        arguments.bundle, arguments.backend, arguments.engine, arguments.precision
+    ) as encoder:
+        manifest = encoder.manifest
+        if manifest.tiling is not None:
+            say("show: this bundle cuts tiles; the base tile is drawn")
+        tokens = encoder.encode([image])
+        groups = None
+        if encoder.backend == "tensorrt":
+            # An engine has no output for them; asking for groups there is an error.
+            say(
+                "show: a TensorRT engine can't tell which tokens were merged, so none are tinted; "
+                "--backend onnxruntime tints them"
+            )
+        else:
+            groups = tokens.groups[0]
+        picture = overlay(
+            image,
+            tokens.kept[0],
+            grid=manifest.tower.grid,
+            cls_token=manifest.tower.cls_token,
+            prep=manifest.preprocessing,
+            groups=groups,
+        )
+    data = io.BytesIO()
+    picture.save(data, format="PNG")
+    outputs.write_file(arguments.output, data.getvalue())
+    emit(str(arguments.output))
+    return 0

@@ -1,0 +1,93 @@
+"""Where a command writes: whether it can be written is said before any work is done."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.files import atomic
+
+Pathlike = str | os.PathLike[str]
+
+
+def check_file(path: Pathlike, *suffixes: str, exact: bool = False) -> Path:
+    """Refuse an output file that can't be written.
+
+    Args:
+        path: The file; it may be there already.
+        suffixes: Those that its name may have, such as ``.png``.
+        exact: Whether upper case is refused.
+
+    Returns:
+        The path.
+
+    Raises:
+        InvalidInputError: Another suffix, a folder, or a file in a folder that is not there.
+    """
+    path = Path(path)
+    if (path.suffix if exact else path.suffix.lower()) not in suffixes:
+        raise InvalidInputError(
+            f"the output is '{path}'", expected=f"a file name that ends with {_either(suffixes)}"
+        )
+    if path.is_dir():
+        raise InvalidInputError(
+            f"the output '{path}' is a folder", cure="give the name of a file in it"
+        )
+    if not path.parent.is_dir():
+        raise InvalidInputError(
+            f"the output is '{path}', but the folder '{path.parent}' does not exist",
+            cure="create the folder first",
+        )
+    return path
+
+
+def check_folder(path: Pathlike) -> Path:
+    """Refuse a file for a folder of results; a folder that is not there will be made.
+
+    Raises:
+        InvalidInputError: It is a file.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise InvalidInputError(f"the output '{path}' is a file", expected="a folder")
+    return path
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a result; the file is there whole, or as it was.
+
+    Raises:
+        InvalidInputError: It can't be written.
+    """
+    try:
+        atomic.replace_file(path, data)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
+    """Write results into a folder, each whole or not at all, and return their paths.
+
+    Raises:
+        InvalidInputError: The folder can't be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            atomic.replace_file(folder / name, data)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    return [folder / name for name in files]
+
+
+def _either(suffixes: tuple[str, ...]) -> str:
+    return " or ".join(suffixes)
+
+
+def _unwritable(path: Path, error: OSError) -> InvalidInputError:
+    return InvalidInputError(
+        f"the output '{path}' can't be written ({error.strerror})",
+        cure="choose a folder that you may write to, on a disk with room",
+    )

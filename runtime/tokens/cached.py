@@ -1,0 +1,88 @@
+"""Images whose tokens are wanted: those that a cache has are not encoded again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.pictures.images import load_image
+from vzip.runtime.pictures.video import CONTAINERS
+from vzip.runtime.tokens.cache import TokenCache, image_digest, origin_of, read_image
+from vzip.runtime.tokens.file import ImageTokens
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from vzip.runtime.bundle.reader import Bundle
+    from vzip.runtime.encoder import VisionEncoder
+    from vzip.runtime.llm import Embeds
+
+
+class CachedImages:
+    """Images to be encoded, and what a cache holds of them already.
+
+    Attributes:
+        missing: SHA-256 → image, of those that must be encoded.
+    """
+
+    def __init__(self, paths: Sequence[Path], bundle: Bundle, folder: Path | None) -> None:
+        """Look the images up, and decode those that are in no cache.
+
+        Args:
+            paths: The image files; each is read once, so that the bytes that are hashed are those
+                that are encoded.
+            bundle: The bundle whose tokens are wanted.
+            folder: That of the cache; None for none.
+
+        Raises:
+            InvalidInputError: An image can't be read, or no cache can be made in the folder.
+        """
+        files = [(path, read_image(path)) for path in paths]
+        self.missing: dict[str, Image.Image] = {}
+        self._origin = origin_of(bundle.manifest, bundle.quantised, fastest=bundle.fastest)
+        self._cache = None if folder is None else TokenCache(folder)
+        self._digests = [image_digest(data) for _, data in files]
+        self._tokens: dict[str, Embeds] = {}
+        for digest, (path, data) in zip(self._digests, files, strict=True):
+            found = None
+            if self._cache is not None:
+                found = self._cache.get(digest, self._origin.fingerprint)
+            if found is not None:
+                self._tokens[digest] = found.tokens
+            elif digest not in self.missing:
+                self.missing[digest] = _decoded(path, data)
+
+    def embeds(self, encoder: VisionEncoder | None) -> list[Embeds]:
+        """Return the tokens of all images in order, and put those that were missing into the cache.
+
+        Args:
+            encoder: Of the bundle; None will do if none is missing.
+
+        Returns:
+            [n, L] of each image, as `VisionEncoder.image_embeds` gives it.
+        """
+        for digest, image in self.missing.items():
+            assert encoder is not None
+            encoded = encoder.image_tokens(image)
+            self._tokens[digest] = encoded.embeds
+            if self._cache is not None:
+                self._cache.put(self._origin, ImageTokens(digest, digest, *encoded))
+        return [self._tokens[digest] for digest in self._digests]
+
+
+def _decoded(path: Path, data: bytes) -> Image.Image:
+    """Return the image of a file's bytes; where a video would have done as well, say so."""
+    try:
+        try:
+            return load_image(data)
+        except InvalidInputError:
+            load_image(path)  # says what is wrong, and of which file
+            raise
+    except InvalidInputError as error:
+        if "is not in a format read here" not in str(error):
+            raise
+        raise InvalidInputError(
+            f"{error}, or, for a video, one of {', '.join(CONTAINERS)}"
+        ) from error
