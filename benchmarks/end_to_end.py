@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.harness.end_to_end_worker import CACHES, NEW_TOKENS, PATCHES, SPLITS, WEIGHTS
 from benchmarks.harness.llm_shapes import LLMS, Llm
-from vzip.export.bench import figures
+from vzip.export.pages import figures
 from vzip.runtime.console import say
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.files import outputs

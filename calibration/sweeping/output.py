@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from vzip.export.bench import figures
+from vzip.export.pages import figures
+from vzip.export.pages.rendering import byte_unit, size
 
 if TYPE_CHECKING:
     from vzip.calibration.sweeping.advice import Advice
@@ -94,7 +95,7 @@ def plot(sweep: Sweep, advice: Advice | None, kind: Literal["svg", "png"]) -> by
         )
     single = next(iter(by_merge.values()))  # the LLM's cost doesn't depend on the merge
     tokens = [row.tokens for row in single]
-    scale, unit = _unit(everything.kv_bytes)
+    scale, unit = byte_unit(everything.kv_bytes)
     prefill.plot(tokens, [row.prefill_flops / 1e9 for row in single], "o-", color=_COLOURS[2])
     cache.plot(tokens, [row.kv_bytes / scale for row in single], "o-", color=_COLOURS[2])
     if everything.accuracy is not None:
@@ -128,19 +129,6 @@ def plot(sweep: Sweep, advice: Advice | None, kind: Literal["svg", "png"]) -> by
     marked = f"; marked: {advice.row.name}" if advice is not None and advice.met else ""
     figure.suptitle(f"Budgets of {name}{marked}", fontsize=12, x=0.01, ha="left")
     return figures.drawn(figure, kind)
-
-
-def size(count: int) -> str:
-    """Return a number of bytes as one reads it."""
-    scale, unit = _unit(count)
-    return f"{count / scale:.1f} {unit}"
-
-
-def _unit(count: int) -> tuple[int, str]:
-    for scale, unit in ((2**30, "GiB"), (2**20, "MiB")):
-        if count >= scale:
-            return scale, unit
-    return 2**10, "KiB"
 
 
 def _cells(row: Row, sweep: Sweep) -> Sequence[str]:

@@ -34,7 +34,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, Literal
 
-from vzip.export.bench import figures
+from vzip.export.pages import figures
 
 Result = Mapping[str, Any]
 Row = Mapping[str, Any]

@@ -17,12 +17,12 @@ def figure(size: tuple[float, float], *, needed_for: str) -> Any:
         MissingDependencyError: It is not installed.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        import matplotlib.backends.backend_agg
+        import matplotlib.figure
     except ImportError as error:
         raise missing("matplotlib", needed_for=needed_for, extra="report") from error
-    made = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(made)
+    made = matplotlib.figure.Figure(figsize=size, layout="constrained")
+    matplotlib.backends.backend_agg.FigureCanvasAgg(made)
     return made
 
 
