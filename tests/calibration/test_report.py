@@ -6,8 +6,6 @@ import base64
 import dataclasses
 import io
 import json
-import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from PIL import Image
 
 from tests.agreements import agreement
 from tests.export.layouts import write_layout
+from tests.pages import HOSTILE, assert_shut
 from tests.precisions import add_precision
 from vzip.calibration.quantization.quantize import LayerReport, Report
 from vzip.calibration.quantization.recipe import Recipe
@@ -32,9 +31,6 @@ from vzip.runtime.cli.main import main
 from vzip.runtime.encoder import CompressedTokens
 from vzip.runtime.errors import BackendError, BundleError
 from vzip.runtime.machine import timing
-
-HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>'
-VOID = {"meta", "img", "br"}
 
 
 def calibration(**change: Any) -> dict[str, Any]:
@@ -62,57 +58,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def images() -> list[tuple[str, Any]]:
     return [(path.name, lambda path=path: path) for path in reference_images()[:2]]
-
-
-class Page(HTMLParser):
-    """A strict reader: every element is closed, in order."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open[-1:] != ["style"]:
-            self.text.append(data)
-
-    @property
-    def words(self) -> str:
-        return " ".join(" ".join(self.text).split())
-
-
-def assert_shut(text: str) -> Page:
-    """Assert that a page takes nothing from outside and runs nothing."""
-    read = Page(text)
-    known = {"alt", "charset", "class", "content", "http-equiv", "lang", "name", "open", "scope",
-             "src", "style"}  # fmt: skip
-    for tag, attributes in read.tags:
-        assert tag not in {"script", "link", "iframe", "object", "embed", "base", "form"}
-        assert set(attributes) <= known, (tag, attributes)
-        if "src" in attributes:
-            assert tag == "img"
-            assert (attributes["src"] or "").startswith("data:image/jpeg;base64,")
-        if "style" in attributes:
-            assert re.fullmatch(r"width:[\d.]+rem", attributes["style"] or "")
-    (style,) = re.findall(r"<style>(.*?)</style>", text, flags=re.DOTALL)
-    assert "url(" not in style
-    assert "@import" not in style
-    policy = {"http-equiv": "Content-Security-Policy"}.items()
-    (found,) = [attributes for _, attributes in read.tags if policy <= attributes.items()]
-    assert (found["content"] or "").startswith("default-src 'none'; img-src data:;")
-    return read
 
 
 def test_a_page_has_the_numbers_of_bundle_calibration_and_measurements(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.pages import HOSTILE, assert_shut
 from tests.refusals import refused
 from tests.runtime.fake_gpu import with_engine
 from vzip.export.bench import measure as encoder
@@ -493,17 +494,16 @@ def test_the_table(result):
 
 
 def test_the_page_needs_nothing_else_and_escapes_everything(result):
+    result["empty"].append({"cell": HOSTILE, "why": HOSTILE})
+    result["command"] = result["bundles"][0]["model"] = HOSTILE
     text = page(result, b"<svg/>")
-    assert "<b>:" not in text
-    assert "&lt;b&gt;: 64 of 577 tokens (54 + 10, average), batch 1" in text
-    assert "m &amp; n" in text
-    assert "none &lt;here&gt; | at all" in text
-    assert 'src="data:image/svg+xml;base64,' in text
-    assert "http://" not in text
-    assert "https://" not in text
+    read = assert_shut(text)
     assert "<script" not in text
-    assert "default-src &#x27;none&#x27;" in text
-    assert page(result, None).count("<img") == 0
+    assert read.words.count(HOSTILE) == 5  # what is empty, the command, a model in two sections
+    assert "<b>: 64 of 577 tokens (54 + 10, average), batch 1" in read.words
+    assert "none <here> | at all" in read.words
+    assert [tag for tag, _ in read.tags].count("img") == 1
+    assert [tag for tag, _ in assert_shut(page(result, None)).tags].count("img") == 0
 
 
 def test_the_plot_is_the_same_each_time(result):
