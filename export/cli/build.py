@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vzip.runtime.cli.options import Parser, add_bundle
-from vzip.runtime.console import emit, say
+from vzip.runtime.console import emit
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
@@ -19,33 +19,20 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         The exit status.
     """
     arguments = _parser(prog).read(argv)
-    from vzip.export.engines.tensorrt.auto import AUTO, build_best
-    from vzip.export.engines.tensorrt.publish import BuildRequest, build_engine
+    from vzip.export.engines import build
 
-    automatic = arguments.precision == AUTO
-    request = BuildRequest(
+    engine = build(
+        arguments.bundle,
         name=arguments.name,
+        precision=arguments.precision,
         workspace_mib=arguments.workspace,
-        level=arguments.level,
+        builder_optimization_level=arguments.level,
         opt_batch=arguments.opt_batch,
         low_memory=arguments.low_memory,
-        rtx=arguments.rtx,
         safer=arguments.safer,
-        precision=None if automatic else arguments.precision,
+        rtx=arguments.rtx,
     )
-    if automatic:
-        result, built = build_best(arguments.bundle, request, say=say)
-    else:
-        result = build_engine(arguments.bundle, request, say=say)
-        built = [result]
-    for each in built:
-        if each.reused:
-            say(f"'{each.name}' is there already, the same in every respect; it was not built")
-    if automatic:
-        say(f"the fastest that agrees is '{result.name}'")
-    if (quantised := result.record.quantised) is not None:
-        say(f"to run it, open the bundle with --precision {quantised} (precision='{quantised}')")
-    emit(str(result.path))
+    emit(str(engine.path))
     return 0
 
 

@@ -38,7 +38,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     )
     arguments = parser.read(argv)
     require(*EXPORT_PACKAGES, needed_for=f"'{prog}'", extra="export")
-    from vzip.export.parity.recheck import check_bundle
+    from vzip.export.checking import check_bundle
     from vzip.export.pictures import reference_images
 
     bundle = check_bundle(

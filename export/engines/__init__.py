@@ -1,1 +1,87 @@
 """Engines: a bundle's graph compiled for one machine."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from vzip.runtime import console
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vzip.export.engines.tensorrt.publish import Result
+
+
+def build(
+    bundle: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    precision: str | None = None,
+    workspace_mib: int | None = None,
+    builder_optimization_level: int | None = None,
+    opt_batch: int | None = None,
+    low_memory: bool = False,
+    safer: bool = False,
+    rtx: str | None = None,
+    say: Callable[[str], None] = console.say,
+) -> Result:
+    """Build an engine from a bundle on the machine that will run it, and put it into the bundle.
+
+    The engine's tokens are compared with PyTorch's, which the bundle holds. An engine whose tokens
+    differ is not kept, and what was in the bundle before is untouched. An engine that is there
+    already, the same in every respect, is not built again.
+
+    Args:
+        bundle: The folder of the bundle.
+        name: The engine's name; None for one after TensorRT and the GPU.
+        precision: Of the graph to build from: ``int8`` or ``fp8``, which `vzip calibrate` made;
+            ``auto`` builds from the bundle's own graph and from those, and keeps of those an engine
+            that runs faster on this machine; None for the bundle's own graph.
+        workspace_mib: Limit in MiB for the builder's scratch memory; None for TensorRT's own.
+        builder_optimization_level: From 0 (quick) to 5 (searches longest); None for TensorRT's own.
+        opt_batch: Batch that the engine is tuned for, where the graph's batch is open; None for the
+            largest.
+        low_memory: Build with little memory, for modules with 4 or 8 GB; what can't fit is not
+            started.
+        safer: If the tokens differ, try settings that are slower and safer.
+        rtx: Build with TensorRT-RTX for these GPUs, such as ``sm86,sm89``, without having one. Such
+            an engine is not compared with PyTorch.
+        say: Told, in lines, what goes on.
+
+    Returns:
+        The engine; with ``auto`` the fastest.
+
+    Raises:
+        InvalidInputError: An option that doesn't fit.
+        BundleError: The bundle is damaged.
+        MissingDependencyError: TensorRT is not installed.
+        BackendError: There is no GPU, or TensorRT can't build the graph.
+        ParityError: The engine's tokens differ from PyTorch's.
+    """
+    from vzip.export.engines.tensorrt.auto import AUTO, build_best
+    from vzip.export.engines.tensorrt.publish import BuildRequest, build_engine
+
+    request = BuildRequest(
+        name=name,
+        workspace_mib=workspace_mib,
+        level=builder_optimization_level,
+        opt_batch=opt_batch,
+        low_memory=low_memory,
+        rtx=rtx,
+        safer=safer,
+        precision=None if precision == AUTO else precision,
+    )
+    if precision == AUTO:
+        engine, built = build_best(bundle, request, say=say)
+    else:
+        engine = build_engine(bundle, request, say=say)
+        built = [engine]
+    for each in built:
+        if each.reused:
+            say(f"'{each.name}' is there already, the same in every respect; it was not built")
+    if precision == AUTO:
+        say(f"the fastest that agrees is '{engine.name}'")
+    if (quantised := engine.record.quantised) is not None:
+        say(f"to run it, open the bundle with --precision {quantised} (precision='{quantised}')")
+    return engine

@@ -26,7 +26,7 @@ from vzip.export.graph.trace import GraphOptions
 from vzip.export.pictures import reference_images
 from vzip.export.pipeline import Method, WeightSource, export_bundle
 from vzip.runtime import VisionEncoder
-from vzip.runtime.agreement import read_reference
+from vzip.runtime.agreement import Gate, Limits, read_reference
 from vzip.runtime.backends.onnxruntime import with_output
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS
 from vzip.runtime.bundle.reader import Bundle, read_bundle
@@ -427,8 +427,8 @@ def test_the_fastest_that_agrees_is_chosen(
 
     monkeypatch.setattr(choice, "interleaved", fake)
     monkeypatch.setattr(forms, "BLOCK", 16)
-    monkeypatch.setattr(choice, "COSINE", 0.5)
-    monkeypatch.setattr(choice, "OVERLAP", 0.5)
+    low = Limits(lowest=0.5, mean=0.5)
+    monkeypatch.setattr(choice, "CPU_FORM", Gate(overlap=0.5, kept=low, merged=low))
     chosen, measured = choice.choose(exported("image"), opened, tmp_path)
     assert chosen.name == fastest
     assert [each.form for each in measured] == ["own", *(form.name for form in FORMS)]
@@ -455,7 +455,7 @@ def test_a_form_that_keeps_other_tokens_is_refused(
     monkeypatch.setattr(choice, "rewrite", wrong)
     chosen, measured = choice.choose(exported("image"), opened, tmp_path)
     refused = {each.form: each.refused for each in measured}
-    assert "expected at least 0.95 and 0.99" in str(refused["dynamic"])
+    assert "kept overlap" in str(refused["dynamic"])
     assert chosen.name not in {"dynamic", "mixed"}
 
 
