@@ -22,7 +22,7 @@ from vzip.export.bench.peers import UNCOMPRESSED
 from vzip.export.hardware import HERE, Device, find_device
 from vzip.export.plan.here import measure
 from vzip.export.plan.model import PlanModel, read_model
-from vzip.export.plan.predict import Plan, short
+from vzip.export.plan.predict import Estimator, short
 from vzip.runtime.machine.record import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -55,12 +55,12 @@ def row(what: str, source: str, predicted: float, measured: float, unit: str) ->
 
 def published() -> Iterator[Row]:
     """Yield what others measured and a plan predicts; nothing is run."""
-    paper = Plan(read_model(MODELS["LLaVA-NeXT"]), find_device("a100"), "fp16", TEXT)
+    paper = Estimator(read_model(MODELS["LLaVA-NeXT"]), find_device("a100"), "fp16", TEXT)
     full, few = (paper.predict(tokens).prefill_ms for tokens in (576, 32))
     yield row("prefill, 2880 tokens (the plan's share is from this)", PAPER, full, 218, "ms")
     yield row("prefill, 160 tokens", PAPER, few, 27.8, "ms")
     # LLaVA-OneVision-7B's LLM is a Qwen2-7B, whose sizes Qwen2.5-7B has.
-    qwen = Plan(read_model("llava-onevision-7b"), find_device("orin-nano"), "int4", 0)
+    qwen = Estimator(read_model("llava-onevision-7b"), find_device("orin-nano"), "int4", 0)
     yield row("answer, no image", NVIDIA, 1000 / qwen.weights_ms, 21.75, "tokens/s")
 
 
@@ -86,11 +86,11 @@ def encoders(result: Mapping[str, Any]) -> Iterator[Row]:
             if other["precision"] == precision and same.items() <= other.items()
         )
         speed = ceiling["flops"] / ceiling["median_ms"] / 1e9  # 10¹² a second
-        cpu = Device(HERE, "", None, 0, False, dict.fromkeys(PRECISIONS, speed), math.inf)
+        cpu = Device(HERE, "", 0, dict.fromkeys(PRECISIONS, speed), math.inf)
         yield row(
             f"encoder, {each['tokens']} tokens, {each['stack']}",
             "benchmarks/results/encoder.json",
-            Plan(read_model(MODELS["LLaVA-1.5"]), cpu, "fp16", TEXT).encoder_ms(
+            Estimator(read_model(MODELS["LLaVA-1.5"]), cpu, "fp16", TEXT).encoder_ms(
                 each["tokens"], precision
             ),
             each["median_ms"],
@@ -108,7 +108,7 @@ def conversations(result: Mapping[str, Any], here: Device) -> Iterator[Row]:
     for each in result["rows"]:
         if each["engine"] not in ENGINES:
             continue
-        plan = Plan(spoken(each["model"], each["llm"]), here, "fp16", result["text_tokens"])
+        plan = Estimator(spoken(each["model"], each["llm"]), here, "fp16", result["text_tokens"])
         found = plan.predict(each["tokens"] // plan.model.units)
         named = f"{each['llm']} in {each['engine']}, {each['tokens']} tokens"
         source, rate = "benchmarks/results/end_to_end.json", each["decode_tokens_per_s"]

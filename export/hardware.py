@@ -414,7 +414,8 @@ def _refuse_precision(target: Target, precision: str) -> None:
     if reason := target.refusal(precision):
         usable = " or ".join(p for p in EXPORTED if p in target.hardware_precisions)
         raise InvalidInputError(
-            f"--precision {precision} and --target {target.name} contradict each other: {reason}",
+            f"--precision {precision} and --target {target.name} contradict each other",
+            cause=reason,
             cure=f"take --precision {usable}",
         )
 
@@ -423,9 +424,9 @@ def _refuse_batch(target: Target, precision: str, batch: int) -> None:
     most = target.largest_batch(precision)
     if batch > most:
         raise InvalidInputError(
-            f"a batch of {batch} and --target {target.name} contradict each other: about "
-            f"{WEIGHTS_MIB[precision]} MiB of weights and {IMAGE_MIB[precision]} MiB an image "
-            f"in {precision} (estimates for a ViT-L) fill {_share(target)} its "
+            f"a batch of {batch} and --target {target.name} contradict each other",
+            cause=f"about {WEIGHTS_MIB[precision]} MiB of weights and {IMAGE_MIB[precision]} MiB "
+            f"an image in {precision} (estimates for a ViT-L) fill {_share(target)} its "
             f"{target.memory_gb[-1]} GB at {most} images",
             cure=f"take at most {most}, or leave out --target",
         )

@@ -46,7 +46,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     for tokens in budgets:
         model.budget(tokens)  # before the machine is measured
     device = measure(model) if known is None else known
-    made = plan.Plan(model, device, arguments.llm_weights, arguments.text_tokens)
+    made = plan.Estimator(model, device, arguments.llm_weights, arguments.text_tokens)
     advice = plan.advise(made, limits)
     asked = {*budgets, model.patches}
     if limits.any:

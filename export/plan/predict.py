@@ -124,7 +124,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Estimator:
     """A model on a device.
 
     Attributes:
@@ -227,7 +227,7 @@ class Advice:
     text: str
 
 
-def advise(plan: Plan, limits: Limits) -> Advice:
+def advise(plan: Estimator, limits: Limits) -> Advice:
     """Return the largest budget that meets the limits and fits the device.
 
     The more tokens the more is kept, and everything here costs more with more of them: so nothing
@@ -254,7 +254,7 @@ def advise(plan: Plan, limits: Limits) -> Advice:
     return Advice(True, row, text)
 
 
-def _meets(plan: Plan, limits: Limits, row: Prediction) -> bool:
+def _meets(plan: Estimator, limits: Limits, row: Prediction) -> bool:
     return plan.fits(row) and not any(value > limit for _, limit, value in _judged(limits, row))
 
 
@@ -280,7 +280,7 @@ def _said(limits: Limits) -> str:
     return f"have {' and '.join(parts)}" if parts else "fit the device"
 
 
-def _nearest(plan: Plan, limits: Limits, row: Prediction) -> str:
+def _nearest(plan: Estimator, limits: Limits, row: Prediction) -> str:
     """Return why no budget will do, what is nearest, and what would help."""
     missed = [each for each in _judged(limits, row) if each[2] > each[1]]
     wanted = " and ".join(text.format(f"at most {limit:g}") for text, limit, _ in missed)
@@ -301,7 +301,7 @@ def _nearest(plan: Plan, limits: Limits, row: Prediction) -> str:
     return f"{said}; {_cure(plan, limits)}"
 
 
-def _cure(plan: Plan, limits: Limits) -> str:
+def _cure(plan: Estimator, limits: Limits) -> str:
     """Return what to change: to the most precise weights with which a budget will do, if any."""
     for weights, bits in BITS.items():
         other = replace(plan, weights=weights)
@@ -314,7 +314,7 @@ def _split(budget: Budget) -> str:
     return f"{budget.dominant} + {budget.contextual}"
 
 
-def _named(plan: Plan, row: Prediction) -> str:
+def _named(plan: Estimator, row: Prediction) -> str:
     per = "" if plan.model.unit == "image" else f" a {plan.model.unit}"
     return f"{row.tokens} tokens{per}"
 

@@ -7,15 +7,15 @@ from dataclasses import asdict
 from typing import Any
 
 from vzip.export.hardware import TARGETS
-from vzip.export.plan.predict import Advice, Plan, Prediction, gb, short
+from vzip.export.plan.predict import Advice, Estimator, Prediction, gb, short
 
 
-def table(plan: Plan, rows: Sequence[Prediction]) -> str:
+def table(plan: Estimator, rows: Sequence[Prediction]) -> str:
     """Return a plan as text of at most 100 columns: what it is of, the rows, and the legend."""
     return "\n".join([*_heading(plan), "", *_cells(plan, rows), "", *_legend(plan)])
 
 
-def record(plan: Plan, rows: Sequence[Prediction], advice: Advice | None) -> dict[str, Any]:
+def record(plan: Estimator, rows: Sequence[Prediction], advice: Advice | None) -> dict[str, Any]:
     """Return the same as values that `json` writes: bytes, milliseconds, tokens a second."""
     return {
         "model": plan.model.name,
@@ -31,7 +31,7 @@ def record(plan: Plan, rows: Sequence[Prediction], advice: Advice | None) -> dic
     }
 
 
-def _heading(plan: Plan) -> Iterator[str]:
+def _heading(plan: Estimator) -> Iterator[str]:
     model, device, pace = plan.model, plan.device, plan.pace
     yield f"{model.name} on {device.name} ({device.title})"
     yield "Times and memory are predicted; nothing of this was run."
@@ -58,7 +58,7 @@ def _heading(plan: Plan) -> Iterator[str]:
         yield f"note on {device.target}: {note}"
 
 
-def _cells(plan: Plan, rows: Sequence[Prediction]) -> list[str]:
+def _cells(plan: Estimator, rows: Sequence[Prediction]) -> list[str]:
     unit = "tokens" if plan.model.unit == "image" else f"tokens/{plan.model.unit}"
     head = (unit, "split", "prompt", "encoder ms", "prefill ms", "TTFT ms", "answer/s",
             "KV MB", "memory GB", "cost")  # fmt: skip
@@ -68,7 +68,7 @@ def _cells(plan: Plan, rows: Sequence[Prediction]) -> list[str]:
     return [shown[0], "  ".join("-" * width for width in widths), *shown[1:]]
 
 
-def _row(plan: Plan, row: Prediction) -> tuple[str, ...]:
+def _row(plan: Estimator, row: Prediction) -> tuple[str, ...]:
     return (
         f"{'all ' if row.budget is None else ''}{row.tokens}",
         row.budget or "",
@@ -83,7 +83,7 @@ def _row(plan: Plan, row: Prediction) -> tuple[str, ...]:
     )
 
 
-def _legend(plan: Plan) -> Iterator[str]:
+def _legend(plan: Estimator) -> Iterator[str]:
     yield f"TTFT: time to first token, encoder ({plan.precision}) and prefill; preprocessing and an"
     yield "  engine's own overhead come on top. answer: tokens a second, one question at a time."
     yield "prompt: tokens of text and image together; the cache is of these."

@@ -11,9 +11,9 @@ import pytest
 from benchmarks import plan
 from vzip.export.hardware import HERE, Device, find_device
 from vzip.export.plan.model import read_model
-from vzip.export.plan.predict import Plan
+from vzip.export.plan.predict import Estimator
 
-CPU = Device(HERE, "a CPU", None, 25, False, {"fp32": 0.2, "bf16": 0.6}, 20)
+CPU = Device(HERE, "a CPU", 25, {"fp32": 0.2, "bf16": 0.6}, 20)
 
 
 def encoder_row(**change: Any) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def conversation(**change: Any) -> dict[str, Any]:
 def test_a_conversation_is_compared_budget_by_budget() -> None:
     rows = [conversation(), conversation(engine="onnxruntime")]
     prefill, answer = plan.conversations({"rows": rows, "text_tokens": 60}, CPU)
-    expected = Plan(read_model("llava-next-vicuna-7b"), CPU, "fp16", 60).predict(32)
+    expected = Estimator(read_model("llava-next-vicuna-7b"), CPU, "fp16", 60).predict(32)
     assert expected.llm_tokens == 220
     assert prefill["predicted"] == pytest.approx(expected.prefill_ms, abs=1e-3)
     assert answer["predicted"] == pytest.approx(expected.tokens_per_second, abs=1e-3)
@@ -70,7 +70,7 @@ def test_what_others_measured() -> None:
     """The first is what the plan's share is from; the others are checks that it can fail."""
     full, few, answer = plan.published()
     assert abs(full["off"]) < 0.05
-    paper = Plan(read_model("llava-next-vicuna-7b"), find_device("a100"), "fp16", 60)
+    paper = Estimator(read_model("llava-next-vicuna-7b"), find_device("a100"), "fp16", 60)
     assert few["predicted"] == pytest.approx(paper.predict(32).prefill_ms, abs=1e-3)
     assert few["off"] < -0.3  # PyTorch needs longer for few tokens than any arithmetic does
     assert abs(answer["off"]) < 0.2

@@ -16,11 +16,12 @@ from types import MappingProxyType
 import pytest
 
 from tests.places import DOCS
+from tests.refusals import refused
 from vzip.export.cli import plan as plan_cli
 from vzip.export.hardware import DEVICES, HERE, TARGETS, Device, find_device
 from vzip.export.plan import here as plan_here
 from vzip.export.plan.model import PlanModel, read_model
-from vzip.export.plan.predict import BITS, ON_CPU, ON_GPU, Limits, Pace, Plan, advise
+from vzip.export.plan.predict import BITS, ON_CPU, ON_GPU, Estimator, Limits, Pace, advise
 from vzip.runtime import demo
 from vzip.runtime.cli.main import main
 from vzip.runtime.errors import BudgetError, CheckpointError, InvalidInputError
@@ -35,8 +36,8 @@ def llava() -> PlanModel:
     return read_model(MODEL)
 
 
-def plan_of(model: PlanModel, device: str = "l4", weights: str = "fp16") -> Plan:
-    return Plan(model, find_device(device), weights, 64)  # type: ignore[arg-type]
+def plan_of(model: PlanModel, device: str = "l4", weights: str = "fp16") -> Estimator:
+    return Estimator(model, find_device(device), weights, 64)  # type: ignore[arg-type]
 
 
 # What is counted: LLaVA-1.5-7B, CLIP ViT-L/14-336 and Llama-2-7B, by hand
@@ -200,11 +201,10 @@ def test_a_limit_that_nothing_meets_says_what_is_nearest(
     assert main(["plan", "--model", MODEL, "--device", "l4", "--ttft-ms", "30"]) == 1
     out, err = capsys.readouterr()
     assert "recommended" not in out
-    assert err == (
-        "vzip plan: error: no budget has a first token after at most 30 ms; nearest is the "
-        "smallest, 2 tokens, with a first token after 62.4 ms (encoder 6.6 ms, prefill 55.8 ms, "
-        "the LLM's weights 13.5 GB in fp16); with --llm-weights int4 some do (3.8 GB)\n"
-    )
+    assert err.count("\n") == 1
+    for value in ("30 ms", "2 tokens", "62.4 ms", "encoder 6.6", "prefill 55.8", "13.5 GB in fp16"):
+        assert value in err, value
+    assert "--llm-weights int4" in err
     assert any(line.split()[:2] == ["2", "1"] for line in out.splitlines())  # the nearest's row
 
 
@@ -217,11 +217,9 @@ def test_a_7b_in_fp16_does_not_fit_an_orin_nano(capsys: pytest.CaptureFixture[st
     assert main(["plan", "--model", MODEL, "--device", "orin-nano"]) == 1
     out, err = capsys.readouterr()
     assert out.count("14.2 (!)") == 3
-    assert err == (
-        "vzip plan: error: llava-1.5-7b doesn't fit orin-nano, which has 6.0 of its 8 GB to give; "
-        "nearest is the smallest, 2 tokens: 14.1 GB, 13.5 of them the LLM's weights in fp16; with "
-        "--llm-weights int4 some do (3.8 GB)\n"
-    )
+    assert err.count("\n") == 1
+    for value in (MODEL, "orin-nano", "6.0 of its 8 GB", "14.1 GB, 13.5", "--llm-weights int4"):
+        assert value in err, value
 
 
 def test_in_four_bits_it_does(capsys: pytest.CaptureFixture[str]) -> None:
@@ -273,27 +271,17 @@ def test_figures_are_dense(name: str, fp16: float, bandwidth: float) -> None:
     assert (DEVICES[name].tflops["fp16"], DEVICES[name].bandwidth_gb) == (fp16, bandwidth)
 
 
-@pytest.mark.parametrize(
-    ("name", "meant"),
-    [
-        ("rtx40", "did you mean rtx4090?"),
-        ("rtx", "did you mean rtx3090 or rtx4090 or rtx5090?"),
-        ("orin-nanoo", "did you mean orin-nano?"),
-        ("L4", "did you mean l4?"),
-    ],
-)
-def test_a_wrong_device(name: str, meant: str) -> None:
-    with pytest.raises(InvalidInputError, match=r"--device is .* expected one of orin-") as got:
-        find_device(name)
-    assert meant in str(got.value)
-    assert "\n" not in str(got.value)
-
-
-def test_a_device_that_is_like_none() -> None:
-    with pytest.raises(InvalidInputError) as got:
-        find_device("mi300x-nothing-like-it")
-    assert "did you mean" not in str(got.value)
-    assert "'here' measures this machine's CPU" in str(got.value)
+def test_a_wrong_device_is_answered_with_those_it_may_have_meant() -> None:
+    for name, meant in (
+        ("rtx40", "rtx4090?"),
+        ("rtx", "rtx3090 or rtx4090 or rtx5090?"),
+        ("orin-nanoo", "orin-nano?"),
+        ("L4", "l4?"),
+        ("mi300x-nothing-like-it", ""),
+    ):
+        with refused(InvalidInputError, got=f"{name!r}", expected="orin-", cure=HERE) as error:
+            find_device(name)
+        assert error.value.cause.removeprefix("did you mean ") == meant
 
 
 def test_here_is_measured(llava: PlanModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +294,7 @@ def test_here_is_measured(llava: PlanModel, monkeypatch: pytest.MonkeyPatch) -> 
     memory = sensors.memory()
     assert memory is not None
     assert device.memory_gb == pytest.approx(memory.total * 2**20 / 1e9)
-    plan = Plan(llava, device, "fp16", 64)
+    plan = Estimator(llava, device, "fp16", 64)
     assert plan.pace == ON_CPU
     expected = sum(llava.vision_flops(64)) / device.tflops["fp32"] / 1e9 / 0.8 + 23 * 8 * 0.005
     assert plan.predict(64).encoder_ms == pytest.approx(expected)
@@ -361,46 +349,40 @@ def test_the_documents_example_is_what_is_printed(capsys: pytest.CaptureFixture[
     assert f"\n```\n{shown}\n```\n" in document.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "text"),
-    [
-        (["--model", "llava-1.6-7b", "--device", "l4"], CheckpointError, "did you mean 'llava-1"),
-        (["--model", MODEL, "--device", "l40"], InvalidInputError, "--device is 'l40'"),
-        (["--model", MODEL, "--device", "l4", "--budgets", "600"], BudgetError, "at most 576"),
-        (["--model", MODEL, "--device", "l4", "--ttft-ms", "0"], InvalidInputError, "above 0"),
-        (["--model", MODEL, "--device", "l4", "--ttft-ms", "nan"], InvalidInputError, "got --ttft"),
-        (["--model", MODEL, "--device", "l4", "--text-tokens", "-1"], InvalidInputError, "0 or mo"),
-    ],
-)
-def test_what_is_refused(arguments: list[str], error: type[Exception], text: str) -> None:
-    with pytest.raises(error) as got:
-        plan_cli.main(arguments, prog="vzip plan")
-    assert text in str(got.value)
-    assert "\n" not in str(got.value)
+def test_what_is_refused() -> None:
+    for error, said, *arguments in (
+        (InvalidInputError, {"got": "--ttft-ms 0", "expected": "above 0"}, "--ttft-ms", "0"),
+        (InvalidInputError, {"got": "--ttft-ms nan"}, "--ttft-ms", "nan"),
+        (InvalidInputError, {"got": "--text-tokens -1"}, "--text-tokens", "-1"),
+        (BudgetError, {"cure": "576"}, "--budgets", "600"),
+        (CheckpointError, {"got": "llava-1.6-7b"}, "--model", "llava-1.6-7b"),
+    ):
+        with refused(error, **said):
+            plan_cli.main(["--model", MODEL, "--device", "l4", *arguments], prog="vzip plan")
 
 
 def test_a_wrong_device_needs_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_cli, "require", lambda *_, **__: pytest.fail("too late"))
-    with pytest.raises(InvalidInputError, match="--device is 'l40'"):
+    with refused(InvalidInputError, got="'l40'"):
         plan_cli.main(["--model", MODEL, "--device", "l40"], prog="vzip plan")
 
 
 @pytest.mark.parametrize(
-    ("change", "text"),
+    ("change", "got", "expected"),
     [
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
-        ({"vocab_size": 0}, "vocab_size is 0, expected an integer above 0"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'", "'silu'"),
+        ({"vocab_size": 0}, "vocab_size is 0", "above 0"),
     ],
 )
 def test_a_language_model_that_is_not_known(
-    tmp_path: Path, change: dict[str, object], text: str
+    tmp_path: Path, change: dict[str, object], got: str, expected: str
 ) -> None:
     for name in ("config.json", "preprocessor_config.json"):
         shutil.copy(demo.checkpoint() / name, tmp_path / name)
     config = json.loads((tmp_path / "config.json").read_text())
     config["text_config"] |= change
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=re.escape(text)):
+    with refused(CheckpointError, got=got, expected=expected):
         read_model(tmp_path)
 
 
