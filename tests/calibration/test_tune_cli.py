@@ -450,15 +450,6 @@ def test_an_output_that_cannot_be_is_said(tmp_path: Path, name: str) -> None:
         tune(tmp_path / name)
 
 
-def test_help_loads_nothing_heavy() -> None:
-    code = (
-        "import sys; from vzip.runtime.cli.main import main; main(['tune', '-h']); "
-        "print({'torch', 'transformers', 'sklearn'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "set()"
-
-
 def test_features_written_are_half_precision(features: Path, whole: bytes) -> None:
     file = next(features.rglob("*.f16"))
     assert file.stat().st_size == 4 + 22 * 128 * np.dtype(np.float16).itemsize
