@@ -142,7 +142,7 @@ def test_export_takes_opset_and_precision_from_the_target(monkeypatch, tmp_path,
 
 def test_export_keeps_what_the_user_said(monkeypatch, tmp_path):
     seen = exported(
-        monkeypatch, tmp_path, "--target", "orin-nano", "--precision", "fp32", "--opset", "18"
+        monkeypatch, tmp_path, "--target", "orin-nano", "--dtype", "fp32", "--opset", "18"
     )
     assert (seen["options"].opset, seen["precision"]) == (18, "fp32")
 
