@@ -106,7 +106,7 @@ def _parser(prog: str) -> Parser:
         prog,
         "Train a model's projector alone on compressed tokens, with the tower and the "
         "LLM frozen, and write it for 'vzip export --projector'. On several GPUs: torchrun "
-        "--nproc-per-node N -m vzip.runtime.cli.main tune ...",
+        "--nproc-per-node N -m vzip.runtime tune ...",
         renamed=RENAMED,
     )
     add_model(parser)
