@@ -1,9 +1,9 @@
-"""Compressed tokens in every LLM engine of this process: ``python -m benchmarks.handoff``.
+"""Compressed tokens in every local LLM: ``python -m benchmarks.handoff``.
 
 The demo model's tower and VisionZip make the tokens of held-out scenes, once; transformers,
 llama.cpp and ONNX Runtime answer the same questions about them. Counts the answers that equal
 transformers', and those that are right; and times the first token of a first question beside that
-of a second one about the same picture. The engines take turns, so that a drifting machine favours
+of a second one about the same picture. The LLMs take turns, so that a drifting machine favours
 none. Writes ``benchmarks/results/handoff.json`` and the same as a table in Markdown.
 """
 
@@ -22,13 +22,13 @@ from vzip.calibration.demo import accuracy
 from vzip.runtime import VisionEncoder
 from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.cli.main import main as vzip
-from vzip.runtime.llm.programs import parse
+from vzip.runtime.llm.opening import parse
 from vzip.runtime.machine.record import machine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vzip.runtime.llm import Embeds
+    from vzip.runtime.llm.shown import Embeds
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS = 43
@@ -44,12 +44,12 @@ def prepare(folder: Path) -> tuple[Path, dict[str, str]]:
     """Export the demo model with its LLM, and convert that for llama.cpp.
 
     Returns:
-        The bundle, and what ``--llm`` says for each engine.
+        The bundle, and what ``--llm`` says for each local LLM.
     """
     bundle, gguf = folder / "bundle", folder / "demo.gguf"
     arguments = ["--model", "demo", "--tokens", str(TOKENS), "--with-llm", "-o", str(bundle)]
     assert vzip(["export", *arguments]) == 0
-    assert vzip(["convert", "--model", "demo", "--to", "gguf", "-o", str(gguf)]) == 0
+    assert vzip(["convert", "demo", "--gguf", str(gguf)]) == 0
     return bundle, {
         REFERENCE: f"{REFERENCE}:demo",
         "llama.cpp": f"llama.cpp:{gguf}",
@@ -71,7 +71,7 @@ def first_token_ms(conversation: Any, question: str) -> tuple[float, str]:
 
 
 def measure(seed: int, count: int) -> dict[str, Any]:
-    """Ask every engine every question, and as a second turn the next question of the scene."""
+    """Ask every local LLM every question, and as a second turn the next question of the scene."""
     where = machine()
     held_out = accuracy.held_out(seed, count, painted=224)
     with tempfile.TemporaryDirectory() as folder:
@@ -84,39 +84,39 @@ def measure(seed: int, count: int) -> dict[str, Any]:
                 start = time.perf_counter()
                 embeds.append(encoder.image_embeds(picture))
                 encode_ms.append((time.perf_counter() - start) * 1000)
-        llms = {engine: parse(text).open(bundle) for engine, text in names.items()}
-        answers: dict[str, list[str]] = {engine: [] for engine in llms}
-        second_answers: dict[str, list[str]] = {engine: [] for engine in llms}
-        first_ms: dict[str, list[float]] = {engine: [] for engine in llms}
-        second_ms: dict[str, list[float]] = {engine: [] for engine in llms}
+        llms = {name: parse(text).open(bundle) for name, text in names.items()}
+        answers: dict[str, list[str]] = {name: [] for name in llms}
+        second_answers: dict[str, list[str]] = {name: [] for name in llms}
+        first_ms: dict[str, list[float]] = {name: [] for name in llms}
+        second_ms: dict[str, list[float]] = {name: [] for name in llms}
         right = []
         for tokens, questions in zip(embeds, held_out.questions, strict=True):
             for number, question in enumerate(questions):
                 right.append(question.answer)
                 following = questions[(number + 1) % len(questions)].text
-                for engine, llm in llms.items():
+                for name, llm in llms.items():
                     conversation = llm.conversation(tokens)
                     taken, answer = first_token_ms(conversation, question.text)
-                    first_ms[engine].append(taken)
-                    answers[engine].append(answer)
+                    first_ms[name].append(taken)
+                    answers[name].append(answer)
                     taken, answer = first_token_ms(conversation, following)
-                    second_ms[engine].append(taken)
-                    second_answers[engine].append(answer)
+                    second_ms[name].append(taken)
+                    second_answers[name].append(answer)
     rows = []
-    for engine in llms:
-        same = sum(a == b for a, b in zip(answers[engine], answers[REFERENCE], strict=True))
+    for name in llms:
+        same = sum(a == b for a, b in zip(answers[name], answers[REFERENCE], strict=True))
         later = sum(
-            a == b for a, b in zip(second_answers[engine], second_answers[REFERENCE], strict=True)
+            a == b for a, b in zip(second_answers[name], second_answers[REFERENCE], strict=True)
         )
         rows.append(
             {
-                "engine": engine,
-                "versions": {p: importlib.metadata.version(p) for p in PACKAGES[engine]},
+                "engine": name,
+                "versions": {p: importlib.metadata.version(p) for p in PACKAGES[name]},
                 "same_as_transformers": same,
                 "second_turn_same": later,
-                "right": sum(a == b for a, b in zip(answers[engine], right, strict=True)),
-                "first_token_ms": spread(first_ms[engine]),
-                "second_turn_first_token_ms": spread(second_ms[engine]),
+                "right": sum(a == b for a, b in zip(answers[name], right, strict=True)),
+                "first_token_ms": spread(first_ms[name]),
+                "second_turn_first_token_ms": spread(second_ms[name]),
             }
         )
     return {
@@ -151,8 +151,8 @@ def table(result: dict[str, Any]) -> str:
         ),
         "",
         (
-            "| engine | answers as transformers' | second turn's | right | first token, first turn "
-            "(encoded already) | with encoding | first token, second turn |"
+            "| local LLM | answers as transformers' | second turn's | right | first token, first "
+            "turn (encoded already) | with encoding | first token, second turn |"
         ),
         "|---|---|---|---|---|---|---|",
     ]

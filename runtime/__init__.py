@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         ParityError,
         VzipError,
     )
+    from vzip.runtime.llm.opening import open_llm
 
     __version__: str
 
@@ -37,9 +38,14 @@ __all__ = [
     "VisionEncoder",
     "VzipError",
     "__version__",
+    "open_llm",
 ]
 
-_PLACES = {"VisionEncoder": "encoder", "CompressedTokens": "encoder"}
+_PLACES = {
+    "VisionEncoder": "encoder",
+    "CompressedTokens": "encoder",
+    "open_llm": "llm.opening",
+}
 """The module that a name is in; the others are in ``errors``."""
 
 

@@ -96,6 +96,11 @@ def missing(package: str, *, needed_for: str, extra: str) -> MissingDependencyEr
     )
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's error, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def require(*packages: str, needed_for: str, extra: str) -> None:
     """Say in one line that an extra is not installed, before the first import fails in many.
 

@@ -206,11 +206,13 @@ class _LlamaCpp:
     def __init__(self, _size: Llm, _checkpoint: Path, file: Path) -> None:
         self._file = file
         self._llm: LlamaCppLLM | None = None
+        self._context = 0
 
     def at(self, context: int) -> GreedyLLM:
-        if self._llm is None or self._llm.context < context:
+        if self._llm is None or self._context < context:
             self._llm = None  # freed before the next
             self._llm = LlamaCppLLM(self._file, tokens=None, context=context)
+            self._context = context
         return self._llm
 
     def kv_bytes(self, cache: Any) -> int:

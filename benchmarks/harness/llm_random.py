@@ -26,7 +26,7 @@ from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.bundle.writer import bundle_writer
 from vzip.runtime.cli.main import main as vzip
 from vzip.runtime.llm.local.transformers import TransformersLLM
-from vzip.runtime.llm.text_checkpoint import TextCheckpoint
+from vzip.runtime.llm.text_side import TextCheckpoint
 from vzip.runtime.models import locate
 
 _DECODER = "model.language_model."  # transformers' name of what is canonically `decoder.`
@@ -94,7 +94,7 @@ def transformers_llm(size: Llm, folder: Path, dtype: torch.dtype) -> Transformer
             draw(canonical, tuple(parameter.shape), parameter)
     template = (folder / "chat_template.jinja").read_text()
     made = TransformersLLM(model, tokenizer, template=template)
-    assert made.hidden_size == size.hidden_size
+    assert made.text.hidden_size == size.hidden_size
     return made
 
 

@@ -56,11 +56,11 @@ class Wording:
     """
 
     def __init__(self, llm: TransformersLLM, tokens: int) -> None:
-        self._prompts: Prompts = llm.prompts
-        self._tokenizer = HubTokenizer(llm.tokenizer)
-        self._context = llm.context
+        self._prompts: Prompts = llm.text.prompts
+        self._tokenizer = HubTokenizer("tune", llm.tokenizer)
+        self._context = llm.text.context
         self._tokens = tokens
-        self._placeholder = llm.prompts.placeholders["image"]
+        self._placeholder = llm.text.prompts.placeholders["image"]
 
     def example(self, turns: Sequence[Turn]) -> Example:
         """Return a conversation's ids.

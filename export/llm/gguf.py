@@ -22,7 +22,7 @@ from vzip.runtime.console import progress
 from vzip.runtime.errors import CheckpointError, InvalidInputError, missing
 from vzip.runtime.files import atomic
 from vzip.runtime.llm.local.gguf_model import Key
-from vzip.runtime.llm.text_checkpoint import TextCheckpoint
+from vzip.runtime.llm.text_side import TextCheckpoint
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -65,8 +65,8 @@ def convert(
     _check_family(checkpoint)
     step("reading the configuration and the tokenizer")
     text = TextCheckpoint.open(NAME, model, revision=checkpoint.revision)
-    config = transformers.AutoConfig.from_pretrained(text.folder, local_files_only=True)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(text.folder, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(text.files.folder, local_files_only=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(text.files.folder, local_files_only=True)
     sizes = Sizes.of(config)
     vocabulary = read_vocabulary(tokenizer, sizes.rows)
     stored = Stored.find(checkpoint.folder, sizes)
@@ -177,7 +177,7 @@ def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
 
 
 def _add_prompts(writer: GGUFWriter, text: TextCheckpoint) -> None:
-    """Add what the engine needs beyond llama.cpp, so that it needs no checkpoint."""
+    """Add what `vzip ask` needs beyond llama.cpp, so that it needs no checkpoint."""
     writer.add_string(Key.WORDS, json.dumps(text.prompts.words.to_json(), ensure_ascii=False))
     writer.add_string(Key.EOS_IDS, json.dumps(sorted(text.eos_ids)))
     for kind, token_id in text.prompts.placeholders.items():

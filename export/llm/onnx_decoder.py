@@ -25,11 +25,11 @@ from vzip.runtime.bundle import manifest as form
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.bundle.writer import BundleWriter
 from vzip.runtime.errors import CheckpointError, ExportError, ParityError
-from vzip.runtime.llm import ImageTokens
 from vzip.runtime.llm.llm_files import Settings
 from vzip.runtime.llm.local.onnx_decoder import OnnxRuntimeLLM
 from vzip.runtime.llm.local.transformers import CLASSES, TransformersLLM
 from vzip.runtime.llm.prompts import Prompts
+from vzip.runtime.llm.shown import TokenSpec
 from vzip.runtime.machine import sensors
 
 LLMS: Final = ("llama", "mistral", "qwen2")
@@ -117,7 +117,7 @@ def plan(model: str, revision: str | None) -> Size:
         raise CheckpointError(
             f"--with-llm: the LLM of '{model}' is a {text.model_type!r}",
             expected=f"one of {', '.join(LLMS)}",
-            cure="leave out --with-llm and run it with another engine",
+            cure="leave out --with-llm and run it in another way (--llm)",
         )
     rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in _ROPE:
@@ -125,7 +125,7 @@ def plan(model: str, revision: str | None) -> Size:
             f"--with-llm: the LLM of '{model}' has rotary embeddings of the type {rope!r}, "
             "which change with the length of a text",
             expected=f"one of {', '.join(_ROPE)}",
-            cure="leave out --with-llm and run it with another engine",
+            cure="leave out --with-llm and run it in another way (--llm)",
         )
     with torch.device("meta"):
         shell = transformers.AutoModelForCausalLM.from_config(text)
@@ -155,7 +155,7 @@ def add_llm(
         VzipError: The checkpoint can't be read, or its LLM is not made for these tokens;
             `ParityError` if the graph differs from the untouched model.
     """
-    tokens = ImageTokens.of(manifest)
+    tokens = TokenSpec.of(manifest)
     step("reading the LLM")
     _quiet()
     llm = TransformersLLM.open(
@@ -202,14 +202,14 @@ class Trial:
     """
 
     def __init__(self, llm: TransformersLLM) -> None:
-        self._texts = _texts(llm.prompts)
-        places = set(llm.prompts.placeholders.values())
+        self._texts = _texts(llm.text.prompts)
+        places = set(llm.text.prompts.placeholders.values())
         first: list[int] = []
         for token in self._texts[0]:
             first += [token] * (_ROWS if token in places else 1)
         later = [token for token in self._texts[-1] if token not in places]
         table = llm.model.get_input_embeddings().weight
-        noise = np.random.default_rng(0).standard_normal((_ROWS, llm.hidden_size))
+        noise = np.random.default_rng(0).standard_normal((_ROWS, llm.text.hidden_size))
         self._rows = (noise * float(table.detach().std())).astype(np.float32)
         self._calls: list[list[int]] = []
         self._logits: list[NDArray[np.float32]] = []
@@ -230,7 +230,7 @@ class Trial:
                 is no rounding.
         """
         llm = OnnxRuntimeLLM(bundle)
-        if (texts := _texts(llm.prompts)) != self._texts:
+        if (texts := _texts(llm.text.prompts)) != self._texts:
             raise ParityError(
                 f"the LLM's tokenizer gives {texts} where the checkpoint's gives {self._texts}",
                 cause=(
@@ -272,7 +272,7 @@ def _untouched(
     """Return the untouched model's logits behind new tokens, float32 [V]."""
     embed = llm.model.get_input_embeddings()
     new = torch.tensor([ids])
-    places = torch.isin(new, torch.tensor(list(llm.prompts.placeholders.values())))
+    places = torch.isin(new, torch.tensor(list(llm.text.prompts.placeholders.values())))
     with torch.inference_mode():
         embeds = embed(new.masked_fill(places, 0) if rows is not None else new)  # [1, n, L]
         if rows is not None:
@@ -293,21 +293,21 @@ def _texts(prompts: Prompts) -> tuple[list[int], ...]:
 
 
 def _settings(llm: TransformersLLM, precision: str) -> Settings:
-    """Return what an engine must know of a model."""
+    """Return what is needed to run a model's graph."""
     text: Any = llm.model.config.get_text_config()
     attention = llm.model.get_decoder().layers[0].self_attn
     # Within its window, attention that slides is attention to everything.
     window = getattr(text, "sliding_window", None)
-    limits = [int(limit) for limit in (llm.context, window) if limit is not None]
+    limits = [int(limit) for limit in (llm.text.context, window) if limit is not None]
     return Settings(
-        words=llm.prompts.words,
-        placeholders=dict(llm.prompts.placeholders),
+        words=llm.text.prompts.words,
+        placeholders=dict(llm.text.prompts.placeholders),
         bos=llm.tokenizer.bos_token,
         eos=llm.tokenizer.eos_token,
-        eos_id=llm.prompts.eos_id,
-        eos_ids=tuple(sorted(llm.eos_ids)),
+        eos_id=llm.text.prompts.eos_id,
+        eos_ids=tuple(sorted(llm.text.eos_ids)),
         context=min(limits) if limits else None,
-        hidden_size=llm.hidden_size,
+        hidden_size=llm.text.hidden_size,
         vocabulary=int(llm.model.get_input_embeddings().weight.shape[0]),
         layers=int(text.num_hidden_layers),
         kv_heads=attention.k_proj.out_features // attention.head_dim,
@@ -330,7 +330,7 @@ def _tokenizer(llm: TransformersLLM) -> str:
             f"--with-llm: the LLM's tokenizer is a {type(llm.tokenizer).__name__}, which has "
             "no form that the package tokenizers reads",
             expected="one with a tokenizer.json",
-            cure="leave out --with-llm and run the LLM with another engine",
+            cure="leave out --with-llm and run the LLM in another way (--llm)",
         )
     copy = Tokenizer.from_str(loaded.to_str())
     copy.no_truncation()
@@ -348,6 +348,6 @@ def _halve(model: Any) -> None:
                 f"--with-llm: the LLM's {name} has numbers up to "
                 f"{float(parameter.detach().abs().max()):.4g}, but FP16 holds at most "
                 f"{largest:.6g}",
-                cure="export with --dtype fp32",
+                cure="export with --precision fp32",
             )
         parameter.data = parameter.data.half()

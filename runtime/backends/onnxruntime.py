@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from vzip.runtime.backends import BackendUnavailableError
 from vzip.runtime.backends.forks import outlive_forks
 from vzip.runtime.bundle.reader import Bundle
-from vzip.runtime.errors import BackendError, missing
+from vzip.runtime.errors import BackendError, first_line, missing
 
 # Where external data lies when the session is made from bytes (ONNX Runtime 1.19 or newer).
 _FOLDER_KEY = "session.model_external_initializers_file_folder_path"
@@ -204,8 +204,3 @@ def with_output(model: bytes, name: str) -> bytes:
     for number in (1, 12, 7):
         data = bytes([number << 3 | 2, len(data)]) + data
     return model + data
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of a message, which is all that stands in ours."""
-    return (str(error).splitlines() or [type(error).__name__])[0].strip()

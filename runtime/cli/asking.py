@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 from vzip.runtime.cli.options import Parser, add_bundle, add_encoder
 from vzip.runtime.console import say, watched
 from vzip.runtime.errors import InvalidInputError
-from vzip.runtime.llm import DEFAULT_MAX_NEW_TOKENS, ImageTokens, check_max_new_tokens
-from vzip.runtime.llm.programs import ENGINES, own, parse
+from vzip.runtime.llm import DEFAULT_MAX_NEW_TOKENS, TokenSpec, check_max_new_tokens
+from vzip.runtime.llm.opening import RUNNERS, own, parse
 from vzip.runtime.pictures.frames import DEFAULT_FRAMES
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from vzip.runtime.llm import Conversation, Embeds
+    from vzip.runtime.llm import Conversation
+    from vzip.runtime.llm.shown import Embeds
 
 
 def parser_of(prog: str, description: str) -> Parser:
@@ -49,7 +50,7 @@ def parser_of(prog: str, description: str) -> Parser:
         "--llm",
         metavar="LLM",
         help="the LLM: a checkpoint's alias, folder or hub id, which transformers runs; or one of "
-        + ", ".join(f"{name}:{engine.where}" for name, engine in ENGINES.items())
+        + ", ".join(f"{name}:{runner.where}" for name, runner in RUNNERS.items())
         + " (default: the bundle's own, or that of the checkpoint it was exported from)",
     )
     parser.add_argument(
@@ -107,7 +108,7 @@ def conversation(arguments: argparse.Namespace) -> Conversation:
         if video or images.missing:
             opened = VisionEncoder.open(bundle, arguments.backend, arguments.engine)
             encoder = stack.enter_context(opened)
-        ImageTokens.of(bundle.manifest)
+        TokenSpec.of(bundle.manifest)
         choice = choice or own(bundle)
         embeds: Embeds | list[Embeds]
         if encoder is not None and video:

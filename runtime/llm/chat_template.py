@@ -18,8 +18,6 @@ from vzip.runtime.llm.prompts import (
     llava_15_words,
 )
 
-NAME = "transformers"
-
 # Stand for a question and an answer while the chat template is asked what surrounds them.
 _QUESTION_MARK = "(the question)"
 _ANSWER_MARK = "(the answer)"
@@ -31,17 +29,18 @@ class HubTokenizer:
     """A tokenizer of transformers, as `vzip.runtime.llm.prompts.Tokenizer`.
 
     Args:
+        name: The LLM's name, for messages.
         tokenizer: The checkpoint's tokenizer.
 
     Raises:
         CheckpointError: It has no end-of-sequence token.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, name: str, tokenizer: Any) -> None:
         if tokenizer.eos_token is None:
             raise CheckpointError(
-                f"{NAME}: the LLM's tokenizer has no end-of-sequence token, which a LLaVA "
-                "checkpoint has",
+                f"{name}: the LLM's tokenizer has no end-of-sequence token",
+                expected="one, which a LLaVA checkpoint has",
                 cause="the tokenizer's files are another model's or incomplete",
                 cure="fetch the checkpoint again",
             )
@@ -69,10 +68,13 @@ class HubTokenizer:
         return text
 
 
-def words_of(tokenizer: Any, placeholders: Mapping[Kind, int], template: str | None) -> Words:
+def words_of(
+    name: str, tokenizer: Any, placeholders: Mapping[Kind, int], template: str | None
+) -> Words:
     """Ask a chat template what stands around questions, images and videos.
 
     Args:
+        name: The LLM's name, for messages.
         tokenizer: The checkpoint's tokenizer, which renders it.
         placeholders: Id of each kind's placeholder.
         template: The chat template, in Jinja; ``None`` for LLaVA-1.5's words.
@@ -93,7 +95,7 @@ def words_of(tokenizer: Any, placeholders: Mapping[Kind, int], template: str | N
         before, mark, end = text.partition(_QUESTION_MARK)
         if not mark or _QUESTION_MARK in end:
             raise CheckpointError(
-                f"{NAME}: the LLM's chat template writes a question "
+                f"{name}: the LLM's chat template writes a question "
                 f"{text.count(_QUESTION_MARK)} times",
                 expected="once",
                 cure="repair chat_template.jinja",
@@ -130,10 +132,13 @@ def words_of(tokenizer: Any, placeholders: Mapping[Kind, int], template: str | N
     return Words(first, LaterTurn(*split(text)))
 
 
-def make_prompts(tokenizer: Any, placeholders: Mapping[Kind, int], template: str | None) -> Prompts:
+def make_prompts(
+    name: str, tokenizer: Any, placeholders: Mapping[Kind, int], template: str | None
+) -> Prompts:
     """Return an LLM's prompts.
 
     Args:
+        name: The LLM's name, for messages.
         tokenizer: The checkpoint's tokenizer.
         placeholders: Id of an image's placeholder; and of a video's, if the LLM has one.
         template: The chat template, in Jinja; ``None`` for LLaVA-1.5's words.
@@ -142,9 +147,9 @@ def make_prompts(tokenizer: Any, placeholders: Mapping[Kind, int], template: str
         CheckpointError: The tokenizer lacks a placeholder or an end-of-sequence token, or the
             template is not one of a LLaVA.
     """
-    adapted = HubTokenizer(tokenizer)
+    adapted = HubTokenizer(name, tokenizer)
     known = {k: i for k, i in placeholders.items() if adapted.token(i) is not None}
-    return Prompts(NAME, adapted, words_of(tokenizer, known, template), placeholders)
+    return Prompts(name, adapted, words_of(name, tokenizer, known, template), placeholders)
 
 
 def _user(media: Sequence[Kind]) -> dict[str, Any]:

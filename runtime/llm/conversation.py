@@ -1,53 +1,269 @@
-"""Conversations with LLMs that run in this process: greedy decoding on a kept KV cache.
+"""The one turn protocol: how questions follow each other in a conversation, whatever runs the LLM.
 
-An engine offers one step, "these tokens, then which?"; turns, streaming, limits and what happens
-after a failure are the same for all of them and are here.
+`Turns` says what is checked before a question is asked, what streaming shows, what happens after a
+failure, and what of an answer counts that was cut short or left unread. `TokenConversation` says
+how the ids of turns follow each other, `GreedyConversation` how a KV cache in this process follows
+them. A kind of LLM adds how its answer comes.
 """
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
 from vzip.runtime.errors import BackendError, InvalidInputError
-from vzip.runtime.llm import (
-    DEFAULT_MAX_NEW_TOKENS,
-    LLM,
-    Conversation,
-    ImageTokens,
-    Shown,
-    check_context,
-    check_max_new_tokens,
-    check_question,
-    check_shown,
-)
+from vzip.runtime.llm.protocol import DEFAULT_MAX_NEW_TOKENS, LLM, Conversation
 
 if TYPE_CHECKING:
-    from vzip.runtime.llm import Embeds
-    from vzip.runtime.llm.prompts import Prompts
+    from vzip.runtime.llm.shown import Embeds, Shown
+    from vzip.runtime.llm.text_side import TextSide
+
+T = TypeVar("T")
+
+
+def check_question(name: str, question: str) -> None:
+    """Check a question before it is made into tokens.
+
+    Args:
+        name: The LLM's name, for the message.
+        question: The question.
+
+    Raises:
+        InvalidInputError: It is empty, or text that has no UTF-8 form.
+    """
+    if not question.strip():
+        raise InvalidInputError(
+            f"{name}: the question is empty", cure="ask something about what is shown"
+        )
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(
+            f"{name}: the question is not valid Unicode text (at character {error.start})",
+            cure="give it in UTF-8",
+        ) from error
+
+
+def check_max_new_tokens(name: str, max_new_tokens: int) -> None:
+    """Check the limit on an answer's length.
+
+    Raises:
+        InvalidInputError: It is below 1.
+    """
+    if max_new_tokens < 1:
+        raise InvalidInputError(
+            f"{name}: got a limit of {max_new_tokens} new tokens", expected="1 or more"
+        )
+
+
+def check_context(
+    name: str, *, earlier: int, new: int, max_new_tokens: int, context: int | None
+) -> None:
+    """Check that the prompt and the longest answer fit into the LLM's context.
+
+    Args:
+        name: The LLM's name, for the message.
+        earlier: Tokens of the turns before, the image's included.
+        new: Tokens that this turn adds before the answer.
+        max_new_tokens: Longest answer.
+        context: The LLM's context in tokens; ``None`` when it states none.
+
+    Raises:
+        InvalidInputError: They don't fit.
+    """
+    total = earlier + new + max_new_tokens
+    if context is not None and total > context:
+        before = f"{earlier} of earlier turns, " if earlier else ""
+        cure = "begin a new conversation" if earlier else "ask a shorter question"
+        raise InvalidInputError(
+            f"{name}: {before}{new} of this prompt and {max_new_tokens} for the answer make "
+            f"{total} tokens",
+            expected=f"at most {context}, the LLM's context",
+            cure=f"{cure} or allow a shorter answer (--max-new-tokens)",
+        )
+
+
+class Turns(Conversation, Generic[T]):
+    """Turns of a conversation: a history, to which each question and its answer are added.
+
+    * The checks of a question are made by the call of `stream`; the LLM runs as pieces are taken.
+    * No piece splits a character, and there is no white space around the whole.
+    * An answer counts as far as it came, whether `max_new_tokens` or the caller cut it short. One
+      that a later question left behind can't be read on.
+    * A question whose answer failed is taken back, so that it can be asked again. One whose answer
+      was never read was never asked.
+
+    A subclass gives `_asked` and `_answers`. It unsets `_intact` where a failure left something
+    behind that can't be taken back.
+
+    Args:
+        name: The LLM's name, for messages.
+        shown: What the first turn shows.
+
+    Attributes:
+        shown: As given.
+    """
+
+    def __init__(self, name: str, shown: Shown) -> None:
+        self.shown = shown
+        self._name = name
+        self._history: list[T] = []
+        self._intact = True
+        self._turn = 0
+        self._answer: Generator[tuple[list[T], str], None, None] | None = None
+
+    @abstractmethod
+    def _asked(self, question: str, max_new_tokens: int) -> list[T]:
+        """Return the history with a question at its end.
+
+        Raises:
+            InvalidInputError: The question can't be asked.
+        """
+
+    @abstractmethod
+    def _answers(
+        self, asked: list[T], max_new_tokens: int
+    ) -> Generator[tuple[list[T], str], None, None]:
+        """Yield the history with the answer so far, and its text, as often as there is more of it.
+
+        The text has no white space around it. It is yielded at least once for a whole answer.
+        """
+
+    def stream(
+        self, question: str, *, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    ) -> Iterator[str]:
+        """Ask the next question.
+
+        Args:
+            question: The question, without any prompt around it.
+            max_new_tokens: Longest answer, in tokens.
+
+        Returns:
+            The pieces of the answer.
+
+        Raises:
+            InvalidInputError: The question is empty, contains a placeholder, or does not fit into
+                the LLM's context with the turns before it; or (from the iterator) an LLM server
+                refuses it, or a later question was asked.
+            BackendError: A call that failed broke the conversation; or (from the iterator) the LLM
+                failed, or its server is gone.
+        """
+        check_question(self._name, question)
+        check_max_new_tokens(self._name, max_new_tokens)
+        if not self._intact:
+            raise BackendError(
+                f"{self._name}: an earlier call of this conversation failed halfway",
+                cause="its KV cache can't be continued",
+                cure="begin a new conversation",
+            )
+        asked = self._asked(question.strip(), max_new_tokens)
+        self._turn += 1
+        return self._pieces(asked, max_new_tokens, self._turn)
+
+    def _pieces(self, asked: list[T], max_new_tokens: int, turn: int) -> Iterator[str]:
+        """Run the LLM, and yield what is new of the answer's text."""
+        self._check_turn(turn)
+        if self._answer is not None:
+            self._answer.close()  # one left unread: a server stops making it
+        before = self._history
+        answer = self._answer = self._answers(asked, max_new_tokens)
+        text = shown = ""
+        try:
+            for self._history, text in answer:
+                # U+FFFD at the end is the beginning of a character whose other bytes follow.
+                whole = text.startswith(shown) and not text.endswith("\ufffd")
+                if whole and len(text) > len(shown):
+                    piece, shown = text[len(shown) :], text
+                    yield piece
+                    self._check_turn(turn)
+            if len(text) > len(shown):
+                yield text[len(shown) :]
+        except Exception:
+            if turn == self._turn:
+                self._history = before
+            raise
+        finally:
+            answer.close()
+
+    def _check_turn(self, turn: int) -> None:
+        if turn != self._turn:
+            raise InvalidInputError(
+                f"{self._name}: a later question of the same conversation left this answer behind",
+                cure="read an answer to its end before asking on",
+            )
+
+
+class TokenConversation(Turns[int]):
+    """Turns as ids: answers as the LLM gave them, each closed by an end-of-sequence token.
+
+    That token is added before the next question where the answer was cut short, as in LLaVA's
+    training.
+
+    Args:
+        text: The LLM's text side.
+        shown: What the first turn shows.
+        context: Longest sequence in tokens, where that is another than the text side's.
+        expands: Whether the ids have a placeholder for each row, and not one for each image.
+    """
+
+    def __init__(
+        self, text: TextSide, shown: Shown, *, context: int | None = None, expands: bool = True
+    ) -> None:
+        super().__init__(text.name, shown)
+        self._text = text
+        self._expands = expands
+        self._context = text.context if context is None else context
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Ids of all turns so far, with a placeholder for each row or image."""
+        return tuple(self._history)
+
+    @abstractmethod
+    def _generate(self, ids: list[int], max_new_tokens: int) -> Generator[list[int], None, None]:
+        """Yield an answer's ids so far, the one that ends it included, as they come."""
+
+    def _asked(self, question: str, max_new_tokens: int) -> list[int]:
+        text, before = self._text, self._history
+        earlier, new = len(before), []
+        if not before:
+            new = text.first(self.shown, question, expands=self._expands)
+        else:
+            new = [] if before[-1] in text.eos_ids else [text.prompts.eos_id]
+            new += text.prompts.later(question)
+        unseen = 0 if self._expands else text.unseen_rows(self.shown)
+        check_context(
+            self._name,
+            earlier=earlier + (unseen if before else 0),
+            new=len(new) + (0 if before else unseen),
+            max_new_tokens=max_new_tokens,
+            context=self._context,
+        )
+        return [*before, *new]
+
+    def _answers(
+        self, asked: list[int], max_new_tokens: int
+    ) -> Generator[tuple[list[int], str], None, None]:
+        with contextlib.closing(self._generate(asked, max_new_tokens)) as answer:
+            for made in answer:
+                spoken = self._text.spoken(made)
+                yield [*asked, *made[: len(spoken) + 1]], self._text.prompts.decode(spoken)
 
 
 class GreedyLLM(LLM):
-    """An LLM that gives the most probable next token.
+    """A local LLM that gives the most probable next token.
 
     Attributes:
-        name: The engine's name.
-        prompts: Its prompts.
-        eos_ids: Ids that end an answer.
-        hidden_size: L, the width of a token.
-        context: Longest sequence in tokens; ``None`` when the LLM states none.
-        tokens: What the bundle says about its tokens; ``None`` to take any number.
-        largest: Largest magnitude that the LLM's dtype can hold.
+        name: The name that ``--llm`` knows it by.
+        text: Its text side.
+        largest: Largest magnitude that its dtype can hold.
     """
 
-    prompts: Prompts
-    eos_ids: frozenset[int]
-    hidden_size: int
-    context: int | None
-    tokens: ImageTokens | None
+    text: TextSide
     largest: float
 
     @abstractmethod
@@ -75,156 +291,40 @@ class GreedyLLM(LLM):
         self, embeds: Embeds | Sequence[Embeds], *, frames: int | None = None
     ) -> GreedyConversation:
         """Begin a conversation; see `LLM.conversation`."""
-        return GreedyConversation(self, self.check(embeds, frames))
-
-    def check(
-        self, embeds: Embeds | Sequence[Embeds], frames: int | None, *, where: str | None = None
-    ) -> Shown:
-        """Check what is to be shown; see `vzip.runtime.llm.check_shown`.
-
-        Args:
-            embeds: As for `conversation`.
-            frames: As for `conversation`.
-            where: What messages begin with; None for the engine's name.
-        """
-        return check_shown(
-            where or self.name,
-            embeds,
-            frames=frames,
-            tokens=self.tokens,
-            hidden_size=self.hidden_size,
-            takes_videos="video" in self.prompts.placeholders,
-            largest=self.largest,
-        )
+        return GreedyConversation(self, self.text.shown(embeds, frames, largest=self.largest))
 
 
-class GreedyConversation(Conversation):
-    """Questions about images or a video; the KV cache of all turns is kept between them.
+class GreedyConversation(TokenConversation):
+    """Questions to a local LLM; the KV cache of all turns is kept between them.
 
     So a later question costs neither vision nor a prefill of what came before it. Decoding is
     greedy: the most probable token each time, until an end-of-sequence token or `max_new_tokens`.
-    An answer cut short by that limit, or by the caller who stops reading it, is closed by an
-    end-of-sequence token before the next question, as in LLaVA's training.
 
     Made by `GreedyLLM.conversation`.
     """
 
     def __init__(self, llm: GreedyLLM, shown: Shown) -> None:
+        super().__init__(llm.text, shown)
         self._llm = llm
-        self._shown = shown
         self._cache: Any = llm.new_cache()
-        self._ids: list[int] = []  # what the cache holds
-        self._next: int | None = None  # predicted, and not in the cache yet
-        self._turn = 0
-        self._intact = True
+        self._cached = 0
 
     @property
     def ids(self) -> tuple[int, ...]:
         """Ids of all tokens in the KV cache, among them a placeholder for each row."""
-        return tuple(self._ids)
+        return tuple(self._history[: self._cached])
 
-    def ask(self, question: str, *, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS) -> str:
-        """Return the answer to the next question; see `stream`."""
-        return "".join(self.stream(question, max_new_tokens=max_new_tokens))
-
-    def stream(
-        self, question: str, *, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
-    ) -> Iterator[str]:
-        """Ask the next question.
-
-        The checks are made by this call; the LLM runs as the pieces are taken.
-
-        Args:
-            question: The question, without any prompt around it.
-            max_new_tokens: Longest answer, in tokens.
-
-        Returns:
-            The pieces of the answer, none of which splits a character; without white space
-            around the whole.
-
-        Raises:
-            InvalidInputError: The question is empty, contains a placeholder, or does not fit into
-                the LLM's context with the turns before it.
-            BackendError: The conversation was broken by a call that failed; or (from the
-                iterator) the LLM failed.
-        """
-        name = self._llm.name
-        check_question(name, question)
-        check_max_new_tokens(name, max_new_tokens)
-        if not self._intact:
-            raise BackendError(
-                f"{name}: an earlier call of this conversation failed halfway, so its KV cache "
-                "can't be continued",
-                cure="begin a new conversation",
-            )
-        ids = self._later(question.strip()) if self._ids else self._first(question.strip())
-        check_context(
-            name,
-            cached=len(self._ids),
-            new=len(ids),
-            max_new_tokens=max_new_tokens,
-            context=self._llm.context,
-        )
-        self._turn += 1
-        return self._pieces(ids, max_new_tokens, self._turn)
-
-    def _first(self, question: str) -> list[int]:
-        """Return the first turn's ids, with a placeholder for each row."""
-        return expand(self._llm.prompts, self._shown, question)
-
-    def _later(self, question: str) -> list[int]:
-        """Return the ids that follow those in the cache."""
-        ids = [] if self._next is None else [self._next]
-        if self._next not in self._llm.eos_ids:
-            ids.append(self._llm.prompts.eos_id)
-        return ids + self._llm.prompts.later(question)
-
-    def _pieces(self, ids: list[int], max_new_tokens: int, turn: int) -> Iterator[str]:
-        """Feed a prompt, then its answer token by token, and yield the answer's text."""
-        answer: list[int] = []
-        shown = ""
-        while len(answer) < max_new_tokens:
-            if turn != self._turn:
-                raise InvalidInputError(
-                    f"{self._llm.name}: this answer was left behind by a later question of the "
-                    "same conversation",
-                    cure="read an answer to its end before asking on",
-                )
-            token = self._feed(ids)
-            if token in self._llm.eos_ids:
-                break
-            answer.append(token)
-            ids = [token]
-            text = self._llm.prompts.decode(answer)
-            # U+FFFD at the end is the beginning of a character whose other bytes follow.
-            if text.startswith(shown) and len(text) > len(shown) and not text.endswith("\ufffd"):
-                yield text[len(shown) :]
-                shown = text
-        text = self._llm.prompts.decode(answer)
-        if len(text) > len(shown):
-            yield text[len(shown) :]
-
-    def _feed(self, ids: list[int]) -> int:
-        """Put tokens into the cache and return the most probable next one."""
-        # Only the first prompt has places for them: a placeholder that the LLM says is a mere word.
-        rows = None if self._ids else np.concatenate(self._shown.parts)
-        self._intact = False  # until the cache is whole again
-        self._next = None
-        self._next = self._llm.step(ids, self._cache, rows)
-        self._ids += ids
-        self._intact = True
-        return self._next
-
-
-def expand(prompts: Prompts, shown: Shown, question: str) -> list[int]:
-    """Return the first turn's ids, with as many placeholders as there are rows.
-
-    Raises:
-        CheckpointError: The LLM's words have no place for what is shown.
-        InvalidInputError: The question contains a placeholder.
-    """
-    placeholder, parts = prompts.placeholders[shown.kind], iter(shown.parts)
-    ids: list[int] = []
-    for token in prompts.first(question, shown.kind, len(shown.parts)):
-        ids += [token] * (len(next(parts)) if token == placeholder else 1)
-    return ids
+    def _generate(self, ids: list[int], max_new_tokens: int) -> Generator[list[int], None, None]:
+        made: list[int] = []
+        new = ids[self._cached :]
+        while len(made) < max_new_tokens:
+            # Only the first prompt has places: a placeholder that the LLM says is a mere word.
+            rows = None if self._cached else np.concatenate(self.shown.parts)
+            self._intact = False  # until the cache is whole again
+            token = self._llm.step(new, self._cache, rows)
+            self._cached += len(new)
+            self._intact = True
+            made, new = [*made, token], [token]
+            yield made
+            if token in self._text.eos_ids:
+                return

@@ -1,6 +1,6 @@
 """What lies beside the graph of a language model in a bundle: its settings and its embeddings.
 
-`docs/bundle.md` specifies both. An engine that runs the graph needs nothing else of the checkpoint
+`docs/bundle.md` specifies both. What runs the graph needs nothing else of the checkpoint
 but the tokenizer.
 """
 
@@ -44,7 +44,7 @@ def cache_names(layers: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Settings:
-    """What an engine must know to run a language model's graph; the file ``llm.json``.
+    """What is needed to run a language model's graph; the file ``llm.json``.
 
     Attributes:
         words: What stands around questions.

@@ -1,8 +1,8 @@
 r"""Questions as token ids, in the words that an LLM was trained with; without a template language.
 
-A chat template is a program. What an engine needs of it are a few pieces of text, which are taken
-from it once (`vzip.runtime.llm.local.transformers`), so that an edge box with neither Jinja nor
-transformers says the same to its LLM.
+A chat template is a program. What an LLM needs of it are a few pieces of text, which are taken from
+it once (`vzip.runtime.llm.chat_template`), so that an edge box with neither Jinja nor transformers
+says the same to its LLM.
 """
 
 from __future__ import annotations
@@ -138,13 +138,14 @@ class Prompts:
     """Questions as token ids.
 
     Args:
-        engine: The engine's name, for messages.
+        name: The LLM's name, for messages.
         tokenizer: The LLM's tokenizer.
         words: What stands around a question.
         placeholders: Id of an image's placeholder; and of a video's, if the LLM has one.
 
     Attributes:
         eos_id: Id of the end-of-sequence token.
+        tokenizer: As given.
         words: As given.
 
     Raises:
@@ -152,18 +153,19 @@ class Prompts:
     """
 
     def __init__(
-        self, engine: str, tokenizer: Tokenizer, words: Words, placeholders: Mapping[Kind, int]
+        self, name: str, tokenizer: Tokenizer, words: Words, placeholders: Mapping[Kind, int]
     ) -> None:
         self.words = words
         self.eos_id = tokenizer.eos_id
-        self._engine, self._tokenizer = engine, tokenizer
+        self.tokenizer = tokenizer
+        self._name = name
         self._tokens: dict[Kind, tuple[str, int]] = {}
         for kind, token_id in placeholders.items():
             token = tokenizer.token(token_id)
             if token is None:
                 raise CheckpointError(
-                    f"{engine}: the LLM's tokenizer has no token of id {token_id}, which a "
-                    "LLaVA checkpoint has",
+                    f"{name}: the LLM's tokenizer has no token of id {token_id}",
+                    expected=f"the {kind} placeholder of a LLaVA checkpoint",
                     cause="the tokenizer's files are another model's or incomplete",
                     cure="fetch the checkpoint again",
                 )
@@ -186,25 +188,32 @@ class Prompts:
             CheckpointError: The LLM's words have no place for that.
             InvalidInputError: The question contains a placeholder.
         """
+        text = self.first_text(question, kind, count)
+        bos = self.tokenizer.bos
+        # A template may write the beginning-of-sequence token itself; once is right.
+        written = bool(bos) and text.startswith(str(bos))
+        ids = self.tokenizer.encode(text, special=not written)
+        return self._checked(ids, {kind: count})
+
+    def first_text(self, question: str, kind: Kind = "image", count: int = 1) -> str:
+        """Return the first turn's text; see `first`, which checks the question.
+
+        Raises:
+            CheckpointError: The LLM's words have no place for that.
+        """
         turn = self.words.first.get(kind)
         if kind not in self._tokens or turn is None or (count > 1 and turn.between is None):
             several = turn is not None and turn.between is None
             raise CheckpointError(
-                f"{self._engine}: the LLM's chat template has no place for "
-                f"{(f'{count} {kind}s, but for one' if several else f'{kind}s')}",
-                cure=(
-                    f"ask about {('one at a time' if several else 'something else')}, or repair "
-                    "its chat_template.jinja"
-                ),
+                f"{self._name}: the LLM's chat template has no place for "
+                f"{f'{count} {kind}s' if several else f'{kind}s'}",
+                expected="one image or video at a time" if several else "",
+                cure=f"ask about {'one' if several else 'something else'}, or repair its "
+                "chat_template.jinja",
             )
         token, _ = self._tokens[kind]
         places = (turn.between or "").join([token] * count)
-        text = f"{turn.before}{places}{turn.after}{question}{turn.end}"
-        bos = self._tokenizer.bos
-        # A template may write the beginning-of-sequence token itself; once is right.
-        written = bool(bos) and text.startswith(str(bos))
-        ids = self._tokenizer.encode(text, special=not written)
-        return self._checked(ids, {kind: count})
+        return f"{turn.before}{places}{turn.after}{question}{turn.end}"
 
     def later(self, question: str) -> list[int]:
         """Return the ids of a later turn, which follow the end-of-sequence token of the answer.
@@ -216,18 +225,18 @@ class Prompts:
         turn = self.words.later
         if turn is None:
             raise CheckpointError(
-                f"{self._engine}: the LLM's chat template drops the assistant's turns, so it "
-                "serves one question only",
+                f"{self._name}: the LLM's chat template drops the assistant's turns",
+                cause="it serves one question only",
                 cure="use 'vzip ask', or repair chat_template.jinja",
             )
         # Encoded as it stands in the whole conversation: a word after a special token can be
         # another id than the same word at the beginning of a text.
-        text = f"{self._tokenizer.eos}{turn.before}{question}{turn.end}"
-        return self._checked(self._tokenizer.encode(text, special=False)[1:], {})
+        text = f"{self.tokenizer.eos}{turn.before}{question}{turn.end}"
+        return self._checked(self.tokenizer.encode(text, special=False)[1:], {})
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return an answer's text, without special tokens and white space around it."""
-        return self._tokenizer.decode(ids).strip()
+        return self.tokenizer.decode(ids).strip()
 
     def _checked(self, ids: list[int], expected: Mapping[Kind, int]) -> list[int]:
         """Return a prompt's ids; it has a place for every image or video and no other."""
@@ -235,8 +244,9 @@ class Prompts:
             got, takes = ids.count(token_id), expected.get(kind, 0)
             if got != takes:
                 raise InvalidInputError(
-                    f"{self._engine}: the prompt has {got} {kind} placeholders {token!r} (id "
-                    f"{token_id}), but it takes {takes}",
-                    cause=f"a question must not contain {token!r}",
+                    f"{self._name}: the prompt has {got} {kind} placeholders {token!r} (id "
+                    f"{token_id})",
+                    expected=f"{takes}",
+                    cure=f"ask a question without {token!r}",
                 )
         return ids

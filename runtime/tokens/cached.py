@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from vzip.runtime.bundle.reader import Bundle
     from vzip.runtime.encoder import VisionEncoder
-    from vzip.runtime.llm import Embeds
+    from vzip.runtime.llm.shown import Embeds
 
 
 class CachedImages:

@@ -178,8 +178,9 @@ class FakeLLM(SimpleNamespace):
 
 def fake_llm(kind: str, template: str | None = None, context: int | None = 512) -> Any:
     tokenizer = make_tokenizer(kind)
-    prompts = make_prompts(tokenizer, {"image": IMAGE}, template)
-    return FakeLLM(tokenizer=tokenizer, prompts=prompts, context=context)
+    prompts = make_prompts("tests", tokenizer, {"image": IMAGE}, template)
+    text = SimpleNamespace(prompts=prompts, context=context)
+    return FakeLLM(tokenizer=tokenizer, text=text)
 
 
 TURNS = (Turn("what is the shape?", "it is a red circle"), Turn("is there a 7?", "a circle"))
@@ -208,8 +209,8 @@ def test_answers_and_their_ends_are_learned_and_nothing_else(kind: str) -> None:
         for learned, group in itertools.groupby(enumerate(example.learned), key=lambda x: x[1])
         if learned
     ]
-    assert [llm.prompts.decode(run) for run in runs] == ["it is a red circle", "a circle"]
-    assert all(run[-1] == llm.prompts.eos_id for run in runs)
+    assert [llm.text.prompts.decode(run) for run in runs] == ["it is a red circle", "a circle"]
+    assert all(run[-1] == llm.text.prompts.eos_id for run in runs)
 
 
 def test_an_answer_follows_white_space_without_a_blank() -> None:
@@ -349,15 +350,15 @@ def test_models_of_tiles_and_video_are_refused(model: str) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"num_train_epochs": 0},
-        {"per_device_train_batch_size": 0},
-        {"gradient_accumulation_steps": -1},
-        {"learning_rate": 0.0},
-        {"learning_rate": float("nan")},
-        {"learning_rate": 1.5},
-        {"max_grad_norm": 0.0},
-        {"warmup_ratio": 1.0},
-        {"weight_decay": -0.1},
+        {"epochs": 0},
+        {"batch": 0},
+        {"accumulate": -1},
+        {"rate": 0.0},
+        {"rate": float("nan")},
+        {"rate": 1.5},
+        {"norm": 0.0},
+        {"warmup": 1.0},
+        {"decay": -0.1},
         {"seed": -1},
     ],
 )
@@ -368,9 +369,7 @@ def test_numbers_without_sense_are_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_the_rate_rises_and_falls_as_a_cosine() -> None:
-    schedule = Schedule(
-        Recipe(per_device_train_batch_size=1, learning_rate=0.5, warmup_ratio=0.1), 100, 1
-    )
+    schedule = Schedule(Recipe(batch=1, rate=0.5, warmup=0.1), 100, 1)
     rates = [schedule.rate(step) for step in range(100)]
     assert rates[:10] == pytest.approx([0.05 * n for n in range(1, 11)])
     assert rates[10] == 0.5
@@ -380,7 +379,7 @@ def test_the_rate_rises_and_falls_as_a_cosine() -> None:
 
 
 def test_an_epoch_sees_every_record_once() -> None:
-    schedule = Schedule(Recipe(num_train_epochs=3, per_device_train_batch_size=5, seed=4), 20, 1)
+    schedule = Schedule(Recipe(epochs=3, batch=5, seed=4), 20, 1)
     assert schedule.steps == 12
     seen = [place for step in range(12) for batch in schedule.batches(step, 0) for place in batch]
     epochs = [seen[start : start + 20] for start in (0, 20, 40)]
@@ -390,15 +389,15 @@ def test_an_epoch_sees_every_record_once() -> None:
 
 
 def test_the_last_batch_is_dropped_unless_it_is_full() -> None:
-    schedule = Schedule(Recipe(num_train_epochs=2, per_device_train_batch_size=8), 21, 1)
+    schedule = Schedule(Recipe(epochs=2, batch=8), 21, 1)
     assert schedule.steps == 5  # 40 of 42
     with pytest.raises(InvalidInputError, match=r"1 × 7 records don't fill a step of 8"):
-        Schedule(Recipe(per_device_train_batch_size=8), 7, 1)
+        Schedule(Recipe(batch=8), 7, 1)
 
 
 def test_processes_share_the_batches_of_a_step() -> None:
-    alone = Schedule(Recipe(per_device_train_batch_size=2, gradient_accumulation_steps=6), 48, 1)
-    shared = Schedule(Recipe(per_device_train_batch_size=2, gradient_accumulation_steps=2), 48, 3)
+    alone = Schedule(Recipe(batch=2, accumulate=6), 48, 1)
+    shared = Schedule(Recipe(batch=2, accumulate=2), 48, 3)
     assert alone.steps == shared.steps == 4
     for step in range(4):
         parts = [list(shared.batches(step, rank)) for rank in range(3)]
@@ -430,12 +429,7 @@ def test_loss_and_gradient_are_those_of_the_answers(
     llm: TransformersLLM, weights: Any, small: Any
 ) -> None:
     examples, features = small
-    made, _ = tuner(
-        llm,
-        weights,
-        Recipe(per_device_train_batch_size=8, learning_rate=1e-9, max_grad_norm=1e9),
-        8,
-    )
+    made, _ = tuner(llm, weights, Recipe(batch=8, rate=1e-9, norm=1e9), 8)
     loss = made.step(0, examples, lambda place: features[place])
     # The demo's own trainer packs the same conversations in another way.
     model = transformers.AutoModelForImageTextToText.from_pretrained(
@@ -462,12 +456,7 @@ def test_loss_and_gradient_are_those_of_the_answers(
 
 def test_only_the_projector_learns(llm: TransformersLLM, weights: Any, small: Any) -> None:
     examples, features = small
-    made, projector = tuner(
-        llm,
-        weights,
-        Recipe(per_device_train_batch_size=8, num_train_epochs=4, learning_rate=1e-3),
-        8,
-    )
+    made, projector = tuner(llm, weights, Recipe(batch=8, epochs=4, rate=1e-3), 8)
     frozen = {name: tensor.clone() for name, tensor in llm.model.state_dict().items()}
     before = {name: tensor.clone() for name, tensor in projector.state_dict().items()}
     losses = [made.step(step, examples, lambda place: features[place]) for step in range(4)]
@@ -482,13 +471,8 @@ def test_accumulated_batches_are_one_batch(llm: TransformersLLM, weights: Any, s
     examples, features = small
     results = []
     for recipe in (
-        Recipe(per_device_train_batch_size=8, learning_rate=1e-3, num_train_epochs=2),
-        Recipe(
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=4,
-            learning_rate=1e-3,
-            num_train_epochs=2,
-        ),
+        Recipe(batch=8, rate=1e-3, epochs=2),
+        Recipe(batch=2, accumulate=4, rate=1e-3, epochs=2),
     ):
         made, projector = tuner(llm, weights, recipe, 8)
         losses = [made.step(step, examples, lambda place: features[place]) for step in range(2)]
@@ -503,9 +487,7 @@ def test_steps_are_as_long_as_the_schedule_says(
     llm: TransformersLLM, weights: Any, small: Any
 ) -> None:
     examples, features = small
-    recipe = Recipe(
-        per_device_train_batch_size=2, learning_rate=1e-3, warmup_ratio=0.75, weight_decay=0.5
-    )
+    recipe = Recipe(batch=2, rate=1e-3, warmup=0.75, decay=0.5)
     made, projector = tuner(llm, weights, recipe, 8)
     before = {name: tensor.clone() for name, tensor in projector.state_dict().items()}
     made.step(0, examples, lambda place: features[place])
@@ -523,10 +505,10 @@ def test_weights_that_are_not_finite_end_the_run(
     llm: TransformersLLM, weights: Any, small: Any
 ) -> None:
     examples, features = small
-    made, projector = tuner(llm, weights, Recipe(per_device_train_batch_size=8), 8)
+    made, projector = tuner(llm, weights, Recipe(batch=8), 8)
     with torch.no_grad():
         projector.linear_1.weight[0, 0] = float("nan")
-    with pytest.raises(BackendError, match=r"at step 0 the loss is nan.*lower --learning-rate"):
+    with pytest.raises(BackendError, match=r"at step 0 the loss is nan.*lower --rate"):
         made.step(0, examples, lambda place: features[place])
 
 

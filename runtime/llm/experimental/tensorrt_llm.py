@@ -1,6 +1,6 @@
-"""Compressed tokens into TensorRT-LLM, by its three ways; not run against the engine.
+"""Compressed tokens into TensorRT-LLM, by its three ways; not run against it.
 
-* LLM API: `request` makes what ``LLM.generate`` takes; the engine expands each ``<image>`` of the
+* LLM API: `request` makes what ``LLM.generate`` takes; TensorRT-LLM expands each ``<image>`` of the
   text to as many places as its tensor has rows (_torch/models/modeling_llava_next.py,
   attach_multimodal_embeddings) and casts to the LLM's dtype (modeling_multimodal_utils.py).
 * trtllm-serve: `TrtllmServer` sends ``image_embeds`` parts (serve/chat_utils.py; the tensor is read
@@ -10,7 +10,7 @@
 
 The first two know LLaVA-NeXT alone of vzip's families. Sources: NVIDIA/TensorRT-LLM, 1.2 and newer
 for the first two, 0.12 and newer for the last; what tests hold this module to stands in
-`tests/golden/llm_server_contracts.json`.
+`tests/golden/llm_requests.json`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from vzip.runtime.errors import InvalidInputError, missing
-from vzip.runtime.llm import ImageTokens, check_question
-from vzip.runtime.llm.conversation import expand
+from vzip.runtime.errors import CheckpointError, InvalidInputError, missing
+from vzip.runtime.llm.conversation import check_question
 from vzip.runtime.llm.server.chat_server import ServerLLM
-from vzip.runtime.llm.text_checkpoint import LARGEST, TextCheckpoint
+from vzip.runtime.llm.shown import Shown, TokenSpec
+from vzip.runtime.llm.text_side import LARGEST, TextCheckpoint
 
 if TYPE_CHECKING:
     from vzip.runtime.bundle.reader import Bundle
-    from vzip.runtime.llm import Embeds
+    from vzip.runtime.llm.shown import Embeds
 
 NAME: Final = "trtllm"
 
@@ -47,14 +47,14 @@ class TrtllmServer(ServerLLM):
         return {"type": "image_embeds", "image_embeds": {"data": torch_base64(embeds)}}
 
 
-def open_llm(where: str, bundle: Bundle) -> TrtllmServer:
-    """Open a server for a bundle's tokens; see `vzip.runtime.llm.programs`.
+def open_for(where: str, bundle: Bundle) -> TrtllmServer:
+    """Open a server for a bundle's tokens; see `vzip.runtime.llm.opening`.
 
     Raises:
         InvalidInputError: The bundle is of another family than LLaVA-NeXT.
     """
     model = bundle.manifest.model
-    tokens = ImageTokens.of(bundle.manifest)
+    tokens = TokenSpec.of(bundle.manifest)
     if model.family != _FAMILY:
         raise _unknown(model.id, model.family)
     _torch()  # tensors are sent as torch writes them: said before the server is asked
@@ -71,7 +71,7 @@ def request(
     """Return one prompt for ``tensorrt_llm.LLM.generate``.
 
     Args:
-        checkpoint: The text side of the LLM's checkpoint, opened for the engine `NAME`.
+        checkpoint: The text side of the LLM's checkpoint, opened under `NAME`.
         embeds: The tokens of an image, several, or a video, whose frames follow as images.
         question: The question, without any prompt around it.
         frames: The video's frames; ``None`` for images.
@@ -85,12 +85,14 @@ def request(
             the question.
         MissingDependencyError: torch is not installed.
     """
-    if checkpoint.model_type != _MODEL_TYPE:
-        raise _unknown(checkpoint.model, checkpoint.model_type)
+    files = checkpoint.files
+    if files.config.model_type != _MODEL_TYPE:
+        raise _unknown(files.model, files.config.model_type)
     torch = _torch()
-    shown = checkpoint.shown(embeds, frames, dtype=checkpoint.dtype, takes_videos=False)
+    check_question(NAME, question)
+    shown = checkpoint.shown(embeds, frames, largest=LARGEST[checkpoint.dtype], takes_videos=False)
     return {
-        "prompt": checkpoint.text(shown, question),
+        "prompt": _text(checkpoint, shown, question.strip()),
         "multi_modal_embeddings": {"image": [torch.from_numpy(part) for part in shown.parts]},
     }
 
@@ -112,7 +114,7 @@ def prompt_table(
     ModelRunnerCpp takes ``prompt_table[task]``, which of [ΣK, L] would be a single row.
 
     Args:
-        checkpoint: The text side of the LLM's checkpoint, opened for the engine `NAME`.
+        checkpoint: The text side of the LLM's checkpoint, opened under `NAME`.
         embeds: The tokens of an image, several, or a video, whose frames follow as images.
         question: The question, without any prompt around it.
         vocab_size: The engine's, ``runner.vocab_size``.
@@ -136,26 +138,24 @@ def prompt_table(
             expected=f"the engine's, one of {', '.join(LARGEST)}",
         )
     torch = _torch()
-    shown = checkpoint.shown(embeds, frames, dtype=dtype, takes_videos=False)
+    shown = checkpoint.shown(embeds, frames, largest=LARGEST[dtype], takes_videos=False)
     check_question(NAME, question)
-    ids = expand(checkpoint.prompts, shown, question.strip())
+    ids = checkpoint.first(shown, question)
     total = sum(len(part) for part in shown.parts)
     if total > max_multimodal_len:
         raise InvalidInputError(
-            f"{NAME}: got {total} tokens of {len(shown.parts)} images, but the engine's prompt "
-            f"table has {max_multimodal_len} rows",
+            f"{NAME}: got {total} tokens of {len(shown.parts)} images",
+            expected=f"at most {max_multimodal_len}, the rows of the engine's prompt table",
             cure=f"build it with trtllm-build --max_multimodal_len {total} or more",
         )
     placeholder = checkpoint.prompts.placeholders[shown.kind]
     words = [each for each in ids if each != placeholder]
     if max(words) >= vocab_size:
         raise InvalidInputError(
-            f"{NAME}: got a prompt with the id {max(words)} and a vocabulary of {vocab_size}, "
-            "beyond which ids are places of images",
-            cure=(
-                "give the engine's vocabulary size (runner.vocab_size), and the checkpoint that it "
-                "was built from"
-            ),
+            f"{NAME}: got a prompt with the id {max(words)} and a vocabulary of {vocab_size}",
+            cause="ids beyond the vocabulary are places of images",
+            cure="give the engine's vocabulary size (runner.vocab_size), and the checkpoint that "
+            "it was built from",
         )
     places = iter(range(vocab_size, vocab_size + total))
     fake = [next(places) if each == placeholder else each for each in ids]
@@ -184,14 +184,35 @@ def torch_base64(embeds: Embeds) -> str:
     return base64.b64encode(data.getvalue()).decode("ascii")
 
 
+def _text(checkpoint: TextCheckpoint, shown: Shown, question: str) -> str:
+    """Return the first turn as text, without what a tokenizer puts in front.
+
+    Raises:
+        CheckpointError: The LLM's words have no place for what is shown.
+        InvalidInputError: The question contains a placeholder.
+    """
+    prompts, tokenizer = checkpoint.prompts, checkpoint.prompts.tokenizer
+    ids = checkpoint.first(shown, question, expands=False)
+    text = prompts.first_text(question, shown.kind, len(shown.parts))
+    # A template may write the beginning-of-sequence token that the tokenizer writes too.
+    for each in (text, text.removeprefix(tokenizer.bos or "")):
+        if tokenizer.encode(each, special=True) == ids:
+            return each
+    raise CheckpointError(
+        f"{NAME}: the tokenizer of {checkpoint.files.model!r} makes other ids of a prompt than of "
+        "its parts",
+        cause="the prompt can't be given as text",
+        cure="use another LLM (--llm)",
+    )
+
+
 def _unknown(model: str, family: str) -> InvalidInputError:
     return InvalidInputError(
-        f"{NAME}: {model!r} is a {family!r} model, but of vzip's families TensorRT-LLM's "
-        "PyTorch backend knows LLaVA-NeXT alone",
-        cure=(
-            "use a bundle of one, such as llava-next-mistral-7b, TensorRT-LLM's legacy runtime "
-            "(vzip.runtime.llm.experimental.tensorrt_llm.prompt_table), or another engine (--llm)"
-        ),
+        f"{NAME}: {model!r} is a {family!r} model",
+        expected="a LLaVA-NeXT, of vzip's families the only one that TensorRT-LLM's PyTorch "
+        "backend knows",
+        cure="use a bundle of one, such as llava-next-mistral-7b, TensorRT-LLM's legacy runtime "
+        "(vzip.runtime.llm.experimental.tensorrt_llm.prompt_table), or another LLM (--llm)",
     )
 
 

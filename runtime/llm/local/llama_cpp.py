@@ -26,7 +26,6 @@ from vzip.runtime.errors import (
     CheckpointError,
     InvalidInputError,
 )
-from vzip.runtime.llm import ImageTokens
 from vzip.runtime.llm.conversation import GreedyLLM
 from vzip.runtime.llm.local.gguf_model import (
     NAME,
@@ -39,11 +38,13 @@ from vzip.runtime.llm.local.gguf_model import (
     said,
 )
 from vzip.runtime.llm.prompts import KINDS, Kind, Prompts, Words, llava_15_words
+from vzip.runtime.llm.shown import TokenSpec
+from vzip.runtime.llm.text_side import TextSide
 from vzip.runtime.machine.process import physical_cores
 
 if TYPE_CHECKING:
     from vzip.runtime.bundle.reader import Bundle
-    from vzip.runtime.llm import Embeds
+    from vzip.runtime.llm.shown import Embeds
 
 DEFAULT_CONTEXT: Final = 8192
 """Most tokens that all conversations together may have, unless it is opened with more."""
@@ -74,17 +75,17 @@ class LlamaCppLLM(GreedyLLM):
         self,
         path: Path,
         *,
-        tokens: ImageTokens | None,
+        tokens: TokenSpec | None,
         family: str | None = None,
         context: int = DEFAULT_CONTEXT,
     ) -> None:
-        """Open a GGUF; see `open_llm` for the form that the command line uses.
+        """Open a GGUF; see `open_for` for the form that the command line uses.
 
         The file is checked against the bundle before its weights are loaded.
 
         Args:
             path: The file.
-            tokens: What the bundle says about its tokens, from `ImageTokens.of`; ``None`` to take
+            tokens: What the bundle says about its tokens, from `TokenSpec.of`; ``None`` to take
                 any number, which needs a file of ``vzip convert``.
             family: The bundle's family, ``manifest.model.family``, for a GGUF without words.
             context: Most tokens that all conversations together may have; fewer where the LLM was
@@ -100,7 +101,6 @@ class LlamaCppLLM(GreedyLLM):
         library = load_library()
         vocabulary = GgufModel(library, path, weights=False)
         self.path = path
-        self.tokens = tokens
         width, trained = vocabulary.size("embedding_length"), vocabulary.size("context_length")
         placeholders = _placeholders(vocabulary, tokens, path)
         if tokens is not None:
@@ -108,19 +108,22 @@ class LlamaCppLLM(GreedyLLM):
                 NAME,
                 model=str(path),
                 hidden_size=width,
-                image_token_id=placeholders["image"],
-                video_token_id=placeholders.get("video"),
+                placeholders=placeholders,
             )
         words = _words(vocabulary, tokens, family, path)
         del vocabulary
         model = GgufModel(library, path, weights=True)
-        tokenizer = GgufTokenizer(model, placeholders)
-        self.prompts = Prompts(NAME, tokenizer, words, placeholders)
-        self.eos_ids = frozenset({self.prompts.eos_id, *model.ends()})
-        self.hidden_size = width
-        self.context: int = min(context, trained)
+        prompts = Prompts(NAME, GgufTokenizer(model, placeholders), words, placeholders)
+        self.text = TextSide(
+            name=NAME,
+            prompts=prompts,
+            eos_ids=frozenset({prompts.eos_id, *model.ends()}),
+            hidden_size=width,
+            context=min(context, trained),
+            tokens=tokens,
+        )
         self.largest = float(np.finfo(np.float32).max)
-        self._pool = _Pool(model, self.context)
+        self._pool = _Pool(model, min(context, trained))
 
     def new_cache(self) -> KvCache:
         """Return an empty sequence.
@@ -147,7 +150,9 @@ class LlamaCppLLM(GreedyLLM):
         Returns:
             The logits behind the last of them, float32 [V].
         """
-        places = frozenset(self.prompts.placeholders.values()) if rows is not None else frozenset()
+        places = (
+            frozenset(self.text.prompts.placeholders.values()) if rows is not None else frozenset()
+        )
         return self._pool.decode(ids, cache, places, rows)
 
 
@@ -306,11 +311,11 @@ class _Pool:
             self._free.append(sequence)
 
 
-def open_llm(where: str, bundle: Bundle) -> LlamaCppLLM:
-    """Open a GGUF for a bundle's tokens; see `vzip.runtime.llm.programs`."""
+def open_for(where: str, bundle: Bundle) -> LlamaCppLLM:
+    """Open a GGUF for a bundle's tokens; see `vzip.runtime.llm.opening`."""
     return LlamaCppLLM(
         Path(where).expanduser(),
-        tokens=ImageTokens.of(bundle.manifest),
+        tokens=TokenSpec.of(bundle.manifest),
         family=bundle.manifest.model.family,
     )
 
@@ -324,18 +329,17 @@ def _check_file(path: Path) -> None:
         raise CheckpointError(
             f"{NAME}: '{path}' can't be read ({error.strerror})",
             expected="a GGUF",
-            cure="check the path, or make one with "
-            "'vzip convert --model MODEL --to gguf -o FILE.gguf'",
+            cure="check the path, or make one with 'vzip convert MODEL --gguf FILE.gguf'",
         ) from error
     if start != _MAGIC:
         raise CheckpointError(
             f"{NAME}: '{path}' begins with {start!r}",
             expected=f"a GGUF, which begins with {_MAGIC!r}",
-            cure="make one with 'vzip convert --model MODEL --to gguf -o FILE.gguf'",
+            cure="make one with 'vzip convert MODEL --gguf FILE.gguf'",
         )
 
 
-def _placeholders(model: GgufModel, tokens: ImageTokens | None, path: Path) -> dict[Kind, int]:
+def _placeholders(model: GgufModel, tokens: TokenSpec | None, path: Path) -> dict[Kind, int]:
     """Return the ids of the placeholders: the GGUF's, or the bundle's where it names none."""
     stored: dict[Kind, int] = {}
     for kind in KINDS:
@@ -355,15 +359,14 @@ def _placeholders(model: GgufModel, tokens: ImageTokens | None, path: Path) -> d
         token = model.library.llama_vocab_get_text(model.vocabulary, token_id).decode()
         if token != f"<{kind}>":
             raise InvalidInputError(
-                f"{NAME}: the bundle's {kind} token id is {token_id}, which is {token!r} in "
-                f"'{path}'",
-                expected=f"<{kind}> or an id beyond its vocabulary",
+                f"{NAME}: token {token_id} of '{path}' is {token!r}",
+                expected=f"the bundle's {kind} token <{kind}> or an id beyond its vocabulary",
                 cure="give the GGUF of the checkpoint that the bundle was exported from (--llm)",
             )
     return given
 
 
-def _words(model: GgufModel, tokens: ImageTokens | None, family: str | None, path: Path) -> Words:
+def _words(model: GgufModel, tokens: TokenSpec | None, family: str | None, path: Path) -> Words:
     """Return the words around questions: the GGUF's, or LLaVA-1.5's where it was trained so."""
     stored = model.text(Key.WORDS)
     if stored is not None:
@@ -383,7 +386,7 @@ def _wordless(path: Path) -> CheckpointError:
     return CheckpointError(
         f"{NAME}: '{path}' does not say in which words its LLM is asked",
         expected=f"the key {Key.WORDS!r}, or the GGUF of a Llama for a bundle of a LLaVA-1.5",
-        cure="make it with 'vzip convert --model MODEL --to gguf -o FILE.gguf'",
+        cure="make it with 'vzip convert MODEL --gguf FILE.gguf'",
     )
 
 

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vzip.runtime.backends.onnxruntime import first_line, import_onnxruntime, open_session
+from vzip.runtime.backends.onnxruntime import import_onnxruntime, open_session
 from vzip.runtime.bundle.reader import read_bundle
-from vzip.runtime.errors import BackendError, BundleError, InvalidInputError
-from vzip.runtime.llm import ImageTokens
+from vzip.runtime.errors import BackendError, BundleError, InvalidInputError, first_line
 from vzip.runtime.llm.conversation import GreedyLLM
 from vzip.runtime.llm.json_tokenizer import JsonTokenizer
 from vzip.runtime.llm.llm_files import (
@@ -27,17 +26,19 @@ from vzip.runtime.llm.llm_files import (
     read_tokenizer,
 )
 from vzip.runtime.llm.prompts import Prompts
+from vzip.runtime.llm.shown import TokenSpec
+from vzip.runtime.llm.text_side import TextSide
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from vzip.runtime.bundle.reader import Bundle
-    from vzip.runtime.llm import Embeds
+    from vzip.runtime.llm.shown import Embeds
 
 NAME = "onnxruntime"
 EXTRA = "llm-cpu"
 
-_NEEDED_FOR = "the LLM engine 'onnxruntime'"
+_NEEDED_FOR = "the local LLM 'onnxruntime'"
 _PROVIDERS = ("CPUExecutionProvider",)
 
 
@@ -50,7 +51,7 @@ class OnnxRuntimeLLM(GreedyLLM):
 
     name = NAME
 
-    def __init__(self, bundle: Bundle, *, tokens: ImageTokens | None = None) -> None:
+    def __init__(self, bundle: Bundle, *, tokens: TokenSpec | None = None) -> None:
         """Open the language model of a bundle that was exported with it.
 
         Args:
@@ -73,13 +74,9 @@ class OnnxRuntimeLLM(GreedyLLM):
                 NAME,
                 model=str(bundle.path),
                 hidden_size=settings.hidden_size,
-                image_token_id=settings.placeholders["image"],
-                video_token_id=settings.placeholders.get("video"),
+                placeholders=settings.placeholders,
             )
         self.settings = settings
-        self.tokens = tokens
-        self.hidden_size, self.context = settings.hidden_size, settings.context
-        self.eos_ids = frozenset(settings.eos_ids)
         self.largest = float(np.finfo(settings.dtype).max)
         tokenizer = JsonTokenizer(
             read_tokenizer(bundle),
@@ -88,7 +85,14 @@ class OnnxRuntimeLLM(GreedyLLM):
             needed_for=_NEEDED_FOR,
             extra=EXTRA,
         )
-        self.prompts = Prompts(NAME, tokenizer, settings.words, settings.placeholders)
+        self.text = TextSide(
+            name=NAME,
+            prompts=Prompts(NAME, tokenizer, settings.words, settings.placeholders),
+            eos_ids=frozenset(settings.eos_ids),
+            hidden_size=settings.hidden_size,
+            context=settings.context,
+            tokens=tokens,
+        )
         self._table = map_embeddings(bundle, settings)
         self._onnxruntime = onnxruntime
         self._session: Any = open_session(
@@ -119,7 +123,8 @@ class OnnxRuntimeLLM(GreedyLLM):
             raise BackendError(
                 f"{NAME}: the LLM's output is not finite in {self.settings.dtype}",
                 cure=(
-                    "export the bundle with --dtype fp32, and run 'vzip check' on it if it repeats"
+                    "export the bundle with --precision fp32, and run 'vzip check' on it if it "
+                    "repeats"
                 ),
             )
         return best
@@ -159,12 +164,12 @@ class OnnxRuntimeLLM(GreedyLLM):
         new = np.array(ids, np.int64)
         places = np.zeros(new.shape, bool)
         if rows is not None:
-            places = np.isin(new, list(self.prompts.placeholders.values()))
+            places = np.isin(new, list(self.text.prompts.placeholders.values()))
             new[places] = 0  # a placeholder need not have a row of its own in the table
         if new.max() >= len(self._table):
             raise InvalidInputError(
-                f"{NAME}: the prompt has a token of id {new.max()}, of which the LLM has no "
-                f"embedding among its {len(self._table)}",
+                f"{NAME}: the prompt has a token of id {new.max()}",
+                expected=f"ids below {len(self._table)}, of which the LLM has embeddings",
                 cure="ask without it",
             )
         made = self._table[new]  # a copy, [n, L]
@@ -189,16 +194,16 @@ class OnnxRuntimeLLM(GreedyLLM):
             wrong = [name for name in self._inputs if found.get(name) != expected[name]]
             wrong = wrong or sorted({*found} ^ {*expected}) or outputs
             raise BundleError(
-                f"{NAME}: the graph of the LLM in {bundle.path} is not the one that llm.json "
-                f"describes, first at {wrong[0]!r}, which is {found.get(wrong[0])}",
-                expected=f"{expected.get(wrong[0])}",
+                f"{NAME}: {wrong[0]!r} of the LLM's graph in {bundle.path} is "
+                f"{found.get(wrong[0])}",
+                expected=f"{expected.get(wrong[0])}, as llm.json describes it",
                 cause="the files are of different models",
                 cure="export the bundle again",
             )
 
 
-def open_llm(where: str, bundle: Bundle) -> OnnxRuntimeLLM:
-    """Open the language model of a bundle; see `vzip.runtime.llm.programs`.
+def open_for(where: str, bundle: Bundle) -> OnnxRuntimeLLM:
+    """Open the language model of a bundle; see `vzip.runtime.llm.opening`.
 
     Args:
         where: The folder of a bundle that was exported with its LLM: the one that makes the
@@ -212,5 +217,5 @@ def open_llm(where: str, bundle: Bundle) -> OnnxRuntimeLLM:
     own = folder.exists() and folder.absolute() == bundle.path
     return OnnxRuntimeLLM(
         bundle if own else read_bundle(folder, verify=False),
-        tokens=ImageTokens.of(bundle.manifest),
+        tokens=TokenSpec.of(bundle.manifest),
     )

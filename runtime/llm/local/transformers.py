@@ -26,25 +26,32 @@ from vzip.runtime.errors import (
     CheckpointError,
     InvalidInputError,
     MissingDependencyError,
+    first_line,
     missing,
 )
-from vzip.runtime.llm import (
-    DEFAULT_MAX_NEW_TOKENS,
-    ImageTokens,
+from vzip.runtime.llm.conversation import (
+    GreedyLLM,
     check_context,
     check_max_new_tokens,
     check_question,
 )
-from vzip.runtime.llm.chat_template import make_prompts
-from vzip.runtime.llm.conversation import GreedyLLM, expand
-from vzip.runtime.llm.prompts import KINDS, Kind
-from vzip.runtime.models import locate
+from vzip.runtime.llm.protocol import DEFAULT_MAX_NEW_TOKENS
+from vzip.runtime.llm.shown import TokenSpec, check_batch
+from vzip.runtime.llm.text_side import (
+    TEXT_FILES,
+    TextFiles,
+    fetch,
+    listed_ids,
+    placeholder_ids,
+    side_of,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from vzip.runtime.bundle.reader import Bundle
-    from vzip.runtime.llm import Embeds
+    from vzip.runtime.llm.prompts import Kind
+    from vzip.runtime.llm.shown import Embeds
 
 NAME = "transformers"
 
@@ -58,9 +65,6 @@ CLASSES: Mapping[str, str] = MappingProxyType(
     }
 )
 """A configuration's ``model_type`` → the class of transformers that runs it."""
-
-# Families, and their LLMs, that were trained with LLaVA-1.5's words; others need a chat template.
-_LLAVA_15_WORDS = {"llava": ("llama", "mistral"), "video_llava": ("llama",)}
 
 # What a class takes as encoder outputs in a list [K, L] each; all others in one tensor [n, K, L].
 # Read in transformers 5.23's forward methods, which concatenate the former themselves.
@@ -83,7 +87,7 @@ class TransformersLLM(GreedyLLM):
     name = NAME
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, template: str | None, tokens: ImageTokens | None = None
+        self, model: Any, tokenizer: Any, *, template: str | None, tokens: TokenSpec | None = None
     ) -> None:
         """Take a model that is already in memory; `open` is for those that are not.
 
@@ -100,29 +104,27 @@ class TransformersLLM(GreedyLLM):
         import torch
 
         config = model.config
-        text = config.get_text_config()
         if tokens is not None:
-            _check_config(config, tokens, str(config.name_or_path or "given"))
+            tokens.check_llm(
+                NAME,
+                model=str(config.name_or_path or "given"),
+                hidden_size=int(config.get_text_config().hidden_size),
+                placeholders=placeholder_ids(config),
+            )
+        ends = listed_ids(model.generation_config.eos_token_id)
+        self.text = side_of(NAME, config, tokenizer, template=template, ends=ends, tokens=tokens)
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.tokens = tokens
-        self.prompts = make_prompts(tokenizer, _placeholder_ids(config), template)
         self.dtype = model.get_input_embeddings().weight.dtype
         self.device = model.device
         self.largest = float(torch.finfo(self.dtype).max)
-        ends = model.generation_config.eos_token_id
-        listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        self.eos_ids = frozenset({self.prompts.eos_id, *map(int, listed)})
-        self.hidden_size = int(text.hidden_size)
-        context = getattr(text, "max_position_embeddings", None)
-        self.context = None if context is None else int(context)
 
     @classmethod
     def open(
         cls,
         model: str | Path,
         *,
-        tokens: ImageTokens | None = None,
+        tokens: TokenSpec | None = None,
         revision: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
@@ -133,7 +135,7 @@ class TransformersLLM(GreedyLLM):
 
         Args:
             model: An alias (``demo``), a hub id or a local folder, as for ``vzip export --model``.
-            tokens: What the bundle says about its tokens, from `ImageTokens.of`.
+            tokens: What the bundle says about its tokens, from `TokenSpec.of`.
             revision: Commit on the hub.
             device: torch's name of a device; ``auto`` is CUDA where there is a GPU, else the CPU.
             dtype: torch's name of a dtype; ``auto`` is the checkpoint's, except that float16
@@ -151,32 +153,26 @@ class TransformersLLM(GreedyLLM):
         except ImportError as error:
             package = error.name or "transformers"
             raise missing(package, needed_for="answering questions", extra="export") from error
-        folder = _fetch(model, revision, ("*.json", "*.jinja", "*.model"))
-        with _reading(model):
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            processor, _ = transformers.LlavaProcessor.get_processor_dict(
-                folder, local_files_only=True
-            )
-        _check_architecture(config, str(model))
-        template = processor.get("chat_template") or tokenizer.chat_template
-        if isinstance(template, dict):
-            template = template["default"]
-        if template is None:
-            _check_words(config, str(model))
-        if tokens is not None:
-            _check_config(config, tokens, str(model))
+        files = TextFiles.read(NAME, model, revision)
+        _check_architecture(files.config, files.model)
+        files.check(tokens)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        folder = _fetch(model, revision, ("*.json", "*.jinja", "*.model", "*.safetensors"))
-        with _reading(model):
-            llava, report = getattr(transformers, CLASSES[config.model_type]).from_pretrained(
+        folder = fetch(NAME, model, revision, (*TEXT_FILES, "*.safetensors"))
+        made = getattr(transformers, CLASSES[files.config.model_type])
+        try:
+            llava, report = made.from_pretrained(
                 folder,
                 dtype="auto" if dtype == "auto" else getattr(torch, dtype),
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
             )
+        except Exception as error:  # of a damaged file the libraries raise anything
+            raise CheckpointError(
+                f"{NAME}: the LLM {files.model!r} can't be loaded ({first_line(error)})",
+                cure="give a whole llava-hf checkpoint (--llm)",
+            ) from error
         # Tower and projector are the bundle's business; a hole in the LLM would be filled with
         # random numbers.
         lost = sorted(
@@ -191,7 +187,7 @@ class TransformersLLM(GreedyLLM):
             )
         if dtype == "auto" and device == "cpu" and llava.dtype == torch.float16:
             llava = llava.float()
-        return cls(llava.to(device), tokenizer, template=template, tokens=tokens)
+        return cls(llava.to(device), files.tokenizer, template=files.template, tokens=tokens)
 
     def new_cache(self) -> Any:
         """Return an empty KV cache."""
@@ -251,25 +247,24 @@ class TransformersLLM(GreedyLLM):
         """
         import torch
 
-        if len(embeds) != len(questions) or not questions:
-            raise InvalidInputError(
-                f"{NAME}: got {len(embeds)} images' tokens and {len(questions)} questions",
-                cause="it takes as many of both, 1 or more",
-            )
+        check_batch(NAME, embeds, questions)
         if form == "mm_encoder_outputs":
             self._check_encoder_outputs()
         all_shown, prompts = [], []
         for number, (each, question) in enumerate(zip(embeds, questions, strict=True)):
-            engine = f"{NAME}: question {number}" if len(questions) > 1 else NAME
-            check_question(engine, question)
-            shown = self.check(each, frames, where=engine)
+            where = f"{NAME}: question {number}" if len(questions) > 1 else NAME
+            check_question(where, question)
+            shown = self.text.shown(each, frames, largest=self.largest, where=where)
             all_shown.append(shown)
-            prompts.append(expand(self.prompts, shown, question.strip()))
+            prompts.append(self.text.first(shown, question))
         longest = max(map(len, prompts))
         pads = [longest - len(ids) for ids in prompts]
         # Under the mask nothing is read, so any ordinary token pads.
         input_ids = torch.tensor(
-            [[self.prompts.eos_id] * pad + ids for pad, ids in zip(pads, prompts, strict=True)],
+            [
+                [self.text.prompts.eos_id] * pad + ids
+                for pad, ids in zip(pads, prompts, strict=True)
+            ],
             device=self.device,
         )
         mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=self.device)
@@ -316,7 +311,7 @@ class TransformersLLM(GreedyLLM):
         inputs = self.generation_inputs(embeds, questions, frames=frames)
         batch, longest = inputs["attention_mask"].shape
         check_context(
-            NAME, cached=0, new=longest, max_new_tokens=max_new_tokens, context=self.context
+            NAME, earlier=0, new=longest, max_new_tokens=max_new_tokens, context=self.text.context
         )
         with torch.inference_mode(), self._memory(lambda: batch * (longest + max_new_tokens)):
             made = self.model.generate(
@@ -324,15 +319,10 @@ class TransformersLLM(GreedyLLM):
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 num_beams=1,
-                eos_token_id=sorted(self.eos_ids),
-                pad_token_id=self.prompts.eos_id,
+                eos_token_id=sorted(self.text.eos_ids),
+                pad_token_id=self.text.prompts.eos_id,
             )
-        return [self.prompts.decode(self._spoken(ids)) for ids in made.tolist()]
-
-    def _spoken(self, ids: list[int]) -> list[int]:
-        """Return an answer's ids up to its end."""
-        ends = (place for place, token in enumerate(ids) if token in self.eos_ids)
-        return ids[: next(ends, len(ids))]
+        return [self.text.prompts.decode(self.text.spoken(ids)) for ids in made.tolist()]
 
     def _embeddings(self, ids: torch.Tensor, rows: Embeds | None) -> torch.Tensor:
         """Return [B, m, L] of ids [B, m], in which the placeholders' are `rows` [n, L]."""
@@ -341,7 +331,7 @@ class TransformersLLM(GreedyLLM):
         embed = self.model.get_input_embeddings()
         if rows is None:
             return embed(ids)  # type: ignore[no-any-return]
-        places = torch.isin(ids, ids.new_tensor(list(self.prompts.placeholders.values())))
+        places = torch.isin(ids, ids.new_tensor(list(self.text.prompts.placeholders.values())))
         # A placeholder need not have a row of its own in the LLM's embeddings.
         made: torch.Tensor = embed(ids.masked_fill(places, 0))
         made[places] = torch.from_numpy(rows).to(self.device, self.dtype)
@@ -358,8 +348,9 @@ class TransformersLLM(GreedyLLM):
         counts = [len(part) for part in parts]
         if len(set(counts)) > 1:
             raise InvalidInputError(
-                f"{NAME}: got {kind}s of {counts} tokens, but the mm_encoder_outputs of "
-                f"{type(self.model).__name__} take as many of each",
+                f"{NAME}: got {kind}s of {counts} tokens",
+                expected="as many of each, which the mm_encoder_outputs of "
+                f"{type(self.model).__name__} take",
                 cure="use form='inputs_embeds'",
             )
         return {kind: BaseModelOutputWithPooling(pooler_output=torch.stack(features))}
@@ -371,7 +362,8 @@ class TransformersLLM(GreedyLLM):
 
             raise MissingDependencyError(
                 f"{NAME}: transformers {transformers.__version__} doesn't take "
-                f"mm_encoder_outputs for {type(self.model).__name__}, which 5.18 and newer do",
+                f"mm_encoder_outputs for {type(self.model).__name__}",
+                expected="5.18 or newer",
                 cure="upgrade it, or use form='inputs_embeds'",
             )
 
@@ -392,27 +384,9 @@ class TransformersLLM(GreedyLLM):
             ) from error
 
 
-def open_llm(where: str, bundle: Bundle, *, revision: str | None = None) -> TransformersLLM:
-    """Open the LLM of a checkpoint for a bundle's tokens; see `vzip.runtime.llm.programs`."""
-    return TransformersLLM.open(where, tokens=ImageTokens.of(bundle.manifest), revision=revision)
-
-
-def _check_config(config: Any, tokens: ImageTokens, model: str) -> None:
-    """Compare an LLM's configuration with what the bundle says."""
-    placeholders = _placeholder_ids(config)
-    tokens.check_llm(
-        NAME,
-        model=model,
-        hidden_size=int(config.get_text_config().hidden_size),
-        image_token_id=placeholders["image"],
-        video_token_id=placeholders.get("video"),
-    )
-
-
-def _placeholder_ids(config: Any) -> dict[Kind, int]:
-    """Return the id of the placeholder of an image; and of a video, if there is one."""
-    ids = {kind: getattr(config, f"{kind}_token_index", None) for kind in KINDS}
-    return {kind: int(token_id) for kind, token_id in ids.items() if token_id is not None}
+def open_for(where: str, bundle: Bundle, *, revision: str | None = None) -> TransformersLLM:
+    """Open the LLM of a checkpoint for a bundle's tokens; see `vzip.runtime.llm.opening`."""
+    return TransformersLLM.open(where, tokens=TokenSpec.of(bundle.manifest), revision=revision)
 
 
 def _check_architecture(config: Any, model: str) -> None:
@@ -420,67 +394,8 @@ def _check_architecture(config: Any, model: str) -> None:
     architectures = config.architectures or []
     if CLASSES.get(config.model_type) not in architectures:
         raise CheckpointError(
-            f"{NAME}: {model!r} is a {config.model_type!r} model ({', '.join(architectures)}), "
-            f"but this engine takes a {', '.join(CLASSES.values())}",
-            cause=(
-                "for a checkpoint in the original LLaVA layout give its llava-hf twin, such as "
-                "--llm llava-1.5-7b"
-            ),
+            f"{NAME}: {model!r} is a {config.model_type!r} model ({', '.join(architectures)})",
+            expected=f"one of {', '.join(CLASSES.values())}",
+            cure="for a checkpoint in the original LLaVA layout give its llava-hf twin, such as "
+            "--llm llava-1.5-7b",
         )
-
-
-def _check_words(config: Any, model: str) -> None:
-    """Refuse an LLM without a chat template that was not trained with LLaVA-1.5's words."""
-    text = config.get_text_config().model_type
-    if text not in _LLAVA_15_WORDS.get(config.model_type, ()):
-        raise CheckpointError(
-            f"{NAME}: {model!r} has no chat template, which a {config.model_type!r} model with "
-            f"a {text!r} LLM needs",
-            cause="without it the LLM would be asked in words that it was not trained with",
-            cure="fetch chat_template.json or chat_template.jinja of the published checkpoint",
-        )
-
-
-def _fetch(model: str | Path, revision: str | None, patterns: tuple[str, ...]) -> Path:
-    """Return the local folder of a checkpoint, downloading what of it is not there yet.
-
-    Raises:
-        CheckpointError: There is no such checkpoint, or the hub can't be reached and the cache
-            does not hold it.
-    """
-    location = locate(str(model))
-    if location.folder is not None:
-        return location.folder
-    assert location.hub_id is not None
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise missing("huggingface_hub", needed_for="a hub model", extra="export") from error
-    try:
-        folder = snapshot_download(
-            location.hub_id, revision=revision, allow_patterns=list(patterns)
-        )
-    except Exception as error:  # its HTTP library's classes change between versions
-        wanted = location.hub_id if revision is None else f"{location.hub_id} at {revision}"
-        raise CheckpointError(
-            f"{NAME}: the LLM {wanted} is neither in the local cache nor to be had from the "
-            f"hub ({_first_line(error)})",
-            cure="connect to the network, or give a local folder (--llm)",
-        ) from error
-    return Path(folder)
-
-
-@contextlib.contextmanager
-def _reading(model: str | Path) -> Iterator[None]:
-    """Turn the libraries' errors about a checkpoint's files into one of ours."""
-    try:
-        yield
-    except Exception as error:  # of a damaged file the libraries raise anything
-        raise CheckpointError(
-            f"{NAME}: the LLM {str(model)!r} can't be loaded ({_first_line(error)})",
-            cure="give a whole llava-hf checkpoint with its tokenizer (--llm)",
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,6 +1,6 @@
 """Conversations with LLMs behind servers that speak OpenAI's chat protocol; standard library only.
 
-What an engine adds is how an image's tokens stand in a message, `ServerLLM.part`. The rest is here:
+A kind of server adds how an image's tokens stand in a message, `ServerLLM.part`. The rest is here:
 ``GET /v1/models`` says what is served, and each question is one ``POST /v1/chat/completions`` whose
 answer comes as server-sent events. The server keeps nothing for us: every request carries all
 turns, images included, and it is the server's own prefix cache that spares it the work.
@@ -8,26 +8,21 @@ turns, images included, and it is the server's own prefix cache that spares it t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vzip.runtime.errors import BackendError, InvalidInputError
-from vzip.runtime.llm import (
-    DEFAULT_MAX_NEW_TOKENS,
-    LLM,
-    Conversation,
-    ImageTokens,
-    Shown,
-    check_max_new_tokens,
-    check_question,
-    check_shown,
-)
-from vzip.runtime.llm.server.http_client import Client, Events
+from vzip.runtime.llm.conversation import Turns
+from vzip.runtime.llm.protocol import LLM
+from vzip.runtime.llm.server.http_client import Client
+from vzip.runtime.llm.shown import Shown, TokenSpec, check_shown
 
 if TYPE_CHECKING:
-    from vzip.runtime.llm import Embeds
+    from vzip.runtime.llm.shown import Embeds
 
     Message = Mapping[str, Any]
 
@@ -35,10 +30,10 @@ if TYPE_CHECKING:
 class ServerLLM(LLM):
     """An LLM behind a server, for the tokens of one bundle.
 
-    An engine's class gives `name`, `key_variable` and `part`.
+    A subclass gives `name`, `key_variable` and `part`.
 
     Attributes:
-        name: The engine's name.
+        name: The name that ``--llm`` knows it by.
         key_variable: Environment variable of the server's API key; it may be unset.
         placeholders: Texts that a question must not contain, because the server takes them for
             places of images.
@@ -53,12 +48,12 @@ class ServerLLM(LLM):
     key_variable: str
     placeholders: tuple[str, ...] = ("<image>", "<video>")
 
-    def __init__(self, url: str, tokens: ImageTokens, *, model: str | None = None) -> None:
+    def __init__(self, url: str, tokens: TokenSpec, *, model: str | None = None) -> None:
         """Ask the server what it serves.
 
         Args:
             url: Its address, such as ``http://127.0.0.1:8000``, with or without ``/v1``.
-            tokens: What the bundle says about its tokens, from `ImageTokens.of`.
+            tokens: What the bundle says about its tokens, from `TokenSpec.of`.
             model: The model's name, where the server has several.
 
         Raises:
@@ -83,7 +78,7 @@ class ServerLLM(LLM):
         """Return a request's body: greedy decoding, streamed.
 
         Whether the server puts a beginning-of-sequence token in front that its chat template
-        doesn't write, depends on the engine.
+        doesn't write, depends on the server.
         """
         return {
             "model": self.model,
@@ -102,8 +97,9 @@ class ServerLLM(LLM):
         """
         if frames is not None and self.tokens.video_token_id is not None:
             raise InvalidInputError(
-                f"{self.name}: got a video's tokens, which this LLM takes at a placeholder for "
-                "videos, but the server takes tokens of images only",
+                f"{self.name}: got a video's tokens",
+                expected="tokens of images, which are all that the server takes",
+                cause="this LLM has a placeholder of its own for videos",
                 cure="ask about frames as images, or use --llm transformers:MODEL for videos",
             )
         shown = check_shown(
@@ -114,7 +110,7 @@ class ServerLLM(LLM):
             hidden_size=self.tokens.hidden_size,
             takes_videos=False,
         )
-        return ServerConversation(self, self.client, shown)
+        return ServerConversation(self, shown)
 
     def _choose(self, model: str | None) -> str:
         """Return the name of the model that is asked."""
@@ -143,103 +139,48 @@ class ServerLLM(LLM):
         )
 
 
-class ServerConversation(Conversation):
-    """Questions about images; the turns are kept here and sent with every question.
+class ServerConversation(Turns["Message"]):
+    """Questions about images; the turns are kept here as messages and sent with every question.
 
     The images stand in the first question's message, and each answer is kept as it was received,
-    without white space around it. An answer cut short by `max_new_tokens`, or by the caller who
-    stops reading it, counts as far as it was received. A question whose answer failed is taken
-    back, so that it can be asked again; one whose answer was never read was never sent.
-
-    Attributes:
-        shown: What the first question shows.
+    without white space around it.
 
     Made by `ServerLLM.conversation`.
     """
 
-    def __init__(self, llm: ServerLLM, client: Client, shown: Shown) -> None:
+    def __init__(self, llm: ServerLLM, shown: Shown) -> None:
+        super().__init__(llm.name, shown)
         self._llm = llm
-        self._client = client
-        self.shown = shown
         self._parts = [llm.part(part, _uuid(part)) for part in shown.parts]
-        self._messages: list[Message] = []
-        self._turn = 0
-        self._events: Events | None = None
 
     @property
     def messages(self) -> tuple[Message, ...]:
         """The turns so far, as they are sent."""
-        return tuple(self._messages)
+        return tuple(self._history)
 
-    def stream(
-        self, question: str, *, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
-    ) -> Iterator[str]:
-        """Ask the next question.
-
-        The checks are made by this call; the server is asked as the pieces are taken.
-
-        Args:
-            question: The question, without any prompt around it.
-            max_new_tokens: Longest answer, in tokens.
-
-        Returns:
-            The pieces of the answer; without white space around the whole.
-
-        Raises:
-            InvalidInputError: The question is empty or contains a placeholder; or (from the
-                iterator) the server refuses the request, such as one beyond the LLM's context.
-            BackendError: (From the iterator.) The server is gone, failed, or broke off.
-        """
-        name = self._llm.name
-        check_question(name, question)
-        check_max_new_tokens(name, max_new_tokens)
+    def _asked(self, question: str, max_new_tokens: int) -> list[Message]:  # noqa: ARG002
         for placeholder in self._llm.placeholders:
             if placeholder in question:
                 raise InvalidInputError(
-                    f"{name}: the question contains {placeholder!r}, which the server would "
-                    "take for the place of an image or video",
-                    cause="a question must not contain it",
+                    f"{self._name}: the question contains {placeholder!r}",
+                    cause="the server would take it for the place of an image or video",
+                    cure=f"ask a question without {placeholder!r}",
                 )
-        self._turn += 1
-        return self._pieces(question.strip(), max_new_tokens, self._turn)
+        first = [*self._parts, {"type": "text", "text": question}]
+        content = question if self._history else first
+        return [*self._history, {"role": "user", "content": content}]
 
-    def _pieces(self, question: str, max_new_tokens: int, turn: int) -> Iterator[str]:
-        """Send the turns and yield the answer's text."""
-        self._check_turn(turn)
-        if self._events is not None:
-            self._events.close()  # an answer left unread: the server stops making it
-        before = self._messages
-        content = question if before else [*self._parts, {"type": "text", "text": question}]
-        asked = [*before, {"role": "user", "content": content}]
-        text = shown = ""
-        try:
-            self._events = self._client.post(
-                "/v1/chat/completions", self._llm.request(asked, max_new_tokens)
-            )
-            for piece in self._events.pieces():
-                # White space goes out with what follows it, so that the whole ends without.
+    def _answers(
+        self, asked: list[Message], max_new_tokens: int
+    ) -> Generator[tuple[list[Message], str], None, None]:
+        text = ""
+        body = self._llm.request(asked, max_new_tokens)
+        with contextlib.closing(self._llm.client.post("/v1/chat/completions", body)) as events:
+            for piece in itertools.chain(events.pieces(), [""]):  # an empty answer is one too
                 text = (text + piece).lstrip()
-                complete = text.rstrip()
-                self._messages = [*asked, {"role": "assistant", "content": complete}]
-                if len(complete) > len(shown):
-                    new, shown = complete[len(shown) :], complete
-                    yield new
-                    self._check_turn(turn)
-            self._messages = [*asked, {"role": "assistant", "content": shown}]
-        except BackendError:
-            self._messages = before
-            raise
-        finally:
-            if turn == self._turn and self._events is not None:
-                self._events.close()
-
-    def _check_turn(self, turn: int) -> None:
-        if turn != self._turn:
-            raise InvalidInputError(
-                f"{self._llm.name}: this answer was left behind by a later question of the "
-                "same conversation",
-                cure="read an answer to its end before asking on",
-            )
+                # White space goes out with what follows it, so that the whole ends without.
+                answer = {"role": "assistant", "content": text.rstrip()}
+                yield [*asked, answer], answer["content"]
 
 
 def _uuid(embeds: Embeds) -> str:

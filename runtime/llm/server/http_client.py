@@ -32,8 +32,10 @@ _LONGEST_LINE: Final = 1 << 20  # characters of one event; an answer's piece has
 _LONGEST_ERROR: Final = 1 << 16  # bytes that are read of an error's page
 _LONGEST_MESSAGE: Final = 400  # characters of the server's own words that are repeated
 
-# What FastAPI and the engines' own checks answer to a request that they don't take.
+# What FastAPI and the servers' own checks answer to a request that they don't take.
 _REFUSED: Final = (400, 413, 422)
+_SEE_LOG: Final = "see the server's log"
+_NO_CHAT: Final = "it is no OpenAI-compatible server, or a proxy changed the answer"
 _ENDED_BY_ERROR: Final = ("abort", "error")
 
 
@@ -41,7 +43,7 @@ class Client:
     """Requests to one server, with its errors as ours.
 
     Args:
-        name: The engine's name, for messages.
+        name: The LLM server's name, for messages.
         url: The server's address.
         key_variable: Environment variable of its API key.
 
@@ -74,12 +76,12 @@ class Client:
         """Send JSON that the server answers at once, and return its answer, parsed."""
         return self._call(path, json.dumps(body).encode())
 
-    def post(self, path: str, body: Mapping[str, Any]) -> Events:
-        """Send JSON, and return the events that answer it."""
+    def post(self, path: str, body: Mapping[str, Any], kind: type[Events] | None = None) -> Events:
+        """Send JSON, and return the events that answer it, of OpenAI's kind or another."""
         data = json.dumps(body).encode()
         with self._errors(ANSWER_SECONDS):
             response = self._open(path, data, ANSWER_SECONDS)
-        return Events(self, response)
+        return (kind or Events)(self, response)
 
     def _call(self, path: str, data: bytes | None) -> Any:
         with self._errors(CALL_SECONDS), self._open(path, data, CALL_SECONDS) as response:
@@ -89,13 +91,14 @@ class Client:
         except ValueError as error:
             raise BackendError(
                 f"{self._name}: {self.url}{path} answered with {_kind(response)} that is not JSON",
-                cause="it is no server of this engine",
+                cause=f"it is no server of {self._name}",
                 cure="give the server's address, without a path",
             ) from error
 
-    def broken(self, what: str) -> BackendError:
+    def broken(self, what: str, *, cause: str = "", cure: str = "") -> BackendError:
         """Return the error for an answer that can't be used; `what` completes "the server …"."""
-        return BackendError(f"{self._name}: the server at {self.url} {what}")
+        where = f"{self._name}: the server at {self.url}"
+        return BackendError(f"{where} {what}", cause=cause, cure=cure)
 
     def clean(self, text: str) -> str:
         """Return the server's words on one line, of bounded length, without the API key."""
@@ -112,7 +115,8 @@ class Client:
             with error:
                 raise self._refusal(error) from None
         except (OSError, http.client.HTTPException) as error:
-            raise self.broken(self._trouble(error, seconds)) from error
+            what, cure = self._trouble(error, seconds)
+            raise self.broken(what, cure=cure) from error
 
     def errors(self) -> contextlib.AbstractContextManager[None]:
         """Do so while an answer is read."""
@@ -140,54 +144,56 @@ class Client:
         got = got.rstrip(".; ")
         if error.code in _REFUSED:
             return InvalidInputError(f"{self._name}: the server at {self.url} {got}")
+        cause = ""
         if error.code in (401, 403):
             state = "holds another key" if self._key else "is not set"
-            cure = f"the environment variable {self._key_variable} {state}: set the server's key"
+            cause = f"the environment variable {self._key_variable} {state}"
+            cure = f"set {self._key_variable} to the server's key"
         elif 300 <= error.code < 400:
             where = self.clean(error.headers.get("Location", "another address"))
-            cure = f"it redirects to {where}, and requests with a body don't follow: give that"
+            cause, cure = "requests with a body follow no redirection", f"give the address {where}"
         elif error.code == 404 and not words.lower().startswith("the model"):
-            path = urlsplit(error.url or "").path
-            cure = f"it has no {path}: give the address of a server of this engine"
+            cause = f"it has no {urlsplit(error.url or '').path}"
+            cure = f"give the address of a server of {self._name}"
         elif error.code in (429, 503):
-            cure = "it is busy or not ready yet: try again later"
+            cause, cure = "it is busy or not ready yet", "try again later"
         else:
-            cure = "see the server's log"
-        return self.broken(f"{got}; {cure}")
+            cure = _SEE_LOG
+        return self.broken(got, cause=cause, cure=cure)
 
-    def _trouble(self, error: Exception, seconds: float) -> str:
-        """Say what became of the connection; the words complete "the server at …"."""
+    def _trouble(self, error: Exception, seconds: float) -> tuple[str, str]:
+        """Say what became of the connection, and the cure; see `broken`."""
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         by = " (through the proxy that the environment names)" if self._proxied else ""
         match reason:
             case ConnectionRefusedError():
-                said = f"refuses connections{by}; start it, or check the address and its port"
+                said = f"refuses connections{by}", "start it, or check the address and its port"
             case socket.gaierror():
-                said = f"is at a host that is not known here{by}; check the address"
+                said = f"is at a host that is not known here{by}", "check the address"
             case TimeoutError():
                 said = (
-                    f"did not answer within {seconds:.0f} s{by}; check the address, and whether "
-                    "the server is busy or stuck"
+                    f"did not answer within {seconds:.0f} s{by}",
+                    "check the address, and whether the server is busy or stuck",
                 )
             case ssl.SSLCertVerificationError():
                 said = (
-                    f"has a certificate that is not trusted here ({reason.verify_message}); name "
-                    "that of its authority in the environment variable SSL_CERT_FILE"
+                    f"has a certificate that is not trusted here ({reason.verify_message})",
+                    "name that of its authority in the environment variable SSL_CERT_FILE",
                 )
             case ssl.SSLError():
                 said = (
-                    f"does not speak TLS ({reason.reason}); if it has no certificate its address "
-                    "begins with http://"
+                    f"does not speak TLS ({reason.reason})",
+                    "begin the address of a server without a certificate with http://",
                 )
             case ConnectionError() | http.client.IncompleteRead():
-                said = f"closed the connection{by}; see its log"
+                said = f"closed the connection{by}", _SEE_LOG
             case http.client.HTTPException():
                 said = (
-                    "answered with something that is not HTTP; check the port, and whether the "
-                    "address begins with https://"
+                    "answered with something that is not HTTP",
+                    "check the port, and whether the address begins with https://",
                 )
             case _:
-                said = f"can't be reached{by}: {self.clean(str(reason))}; check the address"
+                said = f"can't be reached{by}: {self.clean(str(reason))}", "check the address"
         return said
 
 
@@ -195,7 +201,12 @@ class Events:
     """The server-sent events of one answer.
 
     Format: https://html.spec.whatwg.org/multipage/server-sent-events.html
+
+    Attributes:
+        cause: Why an event may be none of an answer.
     """
+
+    cause = _NO_CHAT
 
     def __init__(self, client: Client, response: http.client.HTTPResponse) -> None:
         self._client, self._response = client, response
@@ -206,15 +217,14 @@ class Events:
         """Drop the connection, whereupon the server stops making the answer."""
         self._lines.close()
 
-    def pieces(self) -> Iterator[str]:
-        """Yield the answer's text as it comes; to its end, or raise."""
+    def pieces(self) -> Iterator[Any]:
+        """Yield what `piece` returns of each event as it comes; to the answer's end, or raise."""
         if self._response.headers.get_content_type() != "text/event-stream":
             with self._client.errors():
                 page = self._response.read(_LONGEST_ERROR)
             words = self._client.clean(_server_words(page)) or f"{_kind(self._response)}"
             raise self._client.broken(
-                f"answered with no stream of events: {words}; see its log, and whether "
-                "the address is that of an OpenAI-compatible server"
+                f"answered with no stream of events: {words}", cause=self.cause, cure=_SEE_LOG
             )
         ended = False
         for data in self._data():
@@ -223,33 +233,40 @@ class Events:
             piece, reason = self._read(data)
             if reason in _ENDED_BY_ERROR:
                 raise self._client.broken(
-                    f"ended the answer with {reason!r}; ask again, and see its log"
+                    f"ended the answer with {reason!r}", cure=f"ask again, and {_SEE_LOG}"
                 )
             ended = ended or reason is not None
             if piece:
                 yield piece
         if not ended:
-            raise self._client.broken("broke off in the middle of an answer; see its log")
+            raise self._client.broken("broke off in the middle of an answer", cure=_SEE_LOG)
 
-    def _read(self, data: str) -> tuple[str, str | None]:
-        """Return an event's text, and why the answer ends if it does."""
+    def _read(self, data: str) -> tuple[Any, str | None]:
+        """Return what is new in an event's data; see `piece`."""
         try:
             event = json.loads(data)
-            if isinstance(event, dict) and (event.get("error") or event.get("object") == "error"):
+            if event.get("error") or event.get("object") == "error":
                 words = self._client.clean(_server_words(data.encode()))
-                raise self._client.broken(f"failed while answering: {words}; see its log")
-            choices = event["choices"]
-            if not choices:  # what was used, at the end
-                return "", None
-            piece = choices[0]["delta"].get("content") or ""
-            reason = choices[0].get("finish_reason")
-            piece.encode()  # text that can be written, or this is no piece
+                raise self._client.broken(f"failed while answering: {words}", cure=_SEE_LOG)
+            return self.piece(event)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise self._client.broken(
-                f"sent an event that is no piece of an answer: {self._client.clean(data[:80])!r}; "
-                "it is no OpenAI-compatible server, or a proxy changed the answer"
+                f"sent an event that is no piece of an answer: {self._client.clean(data[:80])!r}",
+                cause=self.cause,
             ) from error
-        return piece, reason
+
+    def piece(self, event: Any) -> tuple[Any, str | None]:
+        """Return what is new in an event, and why the answer ends if it does.
+
+        Raises:
+            ValueError: It is no piece of an answer; or TypeError, KeyError, AttributeError.
+        """
+        choices = event["choices"]
+        if not choices:  # what was used, at the end
+            return "", None
+        piece = choices[0]["delta"].get("content") or ""
+        piece.encode()  # text that can be written, or this is no piece
+        return piece, choices[0].get("finish_reason")
 
     def _data(self) -> Iterator[str]:
         """Yield the data of each event; comments and other fields are passed over."""
@@ -260,11 +277,12 @@ class Events:
                     line = self._lines.readline(_LONGEST_LINE)
                 except UnicodeDecodeError as error:
                     raise self._client.broken(
-                        "sent an answer that is not UTF-8; it is no OpenAI-compatible server"
+                        "sent an answer that is not UTF-8", cause=self.cause
                     ) from error
             if len(line) == _LONGEST_LINE:
                 raise self._client.broken(
-                    f"sent a line of {_LONGEST_LINE} characters or more; it is no stream of events"
+                    f"sent a line of {_LONGEST_LINE} characters or more",
+                    cause="it is no stream of events",
                 )
             field, _, value = line.rstrip("\n").partition(":")
             if field == "data":
@@ -331,7 +349,7 @@ def _kind(response: http.client.HTTPResponse) -> str:
 
 
 def _server_words(page: bytes) -> str:
-    """Return what a server says of an error, of the forms that the engines use; else nothing."""
+    """Return what a server says of an error, of the forms that LLM servers use; else nothing."""
     try:
         said = json.loads(page)
     except ValueError:  # a proxy's page, or plain text

@@ -5,7 +5,7 @@ which vLLM expands to as many as there are rows. vLLM must have been told to tak
 (``--enable-mm-embeds``; `enable_mm_embeds=True`), and needs no vision tower for them.
 
 Images of different row counts must never meet in one batch: vLLM 0.32 checks that only after it has
-put the batch together, and the exception ends the engine with all requests in it
+put the batch together, and the exception ends vLLM with all requests in it
 (`TensorSchema` of ``vllm/utils/tensor_schema.py``; seen on a CPU). Here that is checked within a
 conversation and a batch; `docs/llm/vllm.md` says what to do about other clients.
 """
@@ -14,29 +14,27 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from vzip.runtime.errors import BackendError, InvalidInputError
-from vzip.runtime.llm import (
-    DEFAULT_MAX_NEW_TOKENS,
-    LLM,
-    Conversation,
-    ImageTokens,
-    Shown,
+from vzip.runtime.errors import BackendError, InvalidInputError, first_line
+from vzip.runtime.llm.conversation import (
+    TokenConversation,
     check_context,
     check_max_new_tokens,
     check_question,
 )
+from vzip.runtime.llm.protocol import DEFAULT_MAX_NEW_TOKENS, LLM
 from vzip.runtime.llm.server.chat_server import ServerConversation, ServerLLM
-from vzip.runtime.llm.text_checkpoint import TextCheckpoint
+from vzip.runtime.llm.shown import Shown, TokenSpec, check_batch
+from vzip.runtime.llm.text_side import LARGEST, TextCheckpoint
 
 if TYPE_CHECKING:
     from vzip.runtime.bundle.reader import Bundle
-    from vzip.runtime.llm import Embeds
     from vzip.runtime.llm.server.chat_server import Message
+    from vzip.runtime.llm.shown import Embeds
 
 NAME: Final = "vllm"
 KEY_VARIABLE: Final = "VLLM_API_KEY"
@@ -57,13 +55,13 @@ class VllmServer(ServerLLM):
     name = NAME
     key_variable = KEY_VARIABLE
 
-    def __init__(self, url: str, tokens: ImageTokens, *, model: str | None = None) -> None:
+    def __init__(self, url: str, tokens: TokenSpec, *, model: str | None = None) -> None:
         super().__init__(url, tokens, model=model)
         token = self._ids({"prompt": _IMAGE, "add_special_tokens": True})
         if not token or token[-1] != tokens.image_token_id:
             raise InvalidInputError(
-                f"{NAME}: the bundle's image token id is {tokens.image_token_id}, but the LLM "
-                f"{self.model!r} at {self.url} makes {token} of {_IMAGE!r}",
+                f"{NAME}: the LLM {self.model!r} at {self.url} makes {token} of {_IMAGE!r}",
+                expected=f"{tokens.image_token_id}, the bundle's image token id, at the end",
                 cure="serve the LLM of the checkpoint that the bundle was exported from",
             )
         start = token[:-1]
@@ -109,9 +107,9 @@ class VllmServer(ServerLLM):
         return conversation
 
 
-def open_llm(where: str, bundle: Bundle) -> VllmServer:
-    """Open a server for a bundle's tokens; see `vzip.runtime.llm.programs`."""
-    return VllmServer(where, ImageTokens.of(bundle.manifest))
+def open_for(where: str, bundle: Bundle) -> VllmServer:
+    """Open a server for a bundle's tokens; see `vzip.runtime.llm.opening`."""
+    return VllmServer(where, TokenSpec.of(bundle.manifest))
 
 
 class VllmLLM(LLM):
@@ -121,35 +119,35 @@ class VllmLLM(LLM):
     it the work. vLLM gives an answer when it is whole, so that `stream` yields one piece.
 
     Args:
-        llm: The engine: ``vllm.LLM(model, enable_mm_embeds=True, …)``.
-        tokens: What the bundle says about its tokens, from `ImageTokens.of`; None to take any
+        llm: vLLM's own: ``vllm.LLM(model, enable_mm_embeds=True, …)``.
+        tokens: What the bundle says about its tokens, from `TokenSpec.of`; None to take any
             number.
 
     Attributes:
         llm: As given.
-        text: The text side of the checkpoint that the engine runs.
+        text: The text side of the checkpoint that it runs.
         context: Longest sequence in tokens.
 
     Raises:
-        InvalidInputError: The engine doesn't take embeddings, or the bundle's tokens are not made
-            for its LLM.
+        InvalidInputError: It doesn't take embeddings, or the bundle's tokens are not made for its
+            LLM.
         CheckpointError: It runs no LLaVA.
     """
 
     name = NAME
 
-    def __init__(self, llm: Any, *, tokens: ImageTokens | None = None) -> None:
+    def __init__(self, llm: Any, *, tokens: TokenSpec | None = None) -> None:
         config = llm.llm_engine.model_config
         settings = config.multimodal_config
         if settings is None or not settings.enable_mm_embeds:
             raise InvalidInputError(
-                f"{NAME}: this engine takes no embeddings",
+                f"{NAME}: this vllm.LLM takes no embeddings",
                 cure="open it with vllm.LLM(…, enable_mm_embeds=True)",
             )
         self.llm = llm
         self.text = TextCheckpoint.open(NAME, config.model, tokens=tokens, revision=config.revision)
         self.context = int(config.max_model_len)
-        self._dtype = str(config.dtype).removeprefix("torch.")
+        self._largest = LARGEST[str(config.dtype).removeprefix("torch.")]
 
     def conversation(
         self, embeds: Embeds | Sequence[Embeds], *, frames: int | None = None
@@ -179,8 +177,9 @@ class VllmLLM(LLM):
         Raises:
             InvalidInputError: Something is wrong with one of them.
         """
+        check_question(NAME, question)
         shown = self._shown(embeds, frames)
-        return _input(self.text.first(shown, question), shown)
+        return _input(self.text.first(shown, question, expands=False), shown)
 
     def ask_batch(
         self,
@@ -207,19 +206,23 @@ class VllmLLM(LLM):
             BackendError: vLLM failed.
         """
         check_max_new_tokens(NAME, max_new_tokens)
-        if len(embeds) != len(questions) or not questions:
-            raise InvalidInputError(
-                f"{NAME}: got {len(embeds)} images' tokens and {len(questions)} questions",
-                cause="it takes as many of both, 1 or more",
-            )
+        check_batch(NAME, embeds, questions)
         shown = [self._shown(each, frames) for each in embeds]
         _check_rows(shown)
-        prompts = [self.text.first(s, q) for s, q in zip(shown, questions, strict=True)]
-        pairs = list(zip(prompts, shown, strict=True))
-        for ids, each in pairs:
-            self.check_length(ids, each, max_new_tokens)
+        pairs = []
+        for each, question in zip(shown, questions, strict=True):
+            check_question(NAME, question)
+            ids = self.text.first(each, question, expands=False)
+            check_context(
+                NAME,
+                earlier=0,
+                new=len(ids) + self.text.unseen_rows(each),
+                max_new_tokens=max_new_tokens,
+                context=self.context,
+            )
+            pairs.append((ids, each))
         made = self.generate(pairs, max_new_tokens)
-        return [self.text.prompts.decode(self.spoken(ids)) for ids in made]
+        return [self.text.prompts.decode(self.text.spoken(ids)) for ids in made]
 
     def generate(
         self, prompts: Sequence[tuple[list[int], Shown]], max_new_tokens: int
@@ -234,94 +237,35 @@ class VllmLLM(LLM):
         try:
             results = self.llm.generate(inputs, greedy, use_tqdm=False)
         except (RuntimeError, ValueError) as error:  # EngineDeadError is a RuntimeError too
-            words = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise BackendError(
-                f"{NAME}: the engine failed ({words})",
-                cure="see its log, and open a new engine if this one has ended",
+                f"{NAME}: vllm.LLM failed ({first_line(error)})",
+                cure="see its log, and open a new one if this one has ended",
             ) from error
         return [list(result.outputs[0].token_ids) for result in results]
-
-    def spoken(self, ids: list[int]) -> list[int]:
-        """Return an answer's ids without the one that ends it."""
-        return ids[:-1] if ids and ids[-1] in self.text.eos_ids else ids
-
-    def check_length(self, ids: list[int], shown: Shown, max_new_tokens: int) -> None:
-        """Check that a prompt, its images' rows and the longest answer fit into the context."""
-        rows = sum(len(part) - 1 for part in shown.parts)  # one placeholder is in the prompt
-        check_context(
-            NAME,
-            cached=0,
-            new=len(ids) + rows,
-            max_new_tokens=max_new_tokens,
-            context=self.context,
-        )
 
     def _shown(self, embeds: Embeds | Sequence[Embeds], frames: int | None) -> Shown:
         if frames is not None and "video" in self.text.prompts.placeholders:
             raise InvalidInputError(
-                f"{NAME}: got a video's tokens, which this LLM takes at a placeholder for "
-                "videos, but vLLM's class of it takes embeddings of images only",
+                f"{NAME}: got a video's tokens",
+                expected="tokens of images, which are all that vLLM's class of this LLM takes",
+                cause="this LLM has a placeholder of its own for videos",
                 cure="ask about frames as images, or use transformers for videos",
             )
-        return self.text.shown(embeds, frames, dtype=self._dtype, takes_videos=False)
+        return self.text.shown(embeds, frames, largest=self._largest, takes_videos=False)
 
 
-class VllmConversation(Conversation):
-    """Questions to a `vllm.LLM` about images.
-
-    Each prompt is the ids of all turns, answers as the LLM gave them, closed by an end-of-sequence
-    token where `max_new_tokens` cut them short. A turn whose answer failed or was never read does
-    not count.
+class VllmConversation(TokenConversation):
+    """Questions to a `vllm.LLM` about images; each prompt is the ids of all turns.
 
     Made by `VllmLLM.conversation`.
     """
 
     def __init__(self, llm: VllmLLM, shown: Shown) -> None:
-        self._llm, self._shown = llm, shown
-        self._ids: list[int] = []
+        super().__init__(llm.text, shown, context=llm.context, expands=False)
+        self._llm = llm
 
-    @property
-    def ids(self) -> tuple[int, ...]:
-        """Ids of all turns so far, with one placeholder for each image."""
-        return tuple(self._ids)
-
-    def stream(
-        self, question: str, *, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
-    ) -> Iterator[str]:
-        """Ask the next question; the LLM runs when its answer is taken, which is one piece.
-
-        Args:
-            question: The question, without any prompt around it.
-            max_new_tokens: Longest answer, in tokens.
-
-        Raises:
-            InvalidInputError: The question is empty, contains a placeholder, or does not fit into
-                the LLM's context with the turns before it.
-            BackendError: (From the iterator.) vLLM failed.
-        """
-        check_question(NAME, question)
-        check_max_new_tokens(NAME, max_new_tokens)
-        text, before = self._llm.text, self._ids
-        if before:
-            ids = [*before, *text.prompts.later(question.strip())]
-        else:
-            ids = text.first(self._shown, question)
-        self._llm.check_length(ids, self._shown, max_new_tokens)
-        return self._answer(before, ids, max_new_tokens)
-
-    def _answer(self, before: list[int], ids: list[int], max_new_tokens: int) -> Iterator[str]:
-        if self._ids is not before:
-            raise InvalidInputError(
-                f"{NAME}: this answer was left behind by a later question of the same conversation",
-                cure="read an answer to its end before asking on",
-            )
-        ((*made,),) = self._llm.generate([(ids, self._shown)], max_new_tokens)
-        spoken = self._llm.spoken(made)
-        end = made[len(spoken) :] or [self._llm.text.prompts.eos_id]
-        self._ids = [*ids, *spoken, *end]
-        answer = self._llm.text.prompts.decode(spoken)
-        if answer:
-            yield answer
+    def _generate(self, ids: list[int], max_new_tokens: int) -> Generator[list[int], None, None]:
+        yield from self._llm.generate([(ids, self.shown)], max_new_tokens)
 
 
 def _input(ids: list[int], shown: Shown) -> dict[str, Any]:
@@ -334,7 +278,7 @@ def _input(ids: list[int], shown: Shown) -> dict[str, Any]:
 
 
 def _check_rows(shown: Sequence[Shown]) -> None:
-    """Refuse images of different row counts, which would end the engine.
+    """Refuse images of different row counts, which would end vLLM.
 
     Raises:
         InvalidInputError: They have.
@@ -342,8 +286,9 @@ def _check_rows(shown: Sequence[Shown]) -> None:
     rows = sorted({len(part) for each in shown for part in each.parts})
     if len(rows) > 1:
         raise InvalidInputError(
-            f"{NAME}: got images of {', '.join(map(str, rows))} tokens at once, but vLLM takes "
-            "as many of each in a batch, and ends when they differ",
+            f"{NAME}: got images of {', '.join(map(str, rows))} tokens at once",
+            expected="as many of each",
+            cause="vLLM ends when they differ in a batch",
             cure="ask about one image at a time, or about images of one size",
         )
 

@@ -266,7 +266,7 @@ def test_attention_that_slides_serves_its_window(tmp_path: Path) -> None:
     model = transformers.LlavaForConditionalGeneration(config).eval()
     untouched = TransformersLLM(model, tokenizer, template=None)
     made = llm._settings(untouched, "fp32")
-    assert made.context == 24
+    assert made.text.context == 24
     ids = list(range(5, 29))
     with torch.no_grad():
         row = torch.tensor([ids])

@@ -512,7 +512,7 @@ class Asked(list):
 def asked(monkeypatch):
     made = Asked()
     monkeypatch.setattr(asking, "own", lambda bundle: made)
-    monkeypatch.setattr(asking.ImageTokens, "of", lambda manifest: None)  # its weights are random
+    monkeypatch.setattr(asking.TokenSpec, "of", lambda manifest: None)  # its weights are random
     return made
 
 

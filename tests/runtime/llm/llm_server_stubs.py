@@ -1,4 +1,4 @@
-"""Servers and checkpoints that stand in for engines which need a GPU."""
+"""Servers and checkpoints that stand in for LLM servers which need a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vzip.runtime import demo
 from vzip.runtime.bundle.manifest import Llm, Model, Selection
 from vzip.runtime.llm.local.transformers import TransformersLLM
 
-CONTRACTS = json.loads((GOLDEN / "llm_server_contracts.json").read_text())
+REQUESTS = json.loads((GOLDEN / "llm_requests.json").read_text())
 
 WIDTH, IMAGE, VOCABULARY = 128, 4, 431  # of the demo model
 Answer = Callable[[Mapping[str, Any]], Iterator[Any]]
@@ -33,7 +33,7 @@ def embeds_of(count: int, seed: int = 0) -> np.ndarray:
 
 
 def bundle_of(model: str = "demo", family: str = "llava", tokens: int = 43) -> Any:
-    """What of a bundle an engine's `open_llm` reads."""
+    """What of a bundle an LLM server's `open_for` reads."""
     return types.SimpleNamespace(
         manifest=types.SimpleNamespace(
             model=Model(model, None, family, "checkpoint", None),
@@ -70,7 +70,7 @@ def greedy(llm: TransformersLLM, prompt: torch.Tensor, most: int) -> Iterator[in
             logits = llm.model(inputs_embeds=prompt[None]).logits[0, -1]
             token = int(logits.argmax())
             yield token
-            if token in llm.eos_ids:
+            if token in llm.text.eos_ids:
                 return
             prompt = torch.cat([prompt, table(torch.tensor([token]))])
 

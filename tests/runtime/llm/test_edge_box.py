@@ -12,7 +12,7 @@ import pytest
 
 from tests.runtime.llm.demo_llm import demo_with_llm
 from vzip.runtime import VisionEncoder, demo
-from vzip.runtime.llm import ImageTokens
+from vzip.runtime.llm import TokenSpec
 from vzip.runtime.llm.local.transformers import TransformersLLM
 
 pytestmark = pytest.mark.local_llm
@@ -66,7 +66,7 @@ def expected(questions: dict[str, list[str]]) -> dict[str, list[str]]:
     """What transformers answers, with torch, in this process."""
     answers = {}
     with VisionEncoder.open(demo_with_llm()) as encoder:
-        llm = TransformersLLM.open("demo", tokens=ImageTokens.of(encoder.manifest), device="cpu")
+        llm = TransformersLLM.open("demo", tokens=TokenSpec.of(encoder.manifest), device="cpu")
         for name, asked in questions.items():
             conversation = llm.conversation(encoder.image_embeds(demo.pictures() / name))
             answers[name] = [conversation.ask(question) for question in asked]
@@ -98,6 +98,6 @@ def test_several_images(questions: dict[str, list[str]]) -> None:
     question = next(iter(questions.values()))[0]
     out, _ = edge("ask", demo_with_llm(), *pictures, question)
     with VisionEncoder.open(demo_with_llm()) as encoder:
-        llm = TransformersLLM.open("demo", tokens=ImageTokens.of(encoder.manifest), device="cpu")
+        llm = TransformersLLM.open("demo", tokens=TokenSpec.of(encoder.manifest), device="cpu")
         embeds = [encoder.image_embeds(picture) for picture in pictures]
     assert out == llm.ask(embeds, question) + "\n"

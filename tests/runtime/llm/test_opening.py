@@ -1,13 +1,19 @@
-"""What `--llm` can name."""
+"""What `--llm` can name, and `vzip.runtime.open_llm`."""
 
 from __future__ import annotations
 
+import types
 from types import SimpleNamespace
 
 import pytest
 
+from tests.places import GOLDEN
+from tests.refusals import refused
+from vzip import runtime
+from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.errors import CheckpointError, InvalidInputError
-from vzip.runtime.llm.programs import ENGINES, Choice, own, parse
+from vzip.runtime.llm import opening
+from vzip.runtime.llm.opening import RUNNERS, Choice, own, parse
 
 
 def bundle_from(model: str, revision: str | None = None):
@@ -19,17 +25,26 @@ def bundle_from(model: str, revision: str | None = None):
 def test_the_llm_is_the_one_that_the_bundle_was_exported_from():
     published = bundle_from("llava-hf/llava-1.5-7b-hf", "abc")
     assert own(published) == Choice("transformers", "llava-hf/llava-1.5-7b-hf", "abc")
-
-
-def test_a_bundle_whose_checkpoint_is_gone_asks_for_llm():
-    with pytest.raises(
-        CheckpointError, match=r"exported from '/gone/llava', which is not here .* --llm"
-    ):
+    with refused(CheckpointError, got="'/gone/llava'", cure="--llm"):
         own(bundle_from("/gone/llava"))
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_open_llm_opens_what_is_named_for_a_bundle_or_its_folder(monkeypatch, whole):
+    opened = []
+    module = types.ModuleType("fake")
+    module.open_for = lambda where, bundle: opened.append((where, bundle.path)) or "an LLM"
+    monkeypatch.setattr(opening.importlib, "import_module", lambda _: module)
+    folder = GOLDEN / "tiny_bundle"
+    bundle = read_bundle(folder) if whole else folder
+    assert runtime.open_llm(bundle, "vllm:http://127.0.0.1:8000") == "an LLM"
+    assert opened == [("http://127.0.0.1:8000", folder)]
+    with refused(InvalidInputError, got="'vllm:'"):
+        runtime.open_llm("/not/read", "vllm:")
+
+
 @pytest.mark.parametrize(
-    ("text", "engine", "where"),
+    ("text", "name", "where"),
     [
         ("demo", "transformers", "demo"),
         ("llava-hf/llava-1.5-7b-hf", "transformers", "llava-hf/llava-1.5-7b-hf"),
@@ -40,8 +55,8 @@ def test_a_bundle_whose_checkpoint_is_gone_asks_for_llm():
         ("sglang:https://host/v1", "sglang", "https://host/v1"),
     ],
 )
-def test_an_engine_and_what_it_opens(text, engine, where):
-    assert parse(text) == Choice(engine, where)
+def test_a_name_and_what_it_opens(text, name, where):
+    assert parse(text) == Choice(name, where)
 
 
 def test_a_folder_whose_name_has_a_colon(tmp_path, monkeypatch):
@@ -53,23 +68,25 @@ def test_a_folder_whose_name_has_a_colon(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "error", "says"),
+    ("text", "fields"),
     [
-        ("llamacpp:m.gguf", InvalidInputError, "'llamacpp' is no engine, expected one of transfor"),
-        ("lama.cpp:/models/m.gguf", InvalidInputError, "'lama.cpp' is no engine, expected one"),
-        ("vllm:", InvalidInputError, "expected vllm:URL; say what"),
-        ("vllm:127.0.0.1:8000", InvalidInputError, "such as vllm:http://127.0.0.1:8000; give"),
-        ("llama.cpp: ", InvalidInputError, "expected llama.cpp:FILE.gguf"),
-        ("transformers:lava-1.5-7b", CheckpointError, "did you mean 'llava-1.5-7b'"),
-        ("lava-1.5-7b", CheckpointError, "did you mean 'llava-1.5-7b'"),
+        ("llamacpp:m.gguf", {"got": "'llamacpp'", "expected": "llama.cpp:FILE.gguf"}),
+        ("lama.cpp:/models/m.gguf", {"got": "'lama.cpp'", "expected": "llama.cpp:FILE.gguf"}),
+        ("vllm:", {"expected": "vllm:URL"}),
+        ("vllm:127.0.0.1:8000", {"expected": "vllm:http://127.0.0.1:8000"}),
+        ("llama.cpp: ", {"expected": "llama.cpp:FILE.gguf"}),
     ],
 )
-def test_what_is_refused_before_any_work(text, error, says):
-    with pytest.raises(error) as caught:
+def test_what_is_refused_before_any_work(text, fields):
+    with refused(InvalidInputError, **fields):
         parse(text)
-    assert says in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
-def test_every_engine_has_a_module_of_its_own():
-    assert len({engine.module for engine in ENGINES.values()}) == len(ENGINES)
+@pytest.mark.parametrize("text", ["transformers:lava-1.5-7b", "lava-1.5-7b"])
+def test_an_alias_that_is_misspelt(text):
+    with pytest.raises(CheckpointError, match=r"'llava-1\.5-7b'"):
+        parse(text)
+
+
+def test_every_llm_has_a_module_of_its_own():
+    assert len({runner.module for runner in RUNNERS.values()}) == len(RUNNERS)

@@ -1,10 +1,9 @@
-"""TensorRT-LLM's three ways, against oracles of what each of them does with what it gets."""
+"""TensorRT-LLM's three ways: a golden request, the prompt of transformers, and what is refused."""
 
 from __future__ import annotations
 
 import base64
 import io
-import json
 import sys
 from pathlib import Path
 
@@ -12,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.refusals import refused
 from tests.runtime.llm.llm_server_stubs import (
-    CONTRACTS,
+    REQUESTS,
     VOCABULARY,
     bundle_of,
     checkpoint_of,
@@ -22,21 +22,20 @@ from tests.runtime.llm.llm_server_stubs import (
     serving,
 )
 from vzip.runtime.errors import CheckpointError, InvalidInputError, MissingDependencyError
-from vzip.runtime.llm.conversation import expand
-from vzip.runtime.llm.experimental.tensorrt_llm import open_llm, prompt_table, request
+from vzip.runtime.llm import TokenSpec
+from vzip.runtime.llm.experimental.tensorrt_llm import (
+    TrtllmServer,
+    open_for,
+    prompt_table,
+    request,
+)
 from vzip.runtime.llm.local.transformers import TransformersLLM
-from vzip.runtime.llm.text_checkpoint import TextCheckpoint
+from vzip.runtime.llm.text_side import TextCheckpoint
 
-CONTRACT = CONTRACTS["tensorrt_llm"]
-LEGACY = CONTRACTS["tensorrt_llm_legacy"]
+GOLDEN = REQUESTS["tensorrt_llm"]
 QUESTION = "What digit is there?"
-PARTS = [embeds_of(43, seed=1), embeds_of(5, seed=2)]
+PARTS = [embeds_of(3, seed=1), embeds_of(2, seed=2)]
 ENGINE = {"vocab_size": VOCABULARY, "max_multimodal_len": 48, "dtype": "float16"}
-
-
-@pytest.fixture(scope="module")
-def reference() -> TransformersLLM:
-    return TransformersLLM.open("demo")
 
 
 @pytest.fixture(scope="module")
@@ -50,144 +49,93 @@ def llava_next(tmp_path: Path) -> TextCheckpoint:
     return TextCheckpoint.open("trtllm", folder)
 
 
-@pytest.mark.parametrize("embeds", [PARTS[0], PARTS])
-def test_the_llm_api_makes_the_prompt_of_transformers(llava_next, embeds):
-    made = request(llava_next, embeds, QUESTION)
-    assert set(made) == set(CONTRACT["prompt"])
-    assert set(made["multi_modal_embeddings"]) == set(CONTRACT["modalities"])
-    tensors = made["multi_modal_embeddings"]["image"]
-    # attach_multimodal_embeddings: the tokenizer's own ids, then one placeholder per tensor becomes
-    # as many ids as it has rows.
-    ids = llava_next.tokenizer.encode(made["prompt"], special=True)
-    assert ids.count(4) == len(tensors)
-    fused, left = [], iter(tensors)
-    for token in ids:
-        fused += [4] * len(next(left)) if token == 4 else [token]
-    shown = llava_next.shown(embeds, dtype="float16", takes_videos=False)
-    assert fused == expand(llava_next.prompts, shown, QUESTION)
-    for tensor, part in zip(tensors, shown.parts, strict=True):
+def test_the_server_gets_the_golden_request():
+    event = {"choices": [{"delta": {"content": "a cat"}, "finish_reason": "stop"}]}
+    pages = {"/v1/models": {"data": [{"id": "llava-next"}]}}
+    content = GOLDEN["body"]["messages"][0]["content"]
+    embeds = [np.array(each["image_embeds"]["data"], np.float32) for each in content[:2]]
+    with serving(pages, "/v1/chat/completions", lambda _: iter([event])) as (url, bodies):
+        llm = TrtllmServer(url, TokenSpec(2, 2, 4))
+        assert llm.ask(embeds, QUESTION, max_new_tokens=9) == "a cat"
+        half = llm.part(embeds[0].astype(np.float16), "name")["image_embeds"]["data"]
+    (body,) = bodies
+    for part in body["messages"][0]["content"][:2]:
+        part["image_embeds"]["data"] = loaded(part["image_embeds"]["data"]).tolist()
+    assert body == GOLDEN["body"]
+    assert loaded(half).dtype == torch.float16
+
+
+def loaded(data: str) -> torch.Tensor:
+    """As inputs/utils.py load_base64_image_embeds."""
+    file = io.BytesIO(base64.b64decode(data, validate=True))
+    tensor: torch.Tensor = torch.load(file, weights_only=True, map_location="cpu")
+    return tensor
+
+
+def test_the_llm_api_gets_the_golden_prompt(llava_next, tmp_path):
+    made = request(llava_next, PARTS, QUESTION)
+    assert made.keys() == {"prompt", "multi_modal_embeddings"}
+    assert made["prompt"] == GOLDEN["prompt"]
+    images = made["multi_modal_embeddings"]["image"]
+    for tensor, part in zip(images, PARTS, strict=True):
         np.testing.assert_array_equal(tensor.numpy(), part)
-
-
-def test_the_beginning_of_the_sequence_is_written_once(tmp_path: Path):
-    """A template may write it, and so does the tokenizer that the engine runs over the text."""
-    folder = checkpoint_of(tmp_path / "next", model_type="llava_next")
+    # A template may write the beginning of the sequence, and so does the tokenizer.
+    folder = checkpoint_of(tmp_path / "bos", model_type="llava_next")
     template = folder / "chat_template.jinja"
     template.write_text("<s>" + template.read_text())
-    checkpoint = TextCheckpoint.open("trtllm", folder)
-    text = request(checkpoint, PARTS[0], QUESTION)["prompt"]
-    assert not text.startswith("<s>")
-    assert checkpoint.tokenizer.encode(text, special=True).count(1) == 1
-    checkpoint.tokenizer.encode = lambda text, *, special: [4]
-    checkpoint.prompts._tokenizer.encode = checkpoint.tokenizer.encode
-    checkpoint.prompts.first = lambda *_: [1, 4]
-    with pytest.raises(CheckpointError, match=r"^trtllm: the tokenizer of .* makes other ids"):
-        request(checkpoint, PARTS[0], QUESTION)
+    written = TextCheckpoint.open("trtllm", folder)
+    assert request(written, PARTS, QUESTION)["prompt"] == GOLDEN["prompt"]
+    written.prompts.tokenizer.encode = lambda text, *, special: [4] if special else [1]
+    written.prompts.first = lambda *_: [1, 4]
+    with refused(CheckpointError, got="tokenizer", cure="--llm"):
+        request(written, PARTS[0], QUESTION)
 
 
-def test_the_llm_api_takes_llava_next_alone(llava_15):
-    with pytest.raises(InvalidInputError, match=r"^trtllm: 'demo' is a 'llava' model, but") as got:
-        request(llava_15, PARTS[0], QUESTION)
-    assert "LLaVA-NeXT alone; use a bundle of one, such as llava-next-mistral-7b" in str(got.value)
-
-
-@pytest.mark.parametrize("embeds", [PARTS[0], PARTS])
-@pytest.mark.parametrize("runner", ["ModelRunner", "ModelRunnerCpp"])
-def test_the_prompt_table_makes_the_prompt_of_transformers(reference, llava_15, embeds, runner):
-    made = prompt_table(llava_15, embeds, QUESTION, **ENGINE)
-    assert set(made) <= set(LEGACY["generate"])
+def test_the_prompt_table_makes_the_prompt_of_transformers(llava_15):
+    made = prompt_table(llava_15, PARTS, QUESTION, **ENGINE)
+    assert (made["prompt_tasks"], made["end_id"]) == (GOLDEN["prompt_tasks"], 2)
     (ids,) = made["batch_input_ids"]
     assert ids.dtype == torch.int32
-    assert made["prompt_table"].dtype == torch.float16
-    (task,) = (int(each) for each in made["prompt_tasks"].split(","))
-    if runner == "ModelRunner":  # flattens; an id counts from its task's first row
-        rows = made["prompt_table"].shape[-2]
-        table = made["prompt_table"].view(-1, 128)[task * rows : (task + 1) * rows]
-    else:
-        table = made["prompt_table"][task]
     words = ids < VOCABULARY
+    assert ids[~words].tolist() == GOLDEN["places"]
+    assert made["prompt_table"].shape == (1, 5, 128)
+    assert made["prompt_table"].dtype == torch.float16
+    reference = TransformersLLM.open("demo")
     with torch.no_grad():
         prompt = reference.model.get_input_embeddings()(torch.where(words, ids, 0)).clone()
-    prompt[~words] = table[ids[~words].long() - VOCABULARY].float()
-    shown = llava_15.shown(embeds, dtype="float16", takes_videos=False)
-    rows = np.concatenate([part.astype(np.float16) for part in shown.parts])
-    expected = embedded(reference, expand(reference.prompts, shown, QUESTION), rows)
+    prompt[~words] = made["prompt_table"][0][ids[~words].long() - VOCABULARY].float()
+    shown = llava_15.shown(PARTS, largest=65504)
+    rows = np.concatenate([part.astype(np.float16) for part in PARTS])
+    expected = embedded(reference, reference.text.first(shown, QUESTION), rows)
     torch.testing.assert_close(prompt, expected, rtol=0, atol=0)
-    assert made["end_id"] == reference.prompts.eos_id
+    frames = prompt_table(llava_15, embeds_of(12), QUESTION, frames=3, **ENGINE)
+    assert (frames["batch_input_ids"][0] >= VOCABULARY).sum() == 12
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "fields"),
     [
-        (
-            {"max_multimodal_len": 42},
-            "got 43 tokens of 1 images, but the engine's prompt table",
-        ),
-        ({"max_multimodal_len": 0}, "trtllm-build --max_multimodal_len 43 or more"),
-        ({"vocab_size": 100}, "and a vocabulary of 100, beyond which ids are places of images"),
-        (
-            {"dtype": "fp16"},
-            "got the dtype 'fp16', expected the engine's, one of float32",
-        ),
-        ({"embeds": PARTS[0] * 1e5}, "the LLM's dtype holds at most 65504"),
-        ({"embeds": PARTS[0][:, :9]}, "got tokens of shape [43, 9]"),
-        ({"question": ""}, "the question is empty"),
-        ({"question": "<image>"}, "has 2 image placeholders"),
+        ({"max_multimodal_len": 2}, {"got": "3 tokens", "cure": "--max_multimodal_len 3"}),
+        ({"vocab_size": 100}, {"got": "vocabulary of 100"}),
+        ({"dtype": "fp16"}, {"got": "'fp16'", "expected": "float32"}),
+        ({"embeds": PARTS[0] * 1e5}, {"expected": "65504"}),
+        ({"question": ""}, {"got": "the question is empty"}),
+        ({"question": "<image>"}, {"got": "2 image placeholders"}),
     ],
 )
-def test_what_is_checked_before_a_legacy_call(llava_15, changes, words):
+def test_what_is_checked_before_a_legacy_call(llava_15, changes, fields):
     arguments = {"embeds": PARTS[0], "question": QUESTION, **ENGINE, **changes}
-    with pytest.raises(InvalidInputError, match=r"^trtllm: ") as got:
+    with refused(InvalidInputError, **fields):
         prompt_table(llava_15, **arguments)
-    assert words in str(got.value)
 
 
-def test_frames_are_images(llava_15):
-    made = prompt_table(llava_15, embeds_of(12), QUESTION, frames=3, **ENGINE)
-    assert made["prompt_table"].shape == (1, 12, 128)
-    assert (made["batch_input_ids"][0] >= VOCABULARY).sum() == 12
-
-
-def test_the_server_gets_what_it_reads():
-    embeds = [embeds_of(43, seed=1), embeds_of(43, seed=2).astype(np.float16)]
-    event = {"choices": [{"delta": {"content": "a cat"}, "finish_reason": "stop"}]}
-    pages = {"/v1/models": {"data": [{"id": "llava-next"}]}}
-    with serving(pages, "/v1/chat/completions", lambda _: iter([event])) as (url, bodies):
-        llm = open_llm(url, bundle_of(family="llava-next"))
-        conversation = llm.conversation(embeds)
-        assert conversation.ask(QUESTION) == "a cat"
-        with pytest.raises(InvalidInputError, match=r"^trtllm: the question contains '<image>'"):
-            conversation.ask("an <image>?")
-        with pytest.raises(InvalidInputError, match=r"^trtllm: got tokens of shape \[42, 128\]"):
-            llm.conversation(embeds_of(42))
-    (body,) = bodies
-    *parts, text = body["messages"][0]["content"]
-    assert text == {"type": "text", "text": QUESTION}
-    for part, sent in zip(parts, embeds, strict=True):
-        assert set(part) == set(CONTRACT["part"])
-        assert part["type"] == CONTRACT["part"]["type"]
-        assert set(part["image_embeds"]) == set(CONTRACT["part"]["image_embeds"])
-        data = io.BytesIO(base64.b64decode(part["image_embeds"]["data"], validate=True))
-        got = torch.load(data, weights_only=True, map_location="cpu")  # load_base64_image_embeds
-        assert got.numpy().dtype == sent.dtype
-        np.testing.assert_array_equal(got.numpy(), sent)
-
-
-def test_the_server_takes_llava_next_alone():
-    with pytest.raises(InvalidInputError, match=r"^trtllm: 'demo' is a 'llava' model, but of "):
-        open_llm("http://127.0.0.1:1", bundle_of())
-
-
-def test_torch_is_asked_for_before_the_server(monkeypatch):
+def test_llava_next_alone_is_taken_and_torch_is_asked_for_first(llava_15, monkeypatch):
+    for call in (
+        lambda: request(llava_15, PARTS[0], QUESTION),
+        lambda: open_for("http://127.0.0.1:1", bundle_of()),
+    ):
+        with refused(InvalidInputError, got=("'demo'", "'llava'"), cure="llava-next-mistral-7b"):
+            call()
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(MissingDependencyError, match=r"^trtllm: making tensors needs .* 'torch'"):
-        open_llm("http://127.0.0.1:1", bundle_of(family="llava-next"))
-
-
-def test_dtypes_a_checkpoint_may_have(tmp_path: Path):
-    folder = checkpoint_of(tmp_path / "next", dtype="float64")
-    with pytest.raises(CheckpointError, match=r"^trtllm: .* says that its dtype is 'float64'"):
-        TextCheckpoint.open("trtllm", folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
-    assert TextCheckpoint.open("trtllm", folder).dtype == "bfloat16"
+    with refused(MissingDependencyError, got=("trtllm", "'torch'")):
+        open_for("http://127.0.0.1:1", bundle_of(family="llava-next"))

@@ -18,7 +18,7 @@ def test_the_page_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main(["export", "--model", "demo", "--no-check", "-o", str(bundle)]) == 0
     picture = sorted(demo.pictures().glob("*.jpg"))[0]
     replaced = {"llava-64": str(bundle), "photo.jpg": str(picture), "llava-1.5-7b": "demo"}
-    names = run_snippets("engines/transformers.md", replaced)
+    names = run_snippets("llm/transformers.md", replaced)
     assert names["answer"]
     assert names["second"]
     assert names["answer"] in capsys.readouterr().out

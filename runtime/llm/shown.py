@@ -1,0 +1,251 @@
+"""What the first turn of a conversation shows, checked before it reaches an LLM.
+
+The checks stand above the LLMs because several of their own errors mislead, and some LLM servers
+crash on a wrong shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.llm.prompts import KINDS, Kind
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from vzip.runtime.bundle.manifest import Manifest
+
+    Embeds = npt.NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the first turn shows, checked.
+
+    Attributes:
+        kind: What a placeholder stands for.
+        parts: One array [n, L] for each placeholder, in order; copies, of the caller's dtype.
+    """
+
+    kind: Kind
+    parts: tuple[Embeds, ...]
+
+
+@dataclass(frozen=True)
+class TokenSpec:
+    """What a bundle says about the tokens that it makes of one image or video.
+
+    Attributes:
+        count: Rows per image; None where they depend on its size, because it is cut into tiles.
+        hidden_size: L, width of a row.
+        image_token_id: Id of the placeholder in the text whose embedding a row replaces.
+        video_token_id: Id of that of a video; None where the LLM has none of its own.
+        frame_count: Rows per frame of a video; None for any number.
+        closing: Rows behind those of a video's last frame.
+    """
+
+    count: int | None
+    hidden_size: int
+    image_token_id: int
+    video_token_id: int | None = None
+    frame_count: int | None = None
+    closing: int = 0
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> TokenSpec:
+        """Read a bundle's manifest.
+
+        Raises:
+            InvalidInputError: The bundle was made with random weights, so that its tokens mean
+                nothing to any LLM.
+        """
+        if manifest.model.weights == "random":
+            raise InvalidInputError(
+                f"the bundle holds random weights of {manifest.model.id!r}",
+                cause="they serve to measure speed and can't answer questions",
+                cure="export it again from a checkpoint, without --weights random",
+            )
+        tokens = manifest.selection.dominant + manifest.selection.contextual
+        return cls(
+            count=tokens if manifest.tiling is None else None,
+            hidden_size=manifest.llm.hidden_size,
+            image_token_id=manifest.llm.image_token_id,
+            video_token_id=manifest.llm.video_token_id,
+            frame_count=tokens,
+            # LLaVA-OneVision ends a video, whose frames it pools, with its newline embedding.
+            closing=1 if manifest.tower.pool == 2 else 0,
+        )
+
+    def rows(self, frames: int | None) -> int | None:
+        """Return how many rows one image, or a video of so many frames, has; None for any."""
+        if frames is None:
+            return self.count
+        return None if self.frame_count is None else frames * self.frame_count + self.closing
+
+    def check_llm(
+        self, name: str, *, model: str, hidden_size: int, placeholders: Mapping[Kind, int]
+    ) -> None:
+        """Check that the tokens are made for this LLM; before its weights are loaded.
+
+        Args:
+            name: The LLM's name, for the message.
+            model: Where the LLM comes from, for the message.
+            hidden_size: The LLM's width.
+            placeholders: Id of its placeholder of an image; and of a video, if it has one.
+
+        Raises:
+            InvalidInputError: They are not.
+        """
+        wanted = {"image": self.image_token_id, "video": self.video_token_id}
+        pairs = [("width", self.hidden_size, hidden_size)]
+        pairs += [
+            (f"{kind} token id", token_id, placeholders.get(kind))  # type: ignore[misc]
+            for kind in KINDS
+            if (token_id := wanted[kind]) is not None
+        ]
+        for what, ours, theirs in pairs:
+            if ours != theirs:
+                raise InvalidInputError(
+                    f"{name}: the {what} of the LLM {model!r} is {theirs}",
+                    expected=f"{ours}, the bundle's",
+                    cure="give the LLM of the checkpoint that the bundle was exported from (--llm)",
+                )
+
+
+def check_embeds(
+    name: str,
+    embeds: Embeds,
+    *,
+    hidden_size: int,
+    count: int | None,
+    frames: int | None = None,
+    largest: float = float("inf"),
+) -> None:
+    """Check the tokens of one image or video before they reach an LLM.
+
+    Args:
+        name: The LLM's name, for the message.
+        embeds: The tokens, float32 or float16 [n, L].
+        hidden_size: L that the LLM takes.
+        count: n that the bundle promises; ``None`` without a bundle, or where it varies.
+        frames: Frames of the video; ``None`` for an image.
+        largest: Largest magnitude that the LLM's dtype can hold.
+
+    Raises:
+        InvalidInputError: They are no array, of another shape or dtype, or not finite.
+    """
+    if frames is not None and (type(frames) is not int or frames < 1):
+        raise InvalidInputError(f"{name}: got a video of {frames!r} frames", expected="1 or more")
+    rows = "K" if count is None else str(count)
+    whose = "one image's tokens" if frames is None else f"the tokens of a video's {frames} frames"
+    takes = f"{whose} as a finite float32 or float16 numpy array [{rows}, {hidden_size}]"
+    if not isinstance(embeds, np.ndarray):
+        raise InvalidInputError(f"{name}: got {type(embeds).__name__}", expected=takes)
+    if embeds.dtype not in (np.float32, np.float16):
+        raise InvalidInputError(f"{name}: got tokens of dtype {embeds.dtype}", expected=takes)
+    right_rows = embeds.ndim == 2 and (
+        embeds.shape[0] >= 1 if count is None else embeds.shape[0] == count
+    )
+    if not right_rows or embeds.shape[1] != hidden_size:
+        batch = embeds.ndim == 3 and frames is None
+        raise InvalidInputError(
+            f"{name}: got tokens of shape {list(embeds.shape)}",
+            expected=takes,
+            cure="give one image of the batch, such as tokens.embeds[0]" if batch else "",
+        )
+    finite = np.isfinite(embeds)
+    if not finite.all():
+        bad = np.flatnonzero(~finite.all(axis=1))
+        raise InvalidInputError(
+            f"{name}: {bad.size} of {embeds.shape[0]} tokens (first: row {bad[0]}) hold NaN "
+            "or infinity",
+            expected=takes,
+            cure="encode the image again, and run 'vzip check' on the bundle if it repeats",
+        )
+    magnitude = float(np.abs(embeds).max())
+    if magnitude > largest:
+        raise InvalidInputError(
+            f"{name}: got tokens up to {magnitude:.4g}",
+            expected=f"at most {largest:.6g}, the largest number of the LLM's dtype",
+            cure="open the LLM in float32",
+        )
+
+
+def check_shown(
+    name: str,
+    embeds: Embeds | Sequence[Embeds],
+    *,
+    frames: int | None,
+    tokens: TokenSpec | None,
+    hidden_size: int,
+    takes_videos: bool,
+    largest: float = float("inf"),
+) -> Shown:
+    """Check the tokens that a conversation is about, and divide them among placeholders.
+
+    A video has a placeholder of its own where the LLM knows videos; where it doesn't, its frames
+    are images that follow each other.
+
+    Args:
+        name: The LLM's name, for messages.
+        embeds: float32 or float16 [n, L], or a list or tuple of them for several images.
+        frames: Frames of the video; ``None`` for images.
+        tokens: What the bundle says; ``None`` to take any number.
+        hidden_size: L that the LLM takes.
+        takes_videos: Whether the LLM has a placeholder for videos.
+        largest: Largest magnitude that the LLM's dtype can hold.
+
+    Returns:
+        Copies, so that the caller may go on using its arrays.
+
+    Raises:
+        InvalidInputError: Something is wrong with them; the message says which, if there are
+            several.
+    """
+    several = isinstance(embeds, (list, tuple))
+    if several and not embeds:
+        raise InvalidInputError(f"{name}: got an empty list of images", expected="1 or more")
+    if several and frames is not None:
+        raise InvalidInputError(
+            f"{name}: got a list of {len(embeds)} arrays with frames={frames}",
+            expected="a video's tokens as one array, or a list of images without frames",
+        )
+    arrays = embeds if isinstance(embeds, (list, tuple)) else [embeds]
+    for number, each in enumerate(arrays):
+        check_embeds(
+            f"{name}: image {number}" if several and len(arrays) > 1 else name,
+            each,
+            hidden_size=hidden_size,
+            count=None if tokens is None else tokens.rows(frames),
+            frames=frames,
+            largest=largest,
+        )
+    if frames is None or takes_videos:
+        kind: Kind = "image" if frames is None else "video"
+        return Shown(kind, tuple(np.array(each) for each in arrays))
+    rows = len(arrays[0])
+    if rows % frames:
+        raise InvalidInputError(
+            f"{name}: got {rows} tokens of {frames} frames",
+            expected="as many tokens of every frame, without a closing token",
+            cause="each frame is an image to this LLM",
+        )
+    return Shown("image", tuple(np.array_split(np.array(arrays[0]), frames)))
+
+
+def check_batch(name: str, embeds: Sequence[object], questions: Sequence[str]) -> None:
+    """Check that a batch has one question for each picture, and at least one.
+
+    Raises:
+        InvalidInputError: It hasn't.
+    """
+    if len(embeds) != len(questions) or not questions:
+        raise InvalidInputError(
+            f"{name}: got {len(embeds)} images' tokens and {len(questions)} questions",
+            expected="as many of both, 1 or more",
+        )

@@ -1,0 +1,358 @@
+"""The one text side of an LLM: the words around questions, the places of images, the tokens.
+
+`TextSide` is what every LLM has of it, wherever it was read: a GGUF, a bundle, or the checkpoint of
+a LLaVA in transformers' layout. `TextFiles` reads the last; neither torch nor a weight is needed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from vzip.runtime.errors import CheckpointError, first_line, missing
+from vzip.runtime.llm.chat_template import make_prompts
+from vzip.runtime.llm.prompts import KINDS, Kind, Prompts
+from vzip.runtime.llm.shown import Shown, TokenSpec, check_shown
+from vzip.runtime.models import locate
+
+if TYPE_CHECKING:
+    from vzip.runtime.llm.shown import Embeds
+
+# What transformers reads of a checkpoint for its configuration, tokenizer and chat template.
+TEXT_FILES: Final = ("*.json", "*.jinja", "*.model")
+
+# Families, and their LLMs, that were trained with LLaVA-1.5's words; others need a chat template.
+_LLAVA_15_WORDS: Final = {"llava": ("llama", "mistral"), "video_llava": ("llama",)}
+
+LARGEST: Final = {"float32": 3.4028235e38, "bfloat16": 3.3895314e38, "float16": 65504.0}
+"""dtype → largest magnitude."""
+
+
+@dataclass(frozen=True)
+class TextSide:
+    """What a prompt for an LLM is made of, and what ends its answers.
+
+    Attributes:
+        name: The LLM's name, for messages.
+        prompts: Its prompts.
+        eos_ids: Ids that end an answer.
+        hidden_size: L, the width of a token.
+        context: Longest sequence in tokens; None when the LLM states none.
+        tokens: What the bundle says about its tokens; None to take any number.
+    """
+
+    name: str
+    prompts: Prompts
+    eos_ids: frozenset[int]
+    hidden_size: int
+    context: int | None
+    tokens: TokenSpec | None
+
+    def shown(
+        self,
+        embeds: Embeds | Sequence[Embeds],
+        frames: int | None = None,
+        *,
+        largest: float,
+        takes_videos: bool = True,
+        where: str | None = None,
+    ) -> Shown:
+        """Check what the first turn shows; see `vzip.runtime.llm.shown.check_shown`.
+
+        Args:
+            embeds: The tokens of an image, several, or a video.
+            frames: The video's frames; ``None`` for images.
+            largest: Largest magnitude that the LLM's dtype can hold.
+            takes_videos: Whether a video can stand at the LLM's placeholder for videos.
+            where: What messages begin with; None for the LLM's name.
+        """
+        return check_shown(
+            where or self.name,
+            embeds,
+            frames=frames,
+            tokens=self.tokens,
+            hidden_size=self.hidden_size,
+            takes_videos=takes_videos and "video" in self.prompts.placeholders,
+            largest=largest,
+        )
+
+    def first(self, shown: Shown, question: str, *, expands: bool = True) -> list[int]:
+        """Return the first turn's ids.
+
+        Args:
+            shown: What it shows.
+            question: The question, checked.
+            expands: Whether there is a placeholder for each row; else for each image or video.
+
+        Raises:
+            CheckpointError: The LLM's words have no place for what is shown.
+            InvalidInputError: The question contains a placeholder.
+        """
+        ids = self.prompts.first(question.strip(), shown.kind, len(shown.parts))
+        if not expands:
+            return ids
+        placeholder, parts = self.prompts.placeholders[shown.kind], iter(shown.parts)
+        expanded: list[int] = []
+        for token in ids:
+            expanded += [token] * (len(next(parts)) if token == placeholder else 1)
+        return expanded
+
+    def unseen_rows(self, shown: Shown) -> int:
+        """Return how many rows have no id of their own where each image has one placeholder."""
+        return sum(len(part) - 1 for part in shown.parts)
+
+    def spoken(self, ids: Sequence[int]) -> list[int]:
+        """Return an answer's ids up to the one that ends it."""
+        ends = (place for place, token in enumerate(ids) if token in self.eos_ids)
+        return list(ids[: next(ends, len(ids))])
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """What transformers reads of a checkpoint's text side.
+
+    Attributes:
+        name: The LLM's name, for messages.
+        model: What was opened.
+        folder: Where it is on this machine.
+        revision: Commit on the hub; None for the newest, or a local folder.
+        config: transformers' configuration.
+        tokenizer: transformers' tokenizer.
+        template: The chat template, in Jinja; None where LLaVA-1.5's words are meant.
+        ends: Ids that generation_config.json says end an answer.
+    """
+
+    name: str
+    model: str
+    folder: Path
+    revision: str | None
+    config: Any
+    tokenizer: Any
+    template: str | None
+    ends: tuple[int, ...]
+
+    @classmethod
+    def read(cls, name: str, model: str | Path, revision: str | None = None) -> TextFiles:
+        """Read a checkpoint's configuration and tokenizer.
+
+        Args:
+            name: The LLM's name, for messages.
+            model: An alias (``demo``), a hub id or a local folder.
+            revision: Commit on the hub.
+
+        Raises:
+            MissingDependencyError: transformers is not installed.
+            CheckpointError: The checkpoint was not found, or is incomplete or damaged.
+        """
+        try:
+            import transformers
+        except ImportError as error:
+            package = error.name or "transformers"
+            raise missing(package, needed_for=f"{name}: tokenizing", extra="export") from error
+        folder = fetch(name, model, revision, TEXT_FILES)
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            processor, _ = transformers.LlavaProcessor.get_processor_dict(
+                folder, local_files_only=True
+            )
+            # A damaged configuration fails here, and not in the middle of something.
+            placeholder_ids(config), int(config.get_text_config().hidden_size)
+            ends = _ends(folder)
+        except Exception as error:  # of a damaged file the libraries raise anything
+            raise CheckpointError(
+                f"{name}: the text side of {str(model)!r} can't be read ({first_line(error)})",
+                cure="give a whole llava-hf checkpoint with its tokenizer",
+            ) from error
+        template = processor.get("chat_template") or tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template["default"]
+        return cls(name, str(model), folder, revision, config, tokenizer, template, ends)
+
+    def side(self, tokens: TokenSpec | None) -> TextSide:
+        """Return the text side.
+
+        Args:
+            tokens: What the bundle says about its tokens; None to take any number.
+
+        Raises:
+            CheckpointError: It is no LLaVA of transformers, or lacks the chat template that its
+                family needs, or a placeholder.
+            InvalidInputError: The bundle's tokens are not made for this LLM.
+        """
+        self.check(tokens)
+        return side_of(
+            self.name,
+            self.config,
+            self.tokenizer,
+            template=self.template,
+            ends=self.ends,
+            tokens=tokens,
+        )
+
+    def check(self, tokens: TokenSpec | None) -> None:
+        """Check what is known before tokenizer and template are run; see `side`."""
+        kind, llm = self.config.model_type, self.config.get_text_config().model_type
+        placeholders = placeholder_ids(self.config)
+        if "image" not in placeholders:
+            raise CheckpointError(
+                f"{self.name}: {self.model!r} is a {kind!r} model with a {llm!r} LLM and no image "
+                "token",
+                expected="a LLaVA of transformers",
+                cure="give a whole llava-hf checkpoint",
+            )
+        if self.template is None and llm not in _LLAVA_15_WORDS.get(kind, ()):
+            raise CheckpointError(
+                f"{self.name}: {self.model!r} has no chat template, which a {kind!r} model with "
+                f"a {llm!r} LLM needs",
+                cause="without it the LLM would be asked in words that it was not trained with",
+                cure="fetch chat_template.json or chat_template.jinja of the published checkpoint",
+            )
+        if tokens is not None:
+            tokens.check_llm(
+                self.name,
+                model=self.model,
+                hidden_size=int(self.config.get_text_config().hidden_size),
+                placeholders=placeholders,
+            )
+
+
+@dataclass(frozen=True)
+class TextCheckpoint(TextSide):
+    """The text side of a checkpoint whose LLM something else runs.
+
+    Attributes:
+        files: What was read of it.
+        dtype: The checkpoint's, of `LARGEST`.
+    """
+
+    files: TextFiles
+    dtype: str
+
+    @classmethod
+    def open(
+        cls,
+        name: str,
+        model: str | Path,
+        *,
+        tokens: TokenSpec | None = None,
+        revision: str | None = None,
+    ) -> TextCheckpoint:
+        """Read a checkpoint's configuration and tokenizer.
+
+        Args:
+            name: The LLM's name, for messages.
+            model: An alias (``demo``), a hub id or a local folder.
+            tokens: What the bundle says about its tokens, from `TokenSpec.of`.
+            revision: Commit on the hub.
+
+        Raises:
+            MissingDependencyError: transformers is not installed.
+            CheckpointError: As for `TextFiles.read` and `TextFiles.side`.
+            InvalidInputError: The bundle's tokens are not made for this LLM.
+        """
+        files = TextFiles.read(name, model, revision)
+        side = files.side(tokens)
+        # As text: transformers gives torch's dtype where torch is, else the name.
+        dtype = str(files.config.dtype).removeprefix("torch.")
+        if dtype not in LARGEST:
+            raise CheckpointError(
+                f"{name}: the dtype of {str(model)!r} is {dtype!r}",
+                expected=f"one of {', '.join(LARGEST)}",
+                cure="repair its config.json",
+            )
+        return cls(**vars(side), files=files, dtype=dtype)
+
+
+def side_of(
+    name: str,
+    config: Any,
+    tokenizer: Any,
+    *,
+    template: str | None,
+    ends: Sequence[int],
+    tokens: TokenSpec | None,
+) -> TextSide:
+    """Return the text side of transformers' own objects.
+
+    Args:
+        name: The LLM's name, for messages.
+        config: A LLaVA's configuration.
+        tokenizer: Its tokenizer.
+        template: Its chat template, or ``None`` for LLaVA-1.5's words.
+        ends: Ids that end an answer, beside the tokenizer's own.
+        tokens: What the bundle says about its tokens; None to take any number.
+
+    Raises:
+        CheckpointError: The tokenizer does not belong to a LLaVA, or the template is not one's.
+    """
+    prompts = make_prompts(name, tokenizer, placeholder_ids(config), template)
+    text = config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None)
+    return TextSide(
+        name=name,
+        prompts=prompts,
+        eos_ids=frozenset({prompts.eos_id, *ends}),
+        hidden_size=int(text.hidden_size),
+        context=None if context is None else int(context),
+        tokens=tokens,
+    )
+
+
+def placeholder_ids(config: Any) -> dict[Kind, int]:
+    """Return the id of the placeholder of an image; and of a video, if there is one."""
+    ids = {kind: getattr(config, f"{kind}_token_index", None) for kind in KINDS}
+    return {kind: int(token_id) for kind, token_id in ids.items() if token_id is not None}
+
+
+def listed_ids(ids: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Return what a configuration says of ids, which is a list, one, or nothing."""
+    if ids is None:
+        return ()
+    return (ids,) if isinstance(ids, int) else tuple(map(int, ids))
+
+
+def fetch(name: str, model: str | Path, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    """Return the local folder of a checkpoint, downloading what of it is not there yet.
+
+    Args:
+        name: The LLM's name, for messages.
+        model: An alias, a hub id or a local folder.
+        revision: Commit on the hub.
+        patterns: Of the files that are needed.
+
+    Raises:
+        MissingDependencyError: huggingface_hub is not installed.
+        CheckpointError: There is no such checkpoint, or the hub can't be reached and the cache
+            does not hold it.
+    """
+    location = locate(str(model))
+    if location.folder is not None:
+        return location.folder
+    assert location.hub_id is not None
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise missing("huggingface_hub", needed_for="a hub model", extra="export") from error
+    try:
+        return Path(
+            snapshot_download(location.hub_id, revision=revision, allow_patterns=list(patterns))
+        )
+    except Exception as error:  # its HTTP library's classes change between versions
+        wanted = location.hub_id if revision is None else f"{location.hub_id} at {revision}"
+        raise CheckpointError(
+            f"{name}: the LLM {wanted} is neither in the local cache nor to be had from the hub "
+            f"({first_line(error)})",
+            cure="connect to the network, or give a local folder (--llm)",
+        ) from error
+
+
+def _ends(folder: Path) -> tuple[int, ...]:
+    """Return the ids that generation_config.json says end an answer."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return ()
+    return listed_ids(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))

@@ -1,0 +1,99 @@
+"""The text side of a checkpoint: one reader, whoever runs the LLM."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.refusals import refused
+from tests.runtime.llm.llm_server_stubs import checkpoint_of
+from vzip.runtime.errors import CheckpointError, InvalidInputError, VzipError
+from vzip.runtime.llm import TokenSpec
+from vzip.runtime.llm.local.transformers import TransformersLLM
+from vzip.runtime.llm.text_side import TextCheckpoint
+
+DEMO = TokenSpec(43, 128, 4)
+
+
+def said(opened, folder: Path, name: str) -> tuple[str, ...]:
+    """Return the fields of what is refused, without the LLM's name."""
+    with pytest.raises(VzipError) as raised:
+        opened(folder)
+    error = raised.value
+    fields = (error.got, error.expected, error.cause, error.cure)
+    assert error.got.startswith(f"{name}: ")
+    return (type(error).__name__, *(each.removeprefix(f"{name}: ") for each in fields))
+
+
+def without_template(folder: Path, model_type: str, llm: str) -> Path:
+    checkpoint_of(folder, model_type=model_type)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["model_type"] = llm
+    names = {
+        "llava": "LlavaForConditionalGeneration",
+        "video_llava": "VideoLlavaForConditionalGeneration",
+        "llava_next": "LlavaNextForConditionalGeneration",
+    }
+    config["architectures"] = [names[model_type]]
+    if model_type == "video_llava":
+        config["video_token_index"] = 5
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model_type", "llm"), [("video_llava", "mistral"), ("llava_next", "llama")]
+)
+def test_both_readers_refuse_an_llm_in_whose_words_nobody_trained_it(tmp_path, model_type, llm):
+    """Video-LLaVA was published with Vicuna alone: with Mistral it needs a chat template."""
+    folder = without_template(tmp_path / "llava", model_type, llm)
+    fields = said(lambda each: TextCheckpoint.open("vllm", each), folder, "vllm")
+    assert fields == said(TransformersLLM.open, folder, "transformers")
+    kind, got, *_, cure = fields
+    assert kind == "CheckpointError"
+    assert f"a '{model_type}' model with a '{llm}' LLM" in got
+    assert "chat_template.jinja" in cure
+
+
+@pytest.mark.parametrize(("model_type", "llm"), [("llava", "mistral"), ("video_llava", "llama")])
+def test_llava_15s_words_are_those_without_a_template(tmp_path, model_type, llm):
+    folder = without_template(tmp_path / "llava", model_type, llm)
+    words = TextCheckpoint.open("vllm", folder).prompts.words
+    assert words.first["image"].before == "USER: "
+    assert ("video" in words.first) == (model_type == "video_llava")
+
+
+def test_both_readers_say_the_same_of_the_demo():
+    ours, theirs = TextCheckpoint.open("vllm", "demo"), TransformersLLM.open("demo").text
+    assert ours.prompts.words == theirs.prompts.words
+    assert ours.prompts.first("what?", "image", 2) == theirs.prompts.first("what?", "image", 2)
+    for name in ("eos_ids", "hidden_size", "context"):
+        assert getattr(ours, name) == getattr(theirs, name)
+
+
+def test_what_is_no_text_side_of_a_llava(tmp_path: Path):
+    folder = checkpoint_of(tmp_path / "text")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config["text_config"], "dtype": "float16"}))
+    with refused(CheckpointError, got=("'llama' model", "no image token")):
+        TextCheckpoint.open("vllm", folder)
+    path.write_text(json.dumps({**config, "image_token_index": 5}))
+    with refused(InvalidInputError, got="image token id", expected="4"):
+        TextCheckpoint.open("vllm", folder, tokens=DEMO)
+    path.write_text(json.dumps({**config, "dtype": "float64"}))
+    with refused(CheckpointError, got="'float64'", expected="bfloat16"):
+        TextCheckpoint.open("vllm", folder)
+    path.write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    assert TextCheckpoint.open("vllm", folder, tokens=DEMO).dtype == "bfloat16"
+    for damage in ({"image_token_index": "four"}, {"text_config": 7}):
+        path.write_text(json.dumps({**config, **damage}))
+        fields = said(lambda each: TextCheckpoint.open("vllm", each), folder, "vllm")
+        assert fields == said(TransformersLLM.open, folder, "transformers")
+        assert fields[0] == "CheckpointError"
+    path.unlink()
+    with refused(CheckpointError, got=str(folder), cure="llava-hf"):
+        TextCheckpoint.open("vllm", folder)
