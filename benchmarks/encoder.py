@@ -87,7 +87,7 @@ def made(folder: Path, model: str, tokens: int, *, weights: str = "random") -> B
         if shutil.disk_usage(folder).free < DISK_GB * 1e9:
             raise InvalidInputError(f"'{folder}' has less than {DISK_GB} GB free, for one bundle")
         _vzip(
-            "export", "--model", model, "--weights", weights, "--precision", "fp32",
+            "export", "--model", model, "--weights", weights, "--dtype", "fp32",
             "--tokens", str(tokens), "--max-batch", str(LARGEST_BATCH), "-o", str(path),
         )  # fmt: skip
     bundle = read_bundle(path, verify=False)
@@ -105,7 +105,7 @@ def made(folder: Path, model: str, tokens: int, *, weights: str = "random") -> B
     if "int8" not in manifest.precisions:
         _vzip(
             "calibrate", str(path), "--images", "demo", "--count", str(IMAGES),
-            "--precision", "int8", "--keep-agreement", "none", "--keep-cosine", "none",
+            "--precision", "int8", "--min-agreement", "none", "--min-cosine", "none",
         )  # fmt: skip
     return read_bundle(path, verify=False)
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.export_cost [--runs 3]
 
-Each run is `vzip-export --model llava-1.5-7b --weights random --precision fp16` in a process of its
+Each run is `vzip-export --model llava-1.5-7b --weights random --dtype fp16` in a process of its
 own, parity check included, into a fresh folder; what it wrote is opened and its parity asserted.
 Then TensorRT-RTX compiles it ahead of time, which takes no GPU: `vzip build BUNDLE --rtx sm86`; the
 engine's record is asserted to be in the manifest. What a build on a GPU costs is
@@ -26,7 +26,7 @@ from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.machine.record import machine
 
 RESULT = Path(__file__).parent / "results" / "export_cost.json"
-ARGUMENTS = ("--model", "llava-1.5-7b", "--weights", "random", "--precision", "fp16")
+ARGUMENTS = ("--model", "llava-1.5-7b", "--weights", "random", "--dtype", "fp16")
 BUILD = ("--rtx", "sm86")
 AIM = {"wall_s": 60, "peak_gb": 3.0}
 VZIP = "import sys; from vzip.runtime.cli.main import main; sys.exit(main(sys.argv[1:]))"

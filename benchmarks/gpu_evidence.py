@@ -437,9 +437,9 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     return Plan(
         model="demo" if dry else "llava-1.5-7b",
         device="cpu" if dry else "cuda",
-        export=(*common, "43", "--precision", "fp32")
+        export=(*common, "43", "--dtype", "fp32")
         if dry
-        else (*common, "64", "--precision", "fp16", "--weights", "random"),
+        else (*common, "64", "--dtype", "fp16", "--weights", "random"),
         families=families,
         pythons=pythons,
         asked=frozenset(text.partition("=")[0] for text in arguments.stack),

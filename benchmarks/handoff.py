@@ -49,7 +49,7 @@ def prepare(folder: Path) -> tuple[Path, dict[str, str]]:
     bundle, gguf = folder / "bundle", folder / "demo.gguf"
     arguments = ["--model", "demo", "--tokens", str(TOKENS), "--with-llm", "-o", str(bundle)]
     assert vzip(["export", *arguments]) == 0
-    assert vzip(["convert", "demo", "--gguf", str(gguf)]) == 0
+    assert vzip(["convert", "--model", "demo", "--to", "gguf", "-o", str(gguf)]) == 0
     return bundle, {
         REFERENCE: f"{REFERENCE}:demo",
         "llama.cpp": f"llama.cpp:{gguf}",

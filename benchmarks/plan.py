@@ -2,7 +2,7 @@
 
 Takes the results of `benchmarks.encoder` and `benchmarks.end_to_end` in ``benchmarks/results``, as
 far as they are there, and two published measurements. The encoder is predicted from the ceilings in
-its own result, the LLMs from what `vzip plan --device here` measures when this runs: so run it
+its own result, the LLMs from what `vzip plan --target here` measures when this runs: so run it
 right after them, on the same machine. Writes ``plan.json`` and the same as a table in ``plan.md``.
 """
 

@@ -41,7 +41,7 @@ from vzip.runtime.pictures.preprocess import Preprocessing, pixel_values, tower_
 RESULTS = Path(__file__).parent / "results"
 WHAT = "Costs around the encoder: import, open, host time of a call, a 12-megapixel JPEG to pixels"
 AIM_MS = 5.0  # of preprocessing
-FULL_SIZE = ("--model", "llava-1.5-7b", "--weights", "random", "--precision", "fp16", "--no-check")
+FULL_SIZE = ("--model", "llava-1.5-7b", "--weights", "random", "--dtype", "fp16", "--no-check")
 DEMO = ("--model", "demo", "--tokens", "43")
 PICTURES = (("smooth", 75), ("textured", 85), ("noisy", 95))
 DRAFT = 2  # decoded to at least so many times the tower's edge

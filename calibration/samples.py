@@ -27,6 +27,9 @@ DEMO_SIDE = 448
 LEAST = 2
 """Images that samples have at the least: one to calibrate on and one to judge by."""
 
+DEMO_IMAGES = 16
+"""Scenes that the demo's generator is asked for where no number is given."""
+
 _NAMED = 3  # images that a message names
 
 
@@ -226,6 +229,41 @@ class Samples(Sequence[Sample]):
             images = self._images[place]
             return Samples(images, source=self.source, seed=self.seed, left_out=self.left_out)
         return self._images[place]
+
+
+def images_of(
+    source: str | None, *, model: str, count: int | None, say: Callable[[str], None]
+) -> tuple[str, list[tuple[str, Callable[[], ImageSource]]]]:
+    """Return images for a command that need not be given any.
+
+    Args:
+        source: As `Samples.open` takes it; None for the demo's generator where the model is the
+            demo, else for vzip's own photographs.
+        model: The model's id.
+        count: How many; None for all, and for `DEMO_IMAGES` of the demo's generator, which has no
+            end.
+        say: Told what is left out.
+
+    Returns:
+        What the images are, and each one's name and reader.
+
+    Raises:
+        InvalidInputError: As `Samples.open`.
+    """
+    if source is None and model == DEMO:
+        source = DEMO
+    if source is None:
+        from vzip.export.pictures import reference_images
+
+        return "vzip's own photographs", [(p.name, _opened(p)) for p in reference_images()]
+    samples = Samples.open(source, count=DEMO_IMAGES if source == DEMO and count is None else count)
+    if samples.left_out:
+        say(samples.describe_left_out())
+    return f"{source}, SHA-256 {samples.digest[:16]}", [(each.name, each.read) for each in samples]
+
+
+def _opened(path: Path) -> Callable[[], ImageSource]:
+    return lambda: path
 
 
 class _Reader:

@@ -364,9 +364,9 @@ def resolve(name: str | None, *, opset: int | None, precision: str | None, batch
         _refuse_precision(target, precision)
     if precision not in (None, *EXPORTED):
         raise InvalidInputError(
-            f"--precision is {precision!r}",
+            f"--dtype is {precision!r}",
             expected=f"{' or '.join(EXPORTED)}",
-            cause="an export has no other precision",
+            cause="an export has no other dtype",
         )
     if target is None:
         return Choice(opset or NEWEST_OPSET, precision or "fp32")
@@ -403,7 +403,7 @@ def find_device(name: str) -> Device:
     if name in TARGETS and not of_target:  # "rtx", which is any of three generations
         close = [each.name for each in DEVICES.values() if str(each.target).startswith(name)]
     raise InvalidInputError(
-        f"--device is {name!r}",
+        f"--target is {name!r}",
         expected=f"one of {', '.join((*DEVICES, HERE))}",
         cause=f"did you mean {' or '.join(close)}?" if close else "",
         cure=f"'{HERE}' measures this machine's CPU",
@@ -414,9 +414,9 @@ def _refuse_precision(target: Target, precision: str) -> None:
     if reason := target.refusal(precision):
         usable = " or ".join(p for p in EXPORTED if p in target.hardware_precisions)
         raise InvalidInputError(
-            f"--precision {precision} and --target {target.name} contradict each other",
+            f"--dtype {precision} and --target {target.name} contradict each other",
             cause=reason,
-            cure=f"take --precision {usable}",
+            cure=f"take --dtype {usable}",
         )
 
 

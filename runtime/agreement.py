@@ -414,7 +414,7 @@ UNCOMPRESSED_PEER: Final[Mapping[str, Gate]] = {
 
 CALIBRATED: Final = Gate(
     # A calibrated graph beside the bundle's own on images held apart: the defaults of
-    # --keep-agreement and --keep-cosine. Calibration leaves as many layers as it takes in high
+    # --min-agreement and --min-cosine. Calibration leaves as many layers as it takes in high
     # precision, so the limits are near to 1 (benchmarks/results/quantization.md).
     overlap=0.95,
     every=Limits(mean=0.995),

@@ -479,7 +479,7 @@ def check_outputs(manifest: Manifest, backend: str, outputs: dict[str, Array], c
     embeds, kept = outputs[EMBEDS], outputs[KEPT]
     if not _finite(embeds):
         cause = (
-            "FP16 overflowed: export with --precision fp32"
+            "FP16 overflowed: export with --dtype fp32"
             if manifest.precision == "fp16"
             else "the weights or the device are damaged: check the bundle with vzip check"
         )

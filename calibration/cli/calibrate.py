@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from vzip.runtime.bundle.manifest import DATA_FILE, MODEL_FILE, FileEntry
-from vzip.runtime.bundle.precision_record import QUANTISED, PrecisionRecord, files_of, report_file
+from vzip.calibration.cli.options import add_images
+from vzip.runtime.bundle.manifest import DATA_FILE, MODEL_FILE
+from vzip.runtime.bundle.precision_record import QUANTISED, files_of
 from vzip.runtime.cli.options import Parser, add_bundle
-from vzip.runtime.console import emit, emit_json, say
-from vzip.runtime.errors import BundleError, require
+from vzip.runtime.console import emit, emit_json
 
 if TYPE_CHECKING:
-    from vzip.calibration.quantization.quantize import LayerReport, Quantised, Report
-    from vzip.calibration.samples import Samples
+    from vzip.calibration.quantization.quantize import LayerReport, Report
     from vzip.runtime.bundle.reader import Bundle
 
 _NONE = "none"
+
+
+RENAMED = {
+    "--keep-agreement": "--min-agreement",
+    "--keep-cosine": "--min-cosine",
+}
+"""Old name of an option → its name today."""
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
@@ -34,95 +36,24 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         The exit status.
     """
     arguments = _parser(prog).read(argv)
-    from vzip.runtime.bundle.reader import read_bundle
+    from vzip.calibration import calibrate
 
-    bundle = read_bundle(arguments.bundle, verify=False)  # what reads the graph verifies it
-    if not os.access(bundle.path, os.W_OK):
-        raise BundleError(
-            f"{bundle.path}: the folder is read-only for this user, and the quantised graph "
-            "goes there",
-            cure="copy the bundle to a folder that you may write to",
-        )
-    require("ml_dtypes", "onnx", "onnxruntime", needed_for=f"'{prog}'", extra="export")
-    from vzip.calibration.quantization.quantize import quantize
-    from vzip.calibration.quantization.recipe import Recipe
-    from vzip.calibration.samples import Samples
-
-    recipe = Recipe(
+    bundle, report = calibrate(
+        arguments.bundle,
+        arguments.images,
         precision=arguments.precision,
+        count=arguments.count,
         method=arguments.method,
-        smoothing=arguments.smooth,
-        keep_agreement=arguments.keep_agreement,
-        keep_cosine=arguments.keep_cosine,
+        smooth=arguments.smooth,
+        min_agreement=arguments.min_agreement,
+        min_cosine=arguments.min_cosine,
     )
-    samples = Samples.open(arguments.images, count=arguments.count)
-    if samples.left_out:
-        say(samples.describe_left_out())
-    made = quantize(bundle, samples, recipe, step=say)
-    bundle = publish(bundle, made, samples)
     if arguments.json:
-        emit_json(made.report.to_json())
+        emit_json(report.to_json())
     else:
-        for line in table(bundle, made.report):
+        for line in table(bundle, report):
             emit(line)
     return 0
-
-
-def publish(bundle: Bundle, made: Quantised, samples: Samples) -> Bundle:
-    """Put a quantised graph and its report into the bundle that it was made from.
-
-    It is run once from the files as they are written, on one batch of the samples, before the
-    bundle has it. One process at a time changes a bundle; a second one waits.
-
-    Args:
-        bundle: The bundle that was quantised.
-        made: What `quantize` returned.
-        samples: What it was given.
-
-    Returns:
-        The bundle with the graph, at its precision.
-
-    Raises:
-        BundleError: The bundle was exported anew meanwhile, or can't be written; it is as it was.
-        BackendError: The graph can't be run.
-    """
-    from vzip.export.engines.tensorrt.publish import build_lock
-    from vzip.runtime.bundle.precision_writer import precision_writer
-    from vzip.runtime.bundle.reader import read_bundle
-    from vzip.runtime.encoder import VisionEncoder
-
-    with build_lock(bundle, say):
-        now = read_bundle(bundle.path, verify=False)
-        if _own(now) != _own(bundle):
-            raise BundleError(
-                f"{bundle.path}: the bundle was exported anew while it was calibrated, so the "
-                "quantised graph isn't of it any more",
-                cure="calibrate it again",
-            )
-        with precision_writer(now, made.precision) as writer:
-            made.save(writer.folder)
-            report = json.dumps(made.report.to_json(), indent=2, allow_nan=False)
-            (writer.folder / report_file(made.precision)).write_text(report + "\n")
-            record = record_of(made)
-            with VisionEncoder.open(writer.stage(record), backend="onnxruntime") as encoder:
-                size = 1 if now.manifest.batch.dynamic else now.manifest.batch.max
-                images = next(samples.batches(now.manifest, size))
-                encoder.run(np.resize(images, (size, *images.shape[1:])))  # begins anew if short
-            return writer.publish(record)
-
-
-def record_of(made: Quantised) -> PrecisionRecord:
-    """Return what the bundle's manifest says of a quantised graph."""
-    report = made.report
-    recipe = {name: value for name, value in report.recipe.to_json().items() if value is not None}
-    agreement = report.agreement.to_json()
-    return PrecisionRecord(
-        opset=made.opset,
-        samples_sha256=report.samples["digest"],
-        images=report.samples["count"],
-        recipe=recipe,
-        agreement={name: value for name, value in agreement.items() if value is not None},
-    )
 
 
 def table(bundle: Bundle, report: Report) -> Iterator[str]:
@@ -172,12 +103,6 @@ def _recipe(report: Report) -> str:
     return f"{recipe.precision}, {recipe.method}, {smoothing}, {' and '.join(limits) or 'no limit'}"
 
 
-def _own(bundle: Bundle) -> Mapping[str, FileEntry]:
-    """Return the entries of a bundle's own graph."""
-    files = bundle.manifest.files
-    return {name: files[name] for name in (MODEL_FILE, DATA_FILE) if name in files}
-
-
 def _mib(bundle: Bundle, precision: str | None) -> str:
     """Return the size of a graph with its weights."""
     at, files = bundle.at(precision), bundle.manifest.files
@@ -198,15 +123,10 @@ def _parser(prog: str) -> Parser:
         "show, leave in high precision just the layers that must stay so, and put the graph into "
         "the bundle, beside its own.",
         table=True,
+        renamed=RENAMED,
     )
     add_bundle(parser)
-    parser.add_argument(
-        "--images",
-        required=True,
-        metavar="FOLDER|LIST|demo",
-        help="images like those that will be asked about: a folder, a text file with one path a "
-        "line, or the demo's generator",
-    )
+    add_images(parser, required=True)
     parser.add_argument(
         "--precision",
         required=True,
@@ -235,14 +155,14 @@ def _parser(prog: str) -> Parser:
         "below 1, or none (default: %(default)s)",
     )
     parser.add_argument(
-        "--keep-agreement",
+        "--min-agreement",
         type=number,
         default=0.95,
         metavar="X",
         help="mean share of the kept tokens that must stay, or none (default: %(default)s)",
     )
     parser.add_argument(
-        "--keep-cosine",
+        "--min-cosine",
         type=number,
         default=0.995,
         metavar="X",

@@ -32,6 +32,12 @@ DEMO_IMAGES = 16
 NONE_MEETS = 1
 
 
+RENAMED = {
+    "--budgets": "--tokens",
+}
+"""Old name of an option → its name today."""
+
+
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Measure budgets and merges of a model, write table and plot, and recommend one.
 
@@ -95,7 +101,7 @@ def _variants(arguments: argparse.Namespace) -> list[Variant]:
 
     config = Checkpoint.open(arguments.model, revision=arguments.revision).vision()
     found = []
-    for tokens in sorted(set(arguments.budgets)):
+    for tokens in sorted(set(arguments.tokens)):
         budget = defaults.keeps_cls(split_tokens(tokens), config)
         budget.check_fits(config.tokens, tower_has_cls=config.tower.cls_token)
         found += [Variant(budget, merge) for merge in dict.fromkeys(arguments.merges)]
@@ -152,10 +158,11 @@ def _parser(prog: str) -> Parser:
         "Measure what budgets and merges of a model cost and keep, side by side, and "
         "recommend one for a limit. Exit status 1 if none meets the limits.",
         table=True,
+        renamed=RENAMED,
     )
     add_model(parser)
     parser.add_argument(
-        "--budgets",
+        "--tokens",
         required=True,
         type=numbers,
         metavar="K,K,…",

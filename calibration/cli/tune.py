@@ -29,6 +29,19 @@ if TYPE_CHECKING:
 SUFFIX = ".safetensors"
 
 
+RENAMED = {
+    "--rate": "--learning-rate",
+    "--decay": "--weight-decay",
+    "--accumulate": "--gradient-accumulation-steps",
+    "--warmup": "--warmup-ratio",
+    "--epochs": "--num-train-epochs",
+    "--norm": "--max-grad-norm",
+    "--batch": "--per-device-train-batch-size",
+    "--save-every": "--save-steps",
+}
+"""Old name of an option → its name today."""
+
+
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Tune a projector.
 
@@ -70,7 +83,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         count=None if arguments.data == DEMO else arguments.count,
         recipe=recipe,
         features=arguments.features,
-        save_every=arguments.save_every,
+        save_every=arguments.save_steps,
     )
     with workers.joined(device):
         tower = Tower(weights, job.method, device)
@@ -93,7 +106,8 @@ def _parser(prog: str) -> Parser:
         prog,
         "Train a model's projector alone on compressed tokens, with the tower and the "
         "LLM frozen, and write it for 'vzip export --projector'. On several GPUs: torchrun "
-        "--nproc-per-node N -m vzip.runtime.cli.main tune ...",
+        "--nproc-per-node N -m vzip.runtime tune ...",
+        renamed=RENAMED,
     )
     add_model(parser)
     parser.add_argument(
@@ -112,21 +126,29 @@ def _parser(prog: str) -> Parser:
         help=f"take N records, drawn by the seed (default: all; of the demo {DEMO_SCENES} scenes)",
     )
     add_compression(parser)
-    parser.add_argument("--epochs", type=int, metavar="N", help="default: 1")
+    parser.add_argument("--num-train-epochs", type=int, metavar="N", help="default: 1")
     parser.add_argument(
-        "--batch", type=int, metavar="N", help="records a process runs at once (default: 16)"
+        "--per-device-train-batch-size",
+        type=int,
+        metavar="N",
+        help="records a process runs at once (default: 16)",
     )
     parser.add_argument(
-        "--accumulate", type=int, metavar="N", help="batches that make a step (default: 1)"
+        "--gradient-accumulation-steps",
+        type=int,
+        metavar="N",
+        help="batches that make a step (default: 1)",
     )
     parser.add_argument(
-        "--rate", type=float, metavar="X", help="peak learning rate (default: 2e-5)"
+        "--learning-rate", type=float, metavar="X", help="peak learning rate (default: 2e-5)"
     )
     parser.add_argument(
-        "--warmup", type=float, metavar="X", help="share of steps it rises in (default: 0.03)"
+        "--warmup-ratio", type=float, metavar="X", help="share of steps it rises in (default: 0.03)"
     )
-    parser.add_argument("--decay", type=float, metavar="X", help="weight decay (default: 0)")
-    parser.add_argument("--norm", type=float, metavar="X", help="largest gradient (default: 1)")
+    parser.add_argument("--weight-decay", type=float, metavar="X", help="weight decay (default: 0)")
+    parser.add_argument(
+        "--max-grad-norm", type=float, metavar="X", help="largest gradient (default: 1)"
+    )
     parser.add_argument(
         "--seed", type=int, metavar="N", help="of the records and their order (default: 0)"
     )
@@ -145,7 +167,7 @@ def _parser(prog: str) -> Parser:
         help="keep the tower's features here, for other runs too (default: in FILE.work)",
     )
     parser.add_argument(
-        "--save-every", type=int, default=100, metavar="N", help="steps (default: 100)"
+        "--save-steps", type=int, default=100, metavar="N", help="steps (default: 100)"
     )
     parser.add_argument("--resume", action="store_true", help="continue the run of this output")
     add_output(parser, f"FILE{SUFFIX}", "the projector to write")
@@ -173,9 +195,10 @@ def _check_data(arguments: argparse.Namespace) -> None:
         cure = "leave it out" if arguments.images is not None else "give --images FOLDER"
         raise InvalidInputError(
             f"got --data {arguments.data} with --images {arguments.images}",
-            expected=f"a folder for a JSON file and none for '{DEMO}': {cure}",
+            expected=f"a folder for a JSON file and none for '{DEMO}'",
+            cure=cure,
         )
-    for name in ("count", "save_every"):
+    for name in ("count", "save_steps"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             option = name.replace("_", "-")

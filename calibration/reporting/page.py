@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import datetime, timezone
 
-from vzip.calibration.reporting.report import Content, Graph, Layer, Savings
+from vzip.calibration.reporting.content import Content, Graph, Layer, Savings
 from vzip.export.pages.rendering import bar, code, digits, render, size
 
 Cells = tuple[str, ...]

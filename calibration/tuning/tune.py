@@ -37,13 +37,15 @@ class Recipe:
     """How a projector is tuned.
 
     Attributes:
-        epochs: How often every record is seen; the last batch of all is dropped if it isn't full.
-        batch: Records that a process runs at once.
-        accumulate: Batches of a process that make a step.
-        rate: Peak learning rate.
-        warmup: Share of the steps in which the rate rises to it; then it falls as a cosine to 0.
-        decay: AdamW's weight decay, of matrices.
-        norm: Largest norm of a step's gradient.
+        num_train_epochs: How often every record is seen; the last batch of all is dropped if it
+            isn't full.
+        per_device_train_batch_size: Records that a process runs at once.
+        gradient_accumulation_steps: Batches of a process that make a step.
+        learning_rate: Peak learning rate.
+        warmup_ratio: Share of the steps in which the rate rises to it; then it falls as a cosine to
+            0.
+        weight_decay: AdamW's weight decay, of matrices.
+        max_grad_norm: Largest norm of a step's gradient.
         seed: Of the order of the records, and of which are taken.
         dtype: Of the LLM. The projector and its optimiser are FP32 in either.
 
@@ -51,18 +53,22 @@ class Recipe:
         InvalidInputError: A number that makes no sense.
     """
 
-    epochs: int = 1
-    batch: int = 16
-    accumulate: int = 1
-    rate: float = 2e-5
-    warmup: float = 0.03
-    decay: float = 0.0
-    norm: float = 1.0
+    num_train_epochs: int = 1
+    per_device_train_batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 2e-5
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
     seed: int = 0
     dtype: Dtype = "fp32"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "accumulate"):
+        for name in (
+            "num_train_epochs",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+        ):
             if getattr(self, name) < 1:
                 raise InvalidInputError(
                     f"{name} is {getattr(self, name)}",
@@ -73,14 +79,14 @@ class Recipe:
                 f"seed is {self.seed}",
                 expected="0 or above",
             )
-        for name, most in (("rate", 1.0), ("norm", math.inf)):
+        for name, most in (("learning_rate", 1.0), ("max_grad_norm", math.inf)):
             value = getattr(self, name)
             if not 0 < value <= most:  # false for NaN too
                 raise InvalidInputError(
                     f"{name} is {value}",
                     expected=f"above 0, at most {most}",
                 )
-        for name in ("warmup", "decay"):
+        for name in ("warmup_ratio", "weight_decay"):
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise InvalidInputError(
@@ -106,30 +112,34 @@ class Schedule:
 
     def __init__(self, recipe: Recipe, records: int, processes: int) -> None:
         self._recipe, self._records, self._processes = recipe, records, processes
-        self._size = recipe.batch * recipe.accumulate * processes
-        self.steps = recipe.epochs * records // self._size
+        self._size = (
+            recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * processes
+        )
+        self.steps = recipe.num_train_epochs * records // self._size
         if self.steps == 0:
             raise InvalidInputError(
-                f"{recipe.epochs} × {records} records don't fill a step of {self._size} (batch "
-                f"{recipe.batch} × {recipe.accumulate} accumulated × {processes} processes)",
-                cure="lower --batch or --accumulate, or raise --epochs",
+                f"{recipe.num_train_epochs} × {records} records don't fill a step of {self._size} "
+                f"(batches of {recipe.per_device_train_batch_size} × "
+                f"{recipe.gradient_accumulation_steps} accumulated × {processes} processes)",
+                cure="lower --per-device-train-batch-size or --gradient-accumulation-steps, or "
+                "raise --num-train-epochs",
             )
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, 0 to `steps` − 1."""
-        warm = math.ceil(self._recipe.warmup * self.steps)
+        warm = math.ceil(self._recipe.warmup_ratio * self.steps)
         if step < warm:
-            return self._recipe.rate * (step + 1) / warm
+            return self._recipe.learning_rate * (step + 1) / warm
         share = (step - warm) / max(1, self.steps - warm)
-        return self._recipe.rate * 0.5 * (1 + math.cos(math.pi * share))
+        return self._recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
     def batches(self, step: int, rank: int) -> Iterator[list[int]]:
         """Yield a process's batches of a step, as places in the list of records.
 
         However many processes share a step, the same batches are made for it.
         """
-        start, batch = step * self._size, self._recipe.batch
-        for number in range(self._recipe.accumulate):
+        start, batch = step * self._size, self._recipe.per_device_train_batch_size
+        for number in range(self._recipe.gradient_accumulation_steps):
             first = start + (number * self._processes + rank) * batch
             yield [self._record(place) for place in range(first, first + batch)]
 
@@ -180,10 +190,10 @@ class Tuner:
         self._parameters = [*matrices, *vectors]
         self._optimiser = torch.optim.AdamW(
             [
-                {"params": matrices, "weight_decay": recipe.decay},
+                {"params": matrices, "weight_decay": recipe.weight_decay},
                 {"params": vectors, "weight_decay": 0.0},
             ],
-            lr=recipe.rate,
+            lr=recipe.learning_rate,
         )
 
     def step(
@@ -209,22 +219,24 @@ class Tuner:
             total, learned = self._gradients(number, examples, features)
         except torch.OutOfMemoryError as error:
             raise BackendError(
-                f"tuning: out of memory on {self._device} with batches of {self._recipe.batch}",
-                cure="lower --batch and raise --accumulate by as much, or take --dtype bf16",
+                f"tuning: out of memory on {self._device} with batches of "
+                f"{self._recipe.per_device_train_batch_size}",
+                cure="lower --per-device-train-batch-size and raise "
+                "--gradient-accumulation-steps by as much, or take --dtype bf16",
             ) from error
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         sums = torch.stack([total, learned])
         self._workers.add([*gradients, sums])
         for gradient in gradients:
             gradient.div_(sums[1])
-        norm = nn.utils.clip_grad_norm_(self._parameters, self._recipe.norm)
+        norm = nn.utils.clip_grad_norm_(self._parameters, self._recipe.max_grad_norm)
         loss = float(sums[0] / sums[1])
         if not math.isfinite(loss) or not math.isfinite(float(norm)):
             raise BackendError(
                 f"tuning: at step {number} the loss is {loss} and its gradient's norm "
                 f"{float(norm)}",
                 expected="finite numbers",
-                cure="lower --rate, or take --dtype fp32",
+                cure="lower --learning-rate, or take --dtype fp32",
             )
         for group in self._optimiser.param_groups:
             group["lr"] = self._schedule.rate(number)

@@ -7,6 +7,11 @@ from collections.abc import Sequence
 from vzip.runtime.cli.options import Parser, add_bundle
 from vzip.runtime.console import emit
 
+RENAMED = {
+    "--level": "--builder-optimization-level",
+}
+"""Old name of an option → its name today."""
+
 
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Build an engine from a bundle; print its path.
@@ -26,7 +31,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         name=arguments.name,
         precision=arguments.precision,
         workspace_mib=arguments.workspace,
-        builder_optimization_level=arguments.level,
+        builder_optimization_level=arguments.builder_optimization_level,
         opt_batch=arguments.opt_batch,
         low_memory=arguments.low_memory,
         safer=arguments.safer,
@@ -42,6 +47,7 @@ def _parser(prog: str) -> Parser:
         "Build a TensorRT engine from a bundle on the machine that will run it, compare its "
         "tokens with PyTorch's, and put it into the bundle. An engine whose tokens differ is not "
         "kept.",
+        renamed=RENAMED,
     )
     add_bundle(parser)
     parser.add_argument("--name", help="the engine's name (default: after TensorRT and the GPU)")
@@ -49,7 +55,7 @@ def _parser(prog: str) -> Parser:
         "--workspace", type=int, metavar="MIB", help="limit for the builder's scratch memory"
     )
     parser.add_argument(
-        "--level",
+        "--builder-optimization-level",
         type=int,
         metavar="N",
         help="builder optimisation level, 0 (quick) to 5 (default: TensorRT's own, 3)",

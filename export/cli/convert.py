@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from vzip.runtime.cli.options import Parser
+from vzip.export.cli.options import add_model
+from vzip.runtime.cli.options import Parser, add_output
 from vzip.runtime.console import emit, say
 from vzip.runtime.errors import require
 from vzip.runtime.files import outputs
-from vzip.runtime.models import ALIASES, locate
+from vzip.runtime.models import locate
+
+RENAMED = {
+    "--gguf": "--model MODEL --to gguf -o FILE.gguf",
+}
+"""Old name of an option → its name today."""
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
@@ -23,18 +28,18 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         The exit status.
     """
     arguments = _parser(prog).read(argv)
-    outputs.check_file(arguments.gguf, ".gguf")
+    outputs.check_file(arguments.output, ".gguf")
     locate(arguments.model)
     require("torch", "transformers", "safetensors", "gguf", needed_for=f"'{prog}'", extra="export")
     from vzip.export.llm.gguf import convert
 
     convert(
         arguments.model,
-        arguments.gguf,
+        arguments.output,
         revision=arguments.revision,
         step=lambda name: say(f"{name} …"),
     )
-    emit(str(arguments.gguf))
+    emit(str(arguments.output))
     return 0
 
 
@@ -44,12 +49,11 @@ def _parser(prog: str) -> Parser:
         "Write the language model of a LLaVA as a GGUF, in the checkpoint's precision, "
         "for 'vzip ask --llm llama.cpp:FILE.gguf'. To make it smaller, use llama.cpp's "
         "llama-quantize.",
+        renamed=RENAMED,
     )
+    add_model(parser)
     parser.add_argument(
-        "model", metavar="MODEL", help=f"an alias ({', '.join(ALIASES)}), a hub id, or a folder"
+        "--to", choices=("gguf",), required=True, help="the format: gguf, which llama.cpp reads"
     )
-    parser.add_argument(
-        "--gguf", metavar="FILE.gguf", type=Path, required=True, help="the file to write"
-    )
-    parser.add_argument("--revision", help="commit, branch or tag of a hub id")
+    add_output(parser, "FILE.gguf", "the file to write")
     return parser

@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     from vzip.runtime.bundle.reader import Bundle
 
 
+RENAMED = {
+    "--precision": "--dtype",
+}
+"""Old name of an option → its name today."""
+
+
 def vzip_export() -> int:
     """Run the command line `vzip-export`."""
     return run_command(lambda: main(sys.argv[1:], prog="vzip-export"), prog="vzip-export")
@@ -73,7 +79,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         source,
         output,
         method=Method(budget, arguments.merge, arguments.selection, arguments.tiles or "reference"),
-        precision=arguments.precision,
+        precision=arguments.dtype,
         options=GraphOptions(
             graph_input=arguments.input,
             batch=batch.size,
@@ -114,6 +120,7 @@ def _parser(prog: str) -> Parser:
         prog,
         "Trace a vision tower, VisionZip's selection and merging, and the projector "
         "into one static ONNX graph, check it against the untouched model, and write a bundle.",
+        renamed=RENAMED,
     )
     add_model(parser)
     parser.add_argument(
@@ -143,7 +150,9 @@ def _parser(prog: str) -> Parser:
         help="the machine it is for; 'vzip targets' lists them (sets opset and precision)",
     )
     parser.add_argument(
-        "--precision", metavar="{fp32,fp16}", help="default: the target's, or fp32 without one"
+        "--dtype",
+        metavar="{fp32,fp16}",
+        help="what numbers are stored in (default: the target's, or fp32 without one)",
     )
     batch = parser.add_mutually_exclusive_group()
     batch.add_argument(
@@ -247,16 +256,16 @@ def _batch(arguments: argparse.Namespace, config: VisionConfig) -> Batch:
     batch = defaults.batch(config)
     if arguments.target is None:
         return batch
-    largest = find(arguments.target).largest_batch(arguments.precision)
+    largest = find(arguments.target).largest_batch(arguments.dtype)
     return defaults.Batch(min(batch.size, largest), batch.dynamic)
 
 
 def _resolve_target(arguments: argparse.Namespace, batch: int) -> Choice:
     """Fill in opset and precision, and refuse what contradicts the target."""
     choice = resolve(
-        arguments.target, opset=arguments.opset, precision=arguments.precision, batch=batch
+        arguments.target, opset=arguments.opset, precision=arguments.dtype, batch=batch
     )
-    arguments.opset, arguments.precision = choice.opset, choice.precision
+    arguments.opset, arguments.dtype = choice.opset, choice.precision
     return choice
 
 
@@ -264,7 +273,7 @@ def _output(arguments: argparse.Namespace, budget: Budget) -> str:
     """Return -o, or a name made of model, tokens, precision and what else was asked for."""
     if arguments.output is not None:
         return str(arguments.output)
-    parts = [Path(arguments.model).resolve().name, str(budget.tokens), arguments.precision]
+    parts = [Path(arguments.model).resolve().name, str(budget.tokens), arguments.dtype]
     parts += [part for part in (arguments.media, arguments.tiles) if part is not None]
     if arguments.selection != selections.DEFAULT:
         parts.append(arguments.selection)

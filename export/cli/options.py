@@ -7,7 +7,6 @@ from typing import get_args
 
 from vzip.export.algorithm import selections
 from vzip.export.algorithm.budget import Merge
-from vzip.runtime.models import ALIASES
 
 
 def add_model(parser: argparse.ArgumentParser, *, revision: bool = True) -> None:
@@ -15,7 +14,7 @@ def add_model(parser: argparse.ArgumentParser, *, revision: bool = True) -> None
     parser.add_argument(
         "--model",
         required=True,
-        help=f"an alias ({', '.join(ALIASES)}), a hub id, or a local folder",
+        help="an alias that 'vzip models' lists, a hub id, or a local folder",
     )
     if revision:
         parser.add_argument("--revision", help="commit, branch or tag of a hub id")

@@ -18,6 +18,16 @@ TEXT_TOKENS = 64
 NONE_MEETS = 1
 
 
+RENAMED = {
+    "--device": "--target",
+    "--budgets": "--tokens",
+    "--latency-ms": "--max-latency-ms",
+    "--ttft-ms": "--max-ttft-ms",
+    "--memory-gb": "--max-memory-gb",
+}
+"""Old name of an option → its name today."""
+
+
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Predict the cost of budgets, and the largest that meets limits and fits.
 
@@ -29,20 +39,20 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         0; 1 if no budget meets the limits and fits the device.
     """
     arguments = _parser(prog).read(argv)
-    limits = plan.Limits(arguments.latency_ms, arguments.ttft_ms, arguments.memory_gb)
+    limits = plan.Limits(arguments.max_latency_ms, arguments.max_ttft_ms, arguments.max_memory_gb)
     if arguments.text_tokens < 0:
         raise InvalidInputError(
             f"got --text-tokens {arguments.text_tokens}",
             expected="0 or more",
         )
-    known = None if arguments.device == HERE else find_device(arguments.device)
+    known = None if arguments.target == HERE else find_device(arguments.target)
     require(*EXPORT_PACKAGES, needed_for=f"'{prog}'", extra="export")
     from vzip.export.plan.here import measure
     from vzip.export.plan.model import read_model
     from vzip.export.plan.table import record, table
 
     model = read_model(arguments.model)
-    budgets = arguments.budgets or model.budgets
+    budgets = arguments.tokens or model.budgets
     for tokens in budgets:
         model.budget(tokens)  # before the machine is measured
     device = measure(model) if known is None else known
@@ -67,21 +77,22 @@ def main(argv: Sequence[str], *, prog: str) -> int:
 def _parser(prog: str) -> Parser:
     parser = Parser(
         prog,
-        "Predict what budgets of a model cost on a device, from the model's work and "
-        "the device's published ceilings: time of the encoder and of the LLM's prefill, speed of "
-        "the answer, memory. With limits, the largest budget that meets them all. Exit status 1 if "
-        "none does, or nothing fits the device.",
+        "Estimate latency and memory for several budgets on a machine, from the model's work and "
+        "the machine's published ceilings: time of the encoder and of the LLM's prefill, speed of "
+        "the answer, memory. With limits, recommend the largest budget that meets them all. Exit "
+        "status 1 if none does, or nothing fits the machine.",
         table=True,
+        renamed=RENAMED,
     )
     add_model(parser, revision=False)
     parser.add_argument(
-        "--device",
+        "--target",
         required=True,
         metavar="NAME",
         help=f"{', '.join(DEVICES)}, or {HERE}: this machine's CPU, measured in a few seconds",
     )
     parser.add_argument(
-        "--budgets",
+        "--tokens",
         type=numbers,
         metavar="K,K,…",
         help="tokens of an image, a tile or a frame (default: the paper's share of the patches)",
@@ -101,9 +112,9 @@ def _parser(prog: str) -> Parser:
     )
     group = parser.add_argument_group("limits, of which a recommendation meets all")
     for name, what in (
-        ("--latency-ms", "predicted latency of the encoder"),
-        ("--ttft-ms", "predicted time of encoder and prefill, to the first token"),
-        ("--memory-gb", "predicted memory of weights and cache, gigabytes of 10⁹ bytes"),
+        ("--max-latency-ms", "predicted latency of the encoder"),
+        ("--max-ttft-ms", "predicted time of encoder and prefill, to the first token"),
+        ("--max-memory-gb", "predicted memory of weights and cache, gigabytes of 10⁹ bytes"),
     ):
         group.add_argument(name, type=float, metavar="X", help=what)
     return parser

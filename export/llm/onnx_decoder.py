@@ -348,6 +348,6 @@ def _halve(model: Any) -> None:
                 f"--with-llm: the LLM's {name} has numbers up to "
                 f"{float(parameter.detach().abs().max()):.4g}, but FP16 holds at most "
                 f"{largest:.6g}",
-                cure="export with --precision fp32",
+                cure="export with --dtype fp32",
             )
         parameter.data = parameter.data.half()

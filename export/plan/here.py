@@ -37,7 +37,7 @@ def measure(model: PlanModel) -> Device:
     memory = sensors.memory()
     if memory is None:
         raise InvalidInputError(
-            f"--device {HERE} needs the size of this machine's memory, which /proc/meminfo "
+            f"--target {HERE} needs the size of this machine's memory, which /proc/meminfo "
             "doesn't say here",
             cure="name another device",
         )

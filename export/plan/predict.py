@@ -79,7 +79,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value is not None and not 0 < value < math.inf:
-                option = "--" + name.replace("_", "-")
+                option = "--max-" + name.replace("_", "-")
                 raise InvalidInputError(
                     f"got {option} {value:g}",
                     expected="a number above 0",

@@ -107,7 +107,7 @@ class Bundle:
         cure = (
             f"make it with: vzip calibrate {self.path} --images FOLDER --precision {precision}"
             if precision in QUANTISED
-            else "export the bundle with --precision fp32 or fp16, or calibrate it to int8 or fp8"
+            else "export the bundle with --dtype fp32 or fp16, or calibrate it to int8 or fp8"
         )
         raise InvalidInputError(
             f"got precision={precision!r}",

@@ -34,7 +34,7 @@ COMMANDS: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
             "encode": "write the tokens of images to a file",
         },
         "choose": {
-            "plan": "estimate latency and memory for several budgets on a device",
+            "plan": "estimate latency and memory for several budgets on a machine",
             "sweep": "measure several budgets side by side and recommend one",
             "models": "list the models that have a name",
             "targets": "list the machines that an export can be made for",

@@ -193,7 +193,7 @@ def newline_row(newline: Array, embeds: Array) -> Array:
         raise InvalidInputError(
             f"the newline embedding has numbers that {embeds.dtype} can't hold",
             expected="finite ones",
-            cure="export with --precision fp32",
+            cure="export with --dtype fp32",
         )
     return row[None]
 

@@ -20,8 +20,7 @@ from tests.agreements import agreement
 from tests.export.layouts import write_layout
 from tests.precisions import add_precision, fill
 from tests.snippets import run_snippets
-from vzip.calibration.cli import calibrate as calibrate_cli
-from vzip.calibration.quantization import quantize
+from vzip.calibration.quantization import calibrate, quantize
 from vzip.calibration.quantization.quantize import LayerReport, Report
 from vzip.calibration.quantization.recipe import Recipe
 from vzip.calibration.quantization.sensitivity import Effect
@@ -82,7 +81,7 @@ def test_calibrates_and_says_what_it_did(
 ) -> None:
     before = read_bundle(exported)
     arguments = ["calibrate", str(exported), "--images", str(pictures), "--precision", "int8"]
-    assert main([*arguments, "--keep-cosine", "none", "--keep-agreement", "0.7"]) == 0
+    assert main([*arguments, "--min-cosine", "none", "--min-agreement", "0.7"]) == 0
     said = capsys.readouterr()
     rows = [line.split(maxsplit=1) for line in said.out.splitlines()]
     assert [row[0] for row in rows if row[0] != "in"][:4] == [
@@ -131,7 +130,7 @@ def test_limits_that_cant_be_kept_leave_the_bundle_as_it_was(
     shutil.copytree(exported, bundle)
     before = names(bundle), read_bundle(bundle)
     arguments = ["calibrate", str(bundle), "--images", str(pictures), "--precision", "int8"]
-    assert main([*arguments, "--count", "3", "--keep-agreement", "1", "--keep-cosine", "1"]) == 2
+    assert main([*arguments, "--count", "3", "--min-agreement", "1", "--min-cosine", "1"]) == 2
     assert "no linear layer can be quantised to int8 and keep" in capsys.readouterr().err
     assert (names(bundle), read_bundle(bundle)) == before
 
@@ -224,8 +223,8 @@ def test_prints_a_short_table(
 
 def test_passes_on_what_was_asked(tiny_bundle: Path, pictures: Path, quick: Quantiser) -> None:
     assert main(arguments_of(tiny_bundle, pictures)) == 0
-    options = ["--method", "mse", "--count", "4", "--smooth", "0.25", "--keep-agreement", "0.9"]
-    options += ["--keep-cosine", "none", "--precision", "fp8"]
+    options = ["--method", "mse", "--count", "4", "--smooth", "0.25", "--min-agreement", "0.9"]
+    options += ["--min-cosine", "none", "--precision", "fp8"]
     assert main(arguments_of(tiny_bundle, pictures, *options)) == 0
     (first, all_of_them, default), (second, four, chosen) = quick.asked
     assert (len(all_of_them), len(four)) == (10, 4)
@@ -241,7 +240,7 @@ def test_passes_on_what_was_asked(tiny_bundle: Path, pictures: Path, quick: Quan
     [
         (["--smooth", "much"], "argument --smooth: invalid number value: 'much'"),
         (["--smooth", "1.5"], "got smoothing=1.5, expected a number above 0"),
-        (["--keep-agreement", "0"], "got keep_agreement=0.0, expected a number above 0"),
+        (["--min-agreement", "0"], "got keep_agreement=0.0, expected a number above 0"),
         (["--precision", "int4"], "argument --precision: invalid choice: 'int4'"),
         (["--method", "median"], "argument --method: invalid choice"),
         (
@@ -272,7 +271,7 @@ def test_a_folder_that_cant_be_written_is_refused_before_the_work(
     monkeypatch: pytest.MonkeyPatch,
     capsys: Any,
 ) -> None:
-    monkeypatch.setattr(calibrate_cli.os, "access", lambda *_: False)
+    monkeypatch.setattr(calibrate.os, "access", lambda *_: False)
     assert main(arguments_of(tiny_bundle, pictures)) == 2
     assert f"{tiny_bundle}: the folder is read-only for this user" in capsys.readouterr().err
     assert not quick.asked
@@ -317,7 +316,7 @@ def test_a_bundle_that_was_exported_anew_is_left_alone(
             shutil.copyfile(tiny_static_bundle / name, writer.folder / name)
         after = writer.publish(read_bundle(tiny_static_bundle).manifest)
     with pytest.raises(BundleError, match="was exported anew while it was calibrated"):
-        calibrate_cli.publish(bundle, made, samples)
+        calibrate.publish(bundle, made, samples)
     assert read_bundle(tiny_bundle) == after
 
 
@@ -340,7 +339,7 @@ def test_a_graph_that_does_not_run_is_not_published(
 
     monkeypatch.setattr(made, "save", spoilt)
     with pytest.raises(BackendError, match=fault):
-        calibrate_cli.publish(bundle, made, samples)
+        calibrate.publish(bundle, made, samples)
     assert read_bundle(tiny_bundle).manifest == before
     assert names(tiny_bundle) == sorted([*before.files, "engines", "manifest.json"])
 
@@ -348,7 +347,7 @@ def test_a_graph_that_does_not_run_is_not_published(
 def test_a_static_batch_is_filled(tiny_bundle: Path, pictures: Path) -> None:
     bundle, made, _ = made_for(tiny_bundle, pictures)
     one = Samples.open(str(pictures), count=2)[:1]
-    assert calibrate_cli.publish(bundle, made, one).quantised == "int8"
+    assert calibrate.publish(bundle, made, one).quantised == "int8"
 
 
 def test_one_process_at_a_time_changes_a_bundle(
@@ -358,7 +357,7 @@ def test_one_process_at_a_time_changes_a_bundle(
     published = threading.Event()
 
     def publish() -> None:
-        calibrate_cli.publish(bundle, made, samples)
+        calibrate.publish(bundle, made, samples)
         published.set()
 
     other = threading.Thread(target=publish)

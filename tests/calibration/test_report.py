@@ -20,9 +20,9 @@ from tests.precisions import add_precision
 from vzip.calibration.quantization.quantize import LayerReport, Report
 from vzip.calibration.quantization.recipe import Recipe
 from vzip.calibration.quantization.sensitivity import Effect
-from vzip.calibration.reporting import report
+from vzip.calibration.reporting import content as report
+from vzip.calibration.reporting.content import MOST_IMAGES, Savings, gather, parse_calibration
 from vzip.calibration.reporting.page import page
-from vzip.calibration.reporting.report import MOST_IMAGES, Savings, gather, parse_calibration
 from vzip.export.pictures import reference_images
 from vzip.runtime import VisionEncoder
 from vzip.runtime.bundle.manifest import Manifest

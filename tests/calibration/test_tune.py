@@ -350,15 +350,15 @@ def test_models_of_tiles_and_video_are_refused(model: str) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"epochs": 0},
-        {"batch": 0},
-        {"accumulate": -1},
-        {"rate": 0.0},
-        {"rate": float("nan")},
-        {"rate": 1.5},
-        {"norm": 0.0},
-        {"warmup": 1.0},
-        {"decay": -0.1},
+        {"num_train_epochs": 0},
+        {"per_device_train_batch_size": 0},
+        {"gradient_accumulation_steps": -1},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"learning_rate": 1.5},
+        {"max_grad_norm": 0.0},
+        {"warmup_ratio": 1.0},
+        {"weight_decay": -0.1},
         {"seed": -1},
     ],
 )
@@ -369,7 +369,9 @@ def test_numbers_without_sense_are_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_the_rate_rises_and_falls_as_a_cosine() -> None:
-    schedule = Schedule(Recipe(batch=1, rate=0.5, warmup=0.1), 100, 1)
+    schedule = Schedule(
+        Recipe(per_device_train_batch_size=1, learning_rate=0.5, warmup_ratio=0.1), 100, 1
+    )
     rates = [schedule.rate(step) for step in range(100)]
     assert rates[:10] == pytest.approx([0.05 * n for n in range(1, 11)])
     assert rates[10] == 0.5
@@ -379,7 +381,7 @@ def test_the_rate_rises_and_falls_as_a_cosine() -> None:
 
 
 def test_an_epoch_sees_every_record_once() -> None:
-    schedule = Schedule(Recipe(epochs=3, batch=5, seed=4), 20, 1)
+    schedule = Schedule(Recipe(num_train_epochs=3, per_device_train_batch_size=5, seed=4), 20, 1)
     assert schedule.steps == 12
     seen = [place for step in range(12) for batch in schedule.batches(step, 0) for place in batch]
     epochs = [seen[start : start + 20] for start in (0, 20, 40)]
@@ -389,15 +391,15 @@ def test_an_epoch_sees_every_record_once() -> None:
 
 
 def test_the_last_batch_is_dropped_unless_it_is_full() -> None:
-    schedule = Schedule(Recipe(epochs=2, batch=8), 21, 1)
+    schedule = Schedule(Recipe(num_train_epochs=2, per_device_train_batch_size=8), 21, 1)
     assert schedule.steps == 5  # 40 of 42
     with pytest.raises(InvalidInputError, match=r"1 × 7 records don't fill a step of 8"):
-        Schedule(Recipe(batch=8), 7, 1)
+        Schedule(Recipe(per_device_train_batch_size=8), 7, 1)
 
 
 def test_processes_share_the_batches_of_a_step() -> None:
-    alone = Schedule(Recipe(batch=2, accumulate=6), 48, 1)
-    shared = Schedule(Recipe(batch=2, accumulate=2), 48, 3)
+    alone = Schedule(Recipe(per_device_train_batch_size=2, gradient_accumulation_steps=6), 48, 1)
+    shared = Schedule(Recipe(per_device_train_batch_size=2, gradient_accumulation_steps=2), 48, 3)
     assert alone.steps == shared.steps == 4
     for step in range(4):
         parts = [list(shared.batches(step, rank)) for rank in range(3)]
@@ -429,7 +431,12 @@ def test_loss_and_gradient_are_those_of_the_answers(
     llm: TransformersLLM, weights: Any, small: Any
 ) -> None:
     examples, features = small
-    made, _ = tuner(llm, weights, Recipe(batch=8, rate=1e-9, norm=1e9), 8)
+    made, _ = tuner(
+        llm,
+        weights,
+        Recipe(per_device_train_batch_size=8, learning_rate=1e-9, max_grad_norm=1e9),
+        8,
+    )
     loss = made.step(0, examples, lambda place: features[place])
     # The demo's own trainer packs the same conversations in another way.
     model = transformers.AutoModelForImageTextToText.from_pretrained(
@@ -456,7 +463,12 @@ def test_loss_and_gradient_are_those_of_the_answers(
 
 def test_only_the_projector_learns(llm: TransformersLLM, weights: Any, small: Any) -> None:
     examples, features = small
-    made, projector = tuner(llm, weights, Recipe(batch=8, epochs=4, rate=1e-3), 8)
+    made, projector = tuner(
+        llm,
+        weights,
+        Recipe(per_device_train_batch_size=8, num_train_epochs=4, learning_rate=1e-3),
+        8,
+    )
     frozen = {name: tensor.clone() for name, tensor in llm.model.state_dict().items()}
     before = {name: tensor.clone() for name, tensor in projector.state_dict().items()}
     losses = [made.step(step, examples, lambda place: features[place]) for step in range(4)]
@@ -471,8 +483,13 @@ def test_accumulated_batches_are_one_batch(llm: TransformersLLM, weights: Any, s
     examples, features = small
     results = []
     for recipe in (
-        Recipe(batch=8, rate=1e-3, epochs=2),
-        Recipe(batch=2, accumulate=4, rate=1e-3, epochs=2),
+        Recipe(per_device_train_batch_size=8, learning_rate=1e-3, num_train_epochs=2),
+        Recipe(
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=4,
+            learning_rate=1e-3,
+            num_train_epochs=2,
+        ),
     ):
         made, projector = tuner(llm, weights, recipe, 8)
         losses = [made.step(step, examples, lambda place: features[place]) for step in range(2)]
@@ -487,7 +504,9 @@ def test_steps_are_as_long_as_the_schedule_says(
     llm: TransformersLLM, weights: Any, small: Any
 ) -> None:
     examples, features = small
-    recipe = Recipe(batch=2, rate=1e-3, warmup=0.75, decay=0.5)
+    recipe = Recipe(
+        per_device_train_batch_size=2, learning_rate=1e-3, warmup_ratio=0.75, weight_decay=0.5
+    )
     made, projector = tuner(llm, weights, recipe, 8)
     before = {name: tensor.clone() for name, tensor in projector.state_dict().items()}
     made.step(0, examples, lambda place: features[place])
@@ -505,10 +524,10 @@ def test_weights_that_are_not_finite_end_the_run(
     llm: TransformersLLM, weights: Any, small: Any
 ) -> None:
     examples, features = small
-    made, projector = tuner(llm, weights, Recipe(batch=8), 8)
+    made, projector = tuner(llm, weights, Recipe(per_device_train_batch_size=8), 8)
     with torch.no_grad():
         projector.linear_1.weight[0, 0] = float("nan")
-    with pytest.raises(BackendError, match=r"at step 0 the loss is nan.*lower --rate"):
+    with pytest.raises(BackendError, match=r"at step 0 the loss is nan.*lower --learning-rate"):
         made.step(0, examples, lambda place: features[place])
 
 

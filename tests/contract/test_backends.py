@@ -160,7 +160,7 @@ class TestContract:
     ) -> None:
         good = golden["pixel_values"][:2]
         with VisionEncoder.open(tiny_static_bundle, backend=backend) as encoder:
-            with pytest.raises(BackendError, match=r"NaN or infinite, .* --precision fp32"):
+            with pytest.raises(BackendError, match=r"NaN or infinite, .* --dtype fp32"):
                 encoder.run(good * np.float32(60000))
             check(encoder.run(good), golden, slice(2), half=True)
 

@@ -133,7 +133,7 @@ def compare(needed: Estimate, memory: sensors.Memory | None, *, precision: str) 
         )
     if needed.total <= memory.available + swap:
         return Outlook(line, None)
-    smaller = "export with --precision fp16 (half the weights), " if precision == "fp32" else ""
+    smaller = "export with --dtype fp16 (half the weights), " if precision == "fp32" else ""
     more = "" if swap == needed.on_host else "add swap on a disk, "
     cure = f"{smaller}stop the desktop and other programs, {more}or set a smaller --workspace"
     return Outlook(line, cure)

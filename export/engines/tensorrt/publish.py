@@ -84,7 +84,7 @@ class BuildRequest:
             )
         if self.level is not None and self.level not in LEVELS:
             raise InvalidInputError(
-                f"--level is {self.level}",
+                f"--builder-optimization-level is {self.level}",
                 expected="0 (quick) to 5 (searches longest)",
             )
 
@@ -483,9 +483,9 @@ def _failed(failures: list[str], request: BuildRequest, stack: Stack, bundle: Bu
     cures = [] if request.safer else ["try --safer"]
     if bundle.quantised is not None:
         cures.append("build without --precision")
-        cures.append("calibrate with a higher --keep-agreement and --keep-cosine")
+        cures.append("calibrate with a higher --min-agreement and --min-cosine")
     if bundle.manifest.precision == "fp16":
-        cures.append("export with --precision fp32")
+        cures.append("export with --dtype fp32")
     cures.append("another version of TensorRT")
     return (
         f"the engine's tokens differ from PyTorch's, so it was not published "

@@ -329,13 +329,14 @@ def _check_file(path: Path) -> None:
         raise CheckpointError(
             f"{NAME}: '{path}' can't be read ({error.strerror})",
             expected="a GGUF",
-            cure="check the path, or make one with 'vzip convert MODEL --gguf FILE.gguf'",
+            cure="check the path, or make one with "
+            "'vzip convert --model MODEL --to gguf -o FILE.gguf'",
         ) from error
     if start != _MAGIC:
         raise CheckpointError(
             f"{NAME}: '{path}' begins with {start!r}",
             expected=f"a GGUF, which begins with {_MAGIC!r}",
-            cure="make one with 'vzip convert MODEL --gguf FILE.gguf'",
+            cure="make one with 'vzip convert --model MODEL --to gguf -o FILE.gguf'",
         )
 
 
@@ -386,7 +387,7 @@ def _wordless(path: Path) -> CheckpointError:
     return CheckpointError(
         f"{NAME}: '{path}' does not say in which words its LLM is asked",
         expected=f"the key {Key.WORDS!r}, or the GGUF of a Llama for a bundle of a LLaVA-1.5",
-        cure="make it with 'vzip convert MODEL --gguf FILE.gguf'",
+        cure="make it with 'vzip convert --model MODEL --to gguf -o FILE.gguf'",
     )
 
 

@@ -123,8 +123,7 @@ class OnnxRuntimeLLM(GreedyLLM):
             raise BackendError(
                 f"{NAME}: the LLM's output is not finite in {self.settings.dtype}",
                 cure=(
-                    "export the bundle with --precision fp32, and run 'vzip check' on it if it "
-                    "repeats"
+                    "export the bundle with --dtype fp32, and run 'vzip check' on it if it repeats"
                 ),
             )
         return best

@@ -216,7 +216,7 @@ def in_place(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
         (["--tiles", "newline"], "cuts no tiles here; leave it out"),
         (["--media", "audio"], "invalid choice: 'audio'"),
         (["--media", "video"], "video"),
-        (["--precision", "int8"], "int8"),
+        (["--dtype", "int8"], "int8"),
         (["--input", "jpeg"], "invalid choice: 'jpeg'"),
         (["--opset", "16"], "16"),
         (["--opset", "19"], "19"),
@@ -286,7 +286,7 @@ def test_frames_have_the_papers_budget(place: Path) -> None:
 def test_a_default_name_tells_variants_apart() -> None:
     def name(*options: str) -> str:
         parser = cli._parser("vzip-export")
-        arguments = parser.parse_args(["--model", "m", "--precision", "fp16", *options])
+        arguments = parser.parse_args(["--model", "m", "--dtype", "fp16", *options])
         return cli._output(arguments, Budget(12, 4))
 
     assert name() == "m-16-fp16"
@@ -583,5 +583,5 @@ def test_the_default_output_of_the_current_folder_has_its_name(
 ) -> None:
     (tmp_path / "my-llava").mkdir()
     monkeypatch.chdir(tmp_path / "my-llava")
-    arguments = cli._parser("vzip export").parse_args(["--model", ".", "--precision", "fp16"])
+    arguments = cli._parser("vzip export").parse_args(["--model", ".", "--dtype", "fp16"])
     assert cli._output(arguments, Budget(54, 10)) == "my-llava-64-fp16"

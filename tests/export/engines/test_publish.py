@@ -76,7 +76,10 @@ def ahead(path: Path, **change: Any) -> Result:
 def test_builds_publishes_and_says_so(
     tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["build", str(tiny_bundle), "--rtx", "sm89,8.6", "--level", "2"]) == 0
+    assert (
+        main(["build", str(tiny_bundle), "--rtx", "sm89,8.6", "--builder-optimization-level", "2"])
+        == 0
+    )
     said = capsys.readouterr()
     assert said.out == f"{tiny_bundle}/engines/{NAME}.plan\n"
     bundle = read_bundle(tiny_bundle)
@@ -103,7 +106,10 @@ def test_builds_publishes_and_says_so(
     assert files(tiny_bundle / "engines") == [".lock", f"{NAME}.plan"]
     # Again: nothing is built.
     before = (tiny_bundle / "manifest.json").read_bytes()
-    assert main(["build", str(tiny_bundle), "--rtx", "sm86,sm89", "--level", "2"]) == 0
+    assert (
+        main(["build", str(tiny_bundle), "--rtx", "sm86,sm89", "--builder-optimization-level", "2"])
+        == 0
+    )
     assert "there already, the same in every respect" in capsys.readouterr().err
     assert (tiny_bundle / "manifest.json").read_bytes() == before
 
@@ -186,7 +192,10 @@ def test_other_settings_replace_the_engine(tiny_bundle: Path) -> None:
     [
         (["--rtx", "sm87"], "sm75"),
         (["--rtx", "orin"], "'orin'"),
-        (["--rtx", "sm86", "--level", "6"], "--level is 6"),
+        (
+            ["--rtx", "sm86", "--builder-optimization-level", "6"],
+            "--builder-optimization-level is 6",
+        ),
         (["--rtx", "sm86", "--workspace", "0"], "--workspace is 0"),
         (["--rtx", "sm86", "--opt-batch", "4"], "--opt-batch is 4"),
         (["--rtx", "sm86", "--name", "../x"], "--name is '../x'"),
@@ -346,7 +355,7 @@ def test_killed_while_writing(tiny_bundle: Path) -> None:
     plan = read_engine(before, "rtx-sm86")
     # At the first flush: the engine's bytes are under a hidden name.
     killing = "import os; os.fsync = lambda _: os.kill(os.getpid(), 9)\n"
-    process = start(tiny_bundle, "--level", "1", before=killing)
+    process = start(tiny_bundle, "--builder-optimization-level", "1", before=killing)
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
     assert read_bundle(tiny_bundle) == before
@@ -751,7 +760,7 @@ def test_the_estimate_grows_with_weights_and_workspace(tiny_bundle: Path) -> Non
     assert "doesn't say" in unknown.line
     assert unknown.cure is None
     little = sensors.Memory(4000, 2000, 0, 0, 0, None, None, 0)
-    assert "export with --precision fp16" in str(compare(needed, little, precision="fp32").cure)
+    assert "export with --dtype fp16" in str(compare(needed, little, precision="fp32").cure)
 
 
 def test_an_unproven_engine_is_where_nobody_looks(tiny_bundle: Path) -> None:

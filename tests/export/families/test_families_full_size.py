@@ -36,7 +36,7 @@ def test_exports_checks_and_compiles(
     model: str, media: Media, sizes: tuple[int, int, int], batch: int, tmp_path: Path
 ) -> None:
     folder = tmp_path / "bundle"
-    arguments = ["--model", model, "--weights", "random", "--media", media, "--precision", "fp16"]
+    arguments = ["--model", model, "--weights", "random", "--media", media, "--dtype", "fp16"]
     assert main([*arguments, "-o", str(folder)], prog="vzip-export") == 0
     manifest = read_bundle(folder).manifest
     tokens, compressed, width = sizes

@@ -488,7 +488,7 @@ def test_tensors_are_written_one_at_a_time(llava, monkeypatch):
 
 def test_the_command_writes_a_file(llava, tmp_path, capsys):
     target = tmp_path / "out.gguf"
-    assert main(["convert", str(llava), "--gguf", str(target)]) == 0
+    assert main(["convert", "--model", str(llava), "--to", "gguf", "-o", str(target)]) == 0
     out, err = capsys.readouterr()
     assert out == f"{target}\n"
     assert err.splitlines() == [
@@ -502,20 +502,22 @@ def test_the_command_writes_a_file(llava, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("out.bin", r"--gguf is '.*out\.bin', expected a file name that ends with \.gguf"),
-        ("none/out.gguf", r"but the folder '.*none' does not exist; create it first"),
-        ("folder.gguf", r"'.*folder\.gguf', which is a folder; give a file in it"),
+        ("out.bin", r"the output is '.*out\.bin', expected a file name that ends with \.gguf"),
+        ("none/out.gguf", r"but the folder '.*none' does not exist; create"),
+        ("folder.gguf", r"'.*folder\.gguf' is a folder; give"),
     ],
 )
 def test_a_bad_target_is_refused_before_any_work(tmp_path, capsys, name, message):
     (tmp_path / "folder.gguf").mkdir()
-    assert main(["convert", "demo", "--gguf", str(tmp_path / name)]) == 2
+    assert main(["convert", "--model", "demo", "--to", "gguf", "-o", str(tmp_path / name)]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error)
 
 
 def test_a_model_that_is_not_there_is_refused(tmp_path, capsys):
-    assert main(["convert", "demmo", "--gguf", str(tmp_path / "a.gguf")]) == 2
+    assert (
+        main(["convert", "--model", "demmo", "--to", "gguf", "-o", str(tmp_path / "a.gguf")]) == 2
+    )
     assert "unknown model 'demmo'" in capsys.readouterr().err
 
 
@@ -526,7 +528,7 @@ def test_a_missing_package_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name)
     )
-    assert main(["convert", "demo", "--gguf", str(tmp_path / "a.gguf")]) == 2
+    assert main(["convert", "--model", "demo", "--to", "gguf", "-o", str(tmp_path / "a.gguf")]) == 2
     assert "'vzip convert' needs the package 'gguf'" in capsys.readouterr().err
 
 

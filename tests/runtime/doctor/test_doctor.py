@@ -393,17 +393,6 @@ def test_it_runs_here():
     assert "Backends" in done.stdout
 
 
-@pytest.mark.parametrize("arguments", ["['-h']", "['--json', '-h']"])
-def test_help_imports_nothing_heavy(arguments):
-    code = (
-        "import sys; from vzip.runtime.cli.main import main; "
-        f"main(['doctor', *{arguments}]); "
-        "print([n for n in ('numpy', 'torch', 'onnxruntime', 'tensorrt') if n in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
-
-
 @pytest.mark.gpu
 def test_on_a_gpu_machine_the_engine_s_backend_is_ready():
     found = look()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from types import SimpleNamespace
 
@@ -12,7 +13,6 @@ from tests.refusals import refused
 from vzip import runtime
 from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.errors import CheckpointError, InvalidInputError
-from vzip.runtime.llm import opening
 from vzip.runtime.llm.opening import RUNNERS, Choice, own, parse
 
 
@@ -34,7 +34,7 @@ def test_open_llm_opens_what_is_named_for_a_bundle_or_its_folder(monkeypatch, wh
     opened = []
     module = types.ModuleType("fake")
     module.open_for = lambda where, bundle: opened.append((where, bundle.path)) or "an LLM"
-    monkeypatch.setattr(opening.importlib, "import_module", lambda _: module)
+    monkeypatch.setitem(sys.modules, RUNNERS["vllm"].module, module)
     folder = GOLDEN / "tiny_bundle"
     bundle = read_bundle(folder) if whole else folder
     assert runtime.open_llm(bundle, "vllm:http://127.0.0.1:8000") == "an LLM"
