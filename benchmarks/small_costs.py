@@ -177,6 +177,8 @@ def opening(bundle: Bundle, *, seconds: float | None = None) -> dict[str, Timing
 class Nothing:
     """A backend that takes no time: a call of an encoder around it is the host's part alone."""
 
+    engine, device = None, "nothing"
+
     def __init__(self, bundle: Bundle) -> None:
         manifest, rng = bundle.manifest, np.random.default_rng(0)
         first = int(manifest.tower.cls_token and not manifest.selection.cls_token)

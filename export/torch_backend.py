@@ -40,6 +40,7 @@ class PyTorch:
     """
 
     name = "pytorch"
+    engine: str | None = None
 
     def __init__(self, bundle: Bundle, extra_outputs: tuple[str, ...] = ()) -> None:
         try:

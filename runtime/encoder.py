@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from vzip.runtime.backends import AUTO, Backend, DeviceBackend, open_backend
+from vzip.runtime.backends import AUTO, open_backend
+from vzip.runtime.backends.protocol import Backend, DeviceBackend
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS, Manifest, Media, Tensor
-from vzip.runtime.bundle.reader import FASTEST, Bundle, read_bundle
+from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.errors import BackendError, InvalidInputError
 from vzip.runtime.pictures.images import ImageSource, load_image
 from vzip.runtime.pictures.preprocess import pixel_values, tower_image
@@ -97,15 +98,19 @@ class VisionEncoder:
         bundle: The bundle.
         manifest: The bundle's manifest.
         backend: Name of the backend that runs it.
-        precision: Precision of the graph or engine that it runs; ``fastest`` where that was asked
-            for.
+        engine: Name of the engine that runs; None where it is the bundle's graph.
+        precision: Precision of the graph that runs, or that the engine was made from.
     """
 
     def __init__(self, bundle: Bundle, backend: str, opened: Backend) -> None:
         self.bundle = bundle
         self.manifest: Manifest = bundle.manifest
         self.backend = backend
-        self.precision: str = FASTEST if bundle.fastest else bundle.precision
+        self.engine = opened.engine
+        record = None if self.engine is None else self.manifest.engines[self.engine]
+        self.precision: str = bundle.precision if record is None else record.precision
+        self._cpu = None if record is None else record.cpu
+        self._device = opened.device
         self._opened: Backend | None = opened
         self._for_groups: Backend | None = None
         self._lock = threading.Lock()
@@ -126,12 +131,14 @@ class VisionEncoder:
             backend: A name in `vzip.runtime.backends.BACKENDS`, or ``auto``: the first of them
                 that can be used here, which `backend` then names. ``tensorrt`` is the first, and
                 can be used where the bundle has an engine that fits this machine.
-            engine: Name of the engine that TensorRT is to run; None for the only one that fits.
+            engine: Name of the engine to run, TensorRT's or a CPU's; None for the only one that
+                fits.
             precision: ``int8`` or ``fp8`` for the graph that `vzip calibrate` put into the bundle,
-                and engines built from it; ``fastest``, with `backend` ``onnxruntime``, for
-                whichever form of the bundle's graph is measured to be the fastest that keeps the
-                same tokens (`docs/fastest.md`): the first time takes a minute or two. None for the
-                bundle's own; a `Bundle.at` some precision already stays there.
+                and engines built from it; the bundle's own (``fp32`` or ``fp16``) for its graph
+                itself, without a CPU engine; ``fastest`` for a CPU engine and nothing else. None
+                for the bundle's own graph, or a CPU engine in its place where ``onnxruntime`` runs
+                and one fits that passed its proof (`docs/fastest.md`), which is said once on
+                standard error. A `Bundle.at` some precision stays there.
 
         Raises:
             BundleError: The bundle is damaged, or is none.
@@ -147,6 +154,27 @@ class VisionEncoder:
             bundle = bundle.to_run(precision)
         name, opened = open_backend(backend, bundle, engine=engine)
         return cls(bundle, name, opened)
+
+    @property
+    def cpu_engine(self) -> bool:
+        """Whether a CPU engine runs, whose tokens have a fingerprint of their own."""
+        return self._cpu is not None
+
+    def describe(self) -> dict[str, str | None]:
+        """Say what runs.
+
+        Returns:
+            ``backend``; ``engine``, its name, or None where the bundle's graph runs; ``form``, that
+            of a CPU engine (`docs/fastest.md`), else None; ``precision``, that of the graph, or of
+            the one that the engine was made from; ``device``, the GPU or processor.
+        """
+        return {
+            "backend": self.backend,
+            "engine": self.engine,
+            "form": None if self._cpu is None else self._cpu.form,
+            "precision": self.precision,
+            "device": self._device,
+        }
 
     def encode(
         self, images: ImageSource | Sequence[ImageSource], *, on_device: bool = False
@@ -375,8 +403,10 @@ class VisionEncoder:
         with self._lock:
             # Closed meanwhile: don't open a session that nobody would close.
             if self._opened is not None and self._for_groups is None:
+                # The engine that runs, or none: what fits may have changed meanwhile.
+                bundle = self.bundle if self.engine else self.bundle.at(self.bundle.precision)
                 _, self._for_groups = open_backend(
-                    self.backend, self.bundle, extra_outputs=(TOKEN_WEIGHTS,)
+                    self.backend, bundle, extra_outputs=(TOKEN_WEIGHTS,), engine=self.engine
                 )
             opened = self._for_groups
         if opened is None:

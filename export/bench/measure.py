@@ -140,9 +140,8 @@ class _Bench:
             why = "it has no reference.npz, which tokens are proven with; export it without "
             self._empty(None, f"{why}--no-check")
             return
-        engines = self.bundle.manifest.engines
-        if not engines and not self.wanted.only:
-            self._empty("tensorrt", "the bundle has no engine; make one with: vzip build BUNDLE")
+        if not self.wanted.only:
+            self._say_which_engines_are_absent()
         if self.wanted.device == "cpu":
             for name in names.COPIES:
                 self._empty(
@@ -203,6 +202,14 @@ class _Bench:
             first = not self._open(group, stack) and first
         return pending
 
+    def _say_which_engines_are_absent(self) -> None:
+        """Leave a cell empty for each kind of engine that the bundle has none of."""
+        for_cpus = {each.cpu is not None for each in self.bundle.manifest.engines.values()}
+        for cpu, name, option in ((False, "tensorrt", ""), (True, "onnxruntime:fastest", " --cpu")):
+            if cpu not in for_cpus:
+                command = f"vzip build BUNDLE{option}"
+                self._empty(name, f"the bundle has no engine; make one with: {command}")
+
     def _room(self) -> bool:
         """Say whether another process is likely to fit: as large as the largest, and a half."""
         free = available_mib()
@@ -214,11 +221,6 @@ class _Bench:
         process = Process(stack, self.bundle.path)
         try:
             about = process.ask(OPEN_LIMIT_S, do="open", batches=self.batches)
-            if stack.precision == names.FASTEST:
-                # Now it is chosen: opening and memory are to be those of every later time.
-                process.close()
-                process = Process(stack, self.bundle.path)
-                about = process.ask(OPEN_LIMIT_S, do="open", batches=self.batches)
             # One after the other here, so that what is allocated lazily is there and counted.
             for batch in self.batches if stack.name not in _ONCE else self.batches[:1]:
                 about[f"batch {batch}"] = process.ask(WARM_LIMIT_S, do="warm", batch=batch)

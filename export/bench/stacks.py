@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 
 from vzip.export.bench.peers import Device
 from vzip.export.bench.peers.catalogue import PEERS
-from vzip.runtime.backends import BACKENDS, TENSORRT
+from vzip.runtime.backends import BACKENDS, ONNXRUNTIME, TENSORRT
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.errors import InvalidInputError
 
@@ -18,6 +18,7 @@ CEILINGS: Final[Mapping[Device, str]] = {"cpu": "ceiling", "cuda": "ceiling-cuda
 PREPROCESSING: Final = "preprocessing"
 COPIES: Final = ("host-to-device", "device-to-host")
 FASTEST: Final = "fastest"
+"""What stands for the precision of a CPU engine, whose linear layers may be in 8 bits."""
 CPU_BACKENDS: Final = ("onnxruntime", "pytorch")
 PICTURES: Final = ("china.jpg", "flower.jpg")
 """Of `vzip.export.pictures`: what preprocessing is timed with."""
@@ -56,12 +57,14 @@ def own(bundle: Bundle) -> list[Stack]:
     there = (manifest.precision, *manifest.precisions)
     stacks = [
         Stack("ours", TENSORRT, name, record.precision, "cuda")
+        if record.cpu is None
+        else Stack("ours", ONNXRUNTIME, name, FASTEST, "cpu")
         for name, record in manifest.engines.items()
     ]
     stacks += [Stack("ours", "onnxruntime-cuda", each, each, "cuda") for each in there]
     stacks += [Stack("ours", name, each, each, "cpu") for name in CPU_BACKENDS for each in there]
     assert {TENSORRT, "onnxruntime-cuda", *CPU_BACKENDS} == set(BACKENDS)
-    return [*stacks, Stack("ours", "onnxruntime", FASTEST, FASTEST, "cpu")]
+    return stacks
 
 
 def peers(device: Device) -> list[Stack]:
@@ -95,7 +98,7 @@ def ceilings(stacks: Sequence[Stack], device: Device) -> list[Stack]:
 def ceiling_of(precision: str) -> str | None:
     """Return the precision whose multiplications bound a stack; None where none is measured.
 
-    The fastest mode is held to INT8's, whatever it chose.
+    A CPU engine is held to INT8's, whatever its form.
     """
     if precision == FASTEST:
         return "int8"

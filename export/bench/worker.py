@@ -83,13 +83,14 @@ class TimedEncoder:
         else:
             from vzip.runtime import VisionEncoder
 
-            engine = stack.form if stack.name == "tensorrt" else None
+            engine = stack.form if stack.form in bundle.manifest.engines else None
             precision = None if engine is not None else stack.form
             self.encoder = VisionEncoder.open(
                 bundle, backend=stack.name, engine=engine, precision=precision
             )
 
-            self.chosen = _chosen(bundle) if precision == "fastest" else {}
+            form = self.encoder.describe()["form"]
+            self.chosen = {} if form is None else {"chosen": form}
 
             def run(images: Any) -> Any:
                 tokens = self.encoder.run(images)
@@ -327,16 +328,6 @@ def _settle(warm_ms: float) -> int:
     from vzip.runtime.machine import timing
 
     return 1 if warm_ms > SLOW_MS else timing.SETTLE_CALLS
-
-
-def _chosen(bundle: Bundle) -> Answer:
-    """Return which form the fastest is, as its record says."""
-    import onnxruntime
-
-    from vzip.export.engines.cpu.cache import read_record
-
-    record = read_record(bundle, onnxruntime.__version__)
-    return {} if record is None else {"chosen": record["form"]}
 
 
 def _said(agreement: Answer) -> str:

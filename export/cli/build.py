@@ -28,6 +28,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
 
     engine = build(
         arguments.bundle,
+        cpu=arguments.cpu,
         name=arguments.name,
         precision=arguments.precision,
         workspace_mib=arguments.workspace,
@@ -44,13 +45,19 @@ def main(argv: Sequence[str], *, prog: str) -> int:
 def _parser(prog: str) -> Parser:
     parser = Parser(
         prog,
-        "Build a TensorRT engine from a bundle on the machine that will run it, compare its "
-        "tokens with PyTorch's, and put it into the bundle. An engine whose tokens differ is not "
-        "kept.",
+        "Build a TensorRT engine, or one for the CPU, from a bundle on the machine that will run "
+        "it, compare its tokens with PyTorch's, and put it into the bundle. An engine whose tokens "
+        "differ is not kept.",
         renamed=RENAMED,
     )
     add_bundle(parser)
-    parser.add_argument("--name", help="the engine's name (default: after TensorRT and the GPU)")
+    parser.add_argument(
+        "--cpu",
+        action="store_true",
+        help="make an engine for this machine's CPU instead: the form of the graph that is "
+        "measured to be the fastest of those whose tokens agree",
+    )
+    parser.add_argument("--name", help="the engine's name (default: after what it is for)")
     parser.add_argument(
         "--workspace", type=int, metavar="MIB", help="limit for the builder's scratch memory"
     )

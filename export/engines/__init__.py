@@ -6,9 +6,10 @@ import os
 from typing import TYPE_CHECKING
 
 from vzip.runtime import console
+from vzip.runtime.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from vzip.export.engines.tensorrt.publish import Result
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 def build(
     bundle: str | os.PathLike[str],
     *,
+    cpu: bool = False,
     name: str | None = None,
     precision: str | None = None,
     workspace_mib: int | None = None,
@@ -34,7 +36,10 @@ def build(
 
     Args:
         bundle: The folder of the bundle.
-        name: The engine's name; None for one after TensorRT and the GPU.
+        cpu: Make an engine for this machine's CPU instead of a GPU: the form of the bundle's graph
+            that is measured to be the fastest of those whose tokens agree (`docs/fastest.md`). All
+            options below but `name` are TensorRT's and are refused.
+        name: The engine's name; None for one after TensorRT and the GPU, or after the processor.
         precision: Of the graph to build from: ``int8`` or ``fp8``, which `vzip calibrate` made;
             ``auto`` builds from the bundle's own graph and from those, and keeps of those an engine
             that runs faster on this machine; None for the bundle's own graph.
@@ -55,10 +60,21 @@ def build(
     Raises:
         InvalidInputError: An option that doesn't fit.
         BundleError: The bundle is damaged.
-        MissingDependencyError: TensorRT is not installed.
-        BackendError: There is no GPU, or TensorRT can't build the graph.
+        MissingDependencyError: TensorRT is not installed; or, with `cpu`, ONNX Runtime or onnx_ir.
+        BackendError: There is no GPU, or the graph can't be built.
         ParityError: The engine's tokens differ from PyTorch's.
     """
+    if cpu:
+        given = {
+            "precision": precision,
+            "workspace_mib": workspace_mib,
+            "builder_optimization_level": builder_optimization_level,
+            "opt_batch": opt_batch,
+            "low_memory": low_memory or None,
+            "safer": safer or None,
+            "rtx": rtx,
+        }
+        return _build_cpu(bundle, name, [each for each in given if given[each] is not None], say)
     from vzip.export.engines.tensorrt.auto import AUTO, build_best
     from vzip.export.engines.tensorrt.publish import BuildRequest, build_engine
 
@@ -84,4 +100,26 @@ def build(
         say(f"the fastest that agrees is '{engine.name}'")
     if (quantised := engine.record.quantised) is not None:
         say(f"to run it, open the bundle with --precision {quantised} (precision='{quantised}')")
+    return engine
+
+
+def _build_cpu(
+    bundle: str | os.PathLike[str],
+    name: str | None,
+    others: Sequence[str],
+    say: Callable[[str], None],
+) -> Result:
+    """Make a CPU engine; `others` are the options for GPUs that were given."""
+    if others:
+        raise InvalidInputError(
+            f"got cpu with {', '.join(others)}",
+            expected="name alone beside it",
+            cause="the other options are TensorRT's",
+            cure="leave them out",
+        )
+    from vzip.export.engines.cpu.making import build_cpu
+
+    engine = build_cpu(bundle, name, say=say)
+    if engine.reused:
+        say(f"'{engine.name}' is there already, the same in every respect; it was not made again")
     return engine

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from vzip.runtime.bundle.reader import Bundle
 
 
-def read_graph(bundle: Bundle, needed_for: str) -> ir.Model:
+def read_graph(bundle: Bundle, needed_for: str, extra: str = "export") -> ir.Model:
     """Return the graph that a bundle runs, whatever its precision.
 
     The weights are `onnx_ir.ExternalTensor`: mapped from the bundle's file when their numbers are
@@ -21,6 +21,7 @@ def read_graph(bundle: Bundle, needed_for: str) -> ir.Model:
     Args:
         bundle: Its graph is read with the bundle's own checks (`Bundle.read_model`).
         needed_for: Who asks, for messages.
+        extra: The extra of this distribution that brings what is needed.
 
     Raises:
         MissingDependencyError: The package onnx or onnx_ir is not installed.
@@ -30,7 +31,7 @@ def read_graph(bundle: Bundle, needed_for: str) -> ir.Model:
         import onnx
         import onnx_ir as ir
     except ImportError as error:
-        raise missing(error.name or "onnx", needed_for=needed_for, extra="export") from error
+        raise missing(error.name or "onnx", needed_for=needed_for, extra=extra) from error
     data = bundle.read_model()
     try:
         model: ir.Model = ir.from_proto(onnx.load_model_from_string(data))

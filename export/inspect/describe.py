@@ -1,4 +1,4 @@
-"""`vzip inspect`: what a bundle's graph consists of, and what TensorRT made of it in an engine."""
+"""`vzip inspect`: what a bundle's graph consists of, and what it became in an engine."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Final
 from vzip.export.engines.tensorrt.api import load_stack
 from vzip.export.engines.tensorrt.layers import EngineLayers, inspect_engine
 from vzip.export.graph.reading import read_graph
+from vzip.runtime.backends import cpu_engine
 from vzip.runtime.backends.tensorrt.engine_file import read_engine
-from vzip.runtime.bundle.engine_record import EngineRecord
+from vzip.runtime.bundle.engine_record import CpuTarget, EngineRecord
 from vzip.runtime.bundle.manifest import Manifest
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.errors import BackendError, InvalidInputError, MissingDependencyError
@@ -84,15 +85,41 @@ def describe_engine(path: str | os.PathLike[str], name: str) -> Iterator[str]:
             ),
         )
     record = bundle.manifest.engines[name]
+    if record.cpu is not None:
+        yield from _cpu_engine(bundle, name, record, record.cpu)
+        return
     plan = read_engine(bundle, name)
     yield f"engine: {name}: {record.bytes / _MIB:.1f} MiB, SHA-256 {record.sha256[:12]}…, whole"
     yield from _record(record)
     try:
-        layers = inspect_engine(load_stack(record.stack), plan)
+        layers = inspect_engine(load_stack(record.gpu_stack), plan)
     except (BackendError, MissingDependencyError) as error:
         yield f"layers: can't be listed here: {error}"
         return
     yield from _layers(layers)
+
+
+def _cpu_engine(
+    bundle: Bundle, name: str, record: EngineRecord, target: CpuTarget
+) -> Iterator[str]:
+    data = cpu_engine.read_engine(bundle, name)
+    yield f"engine: {name}: {record.bytes / _MIB:.1f} MiB, SHA-256 {record.sha256[:12]}…, whole"
+    yield f"made with: ONNX Runtime {record.version} in {record.seconds} s"
+    instructions = ", ".join(target.instructions)
+    yield f"made on: {target.processor}, {target.threads} cores, with {instructions}"
+    yield f"form: {target.form}, of the graph in {record.precision}"
+    yield f"proof: {_verdict(record)}"
+    if record.proof is not None:
+        yield f"proof numbers: {_flat(record.proof)}"
+    for form, numbers in target.measured.items():
+        yield f"measured {form}: {_flat(numbers)}"
+    try:
+        import onnx
+    except ImportError:
+        yield "operators: can't be listed here, since the package onnx is not installed"
+        return
+    nodes = onnx.load_model_from_string(data).graph.node
+    yield f"operators: {len(nodes)}: {_counts(Counter(node.op_type for node in nodes))}"
 
 
 def _about(manifest: Manifest) -> Iterator[str]:

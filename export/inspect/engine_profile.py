@@ -109,7 +109,7 @@ def profile_engine(
     """
     record = bundle.manifest.engines[opened.engine]
     runs = opened.layer_ms(rows, warm_up + calls)[warm_up:]
-    layers = inspect_engine(load_stack(record.stack), read_engine(bundle, opened.engine))
+    layers = inspect_engine(load_stack(record.gpu_stack), read_engine(bundle, opened.engine))
     built_from = bundle.at(record.quantised or bundle.manifest.precision)
     return summary(runs, layers, list(read_graph(built_from, "an engine's profile").graph))
 

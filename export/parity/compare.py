@@ -209,7 +209,8 @@ def _run(bundle: Bundle, images: NDArray[np.uint8], prep: Preprocessing) -> list
     manifest = bundle.manifest
     inputs = _graph_input(images, prep, manifest)
     copies = 1 if manifest.batch.dynamic else manifest.batch.max
-    _, session = open_backend(BACKEND, bundle, extra_outputs=(TOKEN_WEIGHTS,))
+    graph = bundle.at(bundle.precision)  # and no CPU engine in its place
+    _, session = open_backend(BACKEND, graph, extra_outputs=(TOKEN_WEIGHTS,))
     names = (EMBEDS, KEPT, TOKEN_WEIGHTS)
     results = []
     try:

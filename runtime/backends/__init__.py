@@ -9,77 +9,13 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
+from typing import Final
 
+from vzip.runtime.backends.protocol import Backend, BackendClass, BackendUnavailableError
 from vzip.runtime.bundle.reader import FASTEST, Bundle
 from vzip.runtime.errors import BackendError, InvalidInputError, MissingDependencyError
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from vzip.runtime.backends.tensorrt.device_array import DeviceArray
-
-    Arrays = Mapping[str, NDArray[Any]]
-
 _log = logging.getLogger(__name__)
-
-
-class Backend(Protocol):
-    """A graph that is ready to run."""
-
-    def run(self, feeds: Arrays) -> dict[str, NDArray[np.generic]]:
-        """Return the graph's outputs, by name, for its inputs, by name.
-
-        Called from several threads at once. May be called once more by a thread that was about to
-        when another one called `close`.
-
-        Raises:
-            BackendError: The graph failed, or the backend is closed.
-        """
-        ...
-
-    def close(self) -> None:
-        """Free what the backend holds; closing twice does nothing."""
-        ...
-
-
-@runtime_checkable
-class DeviceBackend(Backend, Protocol):
-    """A backend that can leave tokens where it computed them."""
-
-    def run_on_device(self, feeds: Arrays) -> tuple[dict[str, NDArray[np.generic]], DeviceArray]:
-        """Return what `run` does, and ``image_embeds`` on the device as well."""
-        ...
-
-
-class BackendClass(Protocol):
-    """How a backend is made."""
-
-    def __call__(self, bundle: Bundle, extra_outputs: tuple[str, ...]) -> Backend:
-        """Open a bundle.
-
-        What the backend reads of it, it reads with the bundle's own checks: `Bundle.read_model`,
-        `vzip.runtime.backends.tensorrt.engine_file.read_engine`.
-
-        Args:
-            bundle: The bundle.
-            extra_outputs: Values inside the graph that `run` returns as well.
-
-        Raises:
-            BundleError: A file that the backend needs is missing or damaged.
-            MissingDependencyError: A package is not installed.
-            BackendUnavailableError: The packages are there, the device is not; or the bundle has
-                nothing for this backend.
-            BackendError: The backend can't take this graph.
-        """
-        ...
-
-
-class BackendUnavailableError(BackendError):
-    """The backend's packages are installed, but its device, or what runs on it, is absent."""
-
 
 ENTRY_POINTS: Final = "vzip.backends"
 """The group of entry points (`pyproject.toml`) of backends that stand above the runtime."""
@@ -103,47 +39,36 @@ def open_backend(
     """Open a bundle with the backend `name`, or with the first that can be used here.
 
     ``auto`` passes over a backend only when its package isn't installed, its device is absent, or
-    the bundle has no engine for it; a backend that is there and fails is an error, not a reason to
-    try the next.
+    the bundle has no engine for it. If an installed backend fails, that is an error.
 
     Args:
         name: A key of `BACKENDS`, or ``auto``.
         bundle: The bundle.
         extra_outputs: Values inside the graph that are to be returned as well.
-        engine: Name of the engine to run, which makes ``auto`` TensorRT; None for the only one
+        engine: Name of the engine to run, which decides what ``auto`` is; None for the only one
             that fits this machine.
 
     Returns:
         The name of the backend that was opened, and the backend.
 
     Raises:
-        InvalidInputError: There is no backend or engine of that name; or the bundle asks for its
-            fastest form and the backend has none.
+        InvalidInputError: There is no backend or engine of that name; or the backend has no such
+            engines.
         BundleError: The bundle is damaged.
         MissingDependencyError: The package of the backend asked for is not installed.
         BackendError: The backend asked for can't be used here or can't take the graph; or none can
             be used, with the reason for each.
     """
-    if bundle.fastest and (name != ONNXRUNTIME or engine is not None):
-        asked = f"backend={name!r}" if engine is None else f"engine={engine!r}"
-        raise InvalidInputError(
-            f"got precision='{FASTEST}' with {asked}",
-            expected=(
-                f"backend='{ONNXRUNTIME}', the only one that has several forms of a graph to "
-                "choose from"
-            ),
-            cure="leave the precision out, or take that backend",
-        )
-    if engine is not None:
-        if name not in {AUTO, TENSORRT}:
+    needed = _needed(name, bundle, engine)
+    if needed is not None:
+        if name not in {AUTO, needed}:
+            asked = f"engine={engine!r}" if engine is not None else f"precision='{FASTEST}'"
             raise InvalidInputError(
-                f"got engine={engine!r} with backend={name!r}",
-                expected="backend='tensorrt', which alone runs engines",
+                f"got {asked} with backend={name!r}",
+                expected=f"backend='{needed}', which alone runs it",
                 cure="leave one of the two out",
             )
-        from vzip.runtime.backends.tensorrt.backend import TensorRt
-
-        return TENSORRT, TensorRt(bundle, extra_outputs, engine=engine)
+        return needed, _open_engine(needed, bundle, extra_outputs, engine)
     if name != AUTO:
         return name, _load(name)(bundle, extra_outputs)
     reasons = []
@@ -159,6 +84,29 @@ def open_backend(
         expected=f"one of {names}",
         cause=f"{' | '.join(reasons)}",
     )
+
+
+def _needed(name: str, bundle: Bundle, engine: str | None) -> str | None:
+    """Return the backend that alone runs the engine that is asked for; None if none is."""
+    if engine is None:
+        return ONNXRUNTIME if bundle.cpu_engine == "must" else None
+    record = bundle.manifest.engines.get(engine)
+    if record is None:  # the backend says which there are
+        return ONNXRUNTIME if name == ONNXRUNTIME else TENSORRT
+    return ONNXRUNTIME if record.cpu is not None else TENSORRT
+
+
+def _open_engine(
+    name: str, bundle: Bundle, extra_outputs: tuple[str, ...], engine: str | None
+) -> Backend:
+    """Open an engine with the backend that has such engines."""
+    if name == ONNXRUNTIME:
+        from vzip.runtime.backends.onnxruntime import OnnxRuntimeCpu
+
+        return OnnxRuntimeCpu(bundle, extra_outputs, engine=engine)
+    from vzip.runtime.backends.tensorrt.backend import TensorRt
+
+    return TensorRt(bundle, extra_outputs, engine=engine)
 
 
 def _load(name: str) -> BackendClass:

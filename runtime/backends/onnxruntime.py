@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vzip.runtime.backends import BackendUnavailableError
+from vzip.runtime.backends import cpu_engine
 from vzip.runtime.backends.forks import outlive_forks
+from vzip.runtime.backends.protocol import BackendUnavailableError
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.errors import BackendError, first_line, missing
+from vzip.runtime.machine.record import processor
 
 # Where external data lies when the session is made from bytes (ONNX Runtime 1.19 or newer).
 _FOLDER_KEY = "session.model_external_initializers_file_folder_path"
@@ -106,18 +108,42 @@ def open_session(
 
 
 class _OnnxRuntime:
-    """An ONNX Runtime session; subclasses say on which device."""
+    """An ONNX Runtime session; subclasses say on which device.
+
+    Attributes:
+        name: The backend's name.
+        engine: Name of the engine that it runs; None where it is the bundle's graph.
+        device: What it runs on.
+    """
 
     name: str
+    device: str
+    engine: str | None = None
     providers: tuple[str, ...]
     extra: str
 
     def __init__(self, bundle: Bundle, extra_outputs: tuple[str, ...] = ()) -> None:
-        onnxruntime = import_onnxruntime(f"the backend '{self.name}'", self.extra)
-        read: Callable[[], bytes] = bundle.read_model
-        folder = bundle.weights_folder
-        if bundle.fastest:
-            read, folder = self._fastest(onnxruntime, bundle)
+        self._open(
+            self._import(),
+            bundle.read_model,
+            bundle.weights_folder,
+            extra_outputs,
+            fp8=bundle.quantised == "fp8",
+        )
+
+    def _import(self) -> Any:
+        return import_onnxruntime(f"the backend '{self.name}'", self.extra)
+
+    def _open(
+        self,
+        onnxruntime: Any,
+        read: Callable[[], bytes],
+        folder: Path,
+        extra_outputs: tuple[str, ...] = (),
+        *,
+        fp8: bool = False,
+    ) -> None:
+        """Open a session on this class's device."""
 
         def graph() -> bytes:
             model = read()
@@ -125,13 +151,7 @@ class _OnnxRuntime:
                 model = with_output(model, output)
             return model
 
-        self._session: Any = self._open(onnxruntime, graph, folder, fp8=bundle.quantised == "fp8")
-
-    def _open(
-        self, onnxruntime: Any, graph: Callable[[], bytes], folder: Path, *, fp8: bool = False
-    ) -> Any:
-        """Return a session on this class's device."""
-        return open_session(
+        self._session: Any = open_session(
             onnxruntime,
             graph,
             folder,
@@ -140,18 +160,6 @@ class _OnnxRuntime:
             extra=self.extra,
             fp8=fp8,
         )
-
-    def _fastest(self, onnxruntime: Any, bundle: Bundle) -> tuple[Callable[[], bytes], Path]:
-        """Return the fastest form of the bundle's graph here, and where its weights lie."""
-        from importlib import metadata
-
-        (found,) = metadata.entry_points(group="vzip.forms", name="fastest")
-        form = found.load()(
-            bundle,
-            lambda model, folder: self._open(onnxruntime, lambda: model, folder),
-            onnxruntime.__version__,
-        )
-        return (lambda: form.model), form.folder
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.generic]]:
         """See `Backend.run`."""
@@ -183,11 +191,49 @@ class OnnxRuntimeCpu(_OnnxRuntime):
     providers = ("CPUExecutionProvider",)
     extra = "cpu"
 
+    def __init__(
+        self, bundle: Bundle, extra_outputs: tuple[str, ...] = (), *, engine: str | None = None
+    ) -> None:
+        """Open the bundle's graph, or a CPU engine.
+
+        Args:
+            bundle: The bundle; its `Bundle.cpu_engine` says whether a CPU engine is taken.
+            extra_outputs: Values inside the graph that `run` returns as well.
+            engine: Name of a CPU engine; None leaves it to the bundle.
+        """
+        self.device = processor()
+        onnxruntime = self._import()
+        self.engine = cpu_engine.choose(bundle, engine, onnxruntime.__version__)
+        if self.engine is None:
+            super().__init__(bundle, extra_outputs)
+        else:
+            name, folder = self.engine, cpu_engine.weights_folder(bundle, self.engine)
+            self._open(
+                onnxruntime, lambda: cpu_engine.read_engine(bundle, name), folder, extra_outputs
+            )
+
+    @classmethod
+    def of_model(
+        cls, model: bytes, folder: Path, extra_outputs: tuple[str, ...] = ()
+    ) -> OnnxRuntimeCpu:
+        """Open a graph that is in no bundle yet.
+
+        Args:
+            model: The serialised model, which is believed.
+            folder: Where its external data lies.
+            extra_outputs: As for the class.
+        """
+        self = cls.__new__(cls)
+        self.device = processor()
+        self._open(self._import(), lambda: model, folder, extra_outputs)
+        return self
+
 
 class OnnxRuntimeCuda(_OnnxRuntime):
     """ONNX Runtime on an NVIDIA GPU. Operators that CUDA has no kernel for may run on the CPU."""
 
     name = "onnxruntime-cuda"
+    device = "GPU 0"
     providers = ("CUDAExecutionProvider", "CPUExecutionProvider")
     extra = "gpu"
 

@@ -1,6 +1,6 @@
-"""The record of a TensorRT engine in a bundle's manifest, checked when it is made.
+"""The record of an engine in a bundle's manifest, checked when it is made.
 
-An engine is compiled code for one GPU, one version of one library and one graph. The record says
+An engine is for one GPU or processor, one version of one library and one graph. The record says
 which, so that a reader can refuse an engine before a library reads a byte of it; it also says how
 it was built and what its proof against PyTorch gave. `docs/bundle.md` specifies the form.
 """
@@ -8,11 +8,12 @@ it was built and what its proof against PyTorch gave. `docs/bundle.md` specifies
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Final, Literal
 
 from vzip.runtime.bundle.precision_record import QUANTISED, Precision, Quantised
 from vzip.runtime.files.codec import (
+    OPTIONAL,
     Count,
     Index,
     Must,
@@ -30,6 +31,7 @@ TIMING_CACHE: Final = "timing.cache"
 LOCK_FILE: Final = ".lock"
 
 STACKS: Final = ("tensorrt", "tensorrt_rtx")
+"""Of the engines for GPUs; those for CPUs are ONNX Runtime's."""
 
 NAME: Final = matching(
     "[A-Za-z0-9][A-Za-z0-9._-]{0,99}",
@@ -69,6 +71,30 @@ class EngineBatch(Record):
 
 
 @dataclass(frozen=True)
+class CpuTarget(Record):
+    """The CPU that an engine was made on, and how its form was chosen there.
+
+    Attributes:
+        processor: Name of the processor.
+        instructions: Its vector instructions, of those that matter to products.
+        threads: Cores that the forms were timed on.
+        form: Which form of the graph it is; `docs/fastest.md` says which there are.
+        measured: Form → what was measured of it, or why it was refused.
+    """
+
+    processor: Text
+    instructions: tuple[Text, ...]
+    threads: Count
+    form: Text
+    measured: Mapping[Text, Mapping[Text, Scalar]]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.form not in self.measured:
+            raise self.misfit("form", f"one of those measured: {', '.join(self.measured)}")
+
+
+@dataclass(frozen=True)
 class EngineRecord(Record):
     """What an engine is, and for what.
 
@@ -77,8 +103,9 @@ class EngineRecord(Record):
         bytes: Size of the engine's file.
         stack: Python module that built it and that must run it.
         version: Version of that library, such as ``10.3.0.30``.
-        gpu: Name of the GPU it was built on; None if it was built ahead of time, without one.
-        sm: Compute capabilities it runs on, such as ``87`` for 8.7.
+        gpu: Name of the GPU it was built on; None if it was built ahead of time, without one, or
+            for a CPU.
+        sm: Compute capabilities it runs on, such as ``87`` for 8.7; none for a CPU.
         jetpack: JetPack of the machine that built it; None where there is none.
         precision: Precision of the graph it was built from.
         batch: How many images one call takes.
@@ -89,14 +116,15 @@ class EngineRecord(Record):
             tell.
         proof: Numbers of the comparison with PyTorch's tokens on the machine that built it, and its
             verdict ``passed``; None if it was not run there (ahead of time).
+        cpu: The CPU that it is for; None for a GPU.
     """
 
     sha256: Sha256
     bytes: Count
-    stack: Literal["tensorrt", "tensorrt_rtx"]
+    stack: Literal["tensorrt", "tensorrt_rtx", "onnxruntime"]
     version: Version
     gpu: Text | None
-    sm: Annotated[tuple[Capability, ...], Must(bool, "a list of compute capabilities")]
+    sm: tuple[Capability, ...]
     jetpack: Text | None
     precision: Precision
     batch: EngineBatch
@@ -105,11 +133,23 @@ class EngineRecord(Record):
     seconds: Annotated[float, Must(lambda value: value >= 0, "a number of at least 0")]
     fused_attention: Index | None
     proof: Mapping[Text, Scalar] | None
+    cpu: CpuTarget | None = field(default=None, metadata=OPTIONAL)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for_cpu = self.cpu is not None
+        if for_cpu != (self.stack == "onnxruntime"):
+            raise self.misfit("stack", "'onnxruntime' where there is 'cpu', else one for GPUs")
+        if for_cpu == bool(self.sm):
+            raise self.misfit("sm", f"{'no' if for_cpu else 'a list of'} compute capabilities")
         if self.proof is not None and type(self.proof.get("passed")) is not bool:
             raise self.misfit("proof", "the verdict 'passed', true or false, among its values")
+
+    @property
+    def gpu_stack(self) -> Literal["tensorrt", "tensorrt_rtx"]:
+        """The stack of an engine that is for GPUs."""
+        assert self.stack != "onnxruntime"
+        return self.stack
 
     @property
     def quantised(self) -> Quantised | None:

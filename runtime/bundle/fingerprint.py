@@ -23,18 +23,18 @@ _KEYS = ("selection", "tower", "token_order", "inputs", "outputs", "preprocessin
 
 
 def fingerprint(
-    manifest: Manifest, quantised: Quantised | None = None, *, fastest: bool = False
+    manifest: Manifest, quantised: Quantised | None = None, *, cpu_engine: bool = False
 ) -> str:
     """Return the fingerprint of the bundle that has this manifest.
 
-    It says nothing about which backend or engine ran the graph: those agree within what `vzip
+    It says nothing about which backend or GPU's engine ran the graph: those agree within what `vzip
     check` and `vzip build` allow, not bit for bit.
 
     Args:
         manifest: The manifest; its digests are believed, `VisionEncoder.open` compares them.
         quantised: Which of its quantised graphs makes the tokens, as `Bundle.quantised` says.
-        fastest: Whether its fastest form does, as `Bundle.fastest` says; which that is differs
-            from machine to machine, within what `docs/fastest.md` allows.
+        cpu_engine: Whether a CPU engine does, which may compute in 8 bits; those of two machines
+            differ, within what `docs/fastest.md` allows.
 
     Returns:
         SHA-256, 64 lower-case hexadecimal digits.
@@ -47,7 +47,7 @@ def fingerprint(
         "version": VERSION,
         "files": {name: manifest.files[name].sha256 for name in names if name in manifest.files},
         **{key: value[key] for key in _KEYS},
-        **({"fastest": True} if fastest else {}),
+        **({"fastest": True} if cpu_engine else {}),
     }
     # Python writes the shortest text that gives a float back, on every platform.
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tokenize import TokenError
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal
 
 import numpy as np
 
@@ -52,7 +52,7 @@ LARGEST_MANIFEST: Final = 2**20
 """Bytes of manifest.json that are read at most; ours have three thousand."""
 
 FASTEST: Final = "fastest"
-"""What is asked for as a precision, and the folder of a bundle that keeps what was chosen."""
+"""What is asked for as a precision to run a CPU engine and nothing else."""
 
 _LARGEST_NPY_HEADER = 10_000  # bytes; numpy believes no longer one either
 # The header is a literal of Python's, and these are what reading one can end in.
@@ -79,13 +79,15 @@ class Bundle:
         manifest: What manifest.json says.
         quantised: Which of its quantised graphs `read_model` gives, and backends run; None for the
             bundle's own graph.
-        fastest: Whether the backend may run another form of the graph, the fastest measured.
+        cpu_engine: Whether ONNX Runtime runs a CPU engine in the place of the graph: it ``may``
+            where one fits this machine, ``must``, or ``never`` does.
     """
 
     path: Path
     manifest: Manifest
     quantised: Quantised | None = None
-    fastest: bool = False
+    # How a bundle is run is no part of what it is: two that differ in it are equal.
+    cpu_engine: Literal["may", "must", "never"] = dataclasses.field(default="may", compare=False)
 
     @property
     def precision(self) -> Precision:
@@ -93,16 +95,16 @@ class Bundle:
         return self.quantised or self.manifest.precision
 
     def at(self, precision: str | None) -> Bundle:
-        """Return this bundle with the graph of a precision; None for the bundle's own.
+        """Return this bundle with the graph of a precision itself; None for the bundle's own.
 
         Raises:
             InvalidInputError: The bundle has no graph of that precision.
         """
         if precision is None or precision == self.manifest.precision:
-            return dataclasses.replace(self, quantised=None, fastest=False)
+            return dataclasses.replace(self, quantised=None, cpu_engine="never")
         for quantised in self.manifest.precisions:
             if precision == quantised:
-                return dataclasses.replace(self, quantised=quantised, fastest=False)
+                return dataclasses.replace(self, quantised=quantised, cpu_engine="never")
         there = ", ".join([self.manifest.precision, *self.manifest.precisions])
         cure = (
             f"make it with: vzip calibrate {self.path} --images FOLDER --precision {precision}"
@@ -116,14 +118,16 @@ class Bundle:
         )
 
     def to_run(self, precision: str | None) -> Bundle:
-        """Return what `at` does, or with ``fastest`` this bundle for `vzip.export.engines.cpu`.
+        """Return this bundle as `VisionEncoder.open` runs it for a precision.
+
+        That is what `at` gives; with ``fastest`` this bundle for a CPU engine; with None itself.
 
         Raises:
             InvalidInputError: As for `at`.
         """
         if precision == FASTEST:
-            return dataclasses.replace(self, quantised=None, fastest=True)
-        return self.at(precision)
+            return dataclasses.replace(self, quantised=None, cpu_engine="must")
+        return self if precision is None else self.at(precision)
 
     @property
     def graph_file(self) -> str:

@@ -36,7 +36,6 @@ from vzip.runtime.bundle.manifest import (
 )
 from vzip.runtime.bundle.precision_record import QUANTISED, QUANTISED_FILES
 from vzip.runtime.bundle.reader import (
-    FASTEST,
     LARGEST_MANIFEST,
     WAITING_SUFFIX,
     Bundle,
@@ -54,6 +53,7 @@ from vzip.runtime.files import atomic
 from vzip.runtime.files.codec import Scalar
 
 _WAITING = re.compile(rf"\.({'|'.join(QUANTISED)})\.[0-9a-f]{{16}}{re.escape(WAITING_SUFFIX)}")
+_OLD_FORMS = "fastest"  # a cache that vzip 0.1 kept in a bundle; nothing reads it any more
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -296,7 +296,7 @@ def _check_replaceable(target: Path) -> None:
             cause=f"{cure}",
         )
     entries = [entry for entry in target.iterdir() if not _passing(entry)]
-    ours = {*FILES, *QUANTISED_FILES, MANIFEST_FILE, ENGINES_FOLDER, FASTEST}
+    ours = {*FILES, *QUANTISED_FILES, MANIFEST_FILE, ENGINES_FOLDER, _OLD_FORMS}
     foreign = sorted({entry.name for entry in entries} - ours)
     foreign += _foreign_engines(target / ENGINES_FOLDER)
     if foreign:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def _encode(arguments: argparse.Namespace) -> int:
     """Find the images, encode them, and say what was left out."""
     from vzip.runtime.bundle.reader import read_bundle
     from vzip.runtime.encoder import VisionEncoder
-    from vzip.runtime.tokens.cache import origin_of
+    from vzip.runtime.tokens.cache import encoder_origin
     from vzip.runtime.tokens.job import (
         EncodeJob,
         check_origin,
@@ -67,13 +68,14 @@ def _encode(arguments: argparse.Namespace) -> int:
             "encode: got images, but this bundle takes video alone",
             cure="export another with --media image",
         )
-    origin = origin_of(bundle.manifest, bundle.quantised, fastest=bundle.fastest)
     files = outputs_of(found.images, output, arguments.shard_size)
-    check_origin(files, origin)
-    with (
-        work_store(output, origin) as store,
-        VisionEncoder.open(bundle, arguments.backend, arguments.engine) as encoder,
-    ):
+    with contextlib.ExitStack() as stack:
+        encoder = stack.enter_context(
+            VisionEncoder.open(bundle, arguments.backend, arguments.engine)
+        )
+        origin = encoder_origin(encoder)  # a CPU engine's tokens are others than the graph's
+        check_origin(files, origin)
+        store = stack.enter_context(work_store(output, origin))
         job = EncodeJob(encoder, origin, store, files)
         images = progress(found.images, desc="encoding", total=len(found.images), unit="image")
         job.run(images)

@@ -155,11 +155,12 @@ def add_encoder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine",
         metavar="NAME",
-        help="which of the bundle's TensorRT engines is run (default: the only one that fits)",
+        help="which of the bundle's engines is run (default: the only one that fits)",
     )
     parser.add_argument(
         "--precision",
         metavar="NAME",
         help="int8 or fp8: run the graph that 'vzip calibrate' made, or an engine built from it; "
-        "fastest, with --backend onnxruntime: what is measured to be (default: the bundle's own)",
+        "fastest: run a CPU engine and nothing else; the bundle's own, fp32 or fp16: run no CPU "
+        "engine (default: the bundle's own graph, or an engine of it that fits)",
     )

@@ -178,16 +178,22 @@ def _entry(path: Path, image_sha256: str, bundle_fingerprint: str) -> ImageToken
 
 
 def origin_of(
-    manifest: Manifest, quantised: Quantised | None = None, *, fastest: bool = False
+    manifest: Manifest, quantised: Quantised | None = None, *, cpu_engine: bool = False
 ) -> Origin:
     """Return what tokens of a bundle have in common; the rest as `fingerprint` takes it."""
     return Origin(
-        fingerprint=fingerprint(manifest, quantised, fastest=fastest),
+        fingerprint=fingerprint(manifest, quantised, cpu_engine=cpu_engine),
         model=manifest.model.id,
         token_order=manifest.token_order,
         hidden_size=manifest.llm.hidden_size,
         image_token_id=manifest.llm.image_token_id,
     )
+
+
+def encoder_origin(encoder: VisionEncoder) -> Origin:
+    """Return what the tokens of an open encoder have in common."""
+    bundle, cpu_engine = encoder.bundle, encoder.cpu_engine
+    return origin_of(bundle.manifest, bundle.quantised, cpu_engine=cpu_engine)
 
 
 def image_digest(image: ImageSource) -> str:
@@ -251,8 +257,7 @@ def cached_image_embeds(encoder: VisionEncoder, image: ImageSource, cache: Token
     if isinstance(image, (str, Path)):
         # A text may be a URL or empty, which load_image explains.
         image = read_image(image) if Path(image).is_file() else load_image(image)
-    bundle = encoder.bundle
-    origin = origin_of(bundle.manifest, bundle.quantised, fastest=bundle.fastest)
+    origin = encoder_origin(encoder)
     digest = image_digest(image)
     found = cache.get(digest, origin.fingerprint)
     if found is not None:

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.pictures.images import load_image
 from vzip.runtime.pictures.video import CONTAINERS
-from vzip.runtime.tokens.cache import TokenCache, image_digest, origin_of, read_image
+from vzip.runtime.tokens.cache import (
+    TokenCache,
+    encoder_origin,
+    image_digest,
+    origin_of,
+    read_image,
+)
 from vzip.runtime.tokens.file import ImageTokens
 
 if TYPE_CHECKING:
@@ -41,14 +47,20 @@ class CachedImages:
         """
         files = [(path, read_image(path)) for path in paths]
         self.missing: dict[str, Image.Image] = {}
-        self._origin = origin_of(bundle.manifest, bundle.quantised, fastest=bundle.fastest)
+        # Tokens of the graph and of a CPU engine are told apart. Where either may run, either will
+        # do, and those of the graph come first.
+        engines = {"may": (False, True), "must": (True,), "never": (False,)}[bundle.cpu_engine]
+        origins = [
+            origin_of(bundle.manifest, bundle.quantised, cpu_engine=each) for each in engines
+        ]
         self._cache = None if folder is None else TokenCache(folder)
         self._digests = [image_digest(data) for _, data in files]
         self._tokens: dict[str, Embeds] = {}
         for digest, (path, data) in zip(self._digests, files, strict=True):
             found = None
             if self._cache is not None:
-                found = self._cache.get(digest, self._origin.fingerprint)
+                kept = (self._cache.get(digest, each.fingerprint) for each in origins)
+                found = next((each for each in kept if each is not None), None)
             if found is not None:
                 self._tokens[digest] = found.tokens
             elif digest not in self.missing:
@@ -68,7 +80,8 @@ class CachedImages:
             encoded = encoder.image_tokens(image)
             self._tokens[digest] = encoded.embeds
             if self._cache is not None:
-                self._cache.put(self._origin, ImageTokens(digest, digest, *encoded))
+                origin = encoder_origin(encoder)
+                self._cache.put(origin, ImageTokens(digest, digest, *encoded))
         return [self._tokens[digest] for digest in self._digests]
 
 

@@ -18,8 +18,9 @@ import pytest
 from PIL import Image
 
 from vzip.runtime import CompressedTokens, VisionEncoder, backends, encoder
-from vzip.runtime.backends import BackendUnavailableError, open_backend
+from vzip.runtime.backends import open_backend
 from vzip.runtime.backends.onnxruntime import import_onnxruntime
+from vzip.runtime.backends.protocol import BackendUnavailableError
 from vzip.runtime.bundle.manifest import Manifest, Tiling
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.bundle.writer import bundle_writer, update_manifest
@@ -36,6 +37,8 @@ Arrays = dict[str, np.ndarray]
 
 class Fake:
     """A backend that gives good outputs for a tiny bundle, or what a test makes of them."""
+
+    engine, device = None, "nothing"
 
     def __init__(self, bundle: Bundle, spoil: Callable[[Arrays], object] = lambda _: None) -> None:
         self.manifest, self.spoil = bundle.manifest, spoil
@@ -323,7 +326,7 @@ def test_run_refuses_other_batches_of_a_static_graph(tiny_static_bundle: Path) -
         for count in (0, 1, 3):
             with pytest.raises(ValueError, match=f"got a batch of {count}, expected exactly 2"):
                 encoder.run(np.zeros((count, 3, 16, 16), np.float32))
-        with pytest.raises(ValueError, match=r"convert it with vzip\.runtime\.preprocess\.pixel"):
+        with pytest.raises(ValueError, match=r"with vzip\.runtime\.pictures\.preprocess\.pixel"):
             encoder.run(np.zeros((2, 3, 16, 16), np.float16))
         with pytest.raises(ValueError, match=r"the axes are \[B, 3, H, W\]"):
             encoder.run(np.zeros((2, 16, 16, 3), np.float32))
@@ -451,7 +454,7 @@ def test_groups_cost_nothing_until_they_are_asked_for(
     assert tokens.groups.shape == (5, 17)
     assert tokens.groups is tokens.groups
     assert encoder.encode(golden["images"][0]).groups.shape == (1, 17)
-    assert calls == [{"name": "fake", "extra_outputs": ("token_weights",)}]
+    assert calls == [{"name": "fake", "extra_outputs": ("token_weights",), "engine": None}]
     assert [len(fed) for fed in second.fed] == [3, 2, 1]
     fake = fake_of(encoder)
     encoder.close()

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vzip.runtime.backends import BackendUnavailableError
+from vzip.runtime.backends.protocol import BackendUnavailableError
 from vzip.runtime.backends.tensorrt import cuda as cuda_runtime
 from vzip.runtime.backends.tensorrt.bindings import TITLES, import_stack, version_of
 from vzip.runtime.backends.tensorrt.cuda import Cuda, CudaError
@@ -85,6 +85,7 @@ class TensorRt:
         name: The backend's name.
         engine: Name of the engine.
         machine: What runs it.
+        device: The GPU.
     """
 
     name = "tensorrt"
@@ -118,6 +119,7 @@ class TensorRt:
             )
         cuda = _load_cuda(bundle)
         self.engine, self.machine, trt = choose(bundle, engine, cuda)
+        self.device = self.machine.gpu
         self._manifest = bundle.manifest
         self._batch = bundle.manifest.engines[self.engine].batch
         self._cuda = cuda
@@ -471,9 +473,9 @@ class TensorRt:
 
 def _load_cuda(bundle: Bundle) -> Cuda:
     """Return CUDA with a GPU, if the bundle has an engine at all."""
-    if not bundle.manifest.engines:
+    if not any(record.cpu is None for record in bundle.manifest.engines.values()):
         raise BackendUnavailableError(
-            f"{bundle.path} has no engine",
+            f"{bundle.path} has no engine for a GPU",
             expected="one for this machine",
             cure=f"build it here with: {_build_command(bundle)}",
         )
@@ -502,7 +504,7 @@ def choose(bundle: Bundle, engine: str | None, cuda: Cuda) -> tuple[str, Machine
         InvalidInputError, MissingDependencyError, BackendUnavailableError, BackendError: See
             `TensorRt`.
     """
-    records = bundle.manifest.engines
+    records = {name: each for name, each in bundle.manifest.engines.items() if each.cpu is None}
     if engine is not None and engine not in records:
         raise InvalidInputError(
             f"got engine={engine!r}",

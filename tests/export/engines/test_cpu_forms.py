@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,58 +14,17 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from benchmarks.quantization import WithOutliers
-from tests.export.layouts import write_layout
-from vzip.export.algorithm.budget import Budget
-from vzip.export.engines.cpu import choice, forms
+from vzip.export.engines.cpu import forms
 from vzip.export.engines.cpu.forms import FORMS, FuseAttention, rewrite
 from vzip.export.engines.cpu.patterns import array, attention, gates, linears, norms
 from vzip.export.graph.reading import read_graph
-from vzip.export.graph.trace import GraphOptions
-from vzip.export.pictures import reference_images
-from vzip.export.pipeline import Method, WeightSource, export_bundle
-from vzip.runtime import VisionEncoder
-from vzip.runtime.agreement import Gate, Limits, read_reference
+from vzip.runtime.agreement import load_reference
 from vzip.runtime.backends.onnxruntime import with_output
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS
-from vzip.runtime.bundle.reader import Bundle, read_bundle
+from vzip.runtime.bundle.reader import Bundle
 
 Array = np.ndarray[Any, Any]
-OPTIONS: dict[str, dict[str, Any]] = {
-    "image": {},
-    "pixels-17": {"options": GraphOptions("pixel_values", 2, opset=17)},
-    "outliers": {"source": WithOutliers},
-    "fp16": {"precision": "fp16"},
-    "siglip": {"family": "llava-siglip"},
-}
 MakeBundle = Callable[[str], Bundle]
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> MakeBundle:
-    """Return a function that gives a bundle of `OPTIONS`; tests must not change it."""
-    done: dict[str, Bundle] = {}
-    folder = tmp_path_factory.mktemp("fast")
-
-    def make(name: str) -> Bundle:
-        if name not in done:
-            change = dict(OPTIONS[name])
-            source, family = change.pop("source", WeightSource), change.pop("family", "llava")
-            write_layout("llava-hf-single", folder / f"{name}-model", family=family)
-            options: dict[str, Any] = {
-                "method": Method(Budget(12, 4, cls_token=family == "llava")),
-                "precision": "fp32",
-                "options": GraphOptions(batch=4, dynamic_batch=True),
-                "check_images": reference_images(),
-                "step": lambda _: None,
-            }
-            path = folder / f"{name}-model"
-            done[name] = export_bundle(
-                source(str(path), seed=0), folder / name, **{**options, **change}
-            )
-        return done[name]
-
-    return make
 
 
 def graph_of(bundle: Bundle) -> ir.Model:
@@ -80,8 +38,7 @@ def formed(bundle: Bundle, form: forms.Form, factors: dict[str, Array] | None = 
 
 
 def pictures(bundle: Bundle) -> Array:
-    with bundle.open_file("reference.npz") as file:
-        return read_reference(file, bundle.manifest).input[: bundle.manifest.batch.max]
+    return load_reference(bundle).input[: bundle.manifest.batch.max]
 
 
 def run(model: ir.Model, bundle: Bundle, extra: tuple[str, ...] = ()) -> dict[str, Array]:
@@ -393,108 +350,3 @@ def test_a_norm_that_something_else_reads_is_not_smoothed(exported: MakeBundle) 
 def test_fp16_graphs_have_no_other_form(exported: MakeBundle) -> None:
     for form in FORMS:
         assert not rewrite(graph_of(exported("fp16")), form, {})
-
-
-# The choice
-
-
-def opened(model: bytes, folder: Path) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(folder)
-    )
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def test_of_an_fp16_graph_the_own_form_is_chosen(exported: MakeBundle, tmp_path: Path) -> None:
-    best, measured = choice.choose(exported("fp16"), opened, tmp_path)
-    assert best.name == "own"
-    assert [each.form for each in measured] == ["own", *(form.name for form in FORMS)]
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("fastest", ["own", *(form.name for form in FORMS)])
-def test_the_fastest_that_agrees_is_chosen(
-    exported: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fastest: str
-) -> None:
-    from vzip.runtime.machine.timing import Timing
-
-    def fake(calls: dict[str, Callable[[], object]], *, seconds: float) -> dict[str, Timing]:
-        for each in calls.values():
-            each()
-        return {name: Timing.of([1.0 if name == fastest else 2.0]) for name in calls}
-
-    monkeypatch.setattr(choice, "interleaved", fake)
-    monkeypatch.setattr(forms, "BLOCK", 16)
-    low = Limits(lowest=0.5, mean=0.5)
-    monkeypatch.setattr(choice, "CPU_FORM", Gate(overlap=0.5, kept=low, merged=low))
-    chosen, measured = choice.choose(exported("image"), opened, tmp_path)
-    assert chosen.name == fastest
-    assert [each.form for each in measured] == ["own", *(form.name for form in FORMS)]
-    assert all(each.refused is None for each in measured)
-    mine = {f"{fastest}.onnx", f"{fastest}.onnx.data"}
-    assert {path.name for path in tmp_path.iterdir()} == (
-        set() if fastest in {"own", "fused"} else mine
-    )
-
-
-def test_a_form_that_keeps_other_tokens_is_refused(
-    exported: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    right = choice.rewrite
-
-    def wrong(model: ir.Model, form: forms.Form, factors: Any) -> bool:
-        done = right(model, form, factors)
-        for name, value in model.graph.initializers.items():
-            if name.endswith(".scale"):
-                spoiled = np.full_like(array(value), 0.01)
-                value.const_value = ir.tensor(spoiled, name=name)
-        return done
-
-    monkeypatch.setattr(choice, "rewrite", wrong)
-    chosen, measured = choice.choose(exported("image"), opened, tmp_path)
-    refused = {each.form: each.refused for each in measured}
-    assert "kept overlap" in str(refused["dynamic"])
-    assert chosen.name not in {"dynamic", "mixed"}
-
-
-def test_a_form_that_cannot_be_opened_is_recorded(exported: MakeBundle, tmp_path: Path) -> None:
-    from vzip.runtime.errors import BackendError
-
-    def refuse(model: bytes, folder: Path) -> Any:
-        if b"MatMulIntegerToFloat" in model:
-            raise BackendError("no such operator")
-        return opened(model, folder)
-
-    chosen, measured = choice.choose(exported("image"), refuse, tmp_path)
-    refused = {each.form: each.refused for each in measured}
-    assert refused["dynamic"] == "can't be opened: no such operator"
-    assert chosen.name not in {"dynamic", "mixed"}
-
-
-@pytest.mark.slow
-def test_outliers_are_smoothed_away(
-    exported: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bundle = exported("outliers")
-    _, smoothed = choice.choose(bundle, opened, tmp_path)
-    monkeypatch.setattr(choice, "_factors", lambda *_: {})
-    _, plain = choice.choose(bundle, opened, tmp_path)
-    with_, without = (next(x for x in each if x.form == "dynamic") for each in (smoothed, plain))
-    assert with_.min_cosine is not None
-    assert without.min_cosine is not None
-    assert 1 - with_.min_cosine < 0.2 * (1 - without.min_cosine)
-
-
-def test_the_encoder_tells_groups_of_the_form_that_it_runs(
-    exported: MakeBundle, tmp_path: Path
-) -> None:
-    import shutil
-
-    shutil.copytree(exported("image").path, tmp_path / "bundle")
-    with VisionEncoder.open(tmp_path / "bundle", "onnxruntime", precision="fastest") as encoder:
-        assert encoder.precision == "fastest"
-        tokens = encoder.run(pictures(read_bundle(tmp_path / "bundle")))
-        assert tokens.groups.shape == (4, encoder.manifest.tower.tokens)
-        assert (tokens.groups >= 0).sum(axis=1).tolist() == [encoder.manifest.tower.tokens - 12] * 4

@@ -830,7 +830,7 @@ def test_auto_goes_on_where_no_engine_can_run(
 
 def test_without_engines_the_message_says_how_to_make_one(tiny_bundle: Path) -> None:
     with pytest.raises(
-        BackendError, match=rf"has no engine, .*here with: vzip build {tiny_bundle}"
+        BackendError, match=rf"has no engine for a GPU, .*here with: vzip build {tiny_bundle}"
     ):
         VisionEncoder.open(tiny_bundle, backend="tensorrt")
 

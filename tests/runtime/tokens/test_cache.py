@@ -271,7 +271,7 @@ class Counting:
 
     def __init__(self, encoder: VisionEncoder) -> None:
         self.manifest, self.bundle = encoder.manifest, encoder.bundle
-        self.calls, self._encoder = 0, encoder
+        self.calls, self._encoder, self.cpu_engine = 0, encoder, encoder.cpu_engine
 
     def image_tokens(self, image: Any) -> Any:
         self.calls += 1

@@ -1,0 +1,205 @@
+"""CPU engines: which of a bundle's fits this machine, and what is checked before one runs.
+
+A CPU engine is the bundle's graph, rewritten for ONNX Runtime on one model of processor. Integer
+products saturate on one processor and not on another, and kernels change with ONNX Runtime. So an
+engine runs only where it was proven: on that processor, with that version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Final
+
+from vzip.runtime import console
+from vzip.runtime.bundle import graph_check
+from vzip.runtime.bundle.engine_record import CpuTarget, EngineRecord
+from vzip.runtime.bundle.reader import FASTEST, Bundle, naming, open_engine
+from vzip.runtime.errors import BackendError, BundleError, InvalidInputError, VzipError
+from vzip.runtime.machine import sensors
+from vzip.runtime.machine.record import processor
+
+STACK: Final = "onnxruntime"
+
+_said: set[str] = set()
+
+
+def choose(bundle: Bundle, engine: str | None, version: str) -> str | None:
+    """Return the CPU engine to run; None for the bundle's graph.
+
+    What is taken without being asked for is said once on standard error; so is what doesn't fit.
+
+    Args:
+        bundle: The bundle.
+        engine: Name of the engine asked for; None leaves it to `Bundle.cpu_engine`.
+        version: Of the installed ONNX Runtime.
+
+    Raises:
+        InvalidInputError: There is no CPU engine of that name.
+        BackendError: The engine asked for doesn't fit this machine; or none does and one must.
+    """
+    records = {name: each for name, each in bundle.manifest.engines.items() if each.cpu is not None}
+    cure = f"make one here with: {build_command(bundle)}"
+    if engine is not None:
+        if engine not in records:
+            raise InvalidInputError(
+                f"got engine={engine!r}",
+                expected=f"one of {', '.join(sorted(records)) or 'none'} for the CPU",
+                cure=cure,
+            )
+        if (fault := unfit(bundle, engine, version)) is not None:
+            raise fault
+        return engine
+    if bundle.cpu_engine == "never" or bundle.quantised is not None:
+        return None
+    faults = {name: unfit(bundle, name, version) for name in records}
+    fitting = [name for name, fault in faults.items() if fault is None]
+    if len(fitting) > 1:
+        raise BackendError(
+            f"{bundle.path} has {len(fitting)} CPU engines that fit this machine",
+            expected="one or a choice",
+            cure=f"open it with engine=, one of {', '.join(sorted(fitting))}",
+        )
+    found = [fault for fault in faults.values() if fault is not None]
+    if bundle.cpu_engine == "must":
+        if fitting:
+            return fitting[0]
+        if found:
+            raise found[0]
+        raise BackendError(
+            f"{bundle.path} has no CPU engine",
+            expected=f"one for this machine, which precision='{FASTEST}' runs",
+            cure=cure,
+        )
+    for name in fitting:
+        form = _target(records[name]).form
+        _say(
+            f"{bundle.path}: the CPU engine {name!r} (form {form}) runs; "
+            f"--precision {bundle.manifest.precision} runs the bundle's own graph"
+        )
+        return name
+    for fault in found:
+        _say(f"{fault}; until then the bundle's own graph runs")
+    return None
+
+
+def unfit(bundle: Bundle, name: str, version: str) -> VzipError | None:
+    """Return the error for a CPU engine that can't run here; None if it can.
+
+    Args:
+        bundle: The bundle.
+        name: Name of a CPU engine that its manifest records.
+        version: Of the installed ONNX Runtime.
+    """
+    record = bundle.manifest.engines[name]
+    target, where = _target(record), f"{bundle.path}: the CPU engine {name!r}"
+    cure = f"make it anew here with: {build_command(bundle)}"
+    if bundle.cpu_engine == "never" and record.quantised != bundle.quantised:
+        return InvalidInputError(
+            f"{where} was made from the graph in {record.precision}",
+            expected=f"one from the graph in {bundle.precision}, as the precision says",
+            cure="leave the precision out",
+        )
+    conditions = (
+        ("from a graph with SHA-256", record.model_sha256, _graph_digest(bundle, record), ""),
+        ("with ONNX Runtime", record.version, version, "it is proven for one version alone"),
+        ("on", target.processor, processor(), "it is proven for one processor alone"),
+        (
+            "with the instructions",
+            " ".join(target.instructions),
+            " ".join(sensors.instructions()),
+            "processors of one name differ in them, and so do their products in 8 bits",
+        ),
+    )
+    for how, made, here, cause in conditions:
+        if made != here:
+            return BackendError(
+                f"{where} was made {how} {made}", expected=here, cause=cause, cure=cure
+            )
+    if record.proof is None or record.proof["passed"] is not True:
+        return BackendError(f"{where} has not passed its proof", expected="one that has", cure=cure)
+    return None
+
+
+def read_engine(bundle: Bundle, name: str) -> bytes:
+    """Return the bytes of a CPU engine that are, each of them, those that were recorded.
+
+    A session is made from them: what was checked is what runs. Weights that lie in the bundle's
+    file are checked too.
+
+    Args:
+        bundle: The bundle.
+        name: Name of a CPU engine that fits.
+
+    Raises:
+        BundleError: The file, or that of the weights, is missing, no plain file, or damaged; or the
+            graph reads another file.
+    """
+    record = bundle.manifest.engines[name]
+    where = f"{bundle.path}: the CPU engine {name!r}"
+    cure = f"make it anew with: {build_command(bundle)}"
+    with open_engine(bundle, name) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != record.bytes:
+            raise BundleError(
+                f"{where} has {size} bytes",
+                expected=str(record.bytes),
+                cause="it was truncated or replaced",
+                cure=cure,
+            )
+        model = file.read()
+    if (got := hashlib.sha256(model).hexdigest()) != record.sha256:
+        raise BundleError(
+            f"{where} has SHA-256 {got[:12]}…",
+            expected=f"{record.sha256[:12]}…",
+            cause="it was damaged or replaced",
+            cure=cure,
+        )
+    source, file_name = bundle.at(record.precision), f"engines/{name}.plan"
+    weights = f"{source.graph_file}.data"
+    listed = bundle.manifest.files.get(weights)
+    operators = graph_check.CPU_ENGINE | (graph_check.QUANTISED if source.quantised else set())
+    with naming(bundle.path):
+        graph_check.check_graph(
+            model,
+            file=file_name,
+            data_file=weights,
+            data_bytes=None if listed is None else listed.bytes,
+            operators=operators,
+        )
+        shared = bool(graph_check.external_tensors(model, file=file_name))
+    if shared:
+        with bundle.open_file(weights):  # which compares its digest
+            pass
+    return model
+
+
+def weights_folder(bundle: Bundle, name: str) -> Path:
+    """Return the folder in which the external data of a CPU engine lies."""
+    return bundle.at(bundle.manifest.engines[name].precision).weights_folder
+
+
+def build_command(bundle: Bundle) -> str:
+    """Return the command that makes a CPU engine."""
+    return f"vzip build {bundle.path} --cpu"
+
+
+def _target(record: EngineRecord) -> CpuTarget:
+    assert record.cpu is not None  # callers ask about CPU engines alone
+    return record.cpu
+
+
+def _graph_digest(bundle: Bundle, record: EngineRecord) -> str:
+    """Return the SHA-256 of the bundle's graph that an engine would have to be made from."""
+    manifest = bundle.manifest
+    if record.precision not in (manifest.precision, *manifest.precisions):
+        return f"a graph in {record.precision}, of which the bundle has none"
+    return manifest.files[bundle.at(record.precision).graph_file].sha256
+
+
+def _say(text: str) -> None:
+    """Say something once in a process."""
+    if text not in _said:
+        _said.add(text)
+        console.say(f"vzip: {text}")
