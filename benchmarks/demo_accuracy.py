@@ -6,8 +6,6 @@ Writes ``benchmarks/results/demo_accuracy.json`` and the same as a table in Mark
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,7 +16,9 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from benchmarks.harness import results
 from vzip.calibration.demo import accuracy, dialogue, scenes
+from vzip.export.pages import markdown
 from vzip.runtime import demo
 from vzip.runtime.machine.record import machine
 
@@ -32,8 +32,6 @@ SHARES = (33, 22, 11, 6)
 
 DRAWS = 5
 """Draws of the random selection."""
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def budget(share: int, patches: int) -> int:
@@ -133,36 +131,31 @@ def table(result: dict[str, Any]) -> str:
         f"{result['seed']}); `kept` is relative to all tokens. Random: mean of {DRAWS} draws ± "
         "standard deviation. A budget of K tokens is split 27:5 into dominant and contextual."
     )
-    lines = [
-        heading,
-        "",
-        "| tokens | selection | accuracy | kept | " + " | ".join(scenes.KINDS) + " |",
-        "|---|---|---|---|" + "---|" * len(scenes.KINDS),
-        f"| | questions | {total} | | " + " | ".join(str(counts[k]) for k in scenes.KINDS) + " |",
-    ]
+    rows = [("", "questions", total, "", *(counts[kind] for kind in scenes.KINDS))]
     for row in result["rows"]:
         spread = f" ± {100 * row['deviation']:.1f}" if row["draws"] > 1 else ""
-        kinds = " | ".join(f"{100 * row['kinds'][kind]:.1f}" for kind in scenes.KINDS)
-        lines.append(
-            f"| {row['tokens']} ({100 * row['tokens'] / result['patches']:.0f} %) | {row['name']} "
-            f"| {100 * row['accuracy']:.1f}{spread} | {100 * row['kept']:.1f} | {kinds} |"
+        rows.append(
+            (
+                f"{row['tokens']} ({100 * row['tokens'] / result['patches']:.0f} %)",
+                row["name"],
+                f"{100 * row['accuracy']:.1f}{spread}",
+                f"{100 * row['kept']:.1f}",
+                *(f"{100 * row['kinds'][kind]:.1f}" for kind in scenes.KINDS),
+            )
         )
-    return "\n".join(lines) + "\n"
+    columns = ("tokens", "selection", "accuracy", "kept", *scenes.KINDS)
+    return "\n".join([heading, "", *markdown.table(columns, rows)]) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, default=demo.checkpoint())
     parser.add_argument("--seed", type=int, default=90210, help="of the test scenes")
     parser.add_argument("--scenes", type=int, default=600)
-    parser.add_argument("-o", "--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     result = measure(options.checkpoint, options.seed, options.scenes)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "demo_accuracy.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.output / "demo_accuracy.md").write_text(table(result), encoding="utf-8")
-    print(table(result))
+    results.write(options.output, "demo_accuracy", result, table)
     return 0
 
 

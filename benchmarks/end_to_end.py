@@ -14,7 +14,6 @@ where an LLM is while it is measured, up to 14 GB; of a folder in memory that co
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -24,16 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import results
 from benchmarks.harness.end_to_end_worker import CACHES, NEW_TOKENS, PATCHES, SPLITS, WEIGHTS
 from benchmarks.harness.llm_shapes import LLMS, Llm
-from vzip.export.pages import figures
+from vzip.export.pages import figures, markdown
 from vzip.runtime.console import say
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.files import outputs
 from vzip.runtime.machine.record import machine
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 TEXT = 60  # tokens: LLaVA-1.5's system prompt has 35, a question of a benchmark 10 to 30
 SECONDS = 40.0
 PACKAGES = ("llama_cpp_python", "tokenizers")
@@ -280,12 +279,12 @@ def _same(result: Result) -> str:
     )
 
 
-def _table(result: Result, llm: str, engine: str) -> Iterator[str]:
-    yield (
-        "| | image tokens | encoder | prefill | time to first token | faster | prefill faster | "
-        "cost model | off by | tokens/s | KV cache | peak |"
-    )
-    yield "|---" * 12 + "|"
+def _table(result: Result, llm: str, engine: str) -> list[str]:
+    columns = (
+        "", "image tokens", "encoder", "prefill", "time to first token", "faster",
+        "prefill faster", "cost model", "off by", "tokens/s", "KV cache", "peak",
+    )  # fmt: skip
+    cells = []
     encoded = {
         (each["model"], each["tokens"]): each["encode"]["median_ms"]
         for each in result["encoder"]
@@ -295,21 +294,23 @@ def _table(result: Result, llm: str, engine: str) -> Iterator[str]:
         if (row["llm"], row["engine"]) != (llm, engine):
             continue
         encode = encoded.get((row["model"], row["tokens"]))
-        cells = [
-            row["model"],
-            str(row["tokens"]),
-            _seconds(encode),
-            _seconds(row["first_token"]["median_ms"]),
-            _seconds(row["ttft_ms"]),
-            "" if row["ttft_ratio"] is None else f"{row['ttft_ratio']:.2f}×",
-            f"{row['prefill_ratio']:.2f}×",
-            f"{row['predicted_ratio']:.2f}×",
-            f"{row['prefill_ratio'] / row['predicted_ratio'] - 1:+.0%}",
-            f"{row['decode_tokens_per_s']:.2f}",
-            f"{row['kv_bytes'] / 1e6:.1f} MB",
-            f"{row['peak_bytes'] / 1e9:.2f} GB",
-        ]
-        yield "| " + " | ".join(cells) + " |"
+        cells.append(
+            (
+                row["model"],
+                str(row["tokens"]),
+                _seconds(encode),
+                _seconds(row["first_token"]["median_ms"]),
+                _seconds(row["ttft_ms"]),
+                "" if row["ttft_ratio"] is None else f"{row['ttft_ratio']:.2f}×",
+                f"{row['prefill_ratio']:.2f}×",
+                f"{row['predicted_ratio']:.2f}×",
+                f"{row['prefill_ratio'] / row['predicted_ratio'] - 1:+.0%}",
+                f"{row['decode_tokens_per_s']:.2f}",
+                f"{row['kv_bytes'] / 1e6:.1f} MB",
+                f"{row['peak_bytes'] / 1e9:.2f} GB",
+            )
+        )
+    return markdown.table(columns, cells)
 
 
 def plot(result: Result) -> bytes:
@@ -349,16 +350,6 @@ def plot(result: Result) -> bytes:
         panel.set_xlabel("seconds to the first token", fontsize=8)
     axes[0].legend(fontsize=8, loc="lower right", frameon=False)
     return figures.drawn(figure, "svg")
-
-
-def write(folder: Path, result: Result) -> None:
-    """Write a result as end_to_end.json, .md and .svg."""
-    files = {
-        "json": (json.dumps(result, indent=1) + "\n").encode(),
-        "md": table(result).encode(),
-        "svg": plot(result),
-    }
-    outputs.write_folder(folder, {f"end_to_end.{kind}": data for kind, data in files.items()})
 
 
 def _seconds(milliseconds: float | None) -> str:
@@ -414,12 +405,11 @@ def text_for(ratio: float) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser(__doc__)
     published = [name for name in LLMS if name != "tiny"]
     parser.add_argument("--llm", action="append", choices=LLMS, help="default: all but tiny")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of an engine's rounds")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("-o", "--output", type=Path, default=RESULTS)
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(given)
     try:
@@ -430,8 +420,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.llm or published, MODELS, options.work.resolve(), seconds=options.seconds
     )
     result = {"command": " ".join(["python -m benchmarks.end_to_end", *given]), **result}
-    write(options.output, result)
-    print(table(result))
+    results.write(options.output, "end_to_end", result, table, svg=plot(result))
     return 0
 
 

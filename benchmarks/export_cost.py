@@ -12,7 +12,6 @@ engine's record is asserted to be in the manifest. What a build on a GPU costs i
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -22,10 +21,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.harness import results
 from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.machine.record import machine
 
-RESULT = Path(__file__).parent / "results" / "export_cost.json"
+RESULT = results.RESULTS / "export_cost.json"
 ARGUMENTS = ("--model", "llava-1.5-7b", "--weights", "random", "--dtype", "fp16")
 BUILD = ("--rtx", "sm86")
 AIM = {"wall_s": 60, "peak_gb": 3.0}
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "median": median,
         "runs": taken,
     }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    RESULT.write_text(results.text(result))
     print(f"median {median}; written to {RESULT.name}")
 
 

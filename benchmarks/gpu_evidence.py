@@ -34,6 +34,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.harness.results import RESULTS
 from vzip.export.bench.measure import summary
 from vzip.export.bench.output import without_paths
 from vzip.export.bench.processes import Process, WorkerError, profiles, take_turns
@@ -47,7 +48,6 @@ from vzip.runtime.machine import timing
 from vzip.runtime.machine.record import state
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 CEILING = "ceiling"
 
 # --stack's names → the stacks that live in that Python; TensorRT's are built before they are timed.
@@ -149,7 +149,7 @@ def _check_carried(plan: Plan, bundle: Path, batch: int) -> None:
     options = dict(zip(plan.export[::2], plan.export[1::2], strict=True))
     wanted = {
         "weights": options.get("--weights", "checkpoint"),
-        "precision": options["--precision"],
+        "precision": options["--dtype"],
         "opset": int(options["--opset"]),
         "merge": options["--merge"],
         "tokens": int(options["--tokens"]),
@@ -272,7 +272,7 @@ def time_stacks(
 
 def _stack(plan: Plan, name: str) -> Stack:
     """Return what a worker times under one of our names."""
-    precision = dict(zip(plan.export[::2], plan.export[1::2], strict=True))["--precision"]
+    precision = dict(zip(plan.export[::2], plan.export[1::2], strict=True))["--dtype"]
     device: Literal["cpu", "cuda"] = "cpu" if plan.device == "cpu" else "cuda"
     if name == CEILING:
         return Stack("ceiling", CEILINGS[device], precision, precision, device)

@@ -9,16 +9,16 @@ none. Writes ``benchmarks/results/handoff.json`` and the same as a table in Mark
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
-import json
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.harness import results
 from vzip.calibration.demo import accuracy
+from vzip.export.pages import markdown
 from vzip.runtime import VisionEncoder
 from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.cli.main import main as vzip
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from vzip.runtime.llm.shown import Embeds
 
-RESULTS = Path(__file__).parent / "results"
 TOKENS = 43
 REFERENCE = "transformers"
 PACKAGES = {
@@ -150,34 +149,34 @@ def table(result: dict[str, Any]) -> str:
             f"{result['environment']['processor']}; encoding takes {encode:.1f} ms, once a picture."
         ),
         "",
-        (
-            "| local LLM | answers as transformers' | second turn's | right | first token, first "
-            "turn (encoded already) | with encoding | first token, second turn |"
-        ),
-        "|---|---|---|---|---|---|---|",
     ]
-    for row in result["rows"]:
-        first = row["first_token_ms"]["median"]
-        lines.append(
-            f"| {row['engine']} | {row['same_as_transformers']} of {total} | "
-            f"{row['second_turn_same']} of {total} | {row['right'] / total:.1%} | {first:.1f} ms | "
-            f"{first + encode:.1f} ms | {row['second_turn_first_token_ms']['median']:.1f} ms |"
+    columns = (
+        "local LLM", "answers as transformers'", "second turn's", "right",
+        "first token, first turn (encoded already)", "with encoding", "first token, second turn",
+    )  # fmt: skip
+    rows = [
+        (
+            row["engine"],
+            f"{row['same_as_transformers']} of {total}",
+            f"{row['second_turn_same']} of {total}",
+            f"{row['right'] / total:.1%}",
+            f"{row['first_token_ms']['median']:.1f} ms",
+            f"{row['first_token_ms']['median'] + encode:.1f} ms",
+            f"{row['second_turn_first_token_ms']['median']:.1f} ms",
         )
-    return "\n".join(lines) + "\n"
+        for row in result["rows"]
+    ]
+    return "\n".join([*lines, *markdown.table(columns, rows)]) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser(__doc__)
     parser.add_argument("--seed", type=int, default=4711, help="of the test scenes")
     parser.add_argument("--scenes", type=int, default=40)
-    parser.add_argument("-o", "--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     result = measure(options.seed, options.scenes)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "handoff.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.output / "handoff.md").write_text(table(result), encoding="utf-8")
-    print(table(result))
+    results.write(options.output, "handoff", result, table)
     return 0
 
 

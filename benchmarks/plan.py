@@ -8,7 +8,6 @@ right after them, on the same machine. Writes ``plan.json`` and the same as a ta
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -17,15 +16,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import results
 from benchmarks.harness.llm_shapes import LLMS
 from vzip.export.bench.peers import UNCOMPRESSED
 from vzip.export.hardware import HERE, Device, find_device
+from vzip.export.pages import markdown
 from vzip.export.plan.here import measure
 from vzip.export.plan.model import PlanModel, read_model
 from vzip.export.plan.predict import Estimator, short
 from vzip.runtime.machine.record import machine
 
-RESULTS = Path(__file__).parent / "results"
 TEXT = 60  # tokens beside the image's where a source doesn't say
 
 MODELS = {"LLaVA-1.5": "llava-1.5-7b", "LLaVA-NeXT": "llava-next-vicuna-7b"}
@@ -162,28 +162,28 @@ def table(result: Mapping[str, Any]) -> str:
     lines = [
         f"This machine: {speeds} TFLOPS, {result['here']['bandwidth_gb']:g} GB/s, measured.",
         "",
-        "| | predicted | measured | off by | source |",
-        "|---|---|---|---|---|",
     ]
-    for each in result["rows"]:
-        values = [f"{short(each[name])} {each['unit']}" for name in ("predicted", "measured")]
-        cells = [each["what"], *values, f"{each['off']:+.0%}", each["source"]]
-        lines.append(f"| {' | '.join(cells)} |")
+    rows = [
+        (
+            each["what"],
+            *(f"{short(each[name])} {each['unit']}" for name in ("predicted", "measured")),
+            f"{each['off']:+.0%}",
+            each["source"],
+        )
+        for each in result["rows"]
+    ]
+    lines += markdown.table(("", "predicted", "measured", "off by", "source"), rows)
     empty = "; ".join(f"{each['cell']}: {each['why']}" for each in result["empty"])
     return "\n".join([*lines, "", f"Empty cells: {empty}."]) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--output", type=Path, default=RESULTS)
     given = sys.argv[1:] if arguments is None else list(arguments)
-    folder = parser.parse_args(given).output
+    folder = results.parser(__doc__).parse_args(given).output
     about = {"command": " ".join(["python -m benchmarks.plan", *given]), "environment": machine()}
     result = {**about, **compared(folder, measure(read_model(MODELS["LLaVA-1.5"])))}
-    (folder / "plan.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (folder / "plan.md").write_text(table(result), encoding="utf-8")
-    print(table(result))
+    results.write(folder, "plan", result, table)
     return 0
 
 

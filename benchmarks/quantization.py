@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import transformers
 
+from benchmarks.harness.results import RESULTS
 from vzip.calibration.demo import accuracy, dialogue
 from vzip.calibration.quantization.graph import Graph, Session
 from vzip.calibration.quantization.quantize import quantize
@@ -36,6 +37,7 @@ from vzip.calibration.samples import Samples
 from vzip.export.algorithm.budget import Budget, split_tokens
 from vzip.export.checkpoint.weights import VisionWeights
 from vzip.export.graph.trace import GraphOptions
+from vzip.export.pages import markdown
 from vzip.export.pipeline import Method, WeightSource, export_bundle
 from vzip.runtime import demo
 from vzip.runtime.agreement import compare
@@ -43,7 +45,6 @@ from vzip.runtime.bundle.manifest import EMBEDS, KEPT, Model
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.machine.record import machine
 
-RESULTS = Path(__file__).parent / "results"
 FILE = RESULTS / "quantization.json"
 SHARES = (33, 22, 11, 6)  # budgets of the demo in percent of its patches
 BATCH = 8
@@ -205,21 +206,22 @@ def _demo_table(part: dict[str, Any]) -> list[str]:
         "tokens", "precision", "SmoothQuant and limits", "FP32", "quantised", "points",
         "kept overlap, mean (lowest)", "cosine, mean (lowest)", "left in FP32",
     )  # fmt: skip
-    lines = [intro, "", *_head(columns)]
+    cells = []
     for row in rows:
         recipe = row["recipe"]
-        cells = (
-            row["tokens"],
-            recipe["precision"].upper(),
-            "none" if recipe["smoothing"] is None else "default",
-            f"{100 * row['fp32']:.1f}",
-            f"{100 * row['accuracy']:.1f}",
-            f"{100 * (row['accuracy'] - row['fp32']):+.2f}",
-            *_agreement(row["agreement"]),
-            ", ".join(row["left_high"]) or "none",
+        cells.append(
+            (
+                row["tokens"],
+                recipe["precision"].upper(),
+                "none" if recipe["smoothing"] is None else "default",
+                f"{100 * row['fp32']:.1f}",
+                f"{100 * row['accuracy']:.1f}",
+                f"{100 * (row['accuracy'] - row['fp32']):+.2f}",
+                *_agreement(row["agreement"]),
+                ", ".join(row["left_high"]) or "none",
+            )
         )
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return [*lines, ""]
+    return [intro, "", *markdown.table(columns, cells), ""]
 
 
 def _full_size_table(rows: list[dict[str, Any]]) -> list[str]:
@@ -233,26 +235,23 @@ def _full_size_table(rows: list[dict[str, Any]]) -> list[str]:
         "tower, recipe", "images calibrated on, apart", "kept overlap, mean (lowest)",
         "cosine, mean (lowest)", "linear layers left in FP32", "seconds", "peak GB", "graph GB",
     )  # fmt: skip
-    lines = [intro, "", *_head(columns)]
+    cells = []
     for row in rows:
         report = row["report"]
         high = [each for each in report["layers"] if not each["quantised"]]
-        cells = (
-            row["name"],
-            f"{report['calibrated']}, {report['held_apart']}",
-            *_agreement(report["agreement"]),
-            f"{len(high)} of {len(report['layers'])}",
-            f"{report['seconds']:.0f} (load {row['environment']['state']['load']:.0f})",
-            f"{report['peak_bytes'] / 1e9:.1f}",
-            f"{row['bytes'] / 1e9:.2f}",
+        cells.append(
+            (
+                row["name"],
+                f"{report['calibrated']}, {report['held_apart']}",
+                *_agreement(report["agreement"]),
+                f"{len(high)} of {len(report['layers'])}",
+                f"{report['seconds']:.0f} (load {row['environment']['state']['load']:.0f})",
+                f"{report['peak_bytes'] / 1e9:.1f}",
+                f"{row['bytes'] / 1e9:.2f}",
+            )
         )
-        lines.append(f"| {' | '.join(cells)} |")
     places = dict.fromkeys(_where(row["environment"]) for row in rows)
-    return [*lines, "", *places, ""]
-
-
-def _head(columns: Sequence[str]) -> list[str]:
-    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return [intro, "", *markdown.table(columns, cells), "", *places, ""]
 
 
 def _agreement(agreement: dict[str, float]) -> tuple[str, str]:

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.results import RESULTS
+from vzip.export.pages import markdown
 from vzip.runtime.agreement import CPU_FORM
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results"
 FEWEST = 64  # tokens
 AIM = 8.0  # times the published form, on a CPU
 
@@ -114,25 +115,26 @@ def encoder(result: dict[str, Any]) -> str:
             "ones, with the untouched model's."
         ),
         "",
-        f"| {' | '.join(columns)} |",
-        "|---" * len(columns) + "|",
     ]
+    cells = []
     rows = _rows(result, FEWEST, 1)
     group = rows[result["baseline"]].get("group")
     for stack, row in sorted(rows.items(), key=lambda each: _median(each[1])):
         agreement = row.get("agreement") or {}
         name = f"**`{stack}`**" if row["kind"] == "ours" else f"`{stack}`"
-        cells = [
-            name if row.get("group") == group else f"{name} †",
-            f"{row['median_ms']:.0f}",
-            _cell(row["times_baseline"], ".2f"),
-            _cell(row["share_of_ceiling"], ".0%"),
-            _cell(agreement.get("kept_overlap"), ".4f"),
-            _cell(agreement.get("mean_cosine"), ".5f"),
-            _cell(agreement.get("contextual_cosine"), ".3f"),
-            *(_cell(other.get(stack, {}).get("median_ms"), ".0f") for other in others.values()),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        cells.append(
+            (
+                name if row.get("group") == group else f"{name} †",
+                f"{row['median_ms']:.0f}",
+                _cell(row["times_baseline"], ".2f"),
+                _cell(row["share_of_ceiling"], ".0%"),
+                _cell(agreement.get("kept_overlap"), ".4f"),
+                _cell(agreement.get("mean_cosine"), ".5f"),
+                _cell(agreement.get("contextual_cosine"), ".3f"),
+                *(_cell(other.get(stack, {}).get("median_ms"), ".0f") for other in others.values()),
+            )
+        )
+    lines += markdown.table(columns, cells)
     lines += _other_turns(result, group)
     return "\n".join([*lines, "", *_aims(rows), *_empty(result)])
 
@@ -225,9 +227,8 @@ def end_to_end(result: dict[str, Any]) -> str:
             f"{_place(result)}. The encoder is PyTorch's with SDPA, in BF16."
         ),
         "",
-        f"| {' | '.join(columns)} |",
-        "|---" * len(columns) + "|",
     ]
+    cells = []
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in result["rows"]:
         groups.setdefault((row["llm"], row["engine"], row["model"]), []).append(row)
@@ -237,20 +238,21 @@ def end_to_end(result: dict[str, Any]) -> str:
         times = [
             None if each["ttft_ms"] is None else each["ttft_ms"] / 1000 for each in (full, few)
         ]
-        cells = [
-            f"{llm}, {engine}",
-            model,
-            f"{full['tokens']} → {few['tokens']}",
-            "–" if None in times else " → ".join(_cell(each, ".2f") for each in times) + " s",
-            _cell(few["ttft_ratio"], ".1f", "×"),
-            f"{few['prefill_ratio']:.1f}×",
-            f"{few['predicted_ratio']:.1f}×",
-            f"{full['decode_tokens_per_s']:.2f} → {few['decode_tokens_per_s']:.2f}",
-            f"{full['kv_bytes'] / 1e6:.0f} → {few['kv_bytes'] / 1e6:.0f} MB",
-            f"{full['peak_bytes'] / 1e9:.1f} → {few['peak_bytes'] / 1e9:.1f} GB",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, *_empty(result)])
+        cells.append(
+            (
+                f"{llm}, {engine}",
+                model,
+                f"{full['tokens']} → {few['tokens']}",
+                "–" if None in times else " → ".join(_cell(each, ".2f") for each in times) + " s",
+                _cell(few["ttft_ratio"], ".1f", "×"),
+                f"{few['prefill_ratio']:.1f}×",
+                f"{few['predicted_ratio']:.1f}×",
+                f"{full['decode_tokens_per_s']:.2f} → {few['decode_tokens_per_s']:.2f}",
+                f"{full['kv_bytes'] / 1e6:.0f} → {few['kv_bytes'] / 1e6:.0f} MB",
+                f"{full['peak_bytes'] / 1e9:.1f} → {few['peak_bytes'] / 1e9:.1f} GB",
+            )
+        )
+    return "\n".join([*lines, *markdown.table(columns, cells), *_empty(result)])
 
 
 def small_costs(result: dict[str, Any]) -> str:

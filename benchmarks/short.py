@@ -25,13 +25,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks import export_cost, small_costs
+from benchmarks.harness import results
 from benchmarks.harness.photographs import jpeg, photograph
 from vzip.export.bench.measure import Wanted, bench
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.machine.record import machine
 from vzip.runtime.machine.timing import Timing, interleaved
 
-RESULT = Path(__file__).parent / "results" / "short.json"
+RESULT = results.RESULTS / "short.json"
 WHAT = "Ratios of what vzip takes to what it stands on; smaller is better"
 ATTEMPTS = 3
 SLACK = 2.0
@@ -214,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ratios = {name: round(ratio, 4) for name, ratio in found.items()}
         command = "python -m benchmarks.short --write"
         text = {"what": WHAT, "command": command, "environment": where, "ratios": ratios}
-        RESULT.write_text(json.dumps(text, indent=1) + "\n")
+        RESULT.write_text(results.text(text))
     for line in lines:
         print(f"worse: {line}", file=sys.stderr)
     return 1 if lines else 0

@@ -11,7 +11,6 @@ named. Writes small_costs.json and .md. What an export and a build cost is
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -25,8 +24,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks.harness import results
 from benchmarks.harness.photographs import HEIGHT, WIDTH, jpeg, photograph
 from vzip.calibration.demo import scenes
+from vzip.export.pages import markdown
 from vzip.runtime import VisionEncoder
 from vzip.runtime.agreement import compare
 from vzip.runtime.backends.onnxruntime import import_onnxruntime
@@ -38,7 +39,6 @@ from vzip.runtime.machine.timing import Timing, interleaved
 from vzip.runtime.pictures.images import load_image
 from vzip.runtime.pictures.preprocess import Preprocessing, pixel_values, tower_image
 
-RESULTS = Path(__file__).parent / "results"
 WHAT = "Costs around the encoder: import, open, host time of a call, a 12-megapixel JPEG to pixels"
 AIM_MS = 5.0  # of preprocessing
 FULL_SIZE = ("--model", "llava-1.5-7b", "--weights", "random", "--dtype", "fp16", "--no-check")
@@ -303,50 +303,61 @@ def table(result: Row) -> str:
         "",
         "## A JPEG of 12 megapixels to pixel values of 3×336×336",
         "",
-        (
-            "| picture | MB | transformers | exact | of that decoding | draft "
-            "| coefficients alone | a draft is away by (of 255) |"
-        ),
-        "|---|---|---|---|---|---|---|---|",
     ]
-    for row in result["preprocessing"]:
-        ms = {name: f"{timing['median_ms']:.0f} ms" for name, timing in row["ms"].items()}
-        lines.append(
-            f"| {row['picture']}, quality {row['quality']} | {row['megabytes']:.1f} "
-            f"| {ms['transformers']} | {ms['exact']} | {ms['decode']} | {ms['draft']} "
-            f"| {ms['coefficients']} | {row['draft_mean_difference']:.2f} on average, "
-            f"{row['draft_largest_difference']} at most |"
+    columns = (
+        "picture", "MB", "transformers", "exact", "of that decoding", "draft",
+        "coefficients alone", "a draft is away by (of 255)",
+    )  # fmt: skip
+    ways = ("transformers", "exact", "decode", "draft", "coefficients")
+    rows = [
+        (
+            f"{row['picture']}, quality {row['quality']}",
+            f"{row['megabytes']:.1f}",
+            *(f"{row['ms'][way]['median_ms']:.0f} ms" for way in ways),
+            (
+                f"{row['draft_mean_difference']:.2f} on average, "
+                f"{row['draft_largest_difference']} at most"
+            ),
         )
+        for row in result["preprocessing"]
+    ]
+    lines += markdown.table(columns, rows)
     lines += ["", _verdict(result), "", _drafts(result["draft_agreement"])]
     lines += [
         "",
         "## Import: a Python that starts, imports and ends",
         "",
-        "| what | ms |",
-        "|---|---|",
+        *markdown.table(
+            ("what", "ms"),
+            [(name, f"{each['median_ms']:.0f}") for name, each in result["import"].items()],
+        ),
     ]
-    lines += [f"| {name} | {each['median_ms']:.0f} |" for name, each in result["import"].items()]
     names = list(result["open"][0]["ms"])
     lines += [
         "",
         "## Open, ONNX Runtime on the CPU",
         "",
-        "| bundle | MB | " + " | ".join(names) + " |",
-        "|---" * (2 + len(names)) + "|",
-    ]
-    for row in result["open"]:
-        cells = (f"{row['ms'][name]['median_ms']:.0f} ms" for name in names)
-        lines.append(f"| {row['bundle']} | {row['megabytes']:.1f} | " + " | ".join(cells) + " |")
-    lines += [
+        *markdown.table(
+            ("bundle", "MB", *names),
+            [
+                (
+                    row["bundle"],
+                    f"{row['megabytes']:.1f}",
+                    *(f"{row['ms'][name]['median_ms']:.0f} ms" for name in names),
+                )
+                for row in result["open"]
+            ],
+        ),
         "",
         f"## Host time of a call, {result['host']['bundle']}",
         "",
-        "| what | µs |",
-        "|---|---|",
-    ]
-    lines += [
-        f"| {name} | {1000 * each['median_ms']:.0f} |"
-        for name, each in result["host"]["ms"].items()
+        *markdown.table(
+            ("what", "µs"),
+            [
+                (name, f"{1000 * each['median_ms']:.0f}")
+                for name, each in result["host"]["ms"].items()
+            ],
+        ),
     ]
     lines += ["", *(f"Empty: {each['cell']}: {each['why']}." for each in result["empty"])]
     return "\n".join(lines) + "\n"
@@ -379,17 +390,13 @@ def _drafts(agreement: Row) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser(__doc__)
     parser.add_argument("--bundle", type=Path, help="to open, instead of a full-size one")
-    parser.add_argument("-o", "--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     given = contextlib.nullcontext(options.bundle) if options.bundle else exported(*FULL_SIZE)
     with given as bundle:
         result = measure(bundle)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "small_costs.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.output / "small_costs.md").write_text(table(result), encoding="utf-8")
-    print(table(result))
+    results.write(options.output, "small_costs", result, table)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Writes ``benchmarks/results/tuning.json`` and the same as a table in Markdown.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections import Counter
@@ -21,9 +20,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from benchmarks.harness import results
 from vzip.calibration.cli import tune as tune_cli
 from vzip.calibration.demo import accuracy, dialogue, scenes
 from vzip.export.cli import export as export_cli
+from vzip.export.pages import markdown
 from vzip.runtime import VisionEncoder, demo
 from vzip.runtime.machine.record import machine
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
     from transformers import LlavaForConditionalGeneration
 
-RESULTS = Path(__file__).parent / "results"
 
 TOKENS = 22
 """What the projector is tuned for: 11 % of 196."""
@@ -172,17 +172,17 @@ def table(result: dict[str, Any]) -> str:
         "exported bundle: "
         f"{100 * result['after_from_the_bundle']['all']:.1f}."
     )
-    lines = [
-        heading,
-        "",
-        "| tokens | projector | accuracy | " + " | ".join(scenes.KINDS) + " |",
-        "|---" * (3 + len(scenes.KINDS)) + "|",
+    rows = [
+        (
+            f"{tokens} ({100 * tokens / result['patches']:.0f} %)",
+            name,
+            *(f"{100 * row[when][kind]:.1f}" for kind in ("all", *scenes.KINDS)),
+        )
+        for tokens, row in at.items()
+        for name, when in (("as published", "before"), ("tuned", "after"))
     ]
-    for tokens, row in at.items():
-        share = f"{tokens} ({100 * tokens / result['patches']:.0f} %)"
-        for name, when in (("as published", "before"), ("tuned", "after")):
-            kinds = " | ".join(f"{100 * row[when][kind]:.1f}" for kind in scenes.KINDS)
-            lines.append(f"| {share} | {name} | {100 * row[when]['all']:.1f} | {kinds} |")
+    columns = ("tokens", "projector", "accuracy", *scenes.KINDS)
+    lines = [heading, "", *markdown.table(columns, rows)]
     gains = ", ".join(
         f"{100 * (row['after']['all'] - row['before']['all']):+.1f} with {tokens}"
         for tokens, row in at.items()
@@ -192,11 +192,10 @@ def table(result: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser(__doc__)
     parser.add_argument("--projector", type=Path, help="measure this one, tuned before")
     parser.add_argument("--seed", type=int, default=SEED, help="of the held-out scenes")
     parser.add_argument("--scenes", type=int, default=SCENES)
-    parser.add_argument("-o", "--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         projector = options.projector
@@ -204,10 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             projector = Path(folder) / "projector.safetensors"
             assert tune_cli.main([*ARGUMENTS, "-o", str(projector)], prog="vzip tune") == 0
         result = measure(projector, options.seed, options.scenes)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "tuning.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.output / "tuning.md").write_text(table(result), encoding="utf-8")
-    print(table(result))
+    results.write(options.output, "tuning", result, table)
     return 0
 
 

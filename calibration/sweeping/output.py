@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from vzip.export.pages import figures
+from vzip.export.pages import figures, markdown
 from vzip.export.pages.rendering import byte_unit, size
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ def table(sweep: Sweep, advice: Advice | None) -> str:
         "prefill GFLOP",
         "KV cache",
     ]
-    lines += [_line(heading), _line(["---"] * len(heading))]
-    lines += [_line(_cells(row, sweep)) for row in (sweep.everything, *sweep.rows)]
+    rows = (sweep.everything, *sweep.rows)
+    lines += markdown.table(heading, [_cells(row, sweep) for row in rows])
     if advice is not None:
         lines += ["", f"**{'Recommended' if advice.met else 'No budget meets it'}**: {advice.text}"]
     return "\n".join(lines) + "\n"
@@ -150,10 +150,6 @@ def _cells(row: Row, sweep: Sweep) -> Sequence[str]:
         f"{flops:.4g} ({100 * row.prefill_flops / everything.prefill_flops:.0f} %)",
         f"{size(row.kv_bytes)} ({100 * row.kv_bytes / everything.kv_bytes:.0f} %)",
     ]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def _code(text: str) -> str:

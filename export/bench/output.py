@@ -31,10 +31,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, Literal
 
-from vzip.export.pages import figures
+from vzip.export.pages import figures, markdown
 
 Result = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -150,18 +150,15 @@ def table(result: Result) -> str:
         )
         lines += [said, ""]
     for bundle, batch, rows in sections(result):
-        lines += [f"### {heading(bundle, batch)}", "", *_head(COLUMNS)]
-        lines += [f"| {' | '.join(cells(row))} |" for row in rows]
-        lines.append("")
+        shown = markdown.table(COLUMNS, map(cells, rows))
+        lines += [f"### {heading(bundle, batch)}", "", *shown, ""]
     if beside := phases(result):
         columns = ("bundle", "phase", "batch", "median ms", "p90", "p99", "calls")
-        lines += ["### Beside the encoder", "", *_head(columns)]
-        lines += [f"| {' | '.join(phase_cells(row))} |" for row in beside]
-        lines.append("")
+        shown = markdown.table(columns, map(phase_cells, beside))
+        lines += ["### Beside the encoder", "", *shown, ""]
     if result["empty"]:
-        lines += ["### Not run", "", *_head(("cell", "why"))]
-        lines += [f"| {each['cell']} | {_escaped(each['why'])} |" for each in result["empty"]]
-        lines.append("")
+        empty = [(each["cell"], each["why"]) for each in result["empty"]]
+        lines += ["### Not run", "", *markdown.table(("cell", "why"), empty), ""]
     lines += [f"* {name}: {value}" for name, value in facts(result)]
     return "\n".join(lines) + "\n"
 
@@ -211,17 +208,9 @@ def plot(result: Result, kind: Literal["svg", "png"]) -> bytes:
     return figures.drawn(figure, kind)
 
 
-def _head(columns: Sequence[str]) -> list[str]:
-    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-
-
 def _number(value: float) -> str:
     return f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
 def _optional(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
