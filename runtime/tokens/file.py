@@ -16,11 +16,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal
 
 import numpy as np
 
 from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.files import codec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,18 +33,20 @@ VERSION: Final = "1"
 LARGEST_HEADER: Final = 100_000_000
 """Bytes of the header; safetensors itself reads no longer one."""
 
-_DTYPES: dict[str, np.dtype[Any]] = {
+Dtype = Literal["F32", "F16", "I64"]
+_DTYPES: Final[dict[Dtype, np.dtype[Any]]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "I64": np.dtype("<i8"),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_METADATA = "__metadata__"
+_METADATA: Final = "__metadata__"
+_STAMP: Final = {"format": FORMAT, "version": VERSION}
 _TOKENS, _KEPT = "tokens/", "kept/"
 
 
 @dataclass(frozen=True)
-class Origin:
+class Origin(codec.Record):
     """What all tokens of a file have in common.
 
     Attributes:
@@ -102,9 +105,27 @@ class Record:
     name: str
     sha256: str
     digest: str
-    dtype: str
+    dtype: Dtype
     shape: tuple[int, ...]
     kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Image(codec.Record):
+    """An image in the metadata's list."""
+
+    name: str
+    sha256: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class _Tensor(codec.Record):
+    """A tensor in the header; `data_offsets` count from the header's end."""
+
+    dtype: Dtype
+    shape: tuple[codec.Index, ...]
+    data_offsets: tuple[codec.Index, codec.Index]
 
 
 def record_of(image: ImageTokens) -> Record:
@@ -155,15 +176,13 @@ def header(origin: Origin, records: Sequence[Record]) -> bytes:
     Raises:
         InvalidInputError: Two images have one name, or it is longer than `LARGEST_HEADER`.
     """
-    entries = [
-        {"name": each.name, "sha256": each.sha256, "digest": each.digest} for each in records
-    ]
+    entries = [_Image(each.name, each.sha256, each.digest) for each in records]
     metadata = {
-        "format": FORMAT,
-        "version": VERSION,
-        **{key: str(value) for key, value in vars(origin).items()},
-        "images": json.dumps(entries, ensure_ascii=False, separators=(",", ":")),
+        **_STAMP,
+        **{key: str(value) for key, value in codec.write(origin).items()},
+        "images": _compact(entries),
     }
+    tensors: list[tuple[str, Dtype, tuple[int, ...]]]
     tensors = [(_KEPT + each.name, "I64", each.kept) for each in records]
     tensors += [(_TOKENS + each.name, each.dtype, each.shape) for each in records]
     value: dict[str, object] = {_METADATA: metadata}
@@ -176,9 +195,9 @@ def header(origin: Origin, records: Sequence[Record]) -> bytes:
                 cure="rename one",
             )
         end = place + math.prod(shape) * _DTYPES[dtype].itemsize
-        value[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [place, end]}
+        value[name] = _Tensor(dtype, shape, (place, end))
         place = end
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    text = _compact(value).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > LARGEST_HEADER:
         raise InvalidInputError(
@@ -280,78 +299,71 @@ class TokenFile:
             raise self._malformed(f"its {self._length} bytes are no safetensors file")
         self._start = 8 + length
         try:
-            value = json.loads(self._file.read(length).decode(), object_pairs_hook=_unique)
-        except (ValueError, RecursionError) as error:
+            value = codec.parse(self._file.read(length))
+        except ValueError as error:
             raise self._malformed("its header is no strict JSON") from error
         if not isinstance(value, dict):
             raise self._malformed("its header is no object")
         return value
 
-    def _metadata(self, found: object) -> tuple[Origin, list[dict[str, str]]]:
+    def _metadata(self, found: object) -> tuple[Origin, tuple[_Image, ...]]:
         """Return origin and list of images."""
-        keys = ("format", "version", *Origin.__dataclass_fields__, "images")
-        metadata = found if isinstance(found, dict) else {}
-        if metadata.get("format") != FORMAT:
-            raise self._malformed(f"it doesn't say '{FORMAT}'")
-        if metadata.get("version") != VERSION:
-            raise self._malformed(f"its version is {metadata.get('version')!r} and not '{VERSION}'")
-        if set(metadata) != set(keys) or not all(type(each) is str for each in metadata.values()):
-            raise self._malformed(f"its metadata is not the texts {sorted(keys)}")
-        fields: dict[str, Any] = {key: metadata[key] for key in Origin.__dataclass_fields__}
+        metadata: dict[str, Any] = dict(found) if isinstance(found, dict) else {}
+        for key, expected in _STAMP.items():
+            got = metadata.pop(key, None)
+            if got != expected:
+                raise self._malformed(f"its {key} is {got!r} and not {expected!r}")
         try:
-            for key in ("hidden_size", "image_token_id"):
-                fields[key] = int(fields[key])
-            entries = _entries(metadata["images"])
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise self._malformed("its metadata can't be understood") from error
-        return Origin(**fields), entries
+            codec.read(Mapping[str, str], metadata)  # type: ignore[type-abstract]
+            images = codec.read(tuple[_Image, ...], codec.parse(metadata.pop("images")))
+            for key in ("hidden_size", "image_token_id"):  # all metadata is text
+                metadata[key] = int(metadata[key])
+            return codec.read(Origin, metadata), images
+        except (ValueError, KeyError) as error:
+            raise self._malformed(f"its metadata can't be understood ({error})") from error
 
-    def _tensors(self, parsed: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...], int]]:
-        """Return dtype, shape and place of each tensor; together they fill the file."""
+    def _tensors(self, parsed: Mapping[str, Any]) -> dict[str, _Tensor]:
+        """Return each tensor's entry; together they fill the file."""
         found, expected = {}, 0
-        for name, entry in parsed.items():
+        for name, value in parsed.items():
             try:
-                dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-                size = math.prod(shape) * _DTYPES[dtype].itemsize
-                counts = [type(each) is int and each >= 0 for each in (*shape, begin, end)]
-            except (TypeError, KeyError, ValueError) as error:
+                entry = codec.read(_Tensor, value)
+            except codec.MisfitError as error:
                 raise self._malformed(f"the tensor {name!r} can't be understood") from error
-            if not all(counts) or begin != expected or end - begin != size:
+            begin, end = entry.data_offsets
+            size = math.prod(entry.shape) * _DTYPES[entry.dtype].itemsize
+            if begin != expected or end - begin != size:
                 raise self._malformed(f"the tensor {name!r} doesn't lie where the one before ends")
-            found[name] = (dtype, tuple(shape), begin)
-            expected = end
+            found[name], expected = entry, end
         if self._start + expected != self._length:
             raise self._malformed(
                 f"it has {self._length} bytes where its header speaks of {self._start + expected}"
             )
         return found
 
-    def _records(self, entries: Sequence[Mapping[str, str]]) -> dict[str, Record]:
+    def _records(self, entries: Sequence[_Image]) -> dict[str, Record]:
         """Return what the file holds; tensors and list of images must be about the same."""
         records = {}
         left = dict(self._places)
-        for entry in entries:
-            name = entry["name"]
-            dtype, shape, _ = left.pop(_TOKENS + name, ("", (), 0))
-            kept_dtype, kept, _ = left.pop(_KEPT + name, ("", (), 0))
-            if (
-                dtype not in ("F32", "F16")
-                or len(shape) != 2
-                or shape[1] != self.origin.hidden_size
-            ):
+        for image in entries:
+            name, width = image.name, self.origin.hidden_size
+            tokens, kept = left.pop(_TOKENS + name, None), left.pop(_KEPT + name, None)
+            if tokens is None or tokens.dtype == "I64" or tokens.shape[1:] != (width,):
                 raise self._malformed(f"it has no tokens [n, L] for {name!r}")
-            if kept_dtype != "I64" or len(kept) != 2:
+            if kept is None or kept.dtype != "I64" or len(kept.shape) != 2:
                 raise self._malformed(f"it has no kept indices [tiles, dominant] for {name!r}")
-            records[name] = Record(**entry, dtype=dtype, shape=shape, kept=kept)
+            records[name] = Record(
+                **vars(image), dtype=tokens.dtype, shape=tokens.shape, kept=kept.shape
+            )
         if left:
             raise self._malformed(f"its list of images doesn't have {sorted(left)[0]!r}")
         return records
 
     def _array(self, tensor: str) -> Array:
         """Return one tensor."""
-        dtype, shape, place = self._places[tensor]
-        array = np.empty(shape, _DTYPES[dtype])
-        self._file.seek(self._start + place)
+        entry = self._places[tensor]
+        array = np.empty(entry.shape, _DTYPES[entry.dtype])
+        self._file.seek(self._start + entry.data_offsets[0])
         if self._file.readinto(_view(array)) != array.nbytes:  # type: ignore[attr-defined]
             raise self._malformed("it became shorter while it was read")
         return array
@@ -369,14 +381,8 @@ def write_kept(file: BinaryIO, images: Iterable[ImageTokens]) -> None:
         file.write(_raw(image.kept))
 
 
-def _entries(text: str) -> list[dict[str, str]]:
-    """Return the list of images of a file's metadata; raises what Python raises on a bad one."""
-    entries: list[dict[str, str]] = json.loads(text, object_pairs_hook=_unique)
-    if not all(set(entry) == {"name", "sha256", "digest"} for entry in entries):
-        raise ValueError("another key")
-    if not all(type(value) is str for entry in entries for value in entry.values()):
-        raise ValueError("not a text")
-    return entries
+def _compact(value: object) -> str:
+    return json.dumps(codec.write(value), ensure_ascii=False, separators=(",", ":"))
 
 
 def _view(array: Array) -> memoryview:
@@ -387,11 +393,3 @@ def _view(array: Array) -> memoryview:
 def _raw(array: Array) -> memoryview:
     """Return the bytes of an array as they stand in a file: C order, little endian."""
     return _view(np.ascontiguousarray(array, array.dtype.newbyteorder("<")))
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object; a key that stands twice is refused."""
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("a key stands twice")
-    return value
