@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from vzip.calibration.quantization.calibrate import calibrate
     from vzip.calibration.reporting.report import report
+    from vzip.calibration.sweeping.sweep import sweep
+    from vzip.calibration.tuning.tune import tune
 
-__all__ = ["calibrate", "report"]
+__all__ = ["calibrate", "report", "sweep", "tune"]
 
 _PLACES: Final = MappingProxyType(
     {
         "calibrate": "quantization.calibrate",
         "report": "reporting.report",
+        "sweep": "sweeping.sweep",
+        "tune": "tuning.tune",
     }
 )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import vzip.calibration
 from tests.places import GOLDEN
 from vzip.runtime.cli.main import COMMANDS, ENTRY_POINTS, main
 
@@ -217,6 +218,24 @@ def test_a_table_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"operators", "weights", "engines"} <= found["inspect"].keys()
     assert found["plan"]["advice"]["met"] is True
     assert 22 in [row["tokens"] for row in found["plan"]["rows"]]
+
+
+def test_commands_are_functions_whatever_was_imported_before() -> None:
+    code = (
+        "import sys, vzip.calibration, vzip.export\n"
+        "assert not {'torch', 'onnx', 'numpy'} & set(sys.modules)\n"
+        "import vzip.calibration.sweeping.sweep, vzip.calibration.reporting.report\n"
+        "import vzip.calibration.tuning.tune, vzip.calibration.quantization.calibrate\n"
+        "from vzip.calibration import calibrate, report, sweep, tune\n"
+        "assert not {'torch', 'onnx', 'onnxruntime'} & set(sys.modules)\n"
+        "print(*(each.__name__ for each in (calibrate, report, sweep, tune) if callable(each)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "calibrate report sweep tune\n"
+    assert vzip.calibration.__all__ == ["calibrate", "report", "sweep", "tune"]
+    with pytest.raises(AttributeError, match="sweeep"):
+        vzip.calibration.sweeep  # noqa: B018
+    assert {*vzip.calibration.__all__} <= set(dir(vzip.calibration))
 
 
 def test_the_runtime_is_run_as_a_module() -> None:

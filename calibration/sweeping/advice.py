@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vzip.runtime.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from vzip.calibration.sweeping.sweep import Row
+    from vzip.calibration.sweeping.measure import Row
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from vzip.export.pages.rendering import byte_unit, size
 
 if TYPE_CHECKING:
     from vzip.calibration.sweeping.advice import Advice
-    from vzip.calibration.sweeping.sweep import Row, Sweep
+    from vzip.calibration.sweeping.measure import Row, Sweep
 
 _COLOURS = ("#1f6feb", "#d1572a", "#2c8a4b", "#8250df")
 _GREY = "#6b7280"

@@ -19,7 +19,7 @@ from vzip.calibration.tuning.data import Data, LeftOut, Record, choose, digest_o
 from vzip.calibration.tuning.features import FeatureStore, Tower
 from vzip.calibration.tuning.session import FEATURES, Session
 from vzip.calibration.tuning.text import Example, Wording
-from vzip.calibration.tuning.tune import Recipe, Schedule, Tuner
+from vzip.calibration.tuning.trainer import Recipe, Schedule, Tuner
 from vzip.calibration.tuning.workers import Workers
 from vzip.export.checkpoint.weights import VisionWeights
 from vzip.export.parity.reference import projector as untouched_projector
@@ -50,7 +50,7 @@ class Job:
         count: How many of its records are taken, by the recipe's seed; None for all.
         recipe: How.
         features: A folder that keeps the tower's features; None for the run's own.
-        save_every: Steps between two states on disk.
+        save_steps: Steps between two states on disk.
     """
 
     model: Model
@@ -60,7 +60,7 @@ class Job:
     count: int | None
     recipe: Recipe
     features: Path | None
-    save_every: int
+    save_steps: int
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def tune_projector(
     steps = range(len(losses), schedule.steps)
     for number in progress(steps, desc="steps", unit="step"):
         losses.append(tuner.step(number, ready.examples, lambda i: _features(store, ready, i)))
-        if workers.first and (number + 1) % job.save_every == 0:
+        if workers.first and (number + 1) % job.save_steps == 0:
             session.save(
                 {
                     **tuner.state(),
@@ -213,7 +213,7 @@ def tune_projector(
                     "records": ready.sha256,
                 }
             )
-            recent = losses[-job.save_every :]
+            recent = losses[-job.save_steps :]
             say(f"step {number + 1} of {schedule.steps}: loss {sum(recent) / len(recent):.4f}")
     if workers.first:
         seconds = before + time.monotonic() - started

@@ -13,13 +13,12 @@ import pytest
 import torch
 
 from tests.export.layouts import write_layout
-from vzip.calibration.cli import sweep as sweep_cli
 from vzip.calibration.held_out import Accuracy, DemoQuestions
 from vzip.calibration.sweeping import shared_tower as sweep_graph
 from vzip.calibration.sweeping.advice import Limits, advise
+from vzip.calibration.sweeping.measure import Row, Sweep, agreement, measure
 from vzip.calibration.sweeping.output import plot, size, table
 from vzip.calibration.sweeping.shared_tower import ALL, Seen, SweepSession, open_sweep
-from vzip.calibration.sweeping.sweep import Row, Sweep, agreement, sweep
 from vzip.calibration.variant import Variant
 from vzip.export.algorithm import oracle
 from vzip.export.algorithm.budget import Budget
@@ -355,7 +354,7 @@ def test_no_budget_that_meets_the_limits_is_exit_status_1_and_no_matplotlib_no_p
     monkeypatch.setattr(timing, "SECONDS", 0.01)
     arguments = ["--model", str(model), "--tokens", "6", "--images", str(pictures)]
     limit = ["--max-latency-ms", "1e-6"]
-    assert main(["sweep", *arguments, *limit, "-o", str(tmp_path)]) == sweep_cli.NONE_MEETS
+    assert main(["sweep", *arguments, *limit, "-o", str(tmp_path)]) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep.json", "sweep.md"]
     told = capsys.readouterr()
     assert told.out.splitlines()[-1].startswith("none of the 1 has an encoder latency of at most")
@@ -375,7 +374,7 @@ def test_other_families_are_swept_by_the_unit_they_see(
     write_layout("llava-hf-single", tmp_path, family=family)
     monkeypatch.setattr(timing, "SECONDS", 0.01)
     cls_token = family not in ("llava-siglip", "llava-onevision")
-    found = sweep(
+    found = measure(
         str(tmp_path), [Variant(Budget(5, 1, cls_token), "average")],
         [("china", lambda: reference_images()[0])], revision=None, source="one",
         text_tokens=3, step=lambda _: None,

@@ -21,7 +21,7 @@ from vzip.calibration.demo import accuracy, dialogue, scenes
 from vzip.calibration.tuning.data import DemoData, InstructionData, Turn, choose, digest_of
 from vzip.calibration.tuning.features import FeatureStore, Tower, check_tunable
 from vzip.calibration.tuning.text import Wording
-from vzip.calibration.tuning.tune import Recipe, Schedule, Tuner
+from vzip.calibration.tuning.trainer import Recipe, Schedule, Tuner
 from vzip.calibration.tuning.workers import Workers
 from vzip.export.algorithm.budget import Budget
 from vzip.export.parity import reference
