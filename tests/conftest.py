@@ -29,11 +29,15 @@ BACKENDS = os.environ.get("VZIP_TEST_BACKENDS", "onnxruntime,pytorch").split(","
 REQUIRE_GPU = os.environ.get("VZIP_REQUIRE_GPU", "") not in {"", "0"}
 
 
-def _copy(name: str, folder: Path) -> Path:
+# A backend that takes bundles of `vzip export` alone; the golden ones are written by hand.
+EXPORTED_ALONE = "pytorch"
+
+
+def _copy(name: str, folder: Path, origin: Path) -> Path:
     # File by file, without modes: a checkout may be read-only.
     target = folder / name
     target.mkdir()
-    for source in (GOLDEN / name).iterdir():
+    for source in (origin / name).iterdir():
         shutil.copyfile(source, target / source.name)
     return target
 
@@ -78,10 +82,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", getattr(metafunc.cls, "BACKENDS", BACKENDS))
 
 
+def _backend(request: pytest.FixtureRequest) -> str | None:
+    """Return which backend a test runs, if it runs every one."""
+    return request.getfixturevalue("backend") if "backend" in request.fixturenames else None
+
+
 def _golden(name: str, folder: Path, request: pytest.FixtureRequest) -> Path:
-    """Return a copy of a golden bundle, with an engine if the test runs TensorRT."""
-    bundle = _copy(name, folder)
-    if "backend" in request.fixturenames and request.getfixturevalue("backend") == "tensorrt":
+    """Return a copy of a golden bundle, or its twin; with an engine if the test runs TensorRT."""
+    backend = _backend(request)
+    if backend == EXPORTED_ALONE:
+        from tests import exported
+
+        return _copy(name, folder, exported.bundles())
+    bundle = _copy(name, folder, GOLDEN)
+    if backend == "tensorrt":
         from vzip.export.engines.tensorrt.publish import BuildRequest, build_engine
 
         build_engine(bundle, BuildRequest(name="built"), say=lambda _: None)
@@ -100,8 +114,12 @@ def tiny_static_bundle(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     return _golden("tiny_static_bundle", tmp_path, request)
 
 
-@pytest.fixture(scope="session")
-def golden() -> dict[str, np.ndarray]:
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
     """Five inputs (`images`, `pixel_values`) and what they become (`embeds`, `kept`, `groups`)."""
+    if _backend(request) == EXPORTED_ALONE:
+        from tests import exported
+
+        return dict(exported.golden())
     with np.load(GOLDEN / "tiny_golden.npz", allow_pickle=False) as arrays:
         return dict(arrays)

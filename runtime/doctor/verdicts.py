@@ -114,7 +114,9 @@ def _pytorch(record: Record) -> Verdict:
     found = record["torch"] or {}
     where = found.get("gpu") or "the CPU"
     return Verdict(
-        "pytorch", f"PyTorch {found.get('version', '')} on {where}, node by node", tuple(needs)
+        "pytorch",
+        f"PyTorch {found.get('version', '')} on {where}, with the module that the export traces",
+        tuple(needs),
     )
 
 
