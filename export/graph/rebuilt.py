@@ -162,11 +162,13 @@ def _round_input(linear: nn.Module, step: Tensor, dtype: torch.dtype) -> None:
     linear.register_buffer("step", step, persistent=False)
 
     def rounded(module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
-        scaled = inputs[0] / module.step
+        x: Tensor = inputs[0]
+        held: Tensor = module.step  # type: ignore[assignment] # a buffer
+        scaled = x / held
         if dtype == torch.int8:
-            return scaled.round().clamp(low, high) * module.step
+            return scaled.round().clamp(low, high) * held
         # PyTorch doesn't promise to saturate.
-        return scaled.float().clamp(low, high).to(dtype).to(scaled.dtype) * module.step
+        return scaled.float().clamp(low, high).to(dtype).to(scaled.dtype) * held
 
     linear.register_forward_pre_hook(rounded)
 
@@ -211,7 +213,7 @@ def _config(
     width, inner = state["layers.0.fc1.weight"].shape
     features, hidden = state["projector.linear_1.weight"].shape
     attention = next((node for node in graph if node.op_type == "Softmax"), None)
-    shape = attention and attention.outputs[0].shape
+    shape = None if attention is None else attention.outputs[0].shape
     if shape is None or len(shape) != 4 or not isinstance(shape[1], int):
         raise ForeignGraphError("its attention isn't [batch, heads, tokens, tokens]")
     tower = manifest.tower
