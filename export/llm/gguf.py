@@ -20,7 +20,7 @@ from vzip.export.llm.gguf_tensors import Sizes, Stored, gguf_name, gguf_tensor
 from vzip.export.llm.gguf_vocab import Vocabulary, read_vocabulary
 from vzip.runtime.console import progress
 from vzip.runtime.errors import CheckpointError, InvalidInputError, missing
-from vzip.runtime.files import atomic
+from vzip.runtime.files import atomic, codec
 from vzip.runtime.llm.local.gguf_model import Key
 from vzip.runtime.llm.text_side import TextCheckpoint
 
@@ -178,7 +178,7 @@ def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
 
 def _add_prompts(writer: GGUFWriter, text: TextCheckpoint) -> None:
     """Add what `vzip ask` needs beyond llama.cpp, so that it needs no checkpoint."""
-    writer.add_string(Key.WORDS, json.dumps(text.prompts.words.to_json(), ensure_ascii=False))
+    writer.add_string(Key.WORDS, json.dumps(codec.write(text.prompts.words), ensure_ascii=False))
     writer.add_string(Key.EOS_IDS, json.dumps(sorted(text.eos_ids)))
     for kind, token_id in text.prompts.placeholders.items():
         writer.add_int32(Key.TOKEN_ID.format(kind), token_id)

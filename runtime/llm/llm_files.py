@@ -6,11 +6,10 @@ but the tokenizer.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import numpy as np
 
@@ -20,9 +19,11 @@ from vzip.runtime.bundle.manifest import (
     LLM_SETTINGS_FILE,
     LLM_TOKENIZER_FILE,
 )
-from vzip.runtime.bundle.reader import Bundle, npy_header
-from vzip.runtime.errors import BundleError, CheckpointError
-from vzip.runtime.llm.prompts import KINDS, Kind, Words
+from vzip.runtime.bundle.reader import Bundle, naming, npy_header
+from vzip.runtime.errors import BundleError
+from vzip.runtime.files import codec
+from vzip.runtime.files.codec import Count, Index, Must, Record
+from vzip.runtime.llm.prompts import Kind, Words
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,7 +35,6 @@ INPUT: Final = "inputs_embeds"
 LOGITS: Final = "logits"
 
 _LARGEST_SETTINGS = 2**20  # bytes; ours have a thousand
-_DTYPES = ("float32", "float16")
 
 
 def cache_names(layers: int) -> tuple[str, ...]:
@@ -43,7 +43,7 @@ def cache_names(layers: int) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Record):
     """What is needed to run a language model's graph; the file ``llm.json``.
 
     Attributes:
@@ -63,23 +63,29 @@ class Settings:
     """
 
     words: Words
-    placeholders: Mapping[Kind, int]
+    placeholders: Annotated[
+        Mapping[Kind, Index], Must(lambda ids: "image" in ids, "an object with 'image'")
+    ]
     bos: str | None
-    eos: str
-    eos_id: int
-    eos_ids: tuple[int, ...]
-    context: int | None
-    hidden_size: int
-    vocabulary: int
-    layers: int
-    kv_heads: int
-    head_size: int
+    eos: Annotated[str, Must(bool, "a text that is not empty")]
+    eos_id: Index
+    eos_ids: Annotated[tuple[Index, ...], Must(bool, "a list of ids")]
+    context: Count | None
+    hidden_size: Count
+    vocabulary: Count
+    layers: Count
+    kv_heads: Count
+    head_size: Count
     dtype: Literal["float32", "float16"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eos_id not in self.eos_ids:
+            raise self.misfit("eos_ids", f"a list with eos_id, {self.eos_id}")
 
     def to_bytes(self) -> bytes:
         """Return the text of the file, UTF-8 with a newline at the end."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        data = {"format": FORMAT, "version": VERSION, **fields, "words": self.words.to_json()}
+        data = {"format": FORMAT, "version": VERSION, **codec.write(self)}
         return json.dumps(data, indent=2, ensure_ascii=False).encode() + b"\n"
 
     @classmethod
@@ -90,12 +96,12 @@ class Settings:
             BundleError: It is something else, or of another version.
         """
         try:
-            value: Any = json.loads(data.decode())
-        except (ValueError, RecursionError) as error:
-            raise _refuse("the file", "no JSON", "an object in UTF-8") from error
-        if not isinstance(value, dict) or value.get("format") != FORMAT:
-            raise _refuse("the file", data[:40].decode(errors="replace"), f"'format': '{FORMAT}'")
-        version = value.get("version")
+            value = codec.parse(data)
+        except ValueError as error:
+            raise _no_settings(f"is no JSON ({error})") from error
+        if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
+            raise _no_settings(f"begins with {data[:40].decode(errors='replace')!r}")
+        version = value.pop("version", None)
         if type(version) is not int or version != VERSION:
             raise BundleError(
                 f"{LLM_SETTINGS_FILE}: 'version' is {version!r}",
@@ -103,30 +109,8 @@ class Settings:
                 cause="the language model was exported by another version of vzip",
                 cure="export the bundle again, or install that version",
             )
-        names = {field.name for field in dataclasses.fields(cls)}
-        if set(value) != {"format", "version", *names}:
-            raise _refuse("the file", sorted(value), f"exactly the keys {sorted(names)}")
-        fields = {name: value[name] for name in names}
-        try:
-            fields["words"] = Words.from_json(value["words"])
-        except CheckpointError as error:
-            raise BundleError(f"{LLM_SETTINGS_FILE}: {error}") from error
-        fields["eos_ids"] = _ids("eos_ids", value["eos_ids"])
-        fields["placeholders"] = _placeholders(value["placeholders"])
-        for name in ("hidden_size", "vocabulary", "layers", "kv_heads", "head_size"):
-            _whole(name, value[name], low=1)
-        _whole("eos_id", value["eos_id"], low=0)
-        if value["context"] is not None:
-            _whole("context", value["context"], low=1)
-        if type(value["eos"]) is not str or not value["eos"]:
-            raise _refuse("eos", value["eos"], "a text")
-        if value["bos"] is not None and type(value["bos"]) is not str:
-            raise _refuse("bos", value["bos"], "a text or null")
-        if value["dtype"] not in _DTYPES:
-            raise _refuse("dtype", value["dtype"], " or ".join(_DTYPES))
-        if value["eos_id"] not in fields["eos_ids"]:
-            raise _refuse("eos_ids", value["eos_ids"], f"one of them to be {value['eos_id']}")
-        return cls(**fields)
+        with codec.reading(LLM_SETTINGS_FILE):
+            return codec.read(cls, value)
 
     @classmethod
     def of(cls, bundle: Bundle) -> Settings:
@@ -151,10 +135,8 @@ class Settings:
             )
         with bundle.open_file(LLM_SETTINGS_FILE) as file:
             data = file.read()
-        try:
+        with naming(bundle.path):
             return cls.from_bytes(data)
-        except BundleError as error:
-            raise BundleError(f"{bundle.path}: {error}") from error
 
 
 def read_tokenizer(bundle: Bundle) -> bytes:
@@ -180,10 +162,8 @@ def map_embeddings(bundle: Bundle, settings: Settings) -> NDArray[Any]:
     expected = f"{settings.dtype} [{shape[0]}, {shape[1]}]"
     entry = bundle.manifest.files[LLM_EMBEDDINGS_FILE]
     with bundle.open_file(LLM_EMBEDDINGS_FILE) as file:
-        try:
+        with naming(bundle.path):
             found, dtype = npy_header(file, LLM_EMBEDDINGS_FILE, expected)
-        except BundleError as error:
-            raise BundleError(f"{bundle.path}: {error}") from error
         begin = file.tell()
         numbers = shape[0] * shape[1] * np.dtype(settings.dtype).itemsize
         if found != shape or dtype != np.dtype(settings.dtype) or entry.bytes != begin + numbers:
@@ -197,32 +177,11 @@ def map_embeddings(bundle: Bundle, settings: Settings) -> NDArray[Any]:
         return np.memmap(file, dtype=dtype, mode="r", offset=begin, shape=shape)
 
 
-def _refuse(where: str, got: object, expected: str) -> BundleError:
-    """Return the error for a value that has the wrong type or range."""
+def _no_settings(fault: str) -> BundleError:
+    """Return the error for a file that is no description of a language model."""
     return BundleError(
-        f"{LLM_SETTINGS_FILE}: {where} is {str(got)[:80]!r}",
-        expected=f"{expected}",
+        f"{LLM_SETTINGS_FILE} {fault}",
+        expected=f"an object with 'format': '{FORMAT}'",
         cause="the file was edited or made by another tool",
         cure="export the bundle again",
     )
-
-
-def _whole(where: str, value: object, *, low: int) -> int:
-    """Return a whole number that is not smaller than `low`."""
-    if type(value) is not int or not low <= value < 2**53:
-        raise _refuse(where, value, f"a whole number, {low} or more")
-    return value
-
-
-def _ids(where: str, value: object) -> tuple[int, ...]:
-    """Return a list of ids as a tuple."""
-    if not isinstance(value, list) or not value:
-        raise _refuse(where, value, "a list of ids")
-    return tuple(_whole(where, each, low=0) for each in value)
-
-
-def _placeholders(value: object) -> dict[Kind, int]:
-    """Return the id of each kind's placeholder."""
-    if not isinstance(value, dict) or "image" not in value or not set(value) <= set(KINDS):
-        raise _refuse("placeholders", value, "an object with 'image', and perhaps 'video'")
-    return {kind: _whole("placeholders", value[kind], low=0) for kind in KINDS if kind in value}

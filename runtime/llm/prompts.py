@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Final, Literal, Protocol
+from typing import Annotated, Final, Literal, Protocol
 
 from vzip.runtime.errors import CheckpointError, InvalidInputError
+from vzip.runtime.files.codec import Must, Record
 
 Kind = Literal["image", "video"]
 """What a placeholder stands for."""
@@ -52,7 +53,7 @@ class Tokenizer(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class FirstTurn:
+class FirstTurn(Record):
     r"""The first turn: ``before P between P … after QUESTION end``, P being a placeholder.
 
     Attributes:
@@ -69,7 +70,7 @@ class FirstTurn:
 
 
 @dataclasses.dataclass(frozen=True)
-class LaterTurn:
+class LaterTurn(Record):
     """A later turn, behind the end-of-sequence token of the answer: ``before QUESTION end``."""
 
     before: str
@@ -77,7 +78,7 @@ class LaterTurn:
 
 
 @dataclasses.dataclass(frozen=True)
-class Words:
+class Words(Record):
     """What stands around questions.
 
     Attributes:
@@ -85,40 +86,10 @@ class Words:
         later: Later turns; None where the chat template drops the turns before.
     """
 
-    first: Mapping[Kind, FirstTurn]
+    first: Annotated[
+        Mapping[Kind, FirstTurn], Must(bool, "the words around an image, a video or both")
+    ]
     later: LaterTurn | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` reads."""
-        return {
-            "first": {kind: dataclasses.asdict(turn) for kind, turn in self.first.items()},
-            "later": None if self.later is None else dataclasses.asdict(self.later),
-        }
-
-    @classmethod
-    def from_json(cls, data: Any) -> Words:
-        """Read what `to_json` returned.
-
-        Raises:
-            CheckpointError: It is something else.
-        """
-        try:
-            first = {
-                kind: FirstTurn(**data["first"][kind]) for kind in KINDS if kind in data["first"]
-            }
-            later = None if data["later"] is None else LaterTurn(**data["later"])
-            texts = [text for turn in first.values() for text in dataclasses.astuple(turn)]
-            texts += [] if later is None else dataclasses.astuple(later)
-        except (TypeError, KeyError):
-            first, later, texts = {}, None, []
-        if not first or not all(text is None or isinstance(text, str) for text in texts):
-            raise CheckpointError(
-                f"the LLM's prompt words are {str(data)[:80]!r}",
-                expected="'first' and 'later' with texts",
-                cause="the file was changed or is another version's",
-                cure="make it again",
-            )
-        return cls(first, later)
 
 
 def llava_15_words(*, videos: bool = False) -> Words:

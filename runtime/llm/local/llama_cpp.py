@@ -11,7 +11,6 @@ llama.cpp's calls are as in its ``include/llama.h``.
 from __future__ import annotations
 
 import collections
-import json
 import os
 import threading
 import weakref
@@ -26,6 +25,7 @@ from vzip.runtime.errors import (
     CheckpointError,
     InvalidInputError,
 )
+from vzip.runtime.files import codec
 from vzip.runtime.llm.conversation import GreedyLLM
 from vzip.runtime.llm.local.gguf_model import (
     NAME,
@@ -372,8 +372,8 @@ def _words(model: GgufModel, tokens: TokenSpec | None, family: str | None, path:
     stored = model.text(Key.WORDS)
     if stored is not None:
         try:
-            return Words.from_json(json.loads(stored))
-        except (ValueError, CheckpointError) as error:
+            return codec.read(Words, codec.parse(stored))
+        except ValueError as error:
             raise CheckpointError(
                 f"{NAME}: '{path}' has unreadable words ({error})",
                 cure="make it again with 'vzip convert'",

@@ -29,7 +29,7 @@ from vzip.export.llm.gguf_vocab import TokenType, read_vocabulary
 from vzip.runtime import demo
 from vzip.runtime.cli.main import main
 from vzip.runtime.errors import CheckpointError, InvalidInputError
-from vzip.runtime.files import atomic
+from vzip.runtime.files import atomic, codec
 from vzip.runtime.llm.prompts import Words, llava_15_words
 
 
@@ -91,7 +91,7 @@ def test_the_demo_says_what_it_is(of_demo):
     assert {key: values.get(key) for key in expected} == expected
     assert values["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
     assert "vzip.video_token_id" not in values
-    assert Words.from_json(json.loads(values["vzip.words"])) == llava_15_words()
+    assert codec.read(Words, json.loads(values["vzip.words"])) == llava_15_words()
 
 
 def test_the_demo_has_its_tokens(of_demo):
@@ -194,7 +194,7 @@ def test_qwen2_with_tied_embeddings_and_padded_rows(tmp_path):
     assert values["tokenizer.ggml.token_type"][-4:] == [TokenType.CONTROL] + 3 * [TokenType.UNUSED]
     ids = {kind: tokenizer.convert_tokens_to_ids(f"<{kind}>") for kind in ("image", "video")}
     assert {kind: values[f"vzip.{kind}_token_id"] for kind in ids} == ids
-    words = Words.from_json(json.loads(values["vzip.words"]))
+    words = codec.read(Words, json.loads(values["vzip.words"]))
     assert words.first["video"].before == "<|im_start|>user "
     assert values["tokenizer.ggml.add_bos_token"] is False
     assert values["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id

@@ -497,53 +497,45 @@ def edited(**values: Any) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("change", "text"),
+    ("change", "got"),
     [
-        (
-            edited(version=2),
-            "llm.json: 'version' is 2, expected 1; the language model was exported",
-        ),
-        (edited(version=True), "'version' is True, expected 1"),
-        (edited(format="else"), "expected 'format': 'vzip-llm'"),
-        (edited(eos=None), "expected exactly the keys"),
-        (edited(more=1), "expected exactly the keys"),
-        (edited(layers=0), "layers is '0', expected a whole number, 1 or more"),
-        (edited(layers=True), "layers is 'True', expected a whole number"),
-        (edited(context="long"), "context is 'long', expected a whole number"),
-        (edited(eos_ids=[]), "eos_ids is '[]', expected a list of ids"),
-        (edited(eos_ids=[7]), "expected one of them to be 2"),
-        (edited(eos_id=-1), "eos_id is '-1', expected a whole number, 0 or more"),
-        (edited(eos=""), "eos is '', expected a text"),
-        (edited(bos=1), "bos is '1', expected a text or null"),
-        (edited(dtype="int8"), "dtype is 'int8', expected float32 or float16"),
-        (edited(placeholders={"video": 4}), "expected an object with 'image'"),
-        (edited(placeholders={"image": -200}), "placeholders is '-200', expected a whole number"),
-        (edited(words={"first": {}, "later": 1}), "llm.json: the LLM's prompt words are"),
-        (lambda staged: (staged / "llm.json").write_text("{"), "llm.json: the file is 'no JSON'"),
-        (
-            lambda staged: (staged / "llm.json").write_bytes(b" " * (2**20 + 1)),
-            "llm.json has 1048577 bytes, expected about 1000",
-        ),
+        (edited(version=2), "'version' is 2"),
+        (edited(version=True), "'version' is True"),
+        (edited(format="else"), '"else"'),
+        (edited(eos=None), "lacks ['eos']"),
+        (edited(more=1), "has the unknown ['more']"),
+        (edited(layers=0), "'layers' is 0"),
+        (edited(layers=True), "'layers' is True"),
+        (edited(context="long"), "'context' is 'long'"),
+        (edited(eos_ids=[]), "'eos_ids' is []"),
+        (edited(eos_ids=[7]), "'eos_ids' is [7]"),
+        (edited(eos_id=-1), "'eos_id' is -1"),
+        (edited(eos=""), "'eos' is ''"),
+        (edited(bos=1), "'bos' is 1"),
+        (edited(dtype="int8"), "'dtype' is 'int8'"),
+        (edited(placeholders={"video": 4}), "'placeholders' is {'video': 4}"),
+        (edited(placeholders={"image": -200}), "'placeholders.image' is -200"),
+        (edited(words={"first": {}, "later": None}), "'words.first' is {}"),
+        (lambda staged: (staged / "llm.json").write_text("{"), "no JSON"),
+        (lambda staged: (staged / "llm.json").write_bytes(b" " * (2**20 + 1)), "1048577 bytes"),
         (edited(vocabulary=9), "llm_embeddings.npy holds float32 [306, 64] in"),
-        (edited(dtype="float16"), "expected float16 [306, 64]"),
+        (edited(dtype="float16"), "llm_embeddings.npy holds float32 [306, 64] in"),
         (
             lambda staged: (
                 np.savez(staged / "llm_embeddings.npy.npz")
                 or (staged / "llm_embeddings.npy.npz").rename(staged / "llm_embeddings.npy")
             ),
-            "llm_embeddings.npy is no file in NumPy's format 1.0, expected float32 [306, 64]",
+            "llm_embeddings.npy",
         ),
     ],
 )
 def test_settings_of_another_kind_are_refused(
-    plain: Bundle, change: Callable[[Path], None], text: str, tmp_path: Path
+    plain: Bundle, change: Callable[[Path], None], got: str, tmp_path: Path
 ) -> None:
     bundle = rewritten(plain, tmp_path / "x", change)
-    with pytest.raises(BundleError) as caught:
+    with refused(BundleError, got=(str(bundle.path), got)) as raised:
         OnnxRuntimeLLM(bundle)
-    assert text in str(caught.value)
-    assert str(caught.value).startswith(str(bundle.path))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("change", [{"layers": 1}, {"kv_heads": 2}, {"head_size": 16}])

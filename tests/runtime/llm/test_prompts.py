@@ -9,6 +9,7 @@ import pytest
 from tests.parity.tiny_llm import IMAGE, SPECIAL, make_tokenizer
 from tests.refusals import refused
 from vzip.runtime.errors import CheckpointError, InvalidInputError
+from vzip.runtime.files.codec import MisfitError, read, write
 from vzip.runtime.llm.chat_template import HubTokenizer, make_prompts, words_of
 from vzip.runtime.llm.prompts import FirstTurn, LaterTurn, Prompts, Words, llava_15_words
 
@@ -60,25 +61,28 @@ def test_words_survive_json():
         llava_15_words(videos=True),
         Words({"image": FirstTurn("a", None, "b", "c")}, None),
     ):
-        assert Words.from_json(json.loads(json.dumps(words.to_json()))) == words
+        assert read(Words, json.loads(json.dumps(write(words)))) == words
+
+
+TURN = {"before": "", "between": "", "after": "", "end": ""}
 
 
 @pytest.mark.parametrize(
-    "data",
+    ("data", "got"),
     [
-        None,
-        [],
-        {},
-        {"first": {}, "later": None},
-        {"first": {"film": {}}, "later": None},
-        {"first": {"image": {"before": "a"}}, "later": None},
-        {"first": {"image": {"before": 1, "between": "", "after": "", "end": ""}}, "later": None},
-        {**llava_15_words().to_json(), "later": "USER"},
+        (None, "is None"),
+        ([], "is []"),
+        ({}, "['first', 'later']"),
+        ({"first": {}, "later": None}, "'first' is {}"),
+        ({"first": {"film": {}}, "later": None}, "'film'"),
+        ({"first": {"image": {"before": "a"}}, "later": None}, "'first.image' lacks"),
+        ({"first": {"image": {**TURN, "before": 1}}, "later": None}, "'first.image.before' is 1"),
+        ({**write(llava_15_words()), "later": "USER"}, "'later' is 'USER'"),
     ],
-)
-def test_what_are_no_words_is_refused(data):
-    with refused(CheckpointError, expected="'first' and 'later'"):
-        Words.from_json(data)
+)  # fmt: skip
+def test_what_are_no_words_is_refused(data, got):
+    with refused(MisfitError, got=got):
+        read(Words, data)
 
 
 def test_a_template_for_one_image_takes_no_two():
