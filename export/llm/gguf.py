@@ -16,7 +16,7 @@ import torch
 
 from vzip.export import families
 from vzip.export.checkpoint.reader import Checkpoint
-from vzip.export.llm.gguf_tensors import Sizes, Stored, gguf_name, gguf_tensor
+from vzip.export.llm.gguf_tensors import Sizes, Stored, gguf_names, gguf_tensor
 from vzip.export.llm.gguf_vocab import Vocabulary, read_vocabulary
 from vzip.runtime.console import progress
 from vzip.runtime.errors import CheckpointError, InvalidInputError, missing
@@ -29,8 +29,12 @@ if TYPE_CHECKING:
 
 NAME: Final = "convert"
 
-_FILE_TYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
-"""dtype of the matrices → ``general.file_type``, llama.cpp's ``llama_ftype``."""
+_FILE_TYPES: Final = {
+    torch.float32: "ALL_F32",
+    torch.float16: "MOSTLY_F16",
+    torch.bfloat16: "MOSTLY_BF16",
+}
+"""dtype of the matrices → gguf's name of the file's type."""
 
 
 def convert(
@@ -135,8 +139,10 @@ def _dtypes(stored: Stored) -> dict[str, torch.dtype]:
 
 
 def _add_sizes(writer: GGUFWriter, sizes: Sizes, dtype: torch.dtype) -> None:
+    from gguf import LlamaFileType
+
     writer.add_type("model")
-    writer.add_file_type(_FILE_TYPES[dtype])
+    writer.add_file_type(LlamaFileType[_FILE_TYPES[dtype]])
     writer.add_vocab_size(sizes.rows)
     writer.add_context_length(sizes.context)
     writer.add_embedding_length(sizes.hidden_size)
@@ -160,18 +166,7 @@ def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
         writer.add_token_scores(list(vocabulary.scores))
         writer.add_add_space_prefix(vocabulary.space_prefix in ("each", "missing"))
         writer.add_string(Key.SPACE_PREFIX, vocabulary.space_prefix)
-    else:
-        writer.add_token_merges(list(vocabulary.merges))
-    add = {
-        "bos": writer.add_bos_token_id,
-        "eos": writer.add_eos_token_id,
-        "unk": writer.add_unk_token_id,
-        "pad": writer.add_pad_token_id,
-    }
-    for name, token_id in vocabulary.special.items():
-        add[name](token_id)
-    writer.add_add_bos_token(vocabulary.add_bos)
-    writer.add_add_eos_token(False)
+    vocabulary.special.add_to_gguf(writer, quiet=True)
     if vocabulary.nfc:
         writer.add_string(Key.NORMALIZER, "NFC")
 
@@ -193,14 +188,14 @@ def _write(writer: GGUFWriter, stored: Stored, dtypes: dict[str, torch.dtype], p
     """
     from gguf import GGMLQuantizationType
 
-    shapes = stored.sizes.shapes()
+    shapes, names = stored.sizes.shapes(), gguf_names(stored.sizes)
     for name in stored.names:
         dtype = dtypes.get(name, torch.float32)
         raw = GGMLQuantizationType.BF16 if dtype == torch.bfloat16 else None
         array = torch.empty(0, dtype=torch.uint16 if raw else dtype).numpy()
         count = int(torch.Size(shapes[name]).numel())
         nbytes = array.itemsize * count
-        writer.add_tensor_info(gguf_name(name), shapes[name], array.dtype, nbytes, raw)
+        writer.add_tensor_info(names[name], shapes[name], array.dtype, nbytes, raw)
     staged: atomic.StagedFolder | None = None
     try:
         staged = atomic.StagedFolder(path)

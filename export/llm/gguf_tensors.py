@@ -1,6 +1,6 @@
 """The tensors of an LLM: which there are, where the checkpoint has them, what they are in a GGUF.
 
-Names and forms are from llama.cpp's ``src/llama-arch.cpp`` and ``convert_hf_to_gguf.py``.
+Names are the package gguf's; forms are from llama.cpp's ``convert_hf_to_gguf.py``.
 """
 
 from __future__ import annotations
@@ -35,18 +35,6 @@ _HEAD: Final = Part(canonical="lm_head.", prefixes=("language_model.lm_head.", "
 
 EMBEDDINGS: Final = "decoder.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"
-
-_LAYER: Final[Mapping[str, str]] = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 @dataclass(frozen=True)
@@ -219,18 +207,18 @@ class Stored:
             yield name, tensor
 
 
-def gguf_name(name: str) -> str:
-    """Return the name in a GGUF of a canonical one."""
-    fixed = {
-        EMBEDDINGS: "token_embd.weight",
-        "decoder.norm.weight": "output_norm.weight",
-        HEAD: "output.weight",
-    }
-    if name in fixed:
-        return fixed[name]
-    _, _, index, rest = name.split(".", 3)
-    module, _, kind = rest.rpartition(".")
-    return f"blk.{index}.{_LAYER[module]}.{kind}"
+def gguf_names(sizes: Sizes) -> dict[str, str]:
+    """Return canonical name → name in a GGUF, which the package gguf knows by transformers' own."""
+    import gguf
+
+    arch = gguf.MODEL_ARCH[sizes.arch.upper()]
+    table = gguf.get_tensor_name_map(arch, sizes.layers)
+    names: dict[str, str] = {}
+    for name in sizes.shapes():
+        known = table.get_name(name.replace(_DECODER.canonical, "model.", 1), (".weight", ".bias"))
+        assert known is not None, name
+        names[name] = known
+    return names
 
 
 def gguf_tensor(name: str, tensor: torch.Tensor, sizes: Sizes) -> np.ndarray[Any, Any]:

@@ -9,12 +9,17 @@ llama.cpp's ``src/llama-vocab.cpp``.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from vzip.runtime.errors import CheckpointError
 from vzip.runtime.llm.local.gguf_model import SpacePrefix
+
+if TYPE_CHECKING:
+    from gguf import SpecialVocab
 
 _MARK: Final = "\u2581"  # SentencePiece's sign for a space
 _PROBE: Final = "a b"
@@ -28,17 +33,6 @@ _SPLITS: Final[Mapping[str, str]] = {_QWEN2: "qwen2"}
 _GPT2: Final = "gpt-2"  # that of ByteLevel(use_regex=True)
 
 
-class TokenType:
-    """Kinds of tokens, as numbers of the GGUF specification (``tokenizer.ggml.token_type``)."""
-
-    NORMAL: Final = 1
-    UNKNOWN: Final = 2
-    CONTROL: Final = 3
-    USER_DEFINED: Final = 4
-    UNUSED: Final = 5
-    BYTE: Final = 6
-
-
 @dataclass(frozen=True)
 class Vocabulary:
     """What a GGUF says about a tokenizer.
@@ -47,12 +41,10 @@ class Vocabulary:
         model: ``gpt2`` for byte-level BPE, ``llama`` for SentencePiece.
         pre: llama.cpp's name of how text is split into words.
         tokens: Text of every id; as many as the embeddings have rows.
-        types: `TokenType` of every id.
+        types: gguf's `TokenType` of every id.
         scores: SentencePiece alone: pieces of a higher score are made first.
-        merges: Byte-level BPE alone: ``left right``, first ones first.
-        special: Name of a special token (``bos``, ``eos``, ``unk``, ``pad``) → its id, of those
-            that there are.
-        add_bos: Whether a sequence begins with bos.
+        special: gguf's record of bos, eos, unk and pad, of whether a sequence begins with bos, and
+            of byte-level BPE's merges.
         space_prefix: SentencePiece: which texts get a space in front.
         nfc: Whether text is brought into Unicode's form NFC first.
     """
@@ -62,9 +54,7 @@ class Vocabulary:
     tokens: Sequence[str]
     types: Sequence[int]
     scores: Sequence[float]
-    merges: Sequence[str]
-    special: Mapping[str, int]
-    add_bos: bool
+    special: SpecialVocab
     space_prefix: SpacePrefix
     nfc: bool
 
@@ -102,11 +92,6 @@ def read_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
     parts.check(learned, merges)
     _check_added(tokenizer, added)
     unk = model["vocab"].get(model.get("unk_token"))
-    special = {
-        name: token_id
-        for name in ("bos", "eos", "unk", "pad")
-        if (token_id := getattr(tokenizer, f"{name}_token_id")) is not None and token_id < rows
-    }
     tokens = [table.get(i, f"[PAD{i}]") for i in range(rows)]
     return Vocabulary(
         model=parts.model,
@@ -114,9 +99,7 @@ def read_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
         tokens=tokens,
         types=[_type(i, table, added, parts, unk) for i in range(rows)],
         scores=_scores(tokens, merges) if parts.model == "llama" else [],
-        merges=[] if parts.model == "llama" else [" ".join(merge) for merge in merges],
-        special=special,
-        add_bos=_adds_bos(tokenizer),
+        special=_special(tokenizer, pipeline, rows, merges=parts.model == "gpt2"),
         space_prefix=parts.space_prefix,
         nfc=parts.nfc,
     )
@@ -236,17 +219,19 @@ def _type(
     parts: _ByteLevel | _SentencePiece,
     unk: int | None,
 ) -> int:
-    """Return the `TokenType` of an id."""
+    """Return gguf's `TokenType` of an id."""
+    from gguf import TokenType
+
     if token_id not in table:
-        return TokenType.UNUSED
+        return int(TokenType.UNUSED)
     if parts.model == "llama":
         if token_id == unk:
-            return TokenType.UNKNOWN
+            return int(TokenType.UNKNOWN)
         if token_id not in added and table[token_id] in _BYTES:
-            return TokenType.BYTE
+            return int(TokenType.BYTE)
     if token_id in added:
-        return TokenType.CONTROL if added[token_id]["special"] else TokenType.USER_DEFINED
-    return TokenType.NORMAL
+        return int(TokenType.CONTROL if added[token_id]["special"] else TokenType.USER_DEFINED)
+    return int(TokenType.NORMAL)
 
 
 def _check_added(tokenizer: Any, added: Mapping[int, Mapping[str, Any]]) -> None:
@@ -256,6 +241,32 @@ def _check_added(tokenizer: Any, added: Mapping[int, Mapping[str, Any]]) -> None
         flags = [flag for flag in ("lstrip", "rstrip", "single_word") if entry[flag]]
         if flags or tokenizer(text, add_special_tokens=False).input_ids != [token_id]:
             raise _unknown(f"the added token {text!r} ({' and '.join(flags) or 'normalized'})")
+
+
+def _special(
+    tokenizer: Any, pipeline: Mapping[str, Any], rows: int, *, merges: bool
+) -> SpecialVocab:
+    """Return gguf's record of the special tokens, and of the merges if they are wanted."""
+    import gguf
+
+    add_bos = _adds_bos(tokenizer)
+    kinds = ("bos", "eos", "unk", "pad")
+    # gguf reads files alone, and warns of a post-processor that it only guesses at.
+    files = {
+        "tokenizer.json": {**pipeline, "post_processor": None},
+        "tokenizer_config.json": {
+            f"{kind}_token": getattr(tokenizer, f"{kind}_token") for kind in kinds
+        },
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            Path(folder, name).write_text(json.dumps(content), encoding="utf-8")
+        special = gguf.SpecialVocab(folder, load_merges=merges, special_token_types=kinds)
+    ids = special.special_token_ids
+    special.special_token_ids = {name: each for name, each in ids.items() if each < rows}
+    special.add_special_token = {"bos": add_bos, "eos": False}
+    special.chat_template = None  # `vzip.words` says it to those who have no Jinja
+    return special
 
 
 def _adds_bos(tokenizer: Any) -> bool:

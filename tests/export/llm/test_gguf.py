@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf import TokenType
 from safetensors.torch import load_file, save_file
 
 from tests.runtime.llm.tiny_checkpoints import (
@@ -25,7 +26,7 @@ from tests.runtime.llm.tiny_checkpoints import (
 )
 from vzip.export.llm.gguf import convert
 from vzip.export.llm.gguf_tensors import Sizes
-from vzip.export.llm.gguf_vocab import TokenType, read_vocabulary
+from vzip.export.llm.gguf_vocab import read_vocabulary
 from vzip.runtime import demo
 from vzip.runtime.cli.main import main
 from vzip.runtime.errors import CheckpointError, InvalidInputError
@@ -301,7 +302,7 @@ def test_tokens_beyond_the_embeddings_are_left_out():
     tokenizer = sentencepiece()
     vocabulary = read_vocabulary(tokenizer, len(tokenizer) - 1)
     assert len(vocabulary.tokens) == len(vocabulary.types) == len(tokenizer) - 1
-    assert "pad" not in vocabulary.special
+    assert "pad" not in vocabulary.special.special_token_ids
 
 
 def refused(folder: Path, message: str, kind: type[Exception] = CheckpointError) -> None:

@@ -37,6 +37,12 @@ from vzip.runtime.machine import sensors
 QUICK = ("--tokens", "9", "--no-check", "--with-llm")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _demo() -> None:
+    """Exported before a test breaks what exports."""
+    demo_with_llm()
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's checkpoint with the smallest LLM: one layer; no test changes it."""
@@ -266,7 +272,7 @@ def test_attention_that_slides_serves_its_window(tmp_path: Path) -> None:
     model = transformers.LlavaForConditionalGeneration(config).eval()
     untouched = TransformersLLM(model, tokenizer, template=None)
     made = llm._settings(untouched, "fp32")
-    assert made.text.context == 24
+    assert made.context == 24
     ids = list(range(5, 29))
     with torch.no_grad():
         row = torch.tensor([ids])
