@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
-from vzip.export.engines.tensorrt.api import load_stack
+from vzip.export.engines.tensorrt.api import load_bindings
 from vzip.export.engines.tensorrt.layers import EngineLayers, inspect_engine
 from vzip.export.graph.reading import read_graph
 from vzip.runtime.backends import cpu_engine
@@ -92,7 +92,7 @@ def describe_engine(path: str | os.PathLike[str], name: str) -> Iterator[str]:
     yield f"engine: {name}: {record.bytes / _MIB:.1f} MiB, SHA-256 {record.sha256[:12]}…, whole"
     yield from _record(record)
     try:
-        layers = inspect_engine(load_stack(record.gpu_stack), plan)
+        layers = inspect_engine(load_bindings(record.gpu_stack), plan)
     except (BackendError, MissingDependencyError) as error:
         yield f"layers: can't be listed here: {error}"
         return

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from vzip.export.engines.tensorrt.api import load_stack
+from vzip.export.engines.tensorrt.api import load_bindings
 from vzip.export.engines.tensorrt.layers import FUSED, EngineLayers, inspect_engine
 from vzip.export.graph.reading import read_graph
 from vzip.export.inspect.parts import SELECTION, parts
@@ -109,7 +109,7 @@ def profile_engine(
     """
     record = bundle.manifest.engines[opened.engine]
     runs = opened.layer_ms(rows, warm_up + calls)[warm_up:]
-    layers = inspect_engine(load_stack(record.gpu_stack), read_engine(bundle, opened.engine))
+    layers = inspect_engine(load_bindings(record.gpu_stack), read_engine(bundle, opened.engine))
     built_from = bundle.at(record.quantised or bundle.manifest.precision)
     return summary(runs, layers, list(read_graph(built_from, "an engine's profile").graph))
 

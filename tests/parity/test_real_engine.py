@@ -12,7 +12,7 @@ import tensorrt_rtx as trt
 from tests.runtime import fake_gpu
 from vzip.runtime import VisionEncoder
 from vzip.runtime.backends.tensorrt import cuda
-from vzip.runtime.backends.tensorrt.bindings import import_stack, version_of
+from vzip.runtime.backends.tensorrt.bindings import import_bindings, version_of
 from vzip.runtime.backends.tensorrt.engine import Engine
 from vzip.runtime.backends.tensorrt.engine_file import HEADER_BYTES, MAGIC, read_engine
 from vzip.runtime.bundle.engine_record import EngineBatch, EngineRecord
@@ -98,7 +98,7 @@ def test_without_a_gpu_the_backend_says_so_before_tensorrt_is_asked(
 
 def test_the_real_classes_take_our_logger_and_bytes_and_their_reason_is_told() -> None:
     with pytest.raises(BackendError, match=r"TensorRT refuses the engine: .*magicTag") as raised:
-        Engine(import_stack("tensorrt_rtx"), bytearray(b"x" * 1000))
+        Engine(import_bindings("tensorrt_rtx"), bytearray(b"x" * 1000))
     assert "\n" not in str(raised.value)
 
 

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
-from vzip.runtime.backends.tensorrt.bindings import INSTALL, TITLES, import_stack, version_of
+from vzip.runtime.backends.tensorrt.bindings import INSTALL, TITLES, import_bindings, version_of
 from vzip.runtime.errors import BackendError, InvalidInputError, MissingDependencyError
 
-StackName = Literal["tensorrt", "tensorrt_rtx"]
-
-STACKS: Final[tuple[StackName, ...]] = ("tensorrt", "tensorrt_rtx")
+BindingsName = Literal["tensorrt", "tensorrt_rtx"]
 
 _EXTERNAL_TACTICS = ("CUBLAS", "CUBLAS_LT", "CUDNN")
 _SM = re.compile(r"SM(\d{2,3})")
@@ -62,7 +60,7 @@ class Abilities:
 
 
 @dataclass(frozen=True)
-class Stack:
+class Bindings:
     """A TensorRT that was imported.
 
     Attributes:
@@ -72,7 +70,7 @@ class Stack:
         can: Its abilities.
     """
 
-    name: StackName
+    name: BindingsName
     module: Any
     version: str
     can: Abilities
@@ -81,7 +79,7 @@ class Stack:
         return f"{TITLES[self.name]} {self.version}"
 
 
-def load_stack(name: StackName) -> Stack:
+def load_bindings(name: BindingsName) -> Bindings:
     """Import one TensorRT and look at what it can do.
 
     Args:
@@ -92,7 +90,7 @@ def load_stack(name: StackName) -> Stack:
             the message names that library.
         BackendError: The module is no TensorRT that vzip can build with.
     """
-    module = import_stack(name)
+    module = import_bindings(name)
     version = version_of(module)
     for attribute in ("Builder", "OnnxParser", "Runtime", "BuilderFlag", "MemoryPoolType"):
         if not hasattr(module, attribute):
@@ -100,12 +98,12 @@ def load_stack(name: StackName) -> Stack:
                 f"the module {name} {version} has no {attribute}",
                 expected="TensorRT 8.6 or newer with its ONNX parser",
                 cause="only a part is installed (a lean or dispatch runtime?)",
-                cure=f"{INSTALL[name]}",
+                cure=INSTALL[name],
             )
-    return Stack(name, module, version, abilities(module, name))
+    return Bindings(name, module, version, abilities(module, name))
 
 
-def installed_stack(*, ahead_of_time: bool) -> Stack:
+def installed_bindings(*, ahead_of_time: bool) -> Bindings:
     """Return the TensorRT to build with: the only one for ahead of time, the first one otherwise.
 
     One that is installed and can't be imported is an error, not a reason to take the other.
@@ -114,24 +112,25 @@ def installed_stack(*, ahead_of_time: bool) -> Stack:
         MissingDependencyError: None is installed, or a library of one is missing.
     """
     if ahead_of_time:
-        return load_stack("tensorrt_rtx")
+        return load_bindings("tensorrt_rtx")
     try:
-        return load_stack("tensorrt")
+        return load_bindings("tensorrt")
     except MissingDependencyError as error:
         if not _absent(error.__cause__, "tensorrt"):
             raise
     try:
-        return load_stack("tensorrt_rtx")
+        return load_bindings("tensorrt_rtx")
     except MissingDependencyError as error:
         if not _absent(error.__cause__, "tensorrt_rtx"):
             raise
         raise MissingDependencyError(
             "building an engine needs the package 'tensorrt' (or 'tensorrt_rtx'), and neither is "
-            f"installed in this environment: {INSTALL['tensorrt']}"
+            "installed in this environment",
+            cure=INSTALL["tensorrt"],
         ) from error
 
 
-def abilities(module: Any, name: StackName) -> Abilities:
+def abilities(module: Any, name: BindingsName) -> Abilities:
     """Return what a TensorRT module can do, by the names that it has."""
     creation = getattr(module, "NetworkDefinitionCreationFlag", None)
     flags, config = module.BuilderFlag, module.IBuilderConfig
@@ -156,24 +155,25 @@ def abilities(module: Any, name: StackName) -> Abilities:
     )
 
 
-def capabilities_of(text: str, stack: Stack) -> tuple[str, ...]:
+def capabilities_of(text: str, bindings: Bindings) -> tuple[str, ...]:
     """Return the compute capabilities that a user named, ``sm86,sm89`` or ``8.6,8.9``.
 
     Args:
         text: Names separated by commas.
-        stack: What is to build for them.
+        bindings: What is to build for them.
 
     Returns:
         As ``86``, ascending, without duplicates.
 
     Raises:
-        InvalidInputError: A name that is none, or a GPU that the stack can't build for.
+        InvalidInputError: A name that is none, or a GPU that TensorRT can't build for.
     """
-    known = stack.can.ahead_of_time
+    known = bindings.can.ahead_of_time
     if not known:
         raise InvalidInputError(
-            f"{stack} can't build without a GPU",
-            cause=f"TensorRT-RTX can: {INSTALL['tensorrt_rtx']}",
+            f"{bindings} can't build without a GPU",
+            cause="TensorRT-RTX can",
+            cure=INSTALL["tensorrt_rtx"],
         )
     chosen = set()
     for word in text.split(","):
@@ -186,8 +186,8 @@ def capabilities_of(text: str, stack: Stack) -> tuple[str, ...]:
         number = match[1] + match[2]
         if number not in known:
             raise InvalidInputError(
-                f"--rtx has {word.strip()!r}, but {stack} builds without a GPU for "
-                f"{_names(known)} only",
+                f"--rtx has {word.strip()!r}",
+                expected=f"what {bindings} builds for without a GPU: {_names(known)}",
                 cure="build on the machine itself for any other GPU (a Jetson, a data center GPU)",
             )
         chosen.add(number)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from vzip.export.engines.tensorrt.api import Stack
+from vzip.export.engines.tensorrt.api import Bindings
 from vzip.export.engines.tensorrt.progress import Progress
 from vzip.runtime.backends.tensorrt.engine_file import HEADER_BYTES, header_fault
 from vzip.runtime.bundle.manifest import Manifest, Tensor
@@ -38,7 +38,7 @@ _DTYPES: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class BuildSettings:
     """How an engine is built.
 
     Attributes:
@@ -57,10 +57,10 @@ class Settings:
     islands: Islands
     capabilities: tuple[str, ...]
 
-    def to_json(self, stack: Stack) -> dict[str, Scalar]:
+    def to_json(self, bindings: Bindings) -> dict[str, Scalar]:
         """Return the settings as the engine's record holds them; defaults are left out."""
         chosen: dict[str, Scalar] = {
-            "typing": "strong" if stack.can.strongly_typed else "weak",
+            "typing": "strong" if bindings.can.strongly_typed else "weak",
             "low_memory": self.low_memory,
             "tf32": False,
         }
@@ -68,13 +68,13 @@ class Settings:
             chosen["workspace_mib"] = self.workspace_mib
         if self.level is not None:
             chosen["optimization_level"] = self.level
-        if not stack.can.strongly_typed:
+        if not bindings.can.strongly_typed:
             chosen["fp32_layers"] = self.islands
         if self.capabilities:
             chosen["ahead_of_time"] = True
-        if stack.can.profile_sharing:
+        if bindings.can.profile_sharing:
             chosen["profile_sharing"] = True
-        if stack.can.user_allocation:
+        if bindings.can.user_allocation:
             chosen["user_allocation"] = True
         return chosen
 
@@ -85,7 +85,7 @@ class Built:
 
     Attributes:
         plan: The serialized engine.
-        timing_cache: The cache after the build; None where the stack has none.
+        timing_cache: The cache after the build; None where TensorRT has none.
         warnings: What should be said to whoever started the build, a line each.
     """
 
@@ -95,19 +95,19 @@ class Built:
 
 
 def build(
-    stack: Stack,
+    bindings: Bindings,
     model: bytes,
     path: Path,
     manifest: Manifest,
     *,
-    settings: Settings,
+    settings: BuildSettings,
     timing_cache: bytes,
     quantised: Quantised | None = None,
 ) -> Built:
     """Build an engine.
 
     Args:
-        stack: The TensorRT to build with.
+        bindings: The TensorRT to build with.
         model: The graph's bytes, already checked: these are parsed, not the file read again.
         path: A name for the graph, in the folder in which its external data lies.
         manifest: Of the bundle, for what the parsed network must look like.
@@ -121,38 +121,38 @@ def build(
         BackendError: There is no GPU, or the builder failed; with the builder's own words.
         KeyboardInterrupt: The build was interrupted.
     """
-    trt, messages = stack.module, _Messages()
+    trt, messages = bindings.module, _Messages()
     logger = messages.logger(trt)
     try:
         builder = trt.Builder(logger)
     except TypeError as error:  # pybind: the factory returned nullptr
         raise BackendError(
-            f"{stack} can't start its builder{messages.because()}",
+            f"{bindings} can't start its builder{messages.because()}",
             cause="it needs a working NVIDIA GPU and driver",
             cure="check nvidia-smi (on a Jetson, that the user is in the group 'video')",
         ) from error
-    network = builder.create_network(_creation_flags(stack))
+    network = builder.create_network(_creation_flags(bindings))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(model, str(path)):
-        raise _not_taken(stack, parser, messages, path)
-    _check_network(stack, network, manifest)
+        raise _not_taken(bindings, parser, messages, path)
+    _check_network(bindings, network, manifest)
     config = builder.create_builder_config()
-    _configure(stack, network, config, manifest, settings)
-    if quantised is not None and not stack.can.strongly_typed:
-        config.set_flag(stack.module.BuilderFlag.INT8)  # without it 8.6 takes no Q and DQ
+    _configure(bindings, network, config, manifest, settings)
+    if quantised is not None and not bindings.can.strongly_typed:
+        config.set_flag(bindings.module.BuilderFlag.INT8)  # without it 8.6 takes no Q and DQ
     if manifest.batch.dynamic:
         _add_profile(builder, config, manifest, settings.opt_batch)
-    cache, warnings = _use_cache(stack, config, messages, timing_cache)
+    cache, warnings = _use_cache(bindings, config, messages, timing_cache)
     progress = Progress()
-    if stack.can.progress_monitor:
+    if bindings.can.progress_monitor:
         monitor = progress.monitor(trt)  # held by this name: TensorRT keeps a bare pointer
         config.progress_monitor = monitor
     serialized = builder.build_serialized_network(network, config)
     progress.reraise()
     if serialized is None:
         raise BackendError(
-            f"{stack} failed to build the engine{messages.because()}",
-            cause=(
+            f"{bindings} failed to build the engine{messages.because()}",
+            cure=(
                 f"if memory was short, use --low-memory or a smaller --workspace{_contiguous()}, "
                 "otherwise report this line"
             ),
@@ -160,7 +160,7 @@ def build(
     after = None
     if cache is not None and (kept := config.get_timing_cache()) is not None:
         after = bytes(kept.serialize())
-    _check_header(stack, memoryview(serialized))
+    _check_header(bindings, memoryview(serialized))
     # Not a copy: an engine is as large as the weights. The view keeps TensorRT's buffer alive.
     return Built(memoryview(serialized), after, tuple(warnings))
 
@@ -176,17 +176,17 @@ def _contiguous() -> str:
     )
 
 
-def _check_header(stack: Stack, plan: memoryview) -> None:
+def _check_header(bindings: Bindings, plan: memoryview) -> None:
     """Refuse an engine that the runtime would refuse for its header, and say whose fault it is."""
-    fault = header_fault(bytes(plan[:HEADER_BYTES]), stack.name, stack.version)
+    fault = header_fault(bytes(plan[:HEADER_BYTES]), bindings.name, bindings.version)
     if fault is not None:
         raise BackendError(
-            f"{stack} built an engine that {fault}: vzip's check of headers doesn't know this "
-            "TensorRT, and its runtime would refuse every engine of it",
+            f"{bindings} built an engine that {fault}",
             cause=(
-                "nothing was published and nothing here can mend it: report this line, and build "
-                "with another TensorRT meanwhile"
+                "vzip doesn't know the headers of this TensorRT's engines, and its runtime would "
+                "refuse them. Nothing was published"
             ),
+            cure="report this line, and build with another TensorRT meanwhile",
         )
 
 
@@ -219,29 +219,28 @@ class _Messages:
         return f" ({' '.join(said[0].split())})" if said else ""
 
 
-def _creation_flags(stack: Stack) -> int:
+def _creation_flags(bindings: Bindings) -> int:
     """Return the flags of a network: strongly typed where possible, explicit batch on 8."""
-    creation = stack.module.NetworkDefinitionCreationFlag
+    creation = bindings.module.NetworkDefinitionCreationFlag
     flags = 0
-    if stack.can.strongly_typed_flag:
+    if bindings.can.strongly_typed_flag:
         flags |= 1 << int(creation.STRONGLY_TYPED)
-    if stack.can.explicit_batch_flag:  # the default from 10 on, where the flag may still be there
+    # The default from 10 on, where the flag may still be there.
+    if bindings.can.explicit_batch_flag:
         flags |= 1 << int(creation.EXPLICIT_BATCH)
     return flags
 
 
-def _not_taken(stack: Stack, parser: Any, messages: _Messages, path: Path) -> ExportError:
+def _not_taken(bindings: Bindings, parser: Any, messages: _Messages, path: Path) -> ExportError:
     """Return the error for a graph that the parser refused, in the parser's words."""
     # The parser's first error is the cause; what follows in the log is its echo.
     said = [_said(parser.get_error(place)) for place in range(parser.num_errors)][:1]
     said += [line for line in messages.errors if "open file" in line][:1]
     detail = "; ".join(" ".join(each.split()) for each in said)
     return ExportError(
-        f"the parser of {stack} doesn't take {path}: {detail or 'no reason given'}",
-        cause=(
-            "the graph is of a newer opset than this TensorRT reads (export with --opset 17 for "
-            "8.6), or damaged"
-        ),
+        f"the parser of {bindings} doesn't take {path}: {detail or 'no reason given'}",
+        cause="the graph is damaged, or of a newer opset than this TensorRT reads",
+        cure="for TensorRT 8.6 export with --opset 17",
     )
 
 
@@ -251,12 +250,12 @@ def _said(error: Any) -> str:
     return f"{operator} {name!r}: {error.desc()}" if operator else str(error.desc())
 
 
-def _check_network(stack: Stack, network: Any, manifest: Manifest) -> None:
+def _check_network(bindings: Bindings, network: Any, manifest: Manifest) -> None:
     """Refuse a network whose inputs and outputs aren't the manifest's: not every file is a graph.
 
     TensorRT's parser takes some files that hold no graph for an empty one.
     """
-    trt = stack.module
+    trt = bindings.module
 
     def shown(tensor: Any) -> str:
         return f"{tensor.name} {_dtype_name(trt, tensor.dtype)} {list(tensor.shape)}"
@@ -274,7 +273,7 @@ def _check_network(stack: Stack, network: Any, manifest: Manifest) -> None:
             any(fits(tensor, each) for tensor in found) for each in expected
         ):
             raise ExportError(
-                f"the parser of {stack} found {[shown(tensor) for tensor in found]}",
+                f"the parser of {bindings} found {[shown(tensor) for tensor in found]}",
                 expected=f"{[str(each) for each in expected]}",
                 cause="graph and manifest disagree",
                 cure="export the bundle again",
@@ -288,34 +287,35 @@ def _dtype_name(trt: Any, dtype: Any) -> str:
 
 
 def _configure(
-    stack: Stack, network: Any, config: Any, manifest: Manifest, settings: Settings
+    bindings: Bindings, network: Any, config: Any, manifest: Manifest, settings: BuildSettings
 ) -> None:
     """Set everything that doesn't depend on the machine."""
-    trt, flags = stack.module, stack.module.BuilderFlag
+    trt, flags = bindings.module, bindings.module.BuilderFlag
     if hasattr(flags, "TF32"):
         config.clear_flag(flags.TF32)
     if settings.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
     if settings.level is not None:
         config.builder_optimization_level = settings.level
-    if settings.low_memory and stack.can.external_tactics:
+    if settings.low_memory and bindings.can.external_tactics:
         sources = config.get_tactic_sources()
-        for name in stack.can.external_tactics:
+        for name in bindings.can.external_tactics:
             sources &= ~(1 << int(getattr(trt.TacticSource, name)))
         config.set_tactic_sources(sources)
     # Layer names and precisions for `vzip inspect`; it costs kilobytes in the engine.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if manifest.precision == "fp16" and not stack.can.strongly_typed and settings.islands != "all":
+    weakly_fp16 = manifest.precision == "fp16" and not bindings.can.strongly_typed
+    if weakly_fp16 and settings.islands != "all":
         config.set_flag(flags.FP16)
-        if stack.can.precision_constraints:
+        if bindings.can.precision_constraints:
             config.set_flag(flags.OBEY_PRECISION_CONSTRAINTS)
-        hold_fp32(stack, network, settings.islands)
-    if stack.can.profile_sharing:
+        hold_fp32(bindings, network, settings.islands)
+    if bindings.can.profile_sharing:
         # The runtime has a context for each batch size, as captured graphs demand.
         config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
-    if stack.can.user_allocation:
+    if bindings.can.user_allocation:
         config.set_flag(flags.REQUIRE_USER_ALLOCATION)
-    if stack.can.ahead_of_time:
+    if bindings.can.ahead_of_time:
         # Otherwise the engine is for every GPU that TensorRT-RTX knows, and larger.
         names = [f"SM{each}" for each in settings.capabilities] or ["CURRENT"]
         config.num_compute_capabilities = len(names)
@@ -336,13 +336,13 @@ def _add_profile(builder: Any, config: Any, manifest: Manifest, opt_batch: int) 
         )
 
 
-def hold_fp32(stack: Stack, network: Any, islands: Islands) -> int:
+def hold_fp32(bindings: Bindings, network: Any, islands: Islands) -> int:
     """Constrain layers of a weakly typed network to FP32 and return how many.
 
     These are the layers that compute in FP32 in the graph: all their floating inputs and outputs
     are FP32. With "norms" those whose sums lose most in FP16 are constrained too.
     """
-    trt = stack.module
+    trt = bindings.module
     single, half = trt.DataType.FLOAT, trt.DataType.HALF
     untyped = _layer_types(trt, _UNTYPED)
     fragile = _layer_types(trt, _FRAGILE) if islands == "norms" else ()
@@ -375,13 +375,13 @@ def _layer_types(trt: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
 
 
 def _use_cache(
-    stack: Stack, config: Any, messages: _Messages, content: bytes
+    bindings: Bindings, config: Any, messages: _Messages, content: bytes
 ) -> tuple[Any, list[str]]:
     """Give the build a timing cache; one that is damaged or foreign is replaced by an empty one."""
-    if not stack.can.timing_cache:
+    if not bindings.can.timing_cache:
         return None, []
-    if stack.can.editable_timing_cache:
-        config.set_flag(stack.module.BuilderFlag.EDITABLE_TIMING_CACHE)
+    if bindings.can.editable_timing_cache:
+        config.set_flag(bindings.module.BuilderFlag.EDITABLE_TIMING_CACHE)
     warnings = []
     before = len(messages.errors) + len(messages.warnings)
     # TensorRT answers a damaged cache with None, or with an empty one and a line in the log.

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from vzip.export.engines.tensorrt.api import Stack
+from vzip.export.engines.tensorrt.api import Bindings
 from vzip.runtime.backends.tensorrt import cuda
 from vzip.runtime.errors import BackendError
 
@@ -47,24 +47,24 @@ class EngineLayers:
         return dict(Counter(dtype or "unknown" for _, _, dtype in self.layers).most_common())
 
 
-def inspect_engine(stack: Stack, plan: memoryview | bytes | bytearray) -> EngineLayers:
+def inspect_engine(bindings: Bindings, plan: memoryview | bytes | bytearray) -> EngineLayers:
     """Deserialize an engine, ask TensorRT's inspector about it and free it.
 
     Args:
-        stack: The TensorRT that built it, on a machine with the GPU that it is for.
+        bindings: The TensorRT that built it, on a machine with the GPU that it is for.
         plan: The engine, whose digest was checked.
 
     Raises:
         BackendError: There is no GPU, or it isn't an engine for this GPU and version.
     """
     cuda.load()  # without a GPU, TensorRT 8.6.0 ends the process with a segmentation fault here
-    trt = stack.module
+    trt = bindings.module
     logger = trt.Logger(trt.Logger.Severity.INTERNAL_ERROR)
     try:
         runtime = trt.Runtime(logger)
     except TypeError as error:  # pybind: the factory returned nullptr
         raise BackendError(
-            f"{stack} can't be started to look into the engine",
+            f"{bindings} can't be started to look into the engine",
             cause=(
                 "the NVIDIA driver is too old for it: 'vzip doctor' says which CUDA the driver "
                 "serves"
@@ -74,7 +74,7 @@ def inspect_engine(stack: Stack, plan: memoryview | bytes | bytearray) -> Engine
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise BackendError(
-            f"{stack} can't load the engine to look into it",
+            f"{bindings} can't load the engine to look into it",
             cause="it is for another GPU or version",
             cure="'vzip doctor' says what is here",
         )

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Final
 
 from vzip.export.engines.tensorrt import memory as build_memory
-from vzip.export.engines.tensorrt.api import Stack, capabilities_of, installed_stack
-from vzip.export.engines.tensorrt.build import Settings, build
+from vzip.export.engines.tensorrt.api import Bindings, capabilities_of, installed_bindings
+from vzip.export.engines.tensorrt.build import BuildSettings, build
 from vzip.export.engines.tensorrt.layers import inspect_engine
 from vzip.export.engines.tensorrt.proof import prove_engine
 from vzip.runtime.bundle.engine_record import (
@@ -52,7 +52,7 @@ class BuildRequest:
     """What a user asked for.
 
     Attributes:
-        name: The engine's name; None for one after the stack and the GPU.
+        name: The engine's name; None for one after TensorRT and the GPU.
         workspace_mib: Limit for the scratch memory of tactics; None for the builder's own.
         level: Builder optimisation level; None for the builder's own.
         opt_batch: The batch that tactics are chosen for; None for the largest.
@@ -90,7 +90,7 @@ class BuildRequest:
 
 
 @dataclass(frozen=True)
-class Machine:
+class BuildTarget:
     """What an engine is built for.
 
     Attributes:
@@ -166,35 +166,34 @@ def build_if(
         The engine; None if it was not kept.
     """
     bundle = read_bundle(path).at(request.precision)
-    stack = installed_stack(ahead_of_time=request.rtx is not None)
-    capabilities = () if request.rtx is None else capabilities_of(request.rtx, stack)
+    bindings = installed_bindings(ahead_of_time=request.rtx is not None)
+    capabilities = () if request.rtx is None else capabilities_of(request.rtx, bindings)
     tries = [first_settings(request, bundle.manifest, capabilities)]
     outlook = _outlook(bundle, tries[0])
     say(outlook.line)  # a machine without a GPU may ask for nothing else
-    machine = Machine(None, capabilities, None) if capabilities else this_machine()
-    _check_fp8(bundle, stack, machine)
+    machine = BuildTarget(None, capabilities, None) if capabilities else this_machine()
+    _check_fp8(bundle, bindings, machine)
     if request.safer:
-        tries += safer_settings(tries[0], stack, bundle.manifest)
-    name = request.name or _default_name(stack, machine, bundle)
+        tries += safer_settings(tries[0], bindings, bundle.manifest)
+    name = request.name or _default_name(bindings, machine, bundle)
     with build_lock(bundle, say):
         # Whoever held the lock may have built this very engine.
         bundle = read_bundle(path).at(request.precision)
         for settings in tries:
-            wanted = _record(stack, machine, bundle, settings)
+            wanted = _record(bindings, machine, bundle, settings)
             if (found := reusable(bundle, name, wanted)) is not None:
                 return Result(bundle, name, found, reused=True)
-        say(f"building '{name}' with {stack} for {_describe(machine)}")
+        say(f"building '{name}' with {bindings} for {_describe(machine)}")
         if outlook.cure is not None:
             if request.low_memory:
                 raise BackendError(
-                    f"{outlook.line}: it can't fit and was not started",
-                    cause=f"{outlook.cure}",
+                    f"{outlook.line}: it can't fit and was not started", cure=outlook.cure
                 )
             say(f"warning: it may run out of memory: try --low-memory, {outlook.cure}")
         failures = []
         for settings in tries:
-            say(f"settings: {_described_settings(settings, stack)}")
-            record, plan = _build(stack, machine, bundle, settings, say)
+            say(f"settings: {_described_settings(settings, bindings)}")
+            record, plan = _build(bindings, machine, bundle, settings, say)
             if record.proof is None or record.proof["passed"]:
                 numbers = keep(bundle, record, plan)
                 if numbers is None:
@@ -202,12 +201,12 @@ def build_if(
                 if record.proof is not None:
                     record = dataclasses.replace(record, proof={**record.proof, **numbers})
                 return Result(add_engine(bundle, name, record, plan), name, record, reused=False)
-            failures.append(f"{_described_settings(settings, stack)}: {record.proof}")
+            failures.append(f"{_described_settings(settings, bindings)}: {record.proof}")
             del plan  # the next try needs the memory
-    raise ParityError(_failed(failures, request, stack, bundle))
+    raise _failed(failures, request, bindings, bundle)
 
 
-def this_machine() -> Machine:
+def this_machine() -> BuildTarget:
     """Return the GPU here.
 
     Raises:
@@ -217,7 +216,7 @@ def this_machine() -> Machine:
 
     device = cuda.load()
     jetson = sensors.jetson()
-    return Machine(
+    return BuildTarget(
         device.device_name(),
         (device.compute_capability(),),
         None if jetson is None else jetson.jetpack,
@@ -226,7 +225,7 @@ def this_machine() -> Machine:
 
 def first_settings(
     request: BuildRequest, manifest: Manifest, capabilities: tuple[str, ...]
-) -> Settings:
+) -> BuildSettings:
     """Return how to build what was asked for, for compute capabilities or for the GPU here.
 
     Raises:
@@ -236,12 +235,14 @@ def first_settings(
     opt = request.opt_batch
     if opt is not None and not (1 <= opt <= batch.max if batch.dynamic else opt == batch.max):
         takes = f"1 to {batch.max}" if batch.dynamic else f"exactly {batch.max}"
-        raise InvalidInputError(f"--opt-batch is {opt}, but the graph takes {takes}")
+        raise InvalidInputError(
+            f"--opt-batch is {opt}", expected=takes, cause="the graph takes no other batch"
+        )
     workspace, level = request.workspace_mib, request.level
     if request.low_memory:
         workspace = build_memory.LOW_MEMORY_WORKSPACE_MIB if workspace is None else workspace
         level = build_memory.LOW_MEMORY_LEVEL if level is None else level
-    return Settings(
+    return BuildSettings(
         workspace_mib=workspace,
         level=level,
         low_memory=request.low_memory,
@@ -251,13 +252,15 @@ def first_settings(
     )
 
 
-def safer_settings(first: Settings, stack: Stack, manifest: Manifest) -> list[Settings]:
+def safer_settings(
+    first: BuildSettings, bindings: Bindings, manifest: Manifest
+) -> list[BuildSettings]:
     """Return what to try after `first` failed, from what costs least speed to what costs most.
 
     Where precision is a matter of flags, more layers in FP32 and at last all; where it lives in the
     graph, a level at which the builder rewrites and fuses less.
     """
-    if not stack.can.strongly_typed and manifest.precision == "fp16":
+    if not bindings.can.strongly_typed and manifest.precision == "fp16":
         return [dataclasses.replace(first, islands=each) for each in ("norms", "all")]
     if first.level == SAFER_LEVEL:
         return []
@@ -326,18 +329,18 @@ def build_lock(bundle: Bundle, say: Say) -> Iterator[None]:
 
 
 def _build(
-    stack: Stack, machine: Machine, bundle: Bundle, settings: Settings, say: Say
+    bindings: Bindings, machine: BuildTarget, bundle: Bundle, settings: BuildSettings, say: Say
 ) -> tuple[EngineRecord, memoryview]:
     """Build one engine and prove it where that can be done."""
     cache = bundle.path / ENGINES_FOLDER / TIMING_CACHE
     start = time.monotonic()
     built = build(
-        stack,
+        bindings,
         bundle.read_model(),
         bundle.weights_folder / bundle.graph_file,
         bundle.manifest,
         settings=settings,
-        timing_cache=_read_cache(cache, say) if stack.can.timing_cache else b"",
+        timing_cache=_read_cache(cache, say) if bindings.can.timing_cache else b"",
         quantised=bundle.quantised,
     )
     seconds = round(time.monotonic() - start, 1)
@@ -346,7 +349,7 @@ def _build(
     if built.timing_cache is not None:
         _write_cache(cache, built.timing_cache, say)
     record = dataclasses.replace(
-        _record(stack, machine, bundle, settings),
+        _record(bindings, machine, bundle, settings),
         sha256=hashlib.sha256(built.plan).hexdigest(),
         bytes=built.plan.nbytes,
         seconds=seconds,
@@ -358,7 +361,7 @@ def _build(
             "tokens must be compared with PyTorch's"
         )
         return record, built.plan
-    fused = inspect_engine(stack, built.plan).fused_attention
+    fused = inspect_engine(bindings, built.plan).fused_attention
     record = dataclasses.replace(record, fused_attention=fused)
     say(_fusion_line(fused, bundle.manifest))
     if REFERENCE_FILE not in bundle.manifest.files:
@@ -372,7 +375,7 @@ def _build(
     return dataclasses.replace(record, proof=proof.to_json()), built.plan
 
 
-def _check_fp8(bundle: Bundle, stack: Stack, machine: Machine) -> None:
+def _check_fp8(bundle: Bundle, bindings: Bindings, machine: BuildTarget) -> None:
     """Refuse FP8 where neither the GPU nor TensorRT computes in it.
 
     Raises:
@@ -381,41 +384,41 @@ def _check_fp8(bundle: Bundle, stack: Stack, machine: Machine) -> None:
     if bundle.quantised != "fp8":
         return
     slower = [sm for sm in machine.sm if int(sm) < FP8_SM]
-    if slower or not stack.can.strongly_typed:
-        found = f"SM {', '.join(slower)}" if slower else str(stack)
+    if slower or not bindings.can.strongly_typed:
+        found = f"SM {', '.join(slower)}" if slower else str(bindings)
         raise BackendError(
             f"got precision 'fp8' for {found}",
-            expected=(
-                f"SM {FP8_SM} or newer and TensorRT 10 or newer, as nothing else computes what the "
-                "graph says in FP8"
-            ),
+            expected=f"SM {FP8_SM} or newer and TensorRT 10 or newer",
+            cause="nothing else computes in FP8 what the graph says",
             cure="take --precision int8",
         )
 
 
-def _record(stack: Stack, machine: Machine, bundle: Bundle, settings: Settings) -> EngineRecord:
+def _record(
+    bindings: Bindings, machine: BuildTarget, bundle: Bundle, settings: BuildSettings
+) -> EngineRecord:
     """Return the record of an engine that is still to be built: size and digest are no one's."""
     batch = bundle.manifest.batch
     low = 1 if batch.dynamic else batch.max
     return EngineRecord(
         sha256="0" * 64,
         bytes=1,
-        stack=stack.name,
-        version=stack.version,
+        stack=bindings.name,
+        version=bindings.version,
         gpu=machine.gpu,
         sm=machine.sm,
         jetpack=machine.jetpack,
         precision=bundle.precision,
         batch=EngineBatch(low, settings.opt_batch, batch.max),
         model_sha256=bundle.manifest.files[bundle.graph_file].sha256,
-        settings=settings.to_json(stack),
+        settings=settings.to_json(bindings),
         seconds=0.0,
         fused_attention=None,
         proof=None,
     )
 
 
-def _outlook(bundle: Bundle, settings: Settings) -> build_memory.Outlook:
+def _outlook(bundle: Bundle, settings: BuildSettings) -> build_memory.Outlook:
     return build_memory.compare(
         build_memory.estimate(
             bundle.manifest,
@@ -451,13 +454,13 @@ def _write_cache(path: Path, content: bytes, say: Say) -> None:
         say(f"warning: {path} can't be written ({error.strerror}); the next build times anew")
 
 
-def _default_name(stack: Stack, machine: Machine, bundle: Bundle) -> str:
-    kind = {"tensorrt": "trt", "tensorrt_rtx": "rtx"}[stack.name]
+def _default_name(bindings: Bindings, machine: BuildTarget, bundle: Bundle) -> str:
+    kind = {"tensorrt": "trt", "tensorrt_rtx": "rtx"}[bindings.name]
     quantised = [] if bundle.quantised is None else [bundle.quantised]
     return "-".join([kind, *(f"sm{each}" for each in machine.sm), *quantised])
 
 
-def _describe(machine: Machine) -> str:
+def _describe(machine: BuildTarget) -> str:
     capabilities = ", ".join(f"SM {each[:-1]}.{each[-1]}" for each in machine.sm)
     if machine.gpu is None:
         return f"{capabilities}, without a GPU"
@@ -465,8 +468,8 @@ def _describe(machine: Machine) -> str:
     return f"{machine.gpu} ({capabilities}{jetpack})"
 
 
-def _described_settings(settings: Settings, stack: Stack) -> str:
-    return ", ".join(f"{name} {value}" for name, value in settings.to_json(stack).items())
+def _described_settings(settings: BuildSettings, bindings: Bindings) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.to_json(bindings).items())
 
 
 def _fusion_line(fused: int | None, manifest: Manifest) -> str:
@@ -478,17 +481,22 @@ def _fusion_line(fused: int | None, manifest: Manifest) -> str:
     return f"fused attention: {fused} layers"
 
 
-def _failed(failures: list[str], request: BuildRequest, stack: Stack, bundle: Bundle) -> str:
-    """Return the message about engines that all failed their proof."""
+def _failed(
+    failures: list[str], request: BuildRequest, bindings: Bindings, bundle: Bundle
+) -> ParityError:
+    """Return the error for engines that all failed their proof."""
     cures = [] if request.safer else ["try --safer"]
     if bundle.quantised is not None:
         cures.append("build without --precision")
         cures.append("calibrate with a higher --min-agreement and --min-cosine")
     if bundle.manifest.precision == "fp16":
         cures.append("export with --dtype fp32")
-    cures.append("another version of TensorRT")
-    return (
-        f"the engine's tokens differ from PyTorch's, so it was not published "
-        f"({' | '.join(failures)}); {stack} miscompiles this graph on this GPU, as known versions "
-        f"do: {', or '.join(cures)}"
+    cures.append("install another version of TensorRT")
+    return ParityError(
+        f"the engine's tokens differ from PyTorch's ({' | '.join(failures)})",
+        cause=(
+            f"{bindings} miscompiles this graph on this GPU, as known versions do. The engine was "
+            "not published"
+        ),
+        cure=", or ".join(cures),
     )

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from vzip.runtime.backends.protocol import BackendUnavailableError
 from vzip.runtime.backends.tensorrt import cuda as cuda_runtime
-from vzip.runtime.backends.tensorrt.bindings import TITLES, import_stack, version_of
+from vzip.runtime.backends.tensorrt.bindings import TITLES, import_bindings, version_of
 from vzip.runtime.backends.tensorrt.cuda import Cuda, CudaError
 from vzip.runtime.backends.tensorrt.device_array import DeviceArray
 from vzip.runtime.backends.tensorrt.engine import Engine
@@ -529,7 +529,7 @@ def choose(bundle: Bundle, engine: str | None, cuda: Cuda) -> tuple[str, Machine
         if fault is None:
             stack = records[name].stack
             try:
-                trt = import_stack(stack)
+                trt = import_bindings(stack)
             except MissingDependencyError as error:
                 absent = absent or error
                 fault = f"the engine {name!r} needs {TITLES[stack]}: {error}"

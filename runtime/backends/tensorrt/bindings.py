@@ -10,13 +10,13 @@ from vzip.runtime.errors import BackendError, MissingDependencyError
 
 TITLES: Final = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 INSTALL: Final = {
-    "tensorrt": "on a Jetson it comes with JetPack (apt install python3-libnvinfer, and a virtual "
-    "environment made with --system-site-packages), elsewhere: pip install 'vzip[tensorrt]'",
-    "tensorrt_rtx": "pip install 'vzip[rtx]'",
+    "tensorrt": "install it with: pip install 'vzip[tensorrt]'. On a Jetson it comes with JetPack "
+    "(apt install python3-libnvinfer, and a virtual environment made with --system-site-packages)",
+    "tensorrt_rtx": "install it with: pip install 'vzip[rtx]'",
 }
 
 
-def import_stack(name: str) -> Any:
+def import_bindings(name: str) -> Any:
     """Import the package ``tensorrt`` or ``tensorrt_rtx`` and return it.
 
     Raises:
@@ -29,8 +29,8 @@ def import_stack(name: str) -> Any:
         if error.name != name:
             raise _broken(name, error) from error
         raise MissingDependencyError(
-            f"{TITLES[name]} (the package '{name}') is not installed in this environment: "
-            f"{INSTALL[name]}"
+            f"{TITLES[name]} (the package '{name}') is not installed in this environment",
+            cure=INSTALL[name],
         ) from error
     # The loaders of NVIDIA's wheels raise all of these for a library that is absent.
     except (ImportError, OSError, RuntimeError) as error:

@@ -13,7 +13,7 @@ import tensorrt_rtx
 
 from tests.export import fake_tensorrt
 from tests.places import GOLDEN
-from vzip.export.engines.tensorrt.api import capabilities_of, installed_stack, load_stack
+from vzip.export.engines.tensorrt.api import capabilities_of, installed_bindings, load_bindings
 from vzip.runtime.errors import BackendError, InvalidInputError, MissingDependencyError
 
 NAMES: dict[str, dict[str, list[str]]] = json.loads((GOLDEN / "trt_names.json").read_text())
@@ -55,7 +55,7 @@ def test_the_fake_of_newer_ones_has_names_of_8_6_and_rtx_alone(version: Any) -> 
 
 
 def test_the_list_of_rtx_is_the_installed_packages() -> None:
-    (listed,) = (names for stack, names in NAMES.items() if stack.startswith("tensorrt_rtx"))
+    (listed,) = (names for bindings, names in NAMES.items() if bindings.startswith("tensorrt_rtx"))
     for name, expected in listed.items():
         owner: Any = tensorrt_rtx
         for part in name.split("."):
@@ -67,7 +67,7 @@ def test_what_each_version_can(monkeypatch: pytest.MonkeyPatch) -> None:
     can = {}
     for version in ("8.6", "10.3", "10.13", "11.4"):
         fake_tensorrt.install(monkeypatch, fake_tensorrt.make(version))  # type: ignore[arg-type]
-        can[version] = load_stack("tensorrt").can
+        can[version] = load_bindings("tensorrt").can
     assert [each.strongly_typed for each in can.values()] == [False, True, True, True]
     assert [each.strongly_typed_flag for each in can.values()] == [False, True, True, False]
     assert [each.weakly_typed for each in can.values()] == [True, True, True, False]
@@ -83,15 +83,15 @@ def test_what_each_version_can(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_real_rtx() -> None:
-    stack = load_stack("tensorrt_rtx")
-    assert str(stack) == f"TensorRT-RTX {tensorrt_rtx.__version__}"
-    assert stack.can.strongly_typed
-    assert not stack.can.weakly_typed
-    assert not stack.can.timing_cache  # its timing cache does nothing
-    assert stack.can.progress_monitor
-    assert stack.can.user_allocation
-    assert not stack.can.profile_sharing  # its contexts share profiles anyway
-    assert {"75", "80", "86", "89", "120"} <= set(stack.can.ahead_of_time)
+    bindings = load_bindings("tensorrt_rtx")
+    assert str(bindings) == f"TensorRT-RTX {tensorrt_rtx.__version__}"
+    assert bindings.can.strongly_typed
+    assert not bindings.can.weakly_typed
+    assert not bindings.can.timing_cache  # its timing cache does nothing
+    assert bindings.can.progress_monitor
+    assert bindings.can.user_allocation
+    assert not bindings.can.profile_sharing  # its contexts share profiles anyway
+    assert {"75", "80", "86", "89", "120"} <= set(bindings.can.ahead_of_time)
 
 
 @pytest.mark.parametrize(
@@ -105,25 +105,25 @@ def test_the_real_rtx() -> None:
     ],
 )
 def test_names_of_gpus(text: str, expected: tuple[str, ...]) -> None:
-    assert capabilities_of(text, load_stack("tensorrt_rtx")) == expected
+    assert capabilities_of(text, load_bindings("tensorrt_rtx")) == expected
 
 
 @pytest.mark.parametrize("text", ["", "sm86,", "ampere", "8.6.1", "sm", "rtx3090", "8,6", "sm86;"])
 def test_names_that_are_none(text: str) -> None:
     with pytest.raises(InvalidInputError, match=r"expected compute capabilities such as 'sm86"):
-        capabilities_of(text, load_stack("tensorrt_rtx"))
+        capabilities_of(text, load_bindings("tensorrt_rtx"))
 
 
 @pytest.mark.parametrize("text", ["sm87", "9.0", "sm86,sm110", "10.0"])
 def test_gpus_that_need_their_own_machine(text: str) -> None:
     with pytest.raises(InvalidInputError, match=r"builds without a GPU for sm75, sm80, .* only"):
-        capabilities_of(text, load_stack("tensorrt_rtx"))
+        capabilities_of(text, load_bindings("tensorrt_rtx"))
 
 
 def test_tensorrt_cant_build_ahead_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_tensorrt.install(monkeypatch, fake_tensorrt.make("10.3"))
     with pytest.raises(InvalidInputError, match=r"10\.3\.0\.30 can't build without a GPU"):
-        capabilities_of("sm86", load_stack("tensorrt"))
+        capabilities_of("sm86", load_bindings("tensorrt"))
 
 
 @pytest.fixture
@@ -139,19 +139,19 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_the_first_that_is_installed(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # This environment has TensorRT-RTX and no TensorRT.
-    assert installed_stack(ahead_of_time=False).name == "tensorrt_rtx"
+    assert installed_bindings(ahead_of_time=False).name == "tensorrt_rtx"
     fake_tensorrt.install(monkeypatch, fake_tensorrt.make("10.3"))
-    assert installed_stack(ahead_of_time=False).name == "tensorrt"
-    assert installed_stack(ahead_of_time=True).name == "tensorrt_rtx"
+    assert installed_bindings(ahead_of_time=False).name == "tensorrt"
+    assert installed_bindings(ahead_of_time=True).name == "tensorrt_rtx"
 
 
 def test_neither_is_installed(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(packages)])
     with pytest.raises(MissingDependencyError, match=r"neither is installed .*JetPack") as caught:
-        installed_stack(ahead_of_time=False)
+        installed_bindings(ahead_of_time=False)
     assert "\n" not in str(caught.value)
     with pytest.raises(MissingDependencyError, match=r"TensorRT-RTX .* is not installed"):
-        installed_stack(ahead_of_time=True)
+        installed_bindings(ahead_of_time=True)
 
 
 @pytest.mark.parametrize(
@@ -170,16 +170,16 @@ def test_one_that_is_installed_and_broken_is_not_passed_over(
 ) -> None:
     (packages / "tensorrt.py").write_text(code)
     with pytest.raises(MissingDependencyError, match=expected):
-        installed_stack(ahead_of_time=False)
+        installed_bindings(ahead_of_time=False)
 
 
 def test_something_else_of_that_name(packages: Path) -> None:
     (packages / "tensorrt").mkdir()
     with pytest.raises(BackendError, match=r"has the version None, expected numbers"):
-        load_stack("tensorrt")
+        load_bindings("tensorrt")
 
 
 def test_a_lean_runtime_cant_build(packages: Path) -> None:
     (packages / "tensorrt.py").write_text("__version__ = '10.3.0'\nclass Runtime: pass\n")
     with pytest.raises(BackendError, match=r"tensorrt 10\.3\.0 has no Builder"):
-        load_stack("tensorrt")
+        load_bindings("tensorrt")

@@ -19,7 +19,7 @@ from vzip.export.engines.tensorrt import proof as engine_proof
 from vzip.export.engines.tensorrt import publish as engine
 from vzip.export.engines.tensorrt.auto import ROUNDS, Race, build_best, race
 from vzip.export.engines.tensorrt.memory import estimate
-from vzip.export.engines.tensorrt.publish import BuildRequest, Machine, Result, build_engine
+from vzip.export.engines.tensorrt.publish import BuildRequest, BuildTarget, Result, build_engine
 from vzip.runtime.agreement import ENGINE, Proof, Reference, prove
 from vzip.runtime.backends.tensorrt import backend as tensorrt
 from vzip.runtime.backends.tensorrt.engine_file import read_engine
@@ -30,7 +30,7 @@ from vzip.runtime.bundle.writer import bundle_writer
 from vzip.runtime.cli.main import main
 from vzip.runtime.errors import BackendError, InvalidInputError, ParityError
 
-ORIN, L4 = Machine("Orin", ("87",), "6.2"), Machine("L4", ("89",), None)
+ORIN, L4 = BuildTarget("Orin", ("87",), "6.2"), BuildTarget("L4", ("89",), None)
 GOOD = Proof(4, 4, 0.97, 3, 0, 0.98, 0.998, 0.03, 12, 0.99)
 BAD = dataclasses.replace(GOOD, min_cosine=0.14, short=("lowest cosine of kept tokens 0.14",))
 
@@ -188,7 +188,7 @@ class Board:
         monkeypatch.setattr(engine_auto, "open_staged", opened)
         monkeypatch.setattr(engine_auto, "TensorRt", Timed)
 
-    def on(self, machine: Machine) -> None:
+    def on(self, machine: BuildTarget) -> None:
         self.monkeypatch.setattr(engine, "this_machine", lambda: machine)
         self.monkeypatch.setattr(engine_auto, "this_machine", lambda: machine)
 

@@ -28,11 +28,11 @@ from vzip.export.engines.tensorrt import layers as engine_layers
 from vzip.export.engines.tensorrt import memory as build_memory
 from vzip.export.engines.tensorrt import proof as engine_proof
 from vzip.export.engines.tensorrt import publish as engine
-from vzip.export.engines.tensorrt.api import load_stack
+from vzip.export.engines.tensorrt.api import load_bindings
 from vzip.export.engines.tensorrt.memory import compare, estimate
 from vzip.export.engines.tensorrt.publish import (
     BuildRequest,
-    Machine,
+    BuildTarget,
     Result,
     build_engine,
     reusable,
@@ -87,7 +87,7 @@ def test_builds_publishes_and_says_so(
     plan = read_engine(bundle, NAME)
     assert plan[:4] == b"vtrt"
     assert record.stack == "tensorrt_rtx"
-    assert record.version == load_stack("tensorrt_rtx").version
+    assert record.version == load_bindings("tensorrt_rtx").version
     assert (record.gpu, record.jetpack, record.proof, record.fused_attention) == (None,) * 4
     assert record.sm == ("86", "89")
     assert record.batch == EngineBatch(1, 3, 3)
@@ -117,7 +117,7 @@ def test_builds_publishes_and_says_so(
 def test_what_rtx_builds_can_be_captured_in_a_graph(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trt = load_stack("tensorrt_rtx").module
+    trt = load_bindings("tensorrt_rtx").module
     flags: list[set[str]] = []
     real = trt.Builder.build_serialized_network
 
@@ -272,7 +272,7 @@ def test_a_network_that_isnt_the_manifests(tiny_bundle: Path, tmp_path: Path) ->
 
 
 def build_bytes(model: bytes, path: Path, manifest: Manifest) -> trt_build.Built:
-    settings = trt_build.Settings(
+    settings = trt_build.BuildSettings(
         workspace_mib=None,
         level=None,
         low_memory=False,
@@ -280,8 +280,8 @@ def build_bytes(model: bytes, path: Path, manifest: Manifest) -> trt_build.Built
         islands="graph",
         capabilities=("86",),
     )
-    stack = load_stack("tensorrt_rtx")
-    return trt_build.build(stack, model, path, manifest, settings=settings, timing_cache=b"")
+    bindings = load_bindings("tensorrt_rtx")
+    return trt_build.build(bindings, model, path, manifest, settings=settings, timing_cache=b"")
 
 
 @pytest.mark.parametrize("content", [b"", b"hello\n", b"\x00" * 99, b"onnx" * 99])
@@ -385,7 +385,7 @@ def test_a_folder_that_cant_be_written(tiny_bundle: Path) -> None:
 
 # On a GPU, with a fake TensorRT
 
-ORIN = Machine("Orin", ("87",), "6.2")
+ORIN = BuildTarget("Orin", ("87",), "6.2")
 GOOD = Proof(4, 8, 1.0, 0, 0, 0.9999, 0.99999, 1e-3, 40, 0.9999)
 BAD = dataclasses.replace(GOOD, min_cosine=0.14, short=("lowest cosine of kept tokens 0.14",))
 
@@ -478,7 +478,7 @@ def test_every_version_builds_proves_and_publishes(
     # The same again is reused; its proof stands.
     assert jetson.build(tiny_bundle, workspace_mib=512, level=4).reused
     # Another JetPack, or another version of TensorRT: built again.
-    jetson.monkeypatch.setattr(engine, "this_machine", lambda: Machine("Orin", ("87",), "7.2"))
+    jetson.monkeypatch.setattr(engine, "this_machine", lambda: BuildTarget("Orin", ("87",), "7.2"))
     jetson.proofs = [GOOD]
     assert not jetson.build(tiny_bundle, workspace_mib=512, level=4).reused
 
@@ -726,7 +726,7 @@ def test_memory_is_said_and_the_bundle_read_before_the_gpu_is_asked_for(
 ) -> None:
     jetson.install("10.3", tiny_bundle)
 
-    def none() -> Machine:
+    def none() -> BuildTarget:
         raise BackendError("there is no GPU")
 
     monkeypatch.setattr(engine, "this_machine", none)

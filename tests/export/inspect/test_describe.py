@@ -14,7 +14,7 @@ import pytest
 from tests.export import fake_tensorrt
 from tests.export.layouts import write_layout
 from vzip.export.algorithm.budget import Budget
-from vzip.export.engines.tensorrt.api import load_stack
+from vzip.export.engines.tensorrt.api import load_bindings
 from vzip.export.engines.tensorrt.layers import inspect_engine
 from vzip.export.engines.tensorrt.publish import BuildRequest, build_engine
 from vzip.export.graph.trace import GraphOptions
@@ -133,7 +133,7 @@ def test_an_engine_that_was_made_ahead_of_time(
 def test_layers_and_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_tensorrt.install(monkeypatch, fake_tensorrt.make("10.3"))
     monkeypatch.setattr(cuda, "load", lambda: None)
-    layers = inspect_engine(load_stack("tensorrt"), memoryview(b"ftrt and so on"))
+    layers = inspect_engine(load_bindings("tensorrt"), memoryview(b"ftrt and so on"))
     assert layers.fused_attention == 2
     assert layers.kinds() == {"kgen": 4}
     assert layers.precisions() == {"Half": 4}
@@ -145,7 +145,7 @@ def test_a_tensorrt_that_cant_be_started(monkeypatch: pytest.MonkeyPatch) -> Non
     fake_tensorrt.install(monkeypatch, fake_tensorrt.make("10.3", gpu=False))
     monkeypatch.setattr(cuda, "load", lambda: None)
     with pytest.raises(BackendError, match=r"10\.3\.0\.30 can't be started .* driver is too old"):
-        inspect_engine(load_stack("tensorrt"), memoryview(b"ftrt and so on"))
+        inspect_engine(load_bindings("tensorrt"), memoryview(b"ftrt and so on"))
 
 
 def test_an_engine_is_inspected_without_the_packages_of_the_export(tiny_bundle: Path) -> None:

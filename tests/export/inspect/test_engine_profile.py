@@ -17,7 +17,7 @@ from tests.export.layouts import write_layout
 from tests.refusals import refused
 from tests.runtime.fake_gpu import with_engine
 from vzip.export.algorithm.budget import Budget
-from vzip.export.engines.tensorrt.api import load_stack
+from vzip.export.engines.tensorrt.api import load_bindings
 from vzip.export.engines.tensorrt.layers import EngineLayers, inspect_engine
 from vzip.export.graph.reading import read_graph
 from vzip.export.graph.trace import GraphOptions
@@ -189,7 +189,7 @@ def test_what_the_inspector_says_of_origins(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(trt.EngineInspector, "get_engine_information", lambda *_: json.dumps(said))
     fake_tensorrt.install(monkeypatch, trt)
     monkeypatch.setattr(cuda, "load", lambda: None)
-    found = inspect_engine(load_stack("tensorrt"), memoryview(b"ftrt and so on"))
+    found = inspect_engine(load_bindings("tensorrt"), memoryview(b"ftrt and so on"))
     assert found.origins == (("node_matmul", "node_add_1"), ("node_mul", "node_view"), (), ())
     assert [name for name, *_ in found.layers] == ["a", "b", "c", "d"]
 
@@ -202,15 +202,15 @@ def test_an_open_engine_is_profiled(bundle: Bundle, monkeypatch: pytest.MonkeyPa
     warm = [(name, 100 * ms) for name, ms in run]
     asked: list[Any] = []
 
-    def inspect(stack: Any, plan: Any) -> EngineLayers:
-        asked.append((stack, bytes(plan[:4])))
+    def inspect(bindings: Any, plan: Any) -> EngineLayers:
+        asked.append((bindings, bytes(plan[:4])))
         return layers_of(*((name, "", ()) for name, _ in run))
 
     def layer_ms(rows: int, calls: int) -> list[list[tuple[str, float]]]:
         asked.append((rows, calls))
         return [warm] * 2 + [run] * (calls - 2)
 
-    monkeypatch.setattr(engine_profile, "load_stack", lambda name: name)
+    monkeypatch.setattr(engine_profile, "load_bindings", lambda name: name)
     monkeypatch.setattr(engine_profile, "inspect_engine", inspect)
     opened: Any = SimpleNamespace(engine="orin", layer_ms=layer_ms)
     found = profile_engine(opened, with_engine(bundle.path, "10"), 2, calls=4, warm_up=2)
