@@ -32,7 +32,10 @@ def refused(
     """
     with pytest.raises(kind) as raised:
         yield raised
-    says(raised.value, got=got, expected=expected, cause=cause, cure=cure)
+    try:
+        says(raised.value, got=got, expected=expected, cause=cause, cure=cure)
+    finally:
+        del raised  # or this frame, of the error's traceback, would keep what its frames hold
 
 
 def says(

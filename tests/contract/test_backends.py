@@ -84,9 +84,7 @@ class TestContract:
             with VisionEncoder.open(bundle, backend=backend) as encoder:
                 tokens = encoder.encode(list(golden["images"]))  # chunks, the last one padded
                 if backend in WITHOUT_GROUPS:
-                    with pytest.raises(
-                        BackendError, match=r"can't give token_weights, .* open the"
-                    ):
+                    with refused(BackendError, got="token_weights", cure="--backend onnxruntime"):
                         _ = tokens.groups
                     continue
                 assert tokens.groups.dtype == np.int64
@@ -139,7 +137,7 @@ class TestContract:
         self, tiny_bundle: Path, golden: Golden, backend: str, array: np.ndarray
     ) -> None:
         with VisionEncoder.open(tiny_bundle, backend=backend) as encoder:
-            with pytest.raises(InvalidInputError, match=r"got .* expected"):
+            with refused(InvalidInputError, got="got "):
                 encoder.run(array)
             check(encoder.run(golden["images"][:1]), golden, slice(1), half=False)
 
@@ -151,7 +149,7 @@ class TestContract:
         bad = good.copy()
         bad[1, 2, 15, 15] = value
         with VisionEncoder.open(tiny_static_bundle, backend=backend) as encoder:
-            with pytest.raises(InvalidInputError, match="got 1 numbers in pixel_values that"):
+            with refused(InvalidInputError, got=("1", "pixel_values")):
                 encoder.run(bad)
             check(encoder.run(good), golden, slice(2), half=True)
 
@@ -160,7 +158,7 @@ class TestContract:
     ) -> None:
         good = golden["pixel_values"][:2]
         with VisionEncoder.open(tiny_static_bundle, backend=backend) as encoder:
-            with pytest.raises(BackendError, match=r"NaN or infinite, .* --dtype fp32"):
+            with refused(BackendError, got="NaN", cause="--dtype fp32"):
                 encoder.run(good * np.float32(60000))
             check(encoder.run(good), golden, slice(2), half=True)
 
@@ -193,11 +191,11 @@ class TestContract:
         groups = None if backend in WITHOUT_GROUPS else told.groups
         encoder.close()
         encoder.close()
-        with pytest.raises(BackendError, match="the encoder is closed, expected an open one"):
+        with refused(BackendError, got="the encoder is closed", expected="open"):
             encoder.run(golden["images"][:1])
-        with pytest.raises(BackendError, match="the encoder is closed"):
+        with refused(BackendError, got="the encoder is closed"):
             encoder.encode(Path("/no/such/image.png"))  # before the image is looked at
-        with pytest.raises(BackendError, match="the encoder is closed"):
+        with refused(BackendError, got="the encoder is closed"):
             _ = tokens.groups
         if groups is not None:
             assert told.groups is groups  # computed in time, it stays
@@ -271,7 +269,7 @@ class TestContract:
         sign(tiny_bundle)
         with VisionEncoder.open(tiny_bundle, backend=backend) as encoder:
             tokens = encoder.run(golden["images"][:1])
-            with pytest.raises(BackendError, match="token_weights"):
+            with refused(BackendError, got="token_weights"):
                 _ = tokens.groups
 
     def test_an_unknown_operator_is_refused_before_a_backend_sees_it(

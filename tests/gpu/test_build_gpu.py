@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.refusals import refused
 from vzip.export.engines.tensorrt.publish import BuildRequest, Result, build_engine
 from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.bundle.writer import bundle_writer
@@ -98,7 +99,7 @@ def test_an_engine_that_is_not_what_pytorch_says_is_not_published(
     proven: Callable[..., Path],
 ) -> None:
     path = proven(offset=1.0)
-    with pytest.raises(ParityError, match="was not published"):
+    with refused(ParityError, cause="not published"):
         build(path, [], safer=True)
     assert not read_bundle(path).manifest.engines
     assert not list((path / "engines").glob("*.plan"))

@@ -180,8 +180,10 @@ def _check_header(bindings: Bindings, plan: memoryview) -> None:
     """Refuse an engine that the runtime would refuse for its header, and say whose fault it is."""
     fault = header_fault(bytes(plan[:HEADER_BYTES]), bindings.name, bindings.version)
     if fault is not None:
+        found, expected = fault
         raise BackendError(
-            f"{bindings} built an engine that {fault}",
+            f"{bindings} built an engine that {found}",
+            expected=expected,
             cause=(
                 "vzip doesn't know the headers of this TensorRT's engines, and its runtime would "
                 "refuse them. Nothing was published"

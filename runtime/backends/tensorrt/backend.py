@@ -33,7 +33,12 @@ from vzip.runtime.backends.tensorrt.engine_file import Machine, read_engine, unf
 from vzip.runtime.backends.tensorrt.pinned import Lending
 from vzip.runtime.bundle.manifest import EMBEDS
 from vzip.runtime.bundle.reader import Bundle
-from vzip.runtime.errors import BackendError, InvalidInputError, MissingDependencyError
+from vzip.runtime.errors import (
+    BackendError,
+    InvalidInputError,
+    MissingDependencyError,
+    VzipError,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -110,8 +115,8 @@ class TensorRt:
         """
         if extra_outputs:
             raise BackendError(
-                f"an engine can't give {', '.join(extra_outputs)}, which is inside the graph "
-                "and no output of it",
+                f"an engine can't give {', '.join(extra_outputs)}",
+                cause="it is inside the graph and no output of it",
                 cure=(
                     "open the bundle with backend='onnxruntime' (--backend onnxruntime) to see "
                     "where tokens went"
@@ -375,8 +380,10 @@ class TensorRt:
             raise BackendError(f"the backend '{self.name}' is closed")
         if self._dead is not None:
             raise BackendError(
-                f"the engine {self.engine!r} can't be used any more, since an earlier call "
-                f"destroyed this process's access to the GPU ({self._dead})"
+                f"the engine {self.engine!r} can't be used any more",
+                cause=(
+                    f"an earlier call destroyed this process's access to the GPU ({self._dead})"
+                ),
             )
 
     def _check_count(self, count: int) -> None:
@@ -384,16 +391,20 @@ class TensorRt:
         rows = count % self._batch.max or min(count, self._batch.max)
         if rows < self._batch.min:
             raise BackendError(
-                f"got {count} images, the engine {self.engine!r} takes {self._batch.min} to "
-                f"{self._batch.max} a run",
-                cure="build it for this batch with vzip build",
+                f"got {count} images",
+                expected=(
+                    f"{self._batch.min} to {self._batch.max} a run, which the engine "
+                    f"{self.engine!r} takes"
+                ),
+                cure="build an engine for this batch with vzip build",
             )
 
     def _check_process(self) -> None:
         """Refuse use in a fork, before the lock, which another thread may hold for ever there."""
         if os.getpid() != self._process:
             raise BackendError(
-                f"the engine was opened in process {self._process}, this is its fork {os.getpid()}",
+                f"the engine is used in process {os.getpid()}",
+                expected=f"process {self._process}, which opened it and of which this is a fork",
                 cause="CUDA doesn't survive a fork",
                 cure="open the bundle in this process",
             )
@@ -522,7 +533,7 @@ def choose(bundle: Bundle, engine: str | None, cuda: Cuda) -> tuple[str, Machine
         )
     gpu, sm = cuda.device_name(), cuda.compute_capability()
     fitting: dict[str, tuple[Machine, Any]] = {}
-    faults: list[str] = []
+    faults: list[VzipError] = []
     absent: MissingDependencyError | None = None
     for name in names:
         fault = unfit(bundle, name)
@@ -532,7 +543,7 @@ def choose(bundle: Bundle, engine: str | None, cuda: Cuda) -> tuple[str, Machine
                 trt = import_bindings(stack)
             except MissingDependencyError as error:
                 absent = absent or error
-                fault = f"the engine {name!r} needs {TITLES[stack]}: {error}"
+                fault = BackendError(f"the engine {name!r} needs {TITLES[stack]}: {error}")
             else:
                 machine = Machine(stack, version_of(trt), gpu, sm)
                 fault = unfit(bundle, name, machine)
@@ -558,4 +569,15 @@ def choose(bundle: Bundle, engine: str | None, cuda: Cuda) -> tuple[str, Machine
     if absent is not None and len(faults) == 1:
         raise absent
     kind = BackendUnavailableError if engine is None else BackendError
-    raise kind(f"{bundle.path}: {' | '.join(faults)}")
+    raise _none_fits(bundle, faults, kind)
+
+
+def _none_fits(bundle: Bundle, faults: list[VzipError], kind: type[BackendError]) -> BackendError:
+    """Return the error for engines of which none fits this machine."""
+    if len(faults) > 1:
+        return kind(
+            f"{bundle.path} has no engine that fits this machine",
+            cause=" | ".join(str(fault) for fault in faults),
+        )
+    (one,) = faults
+    return kind(f"{bundle.path}: {one.got}", expected=one.expected, cause=one.cause, cure=one.cure)

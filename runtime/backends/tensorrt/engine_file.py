@@ -14,7 +14,7 @@ from typing import Final
 from vzip.runtime.backends.tensorrt.bindings import TITLES
 from vzip.runtime.bundle.engine_record import EngineRecord
 from vzip.runtime.bundle.reader import Bundle, open_engine
-from vzip.runtime.errors import BundleError
+from vzip.runtime.errors import BackendError, BundleError
 
 HEADER_BYTES: Final = 28
 MAGIC: Final = {"tensorrt": b"ftrt", "tensorrt_rtx": b"vtrt"}
@@ -38,8 +38,8 @@ class Machine:
     sm: str
 
 
-def unfit(bundle: Bundle, name: str, machine: Machine | None = None) -> str | None:
-    """Return why an engine can't be run, with both sides and the cure; None if nothing is wrong.
+def unfit(bundle: Bundle, name: str, machine: Machine | None = None) -> BackendError | None:
+    """Return why an engine can't be run; None if nothing is wrong.
 
     Args:
         bundle: The bundle.
@@ -48,35 +48,34 @@ def unfit(bundle: Bundle, name: str, machine: Machine | None = None) -> str | No
     """
     record = bundle.manifest.engines[name]
     if record.quantised != bundle.quantised:
-        return (
-            f"the engine {name!r} was built from the graph in {record.precision}, the bundle was "
-            f"opened with that in {bundle.precision}; open it with precision={record.precision!r} "
-            f"(--precision {record.precision}) to run this engine"
+        return BackendError(
+            f"the engine {name!r} was built from the graph in {record.precision}",
+            expected=f"the graph in {bundle.precision}, with which the bundle was opened",
+            cure=(
+                f"open it with precision={record.precision!r} (--precision {record.precision}) to "
+                "run this engine"
+            ),
         )
-    graph = bundle.graph_file
-    model, fault = bundle.manifest.files[graph], None
+    model, built, expected, cause = bundle.manifest.files[bundle.graph_file], "", "", ""
     if record.model_sha256 != model.sha256:
-        fault = (
-            f"was built from a graph with SHA-256 {record.model_sha256[:12]}…, the bundle's "
-            f"{graph} has {model.sha256[:12]}…"
-        )
+        built = f"from a graph with SHA-256 {record.model_sha256[:12]}…"
+        expected = f"{model.sha256[:12]}…, which {bundle.graph_file} has"
     elif machine is None:
-        pass
-    elif record.stack != machine.stack or not versions_agree(record.version, machine.version):
-        fault = (
-            f"was built with {TITLES[record.stack]} {record.version}, this machine has "
-            f"{TITLES[machine.stack]} {machine.version}, and an engine runs only with the version "
-            "that built it"
-        )
-    elif machine.sm not in record.sm:
-        fault = (
-            f"was built for SM {', '.join(record.sm)} ({record.gpu or 'ahead of time'}), this "
-            f"machine's {machine.gpu} has SM {machine.sm}"
-        )
-    if fault is None:
         return None
-    return (
-        f"the engine {name!r} {fault}; build it again: {rebuild_command(bundle, record, machine)}"
+    elif record.stack != machine.stack or not versions_agree(record.version, machine.version):
+        built = f"with {TITLES[record.stack]} {record.version}"
+        expected = f"{TITLES[machine.stack]} {machine.version}, which this machine has"
+        cause = "an engine runs only with the version that built it"
+    elif machine.sm not in record.sm:
+        built = f"for SM {', '.join(record.sm)} ({record.gpu or 'ahead of time'})"
+        expected = f"SM {machine.sm}, which this machine's {machine.gpu} has"
+    else:
+        return None
+    return BackendError(
+        f"the engine {name!r} was built {built}",
+        expected=expected,
+        cause=cause,
+        cure=f"build it again: {rebuild_command(bundle, record, machine)}",
     )
 
 
@@ -118,19 +117,21 @@ def read_engine(bundle: Bundle, name: str) -> bytearray:
         if size != record.bytes:
             raise BundleError(
                 f"{where} has {size} bytes",
-                expected=f"{record.bytes}",
+                expected=str(record.bytes),
                 cause="it was truncated or replaced",
-                cure=f"{cure}",
+                cure=cure,
             )
         data = bytearray(size)
         view, header = memoryview(data), min(size, HEADER_BYTES)
         count = file.readinto(view[:header])  # type: ignore[attr-defined]
         fault = header_fault(bytes(view[:header]), record.stack, record.version)
         if fault is not None:
+            found, expected = fault
             raise BundleError(
-                f"{where} {fault}",
+                f"{where} {found}",
+                expected=expected,
                 cause="it is something else, or not its record's",
-                cure=f"{cure}",
+                cure=cure,
             )
         count += file.readinto(view[header:])  # type: ignore[attr-defined]
     got = hashlib.sha256(data).hexdigest()
@@ -139,12 +140,12 @@ def read_engine(bundle: Bundle, name: str) -> bytearray:
             f"{where} has SHA-256 {got[:12]}…",
             expected=f"{record.sha256[:12]}…",
             cause="it was damaged or replaced",
-            cure=f"{cure}",
+            cure=cure,
         )
     return data
 
 
-def header_fault(header: bytes, stack: str, version: str) -> str | None:
+def header_fault(header: bytes, stack: str, version: str) -> tuple[str, str] | None:
     """Return what speaks against a header's being that of an engine; see `docs/bundle.md`.
 
     Args:
@@ -153,13 +154,13 @@ def header_fault(header: bytes, stack: str, version: str) -> str | None:
         version: Its version.
 
     Returns:
-        A part of a sentence with what was found and expected; None if nothing is wrong.
+        What was found and what was expected; None if nothing is wrong.
     """
     magic, title = MAGIC[stack], TITLES[stack]
     if len(header) < HEADER_BYTES or header[:4] != magic:
-        return f"begins with {header[:4]!r}, expected {magic!r} as {title}'s engines do"
+        return f"begins with {header[:4]!r}", f"{magic!r} as {title}'s engines do"
     found = header[24:28]
     expected = [int(part) for part in version.split(".")]
     if any(part & 0xFF != byte for part, byte in zip(expected, found, strict=False)):
-        return f"was made by {title} {'.'.join(map(str, found))}, expected {version}"
+        return f"was made by {title} {'.'.join(map(str, found))}", version
     return None

@@ -13,6 +13,7 @@ import pytest
 
 from tests.export import fake_tensorrt
 from tests.precisions import add_precision, golden_precisions
+from tests.refusals import refused
 from vzip.export.engines.tensorrt import auto as engine_auto
 from vzip.export.engines.tensorrt import layers as engine_layers
 from vzip.export.engines.tensorrt import proof as engine_proof
@@ -87,14 +88,14 @@ def with_other_graph(path: Path) -> None:
 
 def test_builds_from_the_fp8_graph_where_gpus_compute_in_it(tiny_bundle: Path) -> None:
     add_precision(tiny_bundle, "fp8")
-    with pytest.raises(BackendError, match=r"'fp8' for SM 86, expected SM 89 or newer .*int8"):
+    with refused(BackendError, got=("'fp8'", "SM 86"), expected="SM 89", cure="int8"):
         build_engine(tiny_bundle, BuildRequest(rtx="sm86,sm89", precision="fp8"), say=quiet)
     result = build_engine(tiny_bundle, BuildRequest(rtx="sm89", precision="fp8"), say=quiet)
     assert (result.name, result.record.precision) == ("rtx-sm89-fp8", "fp8")
 
 
 def test_a_precision_that_is_not_there(tiny_bundle: Path) -> None:
-    with pytest.raises(InvalidInputError, match=r"'int8', expected one of this bundle's: fp32"):
+    with refused(InvalidInputError, got="'int8'", expected="fp32"):
         build_engine(tiny_bundle, BuildRequest(rtx="sm86", precision="int8"), say=quiet)
 
 
@@ -267,12 +268,12 @@ def test_fp8_needs_a_tensorrt_that_knows_it(board: Board) -> None:
     add_precision(board.path, "fp8")
     board.on(L4)
     board.install("8.6")
-    with pytest.raises(BackendError, match=r"'fp8' for TensorRT 8.6.2, expected SM 89 or newer"):
+    with refused(BackendError, got=("'fp8'", "TensorRT 8.6.2"), expected="SM 89"):
         board.build(precision="fp8")
     board.install("10.13")
     assert board.build(precision="fp8").name == "trt-sm89-fp8"
     board.on(ORIN)
-    with pytest.raises(BackendError, match="'fp8' for SM 87"):
+    with refused(BackendError, got=("'fp8'", "SM 87")):
         board.build(precision="fp8")
 
 
@@ -280,7 +281,7 @@ def test_an_int8_engine_that_fails_says_what_helps(board: Board) -> None:
     add_precision(board.path)
     board.install("10.3")
     board.proofs["int8"] = BAD
-    with pytest.raises(ParityError, match=r"build without --precision, or calibrate with a higher"):
+    with refused(ParityError, cure="--precision"):
         board.build(precision="int8")
     assert board.engines == {}
 
@@ -417,13 +418,13 @@ def test_auto_fails_where_the_bundles_own_engine_does(board: Board) -> None:
 
 
 def test_what_auto_cant_be_asked_for(board: Board, tiny_static_bundle: Path) -> None:
-    with pytest.raises(InvalidInputError, match="no quantised graph to choose, expected int8 or"):
+    with refused(InvalidInputError, expected="int8", cure="vzip calibrate"):
         board.best()
     add_precision(board.path)
-    with pytest.raises(InvalidInputError, match="auto with --rtx, expected a GPU to measure on"):
+    with refused(InvalidInputError, got="--rtx", expected="GPU"):
         board.best(rtx="sm89")
     add_precision(tiny_static_bundle)  # has no reference
-    with pytest.raises(InvalidInputError, match=r"no reference.npz, expected PyTorch's tokens"):
+    with refused(InvalidInputError, got="reference.npz", expected="PyTorch"):
         build_best(tiny_static_bundle, BuildRequest(), say=quiet)
 
 

@@ -23,6 +23,7 @@ from onnx import helper
 
 from tests.export import fake_tensorrt
 from tests.export.fake_tensorrt import Layer, Tensor
+from tests.refusals import refused
 from vzip.export.engines.tensorrt import build as trt_build
 from vzip.export.engines.tensorrt import layers as engine_layers
 from vzip.export.engines.tensorrt import memory as build_memory
@@ -267,7 +268,7 @@ def test_a_network_that_isnt_the_manifests(tiny_bundle: Path, tmp_path: Path) ->
         model.graph.output[0].type.tensor_type.shape.dim[2].dim_value = 2
 
     path = with_graph(tiny_bundle, tmp_path, narrower)
-    with pytest.raises(ExportError, match=r"found .*image_embeds FLOAT \[-1, 7, 2\].* expected"):
+    with refused(ExportError, got="image_embeds FLOAT [-1, 7, 2]", expected="image_embeds"):
         ahead(path)
 
 
@@ -287,7 +288,7 @@ def build_bytes(model: bytes, path: Path, manifest: Manifest) -> trt_build.Built
 @pytest.mark.parametrize("content", [b"", b"hello\n", b"\x00" * 99, b"onnx" * 99])
 def test_bytes_that_are_no_graph(tiny_bundle: Path, content: bytes) -> None:
     manifest = read_bundle(tiny_bundle).manifest
-    with pytest.raises(ExportError, match="the parser of TensorRT-RTX"):
+    with refused(ExportError, got="TensorRT-RTX"):
         build_bytes(content, tiny_bundle / "model.onnx", manifest)
 
 
@@ -295,9 +296,9 @@ def test_external_data_is_missing(tiny_bundle: Path) -> None:
     bundle = read_bundle(tiny_bundle)
     model = bundle.read_model()
     (tiny_bundle / "model.onnx.data").unlink()
-    with pytest.raises(BundleError, match=r"model.onnx.data can't be read"):
+    with refused(BundleError, got="model.onnx.data"):
         ahead(tiny_bundle)
-    with pytest.raises(ExportError, match=r"Failed to open file.*model\.onnx\.data"):
+    with refused(ExportError, got="model.onnx.data"):
         build_bytes(model, tiny_bundle / "model.onnx", bundle.manifest)
 
 
@@ -379,7 +380,7 @@ def test_no_room_on_the_disk(tiny_bundle: Path) -> None:
 
 def test_a_folder_that_cant_be_written(tiny_bundle: Path) -> None:
     (tiny_bundle / "engines").write_text("in the way")
-    with pytest.raises(BundleError, match=r"engines: can't be written .* copy the bundle"):
+    with refused(BundleError, got="engines", cure="copy the bundle"):
         ahead(tiny_bundle)
 
 
@@ -543,7 +544,7 @@ def test_an_engine_that_fails_is_not_published(tiny_bundle: Path, jetson: Jetson
     before = jetson.build(tiny_bundle).bundle
     plan = read_engine_file(before)
     jetson.proofs = [BAD]
-    with pytest.raises(ParityError, match=r"not published .*'min_cosine': 0.14.*--safer"):
+    with refused(ParityError, got="'min_cosine': 0.14", cure="--safer"):
         jetson.build(tiny_bundle, level=5)
     assert read_bundle(tiny_bundle) == before
     assert read_engine_file(before) == plan
@@ -611,41 +612,35 @@ def test_a_timing_cache_that_is_a_link_is_ignored(tiny_bundle: Path, jetson: Jet
 
 def test_the_builders_own_words(tiny_bundle: Path, jetson: Jetson) -> None:
     jetson.install("10.3", tiny_bundle, build=lambda *_: "Could not find any\nimplementation")
-    with pytest.raises(
-        BackendError, match=r"\(Could not find any implementation\).*--low-memory"
-    ) as e:
+    with refused(BackendError, got="Could not find any implementation", cure="--low-memory") as e:
         jetson.build(tiny_bundle)
     assert "cma=" not in str(e.value)  # on a workstation that is no cure
     orin = sensors.Jetson("Orin Nano", "36.4.3", "6.2")
     jetson.monkeypatch.setattr(sensors, "jetson", lambda: orin)
-    with pytest.raises(BackendError, match=r"NvMap error 12, contiguous .* cma=512M to the APPEND"):
+    with refused(BackendError, cure=("NvMap error 12", "cma=512M")):
         jetson.build(tiny_bundle)
 
 
 def test_a_header_that_the_runtime_would_refuse(tiny_bundle: Path, jetson: Jetson) -> None:
-    for header, found in (
-        (lambda made: b"trt2" + made[4:], r"begins with b'trt2', expected b'ftrt'"),
-        (lambda made: made[:24] + bytes([11, 0, 0, 0]), r"was made by TensorRT 11.0.0.0, expected"),
+    for header, found, expected in (
+        (lambda made: b"trt2" + made[4:], "b'trt2'", "b'ftrt'"),
+        (lambda made: made[:24] + bytes([11, 0, 0, 0]), "TensorRT 11.0.0.0", "10.3"),
     ):
         jetson.install("10.3", tiny_bundle, header=header)
-        with pytest.raises(
-            BackendError, match=rf"built an engine that {found}.*vzip's check of headers doesn't"
-        ):
+        with refused(BackendError, got=found, expected=expected):
             jetson.build(tiny_bundle)
         assert not read_bundle(tiny_bundle).manifest.engines
 
 
 def test_no_gpu(tiny_bundle: Path, jetson: Jetson) -> None:
     jetson.install("10.3", tiny_bundle, gpu=False)
-    with pytest.raises(BackendError, match=r"can't start its builder \(CUDA initialization"):
+    with refused(BackendError, got="CUDA initialization", cause="GPU"):
         jetson.build(tiny_bundle)
 
 
 def test_the_parser_of_8_6_refuses(tiny_bundle: Path, jetson: Jetson) -> None:
     jetson.install("8.6", tiny_bundle, parse=lambda *_: ["No importer\nfor Foo", "echo"])
-    with pytest.raises(
-        ExportError, match=r"TensorRT 8\.6\.2 doesn't take .*: No importer for Foo;"
-    ):
+    with refused(ExportError, got=("TensorRT 8.6.2", "No importer for Foo")):
         jetson.build(tiny_bundle)
 
 
@@ -664,9 +659,7 @@ def test_low_memory(tiny_bundle: Path, jetson: Jetson) -> None:
 def test_low_memory_refuses_what_cant_fit(tiny_bundle: Path, jetson: Jetson) -> None:
     trt = jetson.install("10.3", tiny_bundle)
     jetson.available = 800
-    with pytest.raises(
-        BackendError, match=r"needs about 906 MiB .* 800 MiB .*can't fit and was not"
-    ):
+    with refused(BackendError, got=("906 MiB", "800 MiB")):
         jetson.build(tiny_bundle, low_memory=True)
     assert trt.made.networks == []
     # Without the mode it is said, and tried.
@@ -715,7 +708,7 @@ def test_low_memory_counts_swap(tiny_bundle: Path, jetson: Jetson) -> None:
         lambda manifest, **options: estimate(whole, **options),
     )
     jetson.available, jetson.swap = 2000, 0
-    with pytest.raises(BackendError, match=r"can't fit .*add swap"):
+    with refused(BackendError, got="MiB", cure="swap"):
         jetson.build(tiny_bundle, low_memory=True)
     jetson.swap = 4000
     jetson.build(tiny_bundle, low_memory=True)
@@ -732,16 +725,16 @@ def test_memory_is_said_and_the_bundle_read_before_the_gpu_is_asked_for(
     monkeypatch.setattr(engine, "this_machine", none)
     jetson.available = 800
     for low_memory in (False, True):
-        with pytest.raises(BackendError, match="there is no GPU"):
+        with refused(BackendError, got="GPU"):
             jetson.build(tiny_bundle, low_memory=low_memory)
         (line,) = jetson.said
         assert line.startswith("memory: the build needs about")
-    with pytest.raises(BundleError, match="found nothing, expected the folder"):
+    with refused(BundleError, got="nothing"):
         jetson.build(tiny_bundle.parent / "nothere")
     assert jetson.said == []
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    with pytest.raises(BundleError, match="found nothing, expected the folder"):
+    with refused(BundleError, got="nothing"):
         jetson.build(tiny_bundle.parent / "nothere")
 
 
@@ -787,7 +780,7 @@ def test_no_room_for_the_engine_that_is_to_be_proven(
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with (
-        pytest.raises(BundleError, match=r"can't be written \(No space left .* MiB"),
+        refused(BundleError, got="No space left", cure="MiB"),
         engine_proof.staged(result.bundle, result.record, memoryview(b"")),
     ):
         pass
@@ -858,7 +851,7 @@ def test_invalid_names_are_input_errors() -> None:
 def test_a_lock_that_is_a_link(tiny_bundle: Path) -> None:
     (tiny_bundle / "engines").mkdir()
     (tiny_bundle / "engines" / ".lock").symlink_to(tiny_bundle / "elsewhere")
-    with pytest.raises(BundleError, match="can't be written"):
+    with refused(BundleError, got="written"):
         ahead(tiny_bundle)
     assert not (tiny_bundle / "elsewhere").exists()
 
