@@ -38,7 +38,7 @@ from vzip.export.algorithm.budget import Budget, split_tokens
 from vzip.export.checkpoint.weights import VisionWeights
 from vzip.export.graph.trace import GraphOptions
 from vzip.export.pages import markdown
-from vzip.export.pipeline import Method, WeightSource, export_bundle
+from vzip.export.pipeline import WeightSource, export_bundle
 from vzip.runtime import demo
 from vzip.runtime.agreement import compare
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, Model
@@ -92,7 +92,7 @@ def export(folder: Path, source: WeightSource, budget: Budget, batch: int) -> Bu
     return export_bundle(
         source,
         folder,
-        method=Method(budget),
+        budget=budget,
         precision="fp32",
         options=GraphOptions(batch=batch, dynamic_batch=batch > 1),
         check_images=(),
@@ -130,7 +130,7 @@ def measure_demo(scenes: int, seed: int, calibrated: int) -> list[dict[str, Any]
 
         with tempfile.TemporaryDirectory() as folder:
             bundle = export(
-                Path(folder) / "bundle", WeightSource("demo"), split_tokens(tokens), BATCH
+                Path(folder) / "bundle", WeightSource("demo"), Budget(*split_tokens(tokens)), BATCH
             )
             samples = Samples.open("demo", count=calibrated)
             expected = outputs(Graph.read(bundle), test.pictures)

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from vzip.calibration.demo import accuracy, dialogue
-from vzip.calibration.variant import Variant
 from vzip.export.algorithm import visionzip
+from vzip.export.algorithm.budget import Budget
 from vzip.runtime import demo
 from vzip.runtime.errors import missing
 
@@ -84,16 +84,15 @@ class DemoQuestions:
         """Return the accuracy with all patches."""
         return self._with_features(self._encoded.hidden[:, 1:])
 
-    def compressed(self, variant: Variant) -> Accuracy:
+    def compressed(self, budget: Budget) -> Accuracy:
         """Return the accuracy with VisionZip's tokens."""
-        budget = variant.budget
         tokens, _ = visionzip.compress(
             self._encoded.hidden,
             self._encoded.keys,
             self._encoded.cls_attention,
             dominant=budget.dominant,
             contextual=budget.contextual,
-            merge=variant.merge,
+            merge=budget.merge,
             cls_token=budget.cls_token,
         )
         return self._with_features(tokens)

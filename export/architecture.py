@@ -8,6 +8,7 @@ and ``image_newline``; `tensor_shapes` lists them all.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -208,6 +209,12 @@ class VisionConfig:
                 self.projector.in_features,
                 f"{width}, the tower's hidden_size times {len(layers)} feature layers",
             )
+
+    def with_tile_order(self, order: Literal["reference", "newline"]) -> VisionConfig:
+        """Return the architecture with another order of a tiled image's tokens; see `Tiling`."""
+        if self.tiling is None:
+            return self
+        return dataclasses.replace(self, tiling=dataclasses.replace(self.tiling, order=order))
 
     @property
     def llm_hidden_size(self) -> int:

@@ -6,51 +6,67 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from vzip.export import EXPORT_PACKAGES
 from vzip.export.architecture import Media
-from vzip.export.parity.compare import UntouchedModel
+from vzip.export.pictures import reference_images
 from vzip.export.pipeline import WeightSource
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.bundle.writer import update_manifest
-from vzip.runtime.errors import CheckpointError
+from vzip.runtime.errors import CheckpointError, require
 from vzip.runtime.pictures.images import ImageSource
 
 
-def check_bundle(
-    path: str | os.PathLike[str], images: Sequence[ImageSource], *, projector: Path | None
+def check(
+    bundle: str | os.PathLike[str],
+    images: Sequence[ImageSource] | None = None,
+    *,
+    projector: str | os.PathLike[str] | None = None,
 ) -> Bundle:
-    """Check a bundle against the model that its manifest names, and record the numbers.
+    """Compare a bundle's graph with the model that its manifest names, as ``vzip check`` does.
+
+    The graph runs beside the untouched Hugging Face tower and projector and a slow oracle of
+    VisionZip. The numbers go into the bundle's manifest, whatever the verdict.
 
     Args:
-        path: The bundle.
-        images: What to check on.
-        projector: The tuned projector, if the bundle was made with one.
+        bundle: The folder.
+        images: Pictures to compare on; None takes vzip's own.
+        projector: The file with the tuned projector, if the bundle was made with one.
 
     Returns:
-        The bundle with the new numbers in its manifest, whatever the verdict.
+        The bundle; ``manifest.parity`` has the numbers and the verdict ``passed``.
 
     Raises:
         CheckpointError: The model can't be found, or the projector is not the bundle's.
         BundleError: The bundle is not whole.
+        InvalidInputError: An image can't be used.
+        MissingDependencyError: A package of the extra ``export`` is not installed.
     """
-    bundle = read_bundle(path)
-    model = bundle.manifest.model
+    require(*EXPORT_PACKAGES, needed_for="a parity check", extra="export")
+    from vzip.export.parity.compare import UntouchedModel
+
+    path, found = Path(bundle), read_bundle(bundle)
+    model = found.manifest.model
     if model.projector is not None and projector is None:
         raise CheckpointError(
-            f"{path} was made with a tuned projector (SHA-256 {model.projector[:12]}…) and "
-            "none was given",
-            expected="--projector FILE with that file",
+            "no projector was given",
+            expected=f"the tuned one, SHA-256 {model.projector[:12]}…, that {path} was made with",
+            cure="give that file with --projector FILE",
         )
     if model.projector is None and projector is not None:
         raise CheckpointError(
-            f"{path} was made with the model's own projector, and {projector} was given",
+            f"the projector {projector} was given",
+            expected=f"none, since {path} was made with the model's own",
             cure="leave out --projector",
         )
-    media: Media = "image" if "image" in bundle.manifest.media else "video"
-    weights, found = WeightSource(model.id, model.revision, model.seed, projector, media).load()
-    if found.projector != model.projector:
+    media: Media = "image" if "image" in found.manifest.media else "video"
+    file = None if projector is None else Path(projector)
+    weights, read = WeightSource(model.id, model.revision, model.seed, file, media).load()
+    if read.projector != model.projector:
         raise CheckpointError(
-            f"the projector {projector} has SHA-256 {str(found.projector)[:12]}…",
-            expected=f"{str(model.projector)[:12]}…, with which {path} was made: give that file",
+            f"the projector {projector} has SHA-256 {str(read.projector)[:12]}…",
+            expected=f"{str(model.projector)[:12]}…, with which {path} was made",
+            cure="give that file",
         )
-    result = UntouchedModel(weights, images).compare(bundle)
-    return update_manifest(bundle, parity=result.to_json())
+    pictures = reference_images() if images is None else images
+    result = UntouchedModel(weights, pictures).compare(found)
+    return update_manifest(found, parity=result.to_json())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from vzip.export.algorithm.budget import Budget
-from vzip.export.architecture import VisionConfig
+if TYPE_CHECKING:
+    from vzip.export.architecture import VisionConfig
 
 IMAGE_TOKENS = 64  # the paper's smallest budget for LLaVA-1.5: 54 + 10 of 576
 FRAME_TOKENS = 17  # the paper's for Video-LLaVA: 136 for 8 frames
@@ -35,9 +35,3 @@ def batch(config: VisionConfig) -> Batch:
     side = config.tower.image_size
     tiles = max(height * width // side**2 for height, width in config.tiling.pinpoints)
     return Batch(min(1 + tiles, MOST_TILES), dynamic=True)
-
-
-def keeps_cls(budget: Budget, config: VisionConfig) -> Budget:
-    """Return a budget that keeps CLS only where the tower has one."""
-    cls_token = budget.cls_token and config.tower.cls_token
-    return Budget(budget.dominant, budget.contextual, cls_token)

@@ -20,12 +20,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Final
+from typing import Final, Literal
 
 from vzip.runtime.errors import InvalidInputError
 
 # What an export can make today; the others are known so that a refusal can give the true reason.
-EXPORTED: Final = ("fp32", "fp16")
+Exported = Literal["fp32", "fp16"]
+EXPORTED: Final[tuple[Exported, ...]] = ("fp32", "fp16")
 
 # The smallest SM with hardware for a precision: FP16 and INT8 tensor cores since Turing, BF16 since
 # Ampere, FP8 since Ada (TensorRT's support matrix).
@@ -56,7 +57,7 @@ class Software:
     source: str
 
     @property
-    def newest_opset(self) -> int:
+    def newest_opset(self) -> Literal[17, 18]:
         """The newest ONNX opset that it reads, as far as exports go."""
         legacy = self.source != "RTX" and self.version.startswith("8.")
         return OPSET_OF_8 if legacy else NEWEST_OPSET
@@ -176,12 +177,12 @@ class Target:
         assert self.batch <= self.largest_batch("fp16"), self.name
 
     @property
-    def opset(self) -> int:
+    def opset(self) -> Literal[17, 18]:
         """The newest opset that every TensorRT it may have reads."""
         return min(software.newest_opset for software in self.software)
 
     @property
-    def precision(self) -> str:
+    def precision(self) -> Exported:
         """The precision to export in unless the user says otherwise: tensor cores want FP16."""
         return "fp16"
 
@@ -341,12 +342,14 @@ class Choice:
         notes: Lines to tell the user: what was taken from the target, what to mind.
     """
 
-    opset: int
-    precision: str
+    opset: Literal[17, 18]
+    precision: Exported
     notes: tuple[str, ...] = ()
 
 
-def resolve(name: str | None, *, opset: int | None, precision: str | None, batch: int) -> Choice:
+def resolve(
+    name: str | None, *, opset: Literal[17, 18] | None, precision: str | None, batch: int
+) -> Choice:
     """Return opset and precision of an export: what the user said, else the target's, else ours.
 
     Args:
@@ -362,15 +365,16 @@ def resolve(name: str | None, *, opset: int | None, precision: str | None, batch
     target = None if name is None else find(name)
     if target is not None and precision is not None and precision in SMALLEST_SM:
         _refuse_precision(target, precision)
-    if precision not in (None, *EXPORTED):
+    asked = next((each for each in EXPORTED if each == precision), None)
+    if precision is not None and asked is None:
         raise InvalidInputError(
             f"--dtype is {precision!r}",
             expected=f"{' or '.join(EXPORTED)}",
             cause="an export has no other dtype",
         )
     if target is None:
-        return Choice(opset or NEWEST_OPSET, precision or "fp32")
-    chosen = Choice(opset or target.opset, precision or target.precision)
+        return Choice(opset or NEWEST_OPSET, asked or "fp32")
+    chosen = Choice(opset or target.opset, asked or target.precision)
     _refuse_batch(target, chosen.precision, batch)
     return Choice(chosen.opset, chosen.precision, tuple(_notes(target, chosen, batch)))
 

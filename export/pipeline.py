@@ -1,39 +1,44 @@
-"""Checkpoint in, bundle out: the steps of an export, in order."""
+"""Checkpoint in, bundle out: the steps of an export, in order.
+
+What is needed to refuse an option is imported at the top. torch comes where weights are read.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import importlib.metadata
+import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 
+from vzip.export import EXPORT_PACKAGES, defaults, hardware
 from vzip.export.algorithm import selections
 from vzip.export.algorithm.budget import Budget, Merge
 from vzip.export.architecture import NEWLINE, Media, VisionConfig
-from vzip.export.checkpoint.random_weights import random_vision
 from vzip.export.checkpoint.reader import Checkpoint, read_projector, read_vision, vision_config
-from vzip.export.checkpoint.weights import VisionWeights
-from vzip.export.graph.trace import GraphOptions, save, trace
-from vzip.export.graph.traced import Encoder
-from vzip.export.llm import onnx_decoder as llm
-from vzip.export.parity.compare import UntouchedModel
+from vzip.export.pictures import reference_images
+from vzip.runtime import console
 from vzip.runtime.bundle import manifest as form
-from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.bundle.writer import bundle_writer
-from vzip.runtime.errors import ParityError
+from vzip.runtime.errors import InvalidInputError, ParityError, require
 from vzip.runtime.models import locate
-from vzip.runtime.pictures.images import ImageSource
+
+if TYPE_CHECKING:
+    from vzip.export.checkpoint.weights import VisionWeights
+    from vzip.export.graph.trace import GraphOptions
+    from vzip.export.graph.traced import GraphInput
+    from vzip.runtime.bundle.reader import Bundle
+    from vzip.runtime.pictures.images import ImageSource
 
 Precision = Literal["fp32", "fp16"]
+TileOrder = Literal["reference", "newline"]
 
-DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 PACKAGES = ("vzip", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -76,6 +81,10 @@ class WeightSource:
         Raises:
             CheckpointError: They can't be found or don't fit.
         """
+        import torch
+
+        from vzip.export.checkpoint.random_weights import random_vision
+
         if self.seed is not None:
             config = self.config()
             # FP16 whatever the precision, as published checkpoints are: both precisions of a graph
@@ -102,36 +111,201 @@ class WeightSource:
         )
 
 
-@dataclass(frozen=True)
-class Method:
-    """Which tokens leave the graph, and in which order the LLM gets those of tiles.
+def export(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    tokens: int | None = None,
+    dominant: int | None = None,
+    contextual: int | None = None,
+    merge: Merge = "average",
+    cls_token: bool = True,
+    selection: str = selections.DEFAULT,
+    revision: str | None = None,
+    weights: Literal["checkpoint", "random"] = "checkpoint",
+    seed: int | None = None,
+    projector: str | os.PathLike[str] | None = None,
+    media: Media | None = None,
+    tiles: TileOrder | None = None,
+    target: str | None = None,
+    dtype: str | None = None,
+    batch: int | None = None,
+    max_batch: int | None = None,
+    graph_input: GraphInput = "image",
+    opset: Literal[17, 18] | None = None,
+    with_llm: bool = False,
+    check_images: Sequence[ImageSource] | None = None,
+    say: Callable[[str], None] = console.say,
+) -> Bundle:
+    """Export a checkpoint's vision side to a bundle, as ``vzip export`` does.
 
-    Attributes:
-        budget: How many, of an image, a tile or a frame.
-        merge: How contextual tokens are formed.
-        selection: A name of `vzip.export.algorithm.selections`.
-        tiles: Order of a tiled image's tokens, see `form.Tiling`.
+    The bundle appears at `output` whole, checked and published, or not at all.
+
+    Args:
+        model: An alias, a hub id ``owner/name`` or a local folder; see `vzip.runtime.models`.
+        output: The folder to create, or a bundle to replace. None makes a name in the working
+            directory from the model's, the tokens, the datatype and what else was asked for, such
+            as ``llava-1.5-7b-64-fp16``.
+        tokens: K, the tokens of an image, a tile or a frame, split 27 : 5 into dominant and
+            contextual ones as in the paper. None, where the parts are not given either, is 64, or
+            17 for a graph made for video.
+        dominant: Tokens kept as they are; instead of `tokens`, together with `contextual`.
+        contextual: Tokens merged from the rest; instead of `tokens`, together with `dominant`.
+        merge: How contextual tokens are formed: "average" is the paper's, "sum" the published
+            code's.
+        cls_token: Keep CLS as one of the dominant tokens, where the tower has one.
+        selection: Which tokens are kept: "visionzip", or a baseline of
+            `vzip.export.algorithm.selections`.
+        revision: Commit, branch or tag of a hub repository.
+        weights: "random" is the architecture at its true size without the checkpoint's tensors.
+        seed: Of random weights, from 0 up; None is 0.
+        projector: A file with a tuned projector that replaces the checkpoint's.
+        media: What the graph is made for, of models that see images and video in different ways.
+            None is the family's own choice.
+        tiles: Order of a tiled image's tokens, see `vzip.runtime.bundle.manifest.Tiling`. None is
+            "reference".
+        target: A name of `vzip.export.hardware`, which sets `opset` and `dtype`.
+        dtype: Of weights and activations, "fp32" or "fp16"; scores and the plan are FP32 in
+            either. None is the target's, or "fp32" without one.
+        batch: Images of a call, exactly. None, where `max_batch` isn't given either, is one image;
+            for tiles and video 1 to those of one input, at most 10.
+        max_batch: Images of a call, at most: the batch axis is open.
+        graph_input: "image" is uint8 [B, H, W, 3], normalised in the graph; "pixel_values" is
+            float32 [B, 3, H, W] as the processor makes it.
+        opset: 17 for TensorRT 8.6, or 18. None is the target's, or 18 without one.
+        with_llm: Put the language model into the bundle too, for ONNX Runtime.
+        check_images: Pictures that the graph is compared with the untouched model on. None takes
+            vzip's own; an empty list leaves the check out.
+        say: Told, in lines, what was chosen and what begins.
+
+    Returns:
+        The published bundle.
+
+    Raises:
+        VzipError: Anything about the model, the options or the output that the caller can mend,
+            such as `BudgetError`, `CheckpointError` or `MissingDependencyError`.
+        ParityError: The graph differs from the untouched model; nothing was written.
     """
-
-    budget: Budget
-    merge: Merge = "average"
-    selection: str = selections.DEFAULT
-    tiles: Literal["reference", "newline"] = "reference"
-
-    def tiled(self, config: VisionConfig) -> VisionConfig:
-        """Return the architecture with the order asked for."""
-        if config.tiling is None:
-            return config
-        return dataclasses.replace(
-            config, tiling=dataclasses.replace(config.tiling, order=self.tiles)
+    if output is not None and not os.fspath(output).strip():
+        raise InvalidInputError("-o is empty", expected="a folder to write the bundle to")
+    source = WeightSource(
+        os.fspath(model),
+        revision,
+        _seed(weights, seed, with_llm=with_llm),
+        None if projector is None else Path(projector),
+        media,
+    )
+    selections.check(selection)
+    config = source.config()
+    budget = Budget.from_options(
+        config,
+        tokens=tokens,
+        dominant=dominant,
+        contextual=contextual,
+        merge=merge,
+        cls_token=cls_token,
+        selection=selection,
+    )
+    if tiles is not None and config.tiling is None:
+        raise InvalidInputError(
+            f"tiles is {tiles!r}",
+            expected="none",
+            cause=f"'{source.model}' cuts no tiles here",
+            cure="leave it out",
         )
+    images = _batch(config, batch, max_batch, target=target, dtype=dtype)
+    chosen = hardware.resolve(target, opset=opset, precision=dtype, batch=images.size)
+    if output is None:
+        output = _named(source, budget, chosen.precision, tiles)
+    require(*EXPORT_PACKAGES, needed_for="an export", extra="export")
+    from vzip.export.graph.trace import GraphOptions
+
+    options = GraphOptions(graph_input, images.size, images.dynamic, chosen.opset)
+    say(f"budget: {budget}")
+    for note in chosen.notes:
+        say(note)
+    bundle = export_bundle(
+        source,
+        Path(output),
+        budget=budget,
+        tiles=tiles or "reference",
+        precision=chosen.precision,
+        options=options,
+        check_images=reference_images() if check_images is None else check_images,
+        step=lambda name: say(f"{name} …"),
+        with_llm=with_llm,
+    )
+    if (parity := bundle.manifest.parity) is not None:
+        say(
+            f"parity on {parity['images']} images: kept overlap {parity['kept_overlap']:.4f}, "
+            f"lowest cosine {parity['min_cosine']:.6f}, largest error {parity['max_error']:.1e}"
+        )
+    return bundle
+
+
+def _seed(weights: str, seed: int | None, *, with_llm: bool) -> int | None:
+    """Return the seed of random weights; None where a checkpoint's are asked for."""
+    if weights not in ("checkpoint", "random"):
+        raise InvalidInputError(f"weights is {weights!r}", expected="checkpoint or random")
+    if weights == "checkpoint" and seed is not None:
+        raise InvalidInputError(
+            f"seed is {seed} and weights is 'checkpoint'",
+            cause="a checkpoint has no seed",
+            cure="leave out the seed, or ask for random weights",
+        )
+    if weights == "random" and with_llm:
+        raise InvalidInputError(
+            "random weights and the language model were asked for",
+            cause="the answers of an LLM to random tokens mean nothing",
+            cure="leave out one of the two",
+        )
+    return None if weights == "checkpoint" else seed or 0
+
+
+def _batch(
+    config: VisionConfig,
+    batch: int | None,
+    max_batch: int | None,
+    *,
+    target: str | None,
+    dtype: str | None,
+) -> defaults.Batch:
+    """Return the batch: as asked for, else the model's default as far as the target takes it."""
+    if batch is not None and max_batch is not None:
+        raise InvalidInputError(
+            f"batch {batch} and max_batch {max_batch} were given",
+            expected="one of them",
+            cure="give batch for an exact number, max_batch for an open axis",
+        )
+    if max_batch is not None:
+        return defaults.Batch(max_batch, dynamic=True)
+    if batch is not None:
+        return defaults.Batch(batch, dynamic=False)
+    default = defaults.batch(config)
+    if target is None:
+        return default
+    machine = hardware.find(target)
+    largest = machine.largest_batch(dtype or machine.precision)
+    return defaults.Batch(min(default.size, largest), default.dynamic)
+
+
+def _named(
+    source: WeightSource, budget: Budget, precision: Precision, tiles: TileOrder | None
+) -> Path:
+    """Return a folder's name made of model, tokens, precision and what else was asked for."""
+    parts = [Path(source.model).resolve().name, str(budget.tokens), precision]
+    parts += [part for part in (source.media, tiles) if part is not None]
+    if budget.method != selections.DEFAULT:
+        parts.append(budget.method)
+    return Path("-".join(parts))
 
 
 def export_bundle(
     source: WeightSource,
     output: Path,
     *,
-    method: Method,
+    budget: Budget,
+    tiles: TileOrder = "reference",
     precision: Precision,
     options: GraphOptions,
     check_images: Sequence[ImageSource],
@@ -143,7 +317,8 @@ def export_bundle(
     Args:
         source: The weights.
         output: The folder to create, or a bundle to replace.
-        method: Which tokens leave the graph.
+        budget: Which tokens leave the graph; it fits the tower.
+        tiles: Order of a tiled image's tokens.
         precision: Of weights and activations; scores and the plan are FP32 in either.
         options: The graph's interface.
         check_images: Images for the parity check; none leaves it out.
@@ -157,12 +332,18 @@ def export_bundle(
         VzipError: Anything about the model, the options or the output that the caller can mend;
             `ParityError` if the graph differs from the reference.
     """
+    from vzip.export.graph.trace import save, trace
+    from vzip.export.graph.traced import DTYPES, Encoder
+    from vzip.export.llm import onnx_decoder as llm
+    from vzip.export.parity.compare import UntouchedModel
+
     with bundle_writer(output) as writer:
         if with_llm:
             step(f"the LLM has {llm.plan(source.model, source.revision)}")
         step("reading weights")
         weights, model = source.load()
-        config = method.tiled(weights.config)
+        config = weights.config.with_tile_order(tiles)
+        manifest = describe(config, model, budget=budget, precision=precision, options=options)
         reference = None
         if check_images:
             step("running the untouched model")
@@ -171,11 +352,9 @@ def export_bundle(
         encoder = Encoder(
             config,
             weights.tensors,
-            budget=method.budget,
-            merge=method.merge,
+            budget=budget,
             graph_input=options.graph_input,
             dtype=DTYPES[precision],
-            selection=method.selection,
         )
         if config.newline:
             newline = weights.tensors[NEWLINE].float().numpy()
@@ -185,7 +364,6 @@ def export_bundle(
         step("writing the graph")
         save(graph, writer.folder)
         del encoder, graph
-        manifest = describe(config, model, method=method, precision=precision, options=options)
         if reference is not None:
             step("comparing the graph with it")
             result = reference.compare(writer.stage(manifest))
@@ -210,12 +388,12 @@ def describe(
     config: VisionConfig,
     model: form.Model,
     *,
-    method: Method,
+    budget: Budget,
     precision: Precision,
     options: GraphOptions,
 ) -> form.Manifest:
     """Return the manifest of a graph, without files and parity."""
-    tower, budget = config.tower, method.budget
+    tower = config.tower
     batch: int | Literal["batch"] = "batch" if options.dynamic_batch else options.batch
     side = tower.image_size
     if options.graph_input == "image":
@@ -224,9 +402,7 @@ def describe(
         graph_input = form.Tensor("pixel_values", "float32", (batch, 3, side, side))
     return form.Manifest(
         model=model,
-        selection=form.Selection(
-            method.selection, budget.dominant, budget.contextual, method.merge, budget.cls_token
-        ),
+        selection=form.Selection(**vars(budget)),
         tower=form.Tower(
             config.tokens, config.grid, tower.cls_token, side, tower.patch_size, config.pool
         ),

@@ -22,7 +22,7 @@ from vzip.export.checkpoint.random_weights import random_vision
 from vzip.export.checkpoint.weights import VisionWeights
 from vzip.export.graph.trace import GraphOptions
 from vzip.export.parity.reference import projector, tower_features
-from vzip.export.pipeline import Method, export_bundle
+from vzip.export.pipeline import export_bundle
 from vzip.runtime.bundle.manifest import Model
 from vzip.runtime.pictures.preprocess import Preprocessing
 
@@ -74,8 +74,8 @@ def bundles() -> Path:
         ("tiny_bundle", "fp32", GraphOptions("image", 3, dynamic_batch=True)),
         ("tiny_static_bundle", "fp16", GraphOptions("pixel_values", 2, opset=17)),
     ):
-        method = Method(Budget(DOMINANT, CONTEXTUAL))
-        export_bundle(source, folder / name, method=method, precision=precision,
+        budget = Budget(DOMINANT, CONTEXTUAL)
+        export_bundle(source, folder / name, budget=budget, precision=precision,
                       options=options, check_images=(), step=lambda _: None)  # fmt: skip
     return folder
 

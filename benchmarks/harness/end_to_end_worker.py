@@ -87,7 +87,7 @@ def encode(*, llm: str, tiles: int, budgets: list[int], seconds: float) -> Answe
         form: Any = everything
         if tokens != tiles * PATCHES:
             form = Sdpa(weights, SimpleNamespace(selection=selection), torch.bfloat16)
-            form.budget = Budget(*SPLITS[tokens // tiles], cls_token=True)
+            form.budget = Budget(*SPLITS[tokens // tiles], merge=_MERGE)
         form.tower, form.projector = everything.tower, everything.projector
         forms[tokens] = form.eval()
     for part in (everything.tower, everything.projector):

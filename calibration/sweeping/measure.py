@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vzip.calibration.sweeping.shared_tower import ALL, Seen, SweepSession, open_sweep
-from vzip.calibration.variant import Variant
+from vzip.export.algorithm.budget import Budget
 from vzip.export.checkpoint.reader import Checkpoint, read_vision
 from vzip.export.defaults import FRAMES
 from vzip.export.plan.llm_cost import LlmShape, llm_shape
@@ -44,7 +44,7 @@ class Row:
     """One budget and merge; or, without them, all tokens.
 
     Attributes:
-        name: `Variant.name`, or ``all``.
+        name: `Budget.name`, or ``all``.
         tokens: K, of an image, a tile or a frame.
         dominant: Those kept; None for all tokens.
         contextual: Those merged; None for all tokens.
@@ -120,7 +120,7 @@ class Sweep:
 
 def measure(
     model: str,
-    variants: Sequence[Variant],
+    budgets: Sequence[Budget],
     images: Sequence[tuple[str, Callable[[], ImageSource]]],
     *,
     revision: str | None,
@@ -132,7 +132,7 @@ def measure(
 
     Args:
         model: An alias, a hub id or a local folder.
-        variants: At least one; each fits the tower.
+        budgets: At least one; each fits the tower.
         images: Name of each, and what gives it; at least one.
         revision: Commit, branch or tag of a hub repository.
         source: What the images are, for the record.
@@ -141,7 +141,6 @@ def measure(
 
     Raises:
         CheckpointError: The checkpoint isn't there, isn't known, or lacks the LLM's sizes.
-        BudgetError: A budget doesn't fit the tower.
         InvalidInputError: An image can't be used.
         BackendError: ONNX Runtime failed.
     """
@@ -151,20 +150,19 @@ def measure(
     weights = read_vision(checkpoint)
     config = weights.config
     unit, units, pixels = _inputs(config, images)
-    step(f"tracing the tower with {len(variants)} ways to compress behind it")
-    session = open_sweep(weights, variants)
+    step(f"tracing the tower with {len(budgets)} ways to compress behind it")
+    session = open_sweep(weights, budgets)
     del weights
     step(f"measuring agreement on {len(pixels)} images")
     kept = _agreements(session, pixels, config)
     step("timing")
     latencies = _latencies(session, pixels[0])
     del session  # a gigabyte or more, for a ViT-L
-    accuracies, questions = _accuracies(checkpoint.model_id, variants, step)
+    accuracies, questions = _accuracies(checkpoint.model_id, budgets, step)
 
-    def row(name: str, variant: Variant | None) -> Row:
-        budget = None if variant is None else variant.budget
+    def row(name: str, budget: Budget | None) -> Row:
         tokens = config.grid[0] * config.grid[1] if budget is None else budget.tokens
-        agreement, attention = (1.0, 1.0) if variant is None else kept[name]
+        agreement, attention = (1.0, 1.0) if budget is None else kept[name]
         n = text_tokens + units * tokens
         accuracy = accuracies.get(name)
         return Row(
@@ -172,7 +170,7 @@ def measure(
             tokens=tokens,
             dominant=None if budget is None else budget.dominant,
             contextual=None if budget is None else budget.contextual,
-            merge=None if variant is None else variant.merge,
+            merge=None if budget is None else budget.merge,
             agreement=round(agreement, 6),
             attention_kept=round(attention, 6),
             accuracy=None if accuracy is None else round(accuracy.share, 4),
@@ -195,7 +193,7 @@ def measure(
         llm=llm,
         questions=questions,
         everything=row(ALL, None),
-        rows=tuple(row(each.name, each) for each in variants),
+        rows=tuple(row(each.name, each) for each in budgets),
         machine=machine(),
     )
 
@@ -218,35 +216,35 @@ def _inputs(
     return ("frame", FRAMES, pixels) if config.media == "video" else ("image", 1, pixels)
 
 
-def agreement(seen: Seen, variant: Variant, first_patch: int) -> tuple[float, float]:
+def agreement(seen: Seen, budget: Budget, first_patch: int) -> tuple[float, float]:
     """Return the agreement of one image, and the share of attention that was kept.
 
     Args:
         seen: What the image became.
-        variant: The way to compress.
+        budget: The way to compress.
         first_patch: 1 where the tower's token 0 is CLS, else 0.
     """
-    weights = seen.weights[variant.name][:, first_patch:]  # [K, N]
+    weights = seen.weights[budget.name][:, first_patch:]  # [K, N]
     stands_for = weights.argmax(axis=0)  # each patch goes into one token
     before = seen.everything.astype(np.float64)
-    after = seen.embeds[variant.name].astype(np.float64)[stands_for]
+    after = seen.embeds[budget.name].astype(np.float64)[stands_for]
     lengths = np.linalg.norm(before, axis=1) * np.linalg.norm(after, axis=1)
     cosines = np.sum(before * after, axis=1) / np.maximum(lengths, np.finfo(np.float64).tiny)
     attention = seen.scores.astype(np.float64)
     attention /= attention.sum()
-    kept = stands_for < variant.budget.dominant
+    kept = stands_for < budget.dominant
     return float(attention @ cosines), float(attention[kept].sum())
 
 
 def _agreements(
     session: SweepSession, images: Sequence[NDArray[np.uint8]], config: VisionConfig
 ) -> dict[str, tuple[float, float]]:
-    """Return the means over images of each variant's agreement and kept attention."""
+    """Return the means over images of each budget's agreement and kept attention."""
     first_patch = int(config.tower.cls_token)
-    found: dict[str, list[tuple[float, float]]] = {each.name: [] for each in session.variants}
+    found: dict[str, list[tuple[float, float]]] = {each.name: [] for each in session.budgets}
     for image in progress(images, desc="agreement", unit="image"):
         seen = session.see(image)
-        for each in session.variants:
+        for each in session.budgets:
             found[each.name].append(agreement(seen, each, first_patch))
     means = {name: np.mean(values, axis=0) for name, values in found.items()}
     return {name: (float(mean[0]), float(mean[1])) for name, mean in means.items()}
@@ -258,11 +256,11 @@ def _latencies(session: SweepSession, image: NDArray[np.uint8]) -> dict[str, Tim
     def encode(name: str) -> Callable[[], object]:
         return lambda: session.encode(name, batch)
 
-    return interleaved({name: encode(name) for name in (ALL, *(v.name for v in session.variants))})
+    return interleaved({name: encode(name) for name in (ALL, *(v.name for v in session.budgets))})
 
 
 def _accuracies(
-    model: str, variants: Sequence[Variant], step: Say
+    model: str, budgets: Sequence[Budget], step: Say
 ) -> tuple[dict[str, Accuracy], Mapping[str, int] | None]:
     """Return the accuracy of every row, for the demo model."""
     if model != DEMO:
@@ -272,6 +270,6 @@ def _accuracies(
     step("asking the demo's held-out questions")
     asked = DemoQuestions()
     found = {ALL: asked.uncompressed()}
-    for each in progress(variants, desc="accuracy"):
+    for each in progress(budgets, desc="accuracy"):
         found[each.name] = asked.compressed(each)
     return found, asked.to_json()

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 from torch import Tensor, nn
 
-from vzip.calibration.variant import Variant
 from vzip.export.algorithm import selections
+from vzip.export.algorithm.budget import Budget
 from vzip.export.checkpoint.weights import VisionWeights
 from vzip.export.graph import passes
 from vzip.export.graph.trace import quiet_exporter, save
@@ -45,8 +45,8 @@ class Seen:
     Attributes:
         everything: float32 [N, L], the embeddings of all patches, in raster order.
         scores: float32 [N], by which patches are kept.
-        embeds: Variant's name → float32 [K, L].
-        weights: Variant's name → float32 [K, S], weight of tower token s in output token k.
+        embeds: Budget's name → float32 [K, L].
+        weights: Budget's name → float32 [K, S], weight of tower token s in output token k.
     """
 
     everything: Array
@@ -69,19 +69,17 @@ class _Tower(nn.Module):
 
 
 class _Tail(nn.Module):
-    """Select, merge and project as one variant does."""
+    """Select, merge and project as one budget asks."""
 
-    def __init__(self, encoder: Encoder, variant: Variant) -> None:
+    def __init__(self, encoder: Encoder, budget: Budget) -> None:
         super().__init__()
         self.encoder = encoder
-        self.variant = variant
+        self.budget = budget
 
     def forward(self, features: Tensor, keys: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """[1, tower tokens, F], [1, H, S, d] and [1, N] → [1, K, L] and [1, K, S]."""
         signals = selections.Signals(keys, self.encoder.cls_token, lambda: scores)
-        embeds, _, weights = self.encoder.compress(
-            features, signals, self.variant.budget, self.variant.merge
-        )
+        embeds, _, weights = self.encoder.compress(features, signals, self.budget)
         return embeds, weights
 
 
@@ -105,15 +103,15 @@ class SweepSession:
     """The graphs, opened; see `open_sweep`.
 
     Attributes:
-        variants: What there is beside `ALL`.
+        budgets: What there is beside `ALL`.
     """
 
-    def __init__(self, tower: Any, tails: Mapping[str, Any], variants: Sequence[Variant]) -> None:
-        self.variants = tuple(variants)
+    def __init__(self, tower: Any, tails: Mapping[str, Any], budgets: Sequence[Budget]) -> None:
+        self.budgets = tuple(budgets)
         self._tower, self._tails = tower, tails
 
     def see(self, image: Array) -> Seen:
-        """Run the tower once, and every variant behind it.
+        """Run the tower once, and every budget's tail behind it.
 
         Args:
             image: uint8 [H, W, 3], as the tower takes it.
@@ -122,7 +120,7 @@ class SweepSession:
             BackendError: A number isn't finite.
         """
         features = self._features(image[None])
-        tails = {each.name: self._tail(each.name, features) for each in self.variants}
+        tails = {each.name: self._tail(each.name, features) for each in self.budgets}
         seen = Seen(
             self._tail(ALL, features)[0][0],
             features["scores"][0],
@@ -140,10 +138,10 @@ class SweepSession:
         return seen
 
     def encode(self, name: str, image: Array) -> Array:
-        """Run the encoder of one variant, or of `ALL`.
+        """Run the encoder of one budget, or of `ALL`.
 
         Args:
-            name: `Variant.name`, or `ALL`.
+            name: `Budget.name`, or `ALL`.
             image: uint8 [1, H, W, 3].
 
         Returns:
@@ -161,26 +159,22 @@ class SweepSession:
         return outputs
 
 
-def open_sweep(weights: VisionWeights, variants: Sequence[Variant]) -> SweepSession:
+def open_sweep(weights: VisionWeights, budgets: Sequence[Budget]) -> SweepSession:
     """Trace the graphs and open them on the CPU; no file of them stays.
 
     Args:
-        weights: Of the model; each budget must fit its tower.
-        variants: At least one.
+        weights: Of the model; each budget fits its tower.
+        budgets: At least one.
 
     Raises:
-        BudgetError: A budget doesn't fit.
         BackendError: ONNX Runtime can't open a graph.
     """
     onnxruntime = import_onnxruntime("vzip sweep", "cpu")
     config = weights.config
-    for each in variants:
-        each.budget.check_fits(config.tokens, tower_has_cls=config.tower.cls_token)
     encoder = Encoder(
         config,
         weights.tensors,
-        budget=variants[0].budget,
-        merge=variants[0].merge,
+        budget=budgets[0],
         graph_input="image",
         dtype=torch.float32,
     )
@@ -206,9 +200,9 @@ def open_sweep(weights: VisionWeights, variants: Sequence[Variant]) -> SweepSess
     between = dict(zip(_FEATURES, features, strict=True))
     tower = opened(_Tower(encoder), {"image": image}, _FEATURES)
     tails = {ALL: opened(_Everything(encoder), {"features": features[0]}, ["embeds"])}
-    for each in progress(variants, desc="tracing"):
+    for each in progress(budgets, desc="tracing"):
         tails[each.name] = opened(_Tail(encoder, each), between, ["embeds", "weights"])
-    return SweepSession(tower, tails, variants)
+    return SweepSession(tower, tails, budgets)
 
 
 def _trace(

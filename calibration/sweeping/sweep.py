@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from vzip.calibration.samples import images_of
 from vzip.calibration.sweeping.advice import Advice, Limits, advise
 from vzip.export import EXPORT_PACKAGES
-from vzip.export.algorithm.budget import Merge, split_tokens
+from vzip.export.algorithm.budget import Budget, Merge
 from vzip.runtime import console
 from vzip.runtime.errors import InvalidInputError, MissingDependencyError, require
 from vzip.runtime.files import outputs
@@ -20,7 +20,6 @@ from vzip.runtime.models import DEMO, locate
 
 if TYPE_CHECKING:
     from vzip.calibration.sweeping.measure import Sweep
-    from vzip.calibration.variant import Variant
 
 TEXT_TOKENS: Final = 64
 """LLaVA-1.5's prompt without its image has about forty tokens, a question some twenty."""
@@ -105,11 +104,11 @@ def sweep(
     require(*EXPORT_PACKAGES, needed_for="'vzip sweep'", extra="export")
     from vzip.calibration.sweeping.measure import measure
 
-    variants = _variants(model, revision, tokens, merges)
+    budgets = _budgets(model, revision, tokens, merges)
     source, shown = images_of(images, model=model_id, count=count, say=say)
     result = measure(
         model,
-        variants,
+        budgets,
         shown,
         revision=revision,
         source=source,
@@ -123,21 +122,18 @@ def sweep(
     return Swept(result, advice, outputs.write_folder(folder, _files(found, say)))
 
 
-def _variants(
+def _budgets(
     model: str, revision: str | None, tokens: Sequence[int], merges: Sequence[Merge]
-) -> list[Variant]:
+) -> list[Budget]:
     """Return the budgets by size, each with every merge, as far as the tower takes CLS along."""
-    from vzip.calibration.variant import Variant
-    from vzip.export import defaults
     from vzip.export.checkpoint.reader import Checkpoint
 
     config = Checkpoint.open(model, revision=revision).vision()
-    found = []
-    for each in sorted(set(tokens)):
-        budget = defaults.keeps_cls(split_tokens(each), config)
-        budget.check_fits(config.tokens, tower_has_cls=config.tower.cls_token)
-        found += [Variant(budget, merge) for merge in dict.fromkeys(merges)]
-    return found
+    return [
+        Budget.from_options(config, tokens=each, merge=merge)
+        for each in sorted(set(tokens))
+        for merge in dict.fromkeys(merges)
+    ]
 
 
 def _files(found: Swept, say: Callable[[str], None]) -> dict[str, bytes]:

@@ -29,9 +29,9 @@ from vzip.runtime.pictures.preprocess import tower_image
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from vzip.export.algorithm.budget import Budget
     from vzip.export.architecture import VisionConfig
     from vzip.export.checkpoint.weights import VisionWeights
-    from vzip.export.pipeline import Method
 
 VERSION: Final = 1
 """Goes up when the same tower and budget give other features, or entries another form."""
@@ -67,24 +67,22 @@ class Tower:
 
     Args:
         weights: Of the model.
-        method: Which tokens leave the graph.
+        budget: Which tokens leave the graph.
         device: Where it runs.
     """
 
-    def __init__(self, weights: VisionWeights, method: Method, device: torch.device) -> None:
+    def __init__(self, weights: VisionWeights, budget: Budget, device: torch.device) -> None:
         config = weights.config
-        self.shape = (method.budget.tokens, config.projector.in_features)
-        self.fingerprint = _fingerprint(weights, method)
+        self.shape = (budget.tokens, config.projector.in_features)
+        self.fingerprint = _fingerprint(weights, budget)
         self._preprocessing = config.preprocessing
         self._device = device
         encoder = Encoder(
             config,
             weights.tensors,
-            budget=method.budget,
-            merge=method.merge,
+            budget=budget,
             graph_input="image",
             dtype=torch.float32,
-            selection=method.selection,
         )
         # What comes out is then what would go into it.
         encoder.register_module("projector", nn.Identity())
@@ -188,7 +186,7 @@ def _unwritable(folder: Path, error: OSError) -> InvalidInputError:
     )
 
 
-def _fingerprint(weights: VisionWeights, method: Method) -> str:
+def _fingerprint(weights: VisionWeights, budget: Budget) -> str:
     config = weights.config
     digest = hashlib.sha256()
     for name in sorted(needed_tensors(config)):
@@ -203,8 +201,6 @@ def _fingerprint(weights: VisionWeights, method: Method) -> str:
         "feature_layers": config.feature_layers,
         "pool": config.pool,
         "preprocessing": codec.write(config.preprocessing),
-        "budget": dataclasses.asdict(method.budget),
-        "merge": method.merge,
-        "selection": method.selection,
+        "budget": codec.write(budget),
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

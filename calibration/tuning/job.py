@@ -21,9 +21,9 @@ from vzip.calibration.tuning.session import FEATURES, Session
 from vzip.calibration.tuning.text import Example, Wording
 from vzip.calibration.tuning.trainer import Recipe, Schedule, Tuner
 from vzip.calibration.tuning.workers import Workers
+from vzip.export.algorithm.budget import Budget
 from vzip.export.checkpoint.weights import VisionWeights
 from vzip.export.parity.reference import projector as untouched_projector
-from vzip.export.pipeline import Method
 from vzip.runtime.bundle.manifest import Model
 from vzip.runtime.console import progress
 from vzip.runtime.errors import InvalidInputError
@@ -45,7 +45,7 @@ class Job:
     Attributes:
         model: The model, as the manifest of a bundle names it.
         weights: Its tower and projector.
-        method: Which tokens leave the tower; that of the export which the projector is for.
+        budget: Which tokens leave the tower; that of the export which the projector is for.
         data: Conversations about images.
         count: How many of its records are taken, by the recipe's seed; None for all.
         recipe: How.
@@ -55,7 +55,7 @@ class Job:
 
     model: Model
     weights: VisionWeights
-    method: Method
+    budget: Budget
     data: Data
     count: int | None
     recipe: Recipe
@@ -170,7 +170,7 @@ def tune_projector(
 
     Args:
         job: What is to be done.
-        tower: Of its weights and method.
+        tower: Of its weights and budget.
         llm: The LLM, in the recipe's dtype.
         session: Takes the states, and the projector in the end.
         workers: The processes that share the steps.
@@ -183,7 +183,7 @@ def tune_projector(
     """
     started = time.monotonic()
     projector = untouched_projector(job.weights)
-    wording = Wording(llm, job.method.budget.tokens)
+    wording = Wording(llm, job.budget.tokens)
     store = FeatureStore(job.features or session.folder / FEATURES, tower)
     records = choose(job.data, job.count, job.recipe.seed)
     ready = prepare(job.data, records, wording=wording, tower=tower, store=store, workers=workers)
@@ -279,9 +279,7 @@ def _report(
 ) -> dict[str, Any]:
     return {
         "model": dataclasses.asdict(job.model),
-        "budget": dataclasses.asdict(job.method.budget),
-        "merge": job.method.merge,
-        "selection": job.method.selection,
+        "budget": dataclasses.asdict(job.budget),
         "recipe": dataclasses.asdict(job.recipe),
         "data": {
             "source": job.data.source,

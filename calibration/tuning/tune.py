@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from vzip.calibration.tuning.data import DEMO, DEMO_SCENES, DemoData, InstructionData
 from vzip.export.algorithm import selections
-from vzip.export.algorithm.budget import Budget, Merge, split_tokens
+from vzip.export.algorithm.budget import Budget, Merge
 from vzip.runtime import console
 from vzip.runtime.errors import BudgetError, InvalidInputError, require
 from vzip.runtime.files import outputs
@@ -94,7 +94,12 @@ def tune(
         MissingDependencyError: The extra ``export`` is not installed.
     """
     projector = outputs.check_file(output, SUFFIX)
-    asked = _budget(tokens, dominant, contextual, cls_token=cls_token)
+    if tokens is None and dominant is None and contextual is None:
+        raise BudgetError(
+            "no budget was given",
+            expected="the one that the export will have",
+            cure="give --tokens, or --dominant and --contextual",
+        )
     _check_data(data, images, count=count, save_steps=save_steps)
     require("torch", "transformers", "safetensors", needed_for="'vzip tune'", extra="export")
     from vzip.calibration.tuning.features import Tower, check_tunable
@@ -102,8 +107,7 @@ def tune(
     from vzip.calibration.tuning.session import Session
     from vzip.calibration.tuning.trainer import Recipe
     from vzip.calibration.tuning.workers import Workers
-    from vzip.export import defaults
-    from vzip.export.pipeline import Method, WeightSource
+    from vzip.export.pipeline import WeightSource
     from vzip.runtime.llm.local.transformers import TransformersLLM
 
     workers = Workers.of_environment()
@@ -122,8 +126,15 @@ def tune(
     source = WeightSource(model, revision)
     config = source.config()
     check_tunable(config, model)
-    budget = defaults.keeps_cls(asked, config)
-    budget.check_fits(config.tokens, tower_has_cls=config.tower.cls_token)
+    budget = Budget.from_options(
+        config,
+        tokens=tokens,
+        dominant=dominant,
+        contextual=contextual,
+        merge=merge,
+        cls_token=cls_token,
+        selection=selection,
+    )
     records: Data
     if data == DEMO:
         records = DemoData(count or DEMO_SCENES, seed, config.tower.image_size)
@@ -133,7 +144,7 @@ def tune(
     job = Job(
         model=named,
         weights=weights,
-        method=Method(budget, merge, selection),
+        budget=budget,
         data=records,
         count=None if data == DEMO else count,
         recipe=recipe,
@@ -141,7 +152,7 @@ def tune(
         save_steps=save_steps,
     )
     with workers.joined(place):
-        tower = Tower(weights, job.method, place)
+        tower = Tower(weights, job.budget, place)
         run = run_of(job, tower, workers)
         with Session(projector, run, resume=resume, workers=workers) as session:
             llm = TransformersLLM.open(
@@ -152,20 +163,6 @@ def tune(
             )
             tune_projector(job, tower, llm, session=session, workers=workers, say=say)
     return projector if workers.first else None
-
-
-def _budget(
-    tokens: int | None, dominant: int | None, contextual: int | None, *, cls_token: bool
-) -> Budget:
-    """Return the budget as asked for."""
-    if tokens is not None and dominant is None and contextual is None:
-        return split_tokens(tokens, cls_token=cls_token)
-    if tokens is None and dominant is not None and contextual is not None:
-        return Budget(dominant, contextual, cls_token)
-    raise BudgetError(
-        f"got --tokens {tokens}, --dominant {dominant} and --contextual {contextual}",
-        expected="either --tokens or the other two, as the export will have them",
-    )
 
 
 def _check_data(

@@ -1,13 +1,22 @@
-"""Token budgets, without torch: command lines read them before anything heavy is imported."""
+"""Which tokens leave the graph: parsed once, checked once against the architecture, trusted after.
+
+Nothing here needs torch: command lines read a budget before anything heavy is imported.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, get_args
 
-from vzip.runtime.errors import BudgetError
+from vzip.export import defaults
+from vzip.runtime.errors import BudgetError, InvalidInputError
+
+if TYPE_CHECKING:
+    from vzip.export.architecture import VisionConfig
 
 Merge = Literal["average", "sum"]
+VISIONZIP = "visionzip"
+"""The selection that is the paper's; others are baselines."""
 
 # The paper's budgets (54 + 10, 108 + 20, 162 + 30; per tile 27 + 5) all have this ratio.
 DOMINANT_PARTS, ALL_PARTS = 27, 32
@@ -15,36 +24,103 @@ DOMINANT_PARTS, ALL_PARTS = 27, 32
 
 @dataclass(frozen=True)
 class Budget:
-    """How many tokens leave the graph, and of which kind.
+    """How many tokens leave the graph, of which kind, and how they are chosen and merged.
+
+    A bundle's manifest holds these fields as its ``selection``.
 
     Attributes:
+        method: A name of `vzip.export.algorithm.selections`, which chooses the dominant tokens.
         dominant: Tokens kept as they are. With `cls_token`, CLS is one of them.
         contextual: Tokens merged from the rest.
+        merge: How contextual tokens are formed: "average" is the paper's, "sum" the published
+            code's.
         cls_token: Whether CLS is kept. False drops CLS where the tower has one.
+
+    Raises:
+        BudgetError: A number isn't an integer of at least 1.
+        InvalidInputError: `merge` is unknown.
     """
 
+    method: str = field(default=VISIONZIP, kw_only=True)
     dominant: int
     contextual: int
+    merge: Merge = field(default="average", kw_only=True)
     cls_token: bool = True
 
     def __post_init__(self) -> None:
         for name in ("dominant", "contextual"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise BudgetError(
-                    f"{name} is {value!r}",
-                    expected="an integer of at least 1",
-                )
-            if value < 1:
-                raise BudgetError(
-                    f"{name} is {value}",
-                    expected="at least 1",
-                )
+            _check_count(name, getattr(self, name), least=1)
+        if self.merge not in get_args(Merge):
+            raise InvalidInputError(
+                f"merge is {self.merge!r}", expected=f"one of {', '.join(get_args(Merge))}"
+            )
+
+    @classmethod
+    def from_options(
+        cls,
+        config: VisionConfig,
+        *,
+        tokens: int | None = None,
+        dominant: int | None = None,
+        contextual: int | None = None,
+        merge: Merge = "average",
+        cls_token: bool = True,
+        selection: str = VISIONZIP,
+    ) -> Budget:
+        """Return the budget that a user asked for; it fits the tower.
+
+        A tower without CLS keeps none.
+
+        Args:
+            config: The architecture.
+            tokens: K of an image, a tile or a frame, see `split_tokens`. None, where the parts are
+                not given either, is the model's default.
+            dominant: Instead of `tokens`, together with `contextual`.
+            contextual: Instead of `tokens`, together with `dominant`.
+            merge: As the attribute.
+            cls_token: As the attribute.
+            selection: The attribute `method`.
+
+        Raises:
+            BudgetError: The options contradict each other, or the tower's tokens can't fill the
+                budget.
+            InvalidInputError: `merge` is unknown.
+        """
+        if tokens is not None and (dominant, contextual) != (None, None):
+            raise BudgetError(
+                f"tokens {tokens}, dominant {dominant} and contextual {contextual} were given",
+                expected="either tokens, the sum, or its parts",
+                cure="leave out one or the other",
+            )
+        if dominant is None and contextual is None:
+            tokens = defaults.tokens(config) if tokens is None else tokens
+            dominant, contextual = split_tokens(tokens)
+        if dominant is None or contextual is None:
+            raise BudgetError(
+                f"dominant is {dominant} and contextual is {contextual}",
+                expected="both of them",
+                cure="give the other one too, or tokens for the sum",
+            )
+        has_cls = config.tower.cls_token
+        budget = cls(dominant, contextual, cls_token and has_cls, merge=merge, method=selection)
+        budget.check_fits(config.tokens, tower_has_cls=has_cls)
+        return budget
 
     @property
     def tokens(self) -> int:
         """K, the tokens that leave the graph."""
         return self.dominant + self.contextual
+
+    @property
+    def name(self) -> str:
+        """What tells it from other budgets of a sweep, such as ``64-average``."""
+        return f"{self.tokens}-{self.merge}"
+
+    def __str__(self) -> str:
+        cls = "CLS among the dominant" if self.cls_token else "without CLS"
+        return (
+            f"{self.tokens} tokens = {self.dominant} dominant + {self.contextual} contextual, {cls}"
+        )
 
     def check_fits(self, tower_tokens: int, *, tower_has_cls: bool) -> None:
         """Refuse a budget that the tower's tokens can't fill.
@@ -59,20 +135,20 @@ class Budget:
         """
         if self.cls_token and not tower_has_cls:
             raise BudgetError(
-                "cls_token is true but this tower has no CLS token",
+                "cls_token is true",
+                expected="false, since this tower has no CLS token",
                 cure="ask for cls_token=False",
             )
         available = tower_tokens - (1 if tower_has_cls and not self.cls_token else 0)
         if self.tokens >= available:
             raise BudgetError(
-                f"dominant {self.dominant} + contextual {self.contextual} = {self.tokens} "
-                f"tokens, but the tower has {available} to choose from, which leaves nothing "
-                "to merge",
+                f"dominant {self.dominant} + contextual {self.contextual} = {self.tokens} tokens",
+                expected=f"fewer than the {available} tokens that the tower has to choose from",
                 cure=f"lower the budget to at most {available - 1}",
             )
 
 
-def split_tokens(tokens: int, *, cls_token: bool = True) -> Budget:
+def split_tokens(tokens: int) -> tuple[int, int]:
     """Split K tokens into dominant and contextual ones in the paper's ratio, 27 : 5.
 
     64, 128 and 192 give the paper's own splits. Other K are rounded to the nearest dominant count
@@ -80,15 +156,16 @@ def split_tokens(tokens: int, *, cls_token: bool = True) -> Budget:
 
     Args:
         tokens: K, at least 2.
-        cls_token: Whether CLS is kept, as one of the dominant tokens.
 
     Raises:
-        BudgetError: If `tokens` is below 2.
+        BudgetError: `tokens` is no integer of at least 2.
     """
-    if tokens < 2:
-        raise BudgetError(
-            f"tokens is {tokens}",
-            expected="at least 2, one dominant and one contextual",
-        )
+    _check_count("tokens", tokens, least=2)
     dominant = min((tokens * DOMINANT_PARTS + ALL_PARTS // 2) // ALL_PARTS, tokens - 1)
-    return Budget(dominant, tokens - dominant, cls_token)
+    return dominant, tokens - dominant
+
+
+def _check_count(name: str, value: object, *, least: int) -> None:
+    """Refuse what is no number of tokens."""
+    if type(value) is not int or value < least:
+        raise BudgetError(f"{name} is {value!r}", expected=f"an integer of at least {least}")

@@ -15,7 +15,7 @@ data-dependent shape, so the same code is traced into the ONNX graph.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ def fixed_scores(scores: NDArray[np.float64], keys: Tensor) -> Tensor:
     return row + one.float().clamp(min=0.0, max=0.0)  # zeros, without reading B
 
 
-def make_plan(scores: Tensor, keys: Tensor, budget: Budget, *, merge: Merge = "average") -> Plan:
+def make_plan(scores: Tensor, keys: Tensor, budget: Budget) -> Plan:
     """Choose the dominant tokens and the groups of the contextual ones.
 
     Equal scores: the lower index is kept. Equal similarities (within `TIE_TOLERANCE`): the first
@@ -93,22 +93,16 @@ def make_plan(scores: Tensor, keys: Tensor, budget: Budget, *, merge: Merge = "a
     Args:
         scores: float32 [B, N], one per patch.
         keys: [B, H, S, d], k_proj's output of the selected layer, before any scaling.
-        budget: The numbers of tokens.
-        merge: "average" is the paper's (target + Σ merged) / (1 + count); "sum" is the published
-            code's target + mean(merged).
+        budget: The numbers of tokens. Its `merge` "average" is the paper's
+            (target + Σ merged) / (1 + count); "sum" is the published code's target + mean(merged).
 
     Returns:
         The plan.
 
     Raises:
         BudgetError: If the budget does not fit the number of tokens.
-        InvalidInputError: If shapes don't agree or `merge` is unknown.
+        InvalidInputError: If shapes don't agree.
     """
-    if merge not in get_args(Merge):
-        raise InvalidInputError(
-            f"merge is {merge!r}",
-            expected=f"one of {', '.join(get_args(Merge))}",
-        )
     tower_tokens, patches = keys.shape[2], scores.shape[1]
     if tower_tokens - patches not in (0, 1):
         raise InvalidInputError(
@@ -127,7 +121,7 @@ def make_plan(scores: Tensor, keys: Tensor, budget: Budget, *, merge: Merge = "a
         rest = rest * (positions > 0).float()
 
     rest_count = tower_tokens - budget.dominant - (1 if drops_cls else 0)
-    contextual_rows = _contextual_rows(keys, rest, budget, merge, rest_count=rest_count)
+    contextual_rows = _contextual_rows(keys, rest, budget, rest_count=rest_count)
     return Plan(kept, torch.cat([kept_rows, contextual_rows], dim=1))
 
 
@@ -189,8 +183,8 @@ def compress(
             f"got shapes {shapes} that don't agree",
             expected=f"{expected}",
         )
-    budget = Budget(dominant, contextual, cls_token)
-    plan = make_plan(cls_scores(cls_attention), keys, budget, merge=merge)
+    budget = Budget(dominant, contextual, cls_token, merge=merge)
+    plan = make_plan(cls_scores(cls_attention), keys, budget)
     return apply_plan(plan, hidden), plan.kept
 
 
@@ -216,9 +210,7 @@ def _top_indices(scores: Tensor, count: int) -> Tensor:
     return torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :count]
 
 
-def _contextual_rows(
-    keys: Tensor, rest: Tensor, budget: Budget, merge: Merge, *, rest_count: int
-) -> Tensor:
+def _contextual_rows(keys: Tensor, rest: Tensor, budget: Budget, *, rest_count: int) -> Tensor:
     """Return float32 [B, contextual, S]: the weight of every tower token in contextual tokens.
 
     `rest` is float32 [B, S], 1 for the `rest_count` tokens of every image that can be merged.
@@ -246,6 +238,6 @@ def _contextual_rows(
     choice = torch.argmax(as_good * (contextual - target_number).float(), dim=-1)  # [B, S]
     assigned = (choice.unsqueeze(1) == target_number.unsqueeze(-1)).float() * merged.unsqueeze(1)
     count = assigned.sum(dim=-1, keepdim=True)  # [B, contextual, 1]
-    if merge == "average":
+    if budget.merge == "average":
         return (targets + assigned) / (1.0 + count)
     return targets + assigned / count.clamp(min=1.0)

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vzip.runtime.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -103,7 +103,7 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-Lazy = Mapping[str, Callable[[], Tensor]]
+Lazy: TypeAlias = "Mapping[str, Callable[[], Tensor]]"
 
 
 @contextmanager
@@ -148,6 +148,8 @@ def _safetensors(path: Path) -> Iterator[Lazy]:
 
 @contextmanager
 def _pickle(path: Path) -> Iterator[Lazy]:
+    import torch
+
     try:
         # Files from before PyTorch 1.6 are no zip archives, and those can't be mapped.
         state = torch.load(
@@ -168,7 +170,7 @@ def _pickle(path: Path) -> Iterator[Lazy]:
             f"{path} holds a {type(state).__name__}",
             expected="a dict of tensors",
         )
-    yield {name: partial(_same, t) for name, t in state.items() if isinstance(t, Tensor)}
+    yield {name: partial(_same, t) for name, t in state.items() if isinstance(t, torch.Tensor)}
 
 
 def _same(tensor: Tensor) -> Tensor:

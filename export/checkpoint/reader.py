@@ -8,9 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from vzip.export import families
 from vzip.export.architecture import (
@@ -36,6 +34,9 @@ from vzip.export.checkpoint.tensor_names import (
 from vzip.export.checkpoint.weights import VisionWeights, check_tensor
 from vzip.runtime.errors import CheckpointError
 from vzip.runtime.models import locate
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG = "config.json"
 # In the order in which transformers looks for them.

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vzip.export import EXPORT_PACKAGES
 from vzip.runtime.cli.options import Parser, add_bundle
 from vzip.runtime.console import emit, emit_json
-from vzip.runtime.errors import require
 
 BELOW_THE_GATE = 1
 
@@ -37,13 +35,9 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         "--projector", type=Path, metavar="FILE", help="the tuned projector that it was made with"
     )
     arguments = parser.read(argv)
-    require(*EXPORT_PACKAGES, needed_for=f"'{prog}'", extra="export")
-    from vzip.export.checking import check_bundle
-    from vzip.export.pictures import reference_images
+    from vzip.export import check
 
-    bundle = check_bundle(
-        arguments.bundle, arguments.images or reference_images(), projector=arguments.projector
-    )
+    bundle = check(arguments.bundle, arguments.images or None, projector=arguments.projector)
     parity = bundle.manifest.parity
     assert parity is not None
     if arguments.json:

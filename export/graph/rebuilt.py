@@ -71,15 +71,12 @@ def rebuild(manifest: Manifest, graph: ir.Graph) -> Encoder:
     _find_biases(graph, state)
     config = _config(manifest, graph, state, norms, layers)
     wide = torch.float16 if manifest.precision == "fp16" else torch.float32
-    selection = manifest.selection
     encoder = Encoder(
         config,
         _Sizes(config),
-        budget=Budget(selection.dominant, selection.contextual, selection.cls_token),
-        merge=selection.merge,
+        budget=Budget(**vars(manifest.selection)),
         graph_input="image" if manifest.input.name == "image" else "pixel_values",
         dtype=wide,
-        selection=selection.method,
     )
     wanted = encoder.state_dict()
     if others := sorted(set(state) - set(wanted)):

@@ -18,13 +18,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vzip.export.algorithm import selections
-from vzip.export.algorithm.budget import Budget, Merge
+from vzip.export.algorithm.budget import Budget
 from vzip.export.algorithm.visionzip import Plan, apply_plan, cls_scores, received_scores
 from vzip.export.architecture import ProjectorConfig, TowerConfig, VisionConfig
 from vzip.runtime.pictures.preprocess import Preprocessing
 
 GraphInput = Literal["image", "pixel_values"]
 Weights = Mapping[str, Tensor]
+
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+"""Of weights, activations and `image_embeds`, by the manifest's precision."""
 
 
 def _tanh_gelu(x: Tensor) -> Tensor:
@@ -225,11 +228,9 @@ class Encoder(nn.Module):
     Args:
         config: Architecture, feature layers and preprocessing.
         weights: Canonical names → tensors, any floating dtype; each is read once.
-        budget: Tokens that leave the graph.
-        merge: How contextual tokens are formed.
+        budget: Which tokens leave the graph.
         graph_input: What `forward` takes.
         dtype: torch.float32 or torch.float16, of weights, activations and `image_embeds`.
-        selection: A name of `vzip.export.algorithm.selections`.
     """
 
     def __init__(
@@ -238,17 +239,13 @@ class Encoder(nn.Module):
         weights: Weights,
         *,
         budget: Budget,
-        merge: Merge,
         graph_input: GraphInput,
         dtype: torch.dtype,
-        selection: str = selections.DEFAULT,
     ) -> None:
         super().__init__()
         tower = config.tower
-        budget.check_fits(config.tokens, tower_has_cls=tower.cls_token)
         self.budget = budget
-        self.merge: Merge = merge
-        self.selection = selections.get(selection)
+        self.selection = selections.get(budget.method)
         self.states = config.states
         # In rows ended by newlines patches of the padding are left out; none is to be kept then.
         self.skips_padding = config.tiling is not None and config.tiling.order == "newline"
@@ -279,7 +276,7 @@ class Encoder(nn.Module):
             not output.
         """
         features, signals = self.look(image)
-        return self.compress(features, signals, self.budget, self.merge)
+        return self.compress(features, signals, self.budget)
 
     def look(self, image: Tensor) -> tuple[Tensor, selections.Signals]:
         """Run the tower alone.
@@ -316,15 +313,14 @@ class Encoder(nn.Module):
         )
 
     def compress(
-        self, features: Tensor, signals: selections.Signals, budget: Budget, merge: Merge
+        self, features: Tensor, signals: selections.Signals, budget: Budget
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Select, merge and project what `look` returned.
 
         Args:
             features: [B, tower tokens, F].
             signals: Of the same images.
-            budget: Tokens that are left.
-            merge: How contextual tokens are formed.
+            budget: Which tokens are left; its `method` is the encoder's own.
 
         Returns:
             As `forward`.
@@ -336,7 +332,7 @@ class Encoder(nn.Module):
             return signals.attention_scores()
 
         watched = dataclasses.replace(signals, attention_scores=attention_scores)
-        plan = self.selection.plan(watched, budget, merge)
+        plan = self.selection.plan(watched, budget)
         assert bool(asked) == self.selection.uses_attention, (
             "the selection's uses_attention is wrong"
         )

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any, Final
 
 from vzip.export import defaults
-from vzip.export.algorithm.budget import Budget, split_tokens
+from vzip.export.algorithm.budget import Budget
 from vzip.export.architecture import VisionConfig, needed_tensors, tensor_shapes
 from vzip.export.plan.llm_cost import LlmShape, llm_shape, text_config
 from vzip.runtime.errors import CheckpointError
@@ -83,9 +83,7 @@ class PlanModel:
         Raises:
             BudgetError: It is too small or doesn't fit.
         """
-        budget = defaults.keeps_cls(split_tokens(tokens), self.vision)
-        budget.check_fits(self.vision.tokens, tower_has_cls=self.vision.tower.cls_token)
-        return budget
+        return Budget.from_options(self.vision, tokens=tokens)
 
     @cached_property
     def vision_parameters(self) -> int:

@@ -11,7 +11,7 @@ from benchmarks.quantization import WithOutliers
 from tests.export.layouts import write_layout
 from vzip.export.algorithm.budget import Budget
 from vzip.export.graph.trace import GraphOptions
-from vzip.export.pipeline import Method, WeightSource, export_bundle
+from vzip.export.pipeline import WeightSource, export_bundle
 from vzip.runtime.bundle.reader import Bundle
 
 # Precision, opset and input of a graph, its batch and whether that is open, and the weights: two
@@ -39,7 +39,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> MakeBundle:
             made[name] = export_bundle(
                 source(str(folder / "model"), seed=0),
                 folder / name,
-                method=Method(Budget(12, 4)),
+                budget=Budget(12, 4),
                 precision=precision,
                 options=GraphOptions(graph_input, most, dynamic, opset),
                 check_images=(),

@@ -29,7 +29,7 @@ from vzip.export.algorithm.budget import Budget
 from vzip.export.engines.tensorrt.publish import build_lock
 from vzip.export.graph.trace import GraphOptions
 from vzip.export.graph.traced import GraphInput
-from vzip.export.pipeline import Method, WeightSource, export_bundle
+from vzip.export.pipeline import WeightSource, export_bundle
 from vzip.runtime import VisionEncoder
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.bundle.writer import bundle_writer, update_manifest
@@ -67,7 +67,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     export_bundle(
         WeightSource(str(folder / "checkpoint"), seed=None),
         folder / "bundle",
-        method=Method(Budget(12, 4, True), "average"),
+        budget=Budget(12, 4),
         precision="fp32",
         options=GraphOptions(graph_input, 2, False, 17),
         check_images=(),

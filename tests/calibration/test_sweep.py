@@ -19,7 +19,6 @@ from vzip.calibration.sweeping.advice import Limits, advise
 from vzip.calibration.sweeping.measure import Row, Sweep, agreement, measure
 from vzip.calibration.sweeping.output import plot, size, table
 from vzip.calibration.sweeping.shared_tower import ALL, Seen, SweepSession, open_sweep
-from vzip.calibration.variant import Variant
 from vzip.export.algorithm import oracle
 from vzip.export.algorithm.budget import Budget
 from vzip.export.checkpoint.reader import Checkpoint, read_vision
@@ -27,14 +26,14 @@ from vzip.export.parity.reference import projector, tower_features
 from vzip.export.pictures import reference_images
 from vzip.export.plan.llm_cost import LlmShape, llm_shape
 from vzip.runtime.cli.main import main
-from vzip.runtime.errors import BudgetError, CheckpointError, InvalidInputError
+from vzip.runtime.errors import CheckpointError, InvalidInputError
 from vzip.runtime.machine import timing
 from vzip.runtime.machine.timing import Timing
 from vzip.runtime.pictures.images import load_image
 from vzip.runtime.pictures.preprocess import tower_image
 
-VARIANTS = [Variant(Budget(5, 1), "average"), Variant(Budget(5, 1), "sum"),
-            Variant(Budget(27, 5), "average")]  # fmt: skip
+BUDGETS = [Budget(5, 1), Budget(5, 1, merge="sum"),
+            Budget(27, 5)]  # fmt: skip
 BLANK = Timing(1.0, 1.0, 1.0, 1.0, 0.0, 7)
 
 # The LLM's cost
@@ -89,7 +88,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def session(model: Path) -> SweepSession:
-    return open_sweep(read_vision(Checkpoint.open(model)), VARIANTS)
+    return open_sweep(read_vision(Checkpoint.open(model)), BUDGETS)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +99,7 @@ def photograph(model: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(image), tower_image(image, prep)
 
 
-def test_every_variant_is_what_the_untouched_model_and_the_oracle_say(
+def test_every_budget_is_what_the_untouched_model_and_the_oracle_say(
     model: Path, session: SweepSession, photograph: tuple[np.ndarray, np.ndarray]
 ) -> None:
     weights = read_vision(Checkpoint.open(model))
@@ -114,14 +113,14 @@ def test_every_variant_is_what_the_untouched_model_and_the_oracle_say(
     seen = session.see(photograph[1])
     np.testing.assert_allclose(seen.everything, projected(features.hidden[0, 1:]), atol=2e-5)
     np.testing.assert_allclose(seen.scores, features.scores[0], rtol=1e-5)
-    for each in VARIANTS:
+    for each in BUDGETS:
         tokens, kept = oracle.compress(
-            features.hidden, features.keys, features.scores, dominant=each.budget.dominant,
-            contextual=each.budget.contextual, merge=each.merge, cls_token=True,
+            features.hidden, features.keys, features.scores, dominant=each.dominant,
+            contextual=each.contextual, merge=each.merge, cls_token=True,
         )  # fmt: skip
         np.testing.assert_allclose(seen.embeds[each.name], projected(tokens[0]), atol=5e-5)
         rows = seen.weights[each.name]
-        assert np.flatnonzero(rows[: each.budget.dominant].any(axis=0)).tolist() == list(kept[0])
+        assert np.flatnonzero(rows[: each.dominant].any(axis=0)).tolist() == list(kept[0])
         assert (rows != 0).sum(axis=0).tolist() == [1] * 65  # each token is in one output token
 
 
@@ -146,7 +145,7 @@ def test_an_encoder_runs_the_tower_and_its_own_tail_and_nothing_else(
         return [e["args"]["op_name"] for e in ran if "op_name" in e.get("args", {})]
 
     monkeypatch.setattr(sweep_graph, "open_session", open_profiled)
-    average, summed, _ = VARIANTS
+    average, summed, _ = BUDGETS
     opened = open_sweep(read_vision(Checkpoint.open(model)), [average, summed])
     opened.encode(average.name, photograph[1][None])
     tower = nodes(opened._tower)
@@ -158,11 +157,11 @@ def test_an_encoder_runs_the_tower_and_its_own_tail_and_nothing_else(
     assert ran[summed.name] == ran[ALL] == []
 
 
-def test_encoding_one_variant_gives_what_all_together_gave(
+def test_encoding_one_budget_gives_what_all_together_gave(
     session: SweepSession, photograph: tuple[np.ndarray, np.ndarray]
 ) -> None:
     seen = session.see(photograph[1])
-    for each in VARIANTS:
+    for each in BUDGETS:
         alone = session.encode(each.name, photograph[1][None])
         np.testing.assert_allclose(alone[0], seen.embeds[each.name], atol=1e-6)
     assert session.encode(ALL, photograph[1][None]).shape == (1, 64, 48)
@@ -181,7 +180,7 @@ def test_agreement_weighs_each_patch_by_its_attention() -> None:
             )
         },
     )
-    found, attention = agreement(seen, Variant(Budget(2, 1), "average"), first_patch=1)
+    found, attention = agreement(seen, Budget(2, 1), first_patch=1)
     assert found == pytest.approx(0.1 * 1 + 0.2 * 0 + 0.3 * 0.6 + 0.4 * 1)
     assert attention == pytest.approx(0.4)
 
@@ -253,8 +252,7 @@ def test_limits_that_mean_nothing_are_refused(limits: dict[str, float]) -> None:
 
 def test_the_demo_answers_with_an_encoders_tokens_as_with_its_own() -> None:
     asked = DemoQuestions(seed=5, scenes=4)
-    variant = Variant(Budget(36, 7), "average")
-    found = asked.compressed(variant)
+    found = asked.compressed(Budget(36, 7))
     assert found.questions == asked.to_json()["questions"] > 4
     with torch.no_grad():
         everything = asked._model.model.multi_modal_projector(asked._encoded.hidden[:, 1:])
@@ -375,7 +373,7 @@ def test_other_families_are_swept_by_the_unit_they_see(
     monkeypatch.setattr(timing, "SECONDS", 0.01)
     cls_token = family not in ("llava-siglip", "llava-onevision")
     found = measure(
-        str(tmp_path), [Variant(Budget(5, 1, cls_token), "average")],
+        str(tmp_path), [Budget(5, 1, cls_token)],
         [("china", lambda: reference_images()[0])], revision=None, source="one",
         text_tokens=3, step=lambda _: None,
     )  # fmt: skip
@@ -411,9 +409,3 @@ def test_a_file_is_no_folder_for_results(
     assert main(["sweep", "--model", str(model), "--tokens", "6", "-o", output]) == 2
     assert "out' is a file, expected a folder" in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "mine"
-
-
-def test_a_budget_that_does_not_fit_is_refused_by_the_graph_too(model: Path) -> None:
-    weights = read_vision(Checkpoint.open(model))
-    with pytest.raises(BudgetError, match="lower the budget to at most 64"):
-        open_sweep(weights, [Variant(Budget(60, 5), "sum")])

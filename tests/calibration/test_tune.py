@@ -25,14 +25,14 @@ from vzip.calibration.tuning.trainer import Recipe, Schedule, Tuner
 from vzip.calibration.tuning.workers import Workers
 from vzip.export.algorithm.budget import Budget
 from vzip.export.parity import reference
-from vzip.export.pipeline import Method, WeightSource
+from vzip.export.pipeline import WeightSource
 from vzip.runtime import demo
 from vzip.runtime.errors import BackendError, InvalidInputError
 from vzip.runtime.llm.chat_template import make_prompts
 from vzip.runtime.llm.local.transformers import TransformersLLM
 
 TOKENS = 22
-METHOD = Method(Budget(19, 3))
+BUDGET = Budget(19, 3)
 ALONE = Workers()
 
 
@@ -48,7 +48,7 @@ def weights() -> Any:
 
 @pytest.fixture(scope="module")
 def tower(weights: Any) -> Tower:
-    return Tower(weights, METHOD, torch.device("cpu"))
+    return Tower(weights, BUDGET, torch.device("cpu"))
 
 
 # Data
@@ -313,8 +313,8 @@ def test_a_full_disk_leaves_nothing_behind(
 
 def test_everything_that_decides_features_is_in_the_fingerprint(weights: Any, tower: Tower) -> None:
     def fingerprint(weights: Any = weights, **changes: Any) -> str:
-        method = dataclasses.replace(METHOD, **changes)
-        return Tower(weights, method, torch.device("cpu")).fingerprint
+        budget = dataclasses.replace(BUDGET, **changes)
+        return Tower(weights, budget, torch.device("cpu")).fingerprint
 
     assert fingerprint() == tower.fingerprint
 
@@ -325,10 +325,10 @@ def test_everything_that_decides_features_is_in_the_fingerprint(weights: Any, to
 
     prints = [
         tower.fingerprint,
-        fingerprint(budget=Budget(18, 4)),
-        fingerprint(budget=Budget(19, 3, cls_token=False)),
+        fingerprint(dominant=18, contextual=4),
+        fingerprint(cls_token=False),
         fingerprint(merge="sum"),
-        fingerprint(selection="uniform"),
+        fingerprint(method="uniform"),
         fingerprint(changed("tower.encoder.layers.0.mlp.fc1.weight")),
     ]
     assert len(set(prints)) == len(prints)

@@ -436,13 +436,9 @@ def test_two_processes_give_the_projector_of_one(
     [
         (("--images", "."), InvalidInputError, "none for 'demo'.*leave it out"),
         (("--data", "x.json"), InvalidInputError, "give --images FOLDER"),
-        (("--dominant", "19"), BudgetError, "expected either --tokens or the other two"),
-        (
-            ("--dominant", "19", "--contextual", "3"),
-            BudgetError,
-            "expected either --tokens or the other two",
-        ),
-        (("--tokens", "400"), BudgetError, "leaves nothing to merge"),
+        (("--dominant", "19"), BudgetError, "dominant 19"),
+        (("--dominant", "19", "--contextual", "3"), BudgetError, "contextual 3"),
+        (("--tokens", "400"), BudgetError, "lower the budget to"),
         (("--save-steps", "0"), InvalidInputError, "--save-steps 0, expected at least 1"),
         (("--count", "0"), InvalidInputError, "--count 0, expected at least 1"),
         (("--count", "3"), InvalidInputError, "don't fill a step"),

@@ -153,10 +153,10 @@ def test_export_without_a_target_is_as_before(monkeypatch, tmp_path):
     assert seen["output"].name == "demo-64-fp32"
 
 
-def test_export_refuses_before_anything_is_read():
+def test_export_refuses_before_weights_are_read():
     with refused(InvalidInputError, got=("500", "--target orin-nano")):
         cli.main(
-            ["--model", "nowhere", "--target", "orin-nano", "--max-batch", "500"],
+            ["--model", "demo", "--target", "orin-nano", "--max-batch", "500"],
             prog="vzip export",
         )
 

@@ -23,7 +23,7 @@ from vzip.export.checkpoint.weights import VisionWeights
 from vzip.export.graph.reading import read_graph
 from vzip.export.graph.rebuilt import ForeignGraphError, _round_input, rebuild
 from vzip.export.graph.trace import GraphOptions
-from vzip.export.pipeline import Method, WeightSource, export_bundle
+from vzip.export.pipeline import WeightSource, export_bundle
 from vzip.runtime.backends import open_backend
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS
 from vzip.runtime.bundle.reader import Bundle, read_bundle
@@ -74,11 +74,8 @@ def test_every_kind_of_module_is_rebuilt(
     bundle = export_bundle(
         source,
         tmp_path / "bundle",
-        method=Method(
-            Budget(7, 3, config.tower.cls_token),
-            selection=selection,
-            tiles="newline" if config.tiling else "reference",
-        ),
+        budget=Budget(7, 3, config.tower.cls_token, method=selection),
+        tiles="newline" if config.tiling else "reference",
         precision="fp16" if half else "fp32",
         options=GraphOptions("pixel_values" if half else "image", 2),
         check_images=(),
@@ -100,7 +97,7 @@ def test_weights_that_share_an_initializer_are_found(tmp_path: Path) -> None:
             return VisionWeights(exported.CONFIG, plain), super().load()[1]
 
     source: Any = Source()
-    bundle = export_bundle(source, tmp_path / "bundle", method=Method(Budget(4, 3)),
+    bundle = export_bundle(source, tmp_path / "bundle", budget=Budget(4, 3),
                            precision="fp32", options=GraphOptions(batch=2),
                            check_images=(), step=lambda _: None)  # fmt: skip
     held = read_graph(bundle, "a test").graph.initializers

@@ -17,7 +17,7 @@ from tests.refusals import refused
 from vzip.export.algorithm.budget import Budget
 from vzip.export.graph.trace import GraphOptions
 from vzip.export.pictures import reference_images
-from vzip.export.pipeline import Method, WeightSource, export_bundle
+from vzip.export.pipeline import WeightSource, export_bundle
 from vzip.runtime.agreement import ENGINE, Proof, Reference, load_reference, prove, read_reference
 from vzip.runtime.backends import open_backend
 from vzip.runtime.bundle.manifest import Manifest
@@ -266,7 +266,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def export(checkpoint: Path, folder: Path, **change: Any) -> Bundle:
     options: dict[str, Any] = {
-        "method": Method(Budget(12, 4)),
+        "budget": Budget(12, 4),
         "precision": "fp32",
         "options": GraphOptions(batch=4, dynamic_batch=True),
         "check_images": reference_images(),
@@ -280,7 +280,7 @@ def export(checkpoint: Path, folder: Path, **change: Any) -> Bundle:
     "change",
     [
         {},
-        {"method": Method(Budget(12, 4, cls_token=False), "sum")},
+        {"budget": Budget(12, 4, cls_token=False, merge="sum")},
         {"precision": "fp16"},
         {"options": GraphOptions(graph_input="pixel_values", batch=2, opset=17)},
     ],

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from vzip.export.algorithm.budget import VISIONZIP
 from vzip.runtime.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from vzip.export.algorithm.budget import Budget, Merge
+    from vzip.export.algorithm.budget import Budget
     from vzip.export.algorithm.visionzip import Plan
 
-DEFAULT = "visionzip"
+DEFAULT = VISIONZIP
 
 # The selection that scores by attention is the paper's, and has the paper's name.
 _NAMES = {"attention": DEFAULT}
@@ -56,7 +57,7 @@ class Selection(Protocol):
 
     uses_attention: bool
 
-    def plan(self, signals: Signals, budget: Budget, merge: Merge) -> Plan:
+    def plan(self, signals: Signals, budget: Budget) -> Plan:
         """Return which tower tokens make which output token.
 
         Traced into the graph: see `vzip.export.algorithm.visionzip` for what that allows.
@@ -97,8 +98,8 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(found, key=lambda name: name != DEFAULT))
 
 
-def get(name: str) -> Selection:
-    """Return the selection of a name.
+def check(name: str) -> None:
+    """Refuse a name that no selection has, without importing any.
 
     Raises:
         InvalidInputError: There is none.
@@ -109,6 +110,15 @@ def get(name: str) -> Selection:
             expected=f"one of {', '.join(names())}",
             cause="it was mistyped, or the bundle was made by another version of vzip",
         )
+
+
+def get(name: str) -> Selection:
+    """Return the selection of a name.
+
+    Raises:
+        InvalidInputError: There is none.
+    """
+    check(name)
     importlib.import_module(f"{__name__}.{_MODULES.get(name, name)}")
     registered: Mapping[str, Selection] = _REGISTRY
     return registered[name]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from vzip.export.algorithm.budget import Budget, Merge
+    from vzip.export.algorithm.budget import Budget
 
 
 @register("visionzip")
@@ -20,9 +20,9 @@ class VisionZip:
 
     uses_attention = True
 
-    def plan(self, signals: Signals, budget: Budget, merge: Merge) -> Plan:
+    def plan(self, signals: Signals, budget: Budget) -> Plan:
         """Keep by attention, merge by key similarity."""
-        return make_plan(signals.attention_scores(), signals.keys, budget, merge=merge)
+        return make_plan(signals.attention_scores(), signals.keys, budget)
 
     def ranking(
         self,

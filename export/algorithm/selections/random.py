@@ -16,7 +16,7 @@ from vzip.export.algorithm.visionzip import Plan, fixed_scores, make_plan
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from vzip.export.algorithm.budget import Budget, Merge
+    from vzip.export.algorithm.budget import Budget
 
 SEED = 0
 
@@ -27,11 +27,11 @@ class Random:
 
     uses_attention = False
 
-    def plan(self, signals: Signals, budget: Budget, merge: Merge) -> Plan:
+    def plan(self, signals: Signals, budget: Budget) -> Plan:
         """Keep the first patches of the permutation, whatever the image."""
         patches = signals.keys.shape[2] - int(signals.cls_token)
         scores = fixed_scores(_scores(patches), signals.keys)
-        return make_plan(scores, signals.keys, budget, merge=merge)
+        return make_plan(scores, signals.keys, budget)
 
     def ranking(
         self,

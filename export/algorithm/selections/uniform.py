@@ -15,21 +15,21 @@ from vzip.export.algorithm.visionzip import Plan, fixed_scores, make_plan
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from vzip.export.algorithm.budget import Budget, Merge
+    from vzip.export.algorithm.budget import Budget
 
 
 @register("uniform")
 class Uniform:
-    """Every so-manieth patch, in raster order."""
+    """Every n-th patch, in raster order."""
 
     uses_attention = False
 
-    def plan(self, signals: Signals, budget: Budget, merge: Merge) -> Plan:
+    def plan(self, signals: Signals, budget: Budget) -> Plan:
         """Keep the same patches of every image."""
         patches = signals.keys.shape[2] - int(signals.cls_token)
         kept = budget.dominant - int(budget.cls_token)
         scores = fixed_scores(_scores(patches, kept), signals.keys)
-        return make_plan(scores, signals.keys, budget, merge=merge)
+        return make_plan(scores, signals.keys, budget)
 
     def ranking(self, attention_scores: NDArray[np.float64], kept: int) -> NDArray[np.float64]:
         """Return the same scores for every image."""

@@ -132,9 +132,7 @@ class Sdpa(nn.Module):
         self.tower = _tower(weights, "sdpa", weights.config.layers_run)
         self.projector = _projector(weights)
         self.heads = weights.config.tower.num_heads
-        selection = manifest.selection
-        self.budget = Budget(selection.dominant, selection.contextual, selection.cls_token)
-        self.merge = selection.merge
+        self.budget = Budget(**vars(manifest.selection))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Encode uint8 [B, H, W, 3] to embeds [B, K, L] and kept [B, dominant]."""
@@ -156,7 +154,7 @@ class Sdpa(nn.Module):
         wide = keys.float()
         row = queries[:, :, :1].float() * wide.shape[-1] ** -0.5
         scores = cls_scores(torch.softmax(row @ wide.transpose(2, 3), dim=-1).squeeze(2))
-        plan = make_plan(scores, wide, self.budget, merge=self.merge)
+        plan = make_plan(scores, wide, self.budget)
         return self.projector(apply_plan(plan, hidden)), plan.kept
 
 

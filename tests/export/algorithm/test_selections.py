@@ -15,7 +15,7 @@ from vzip.export.algorithm.budget import Budget
 from vzip.export.algorithm.selections import Signals
 from vzip.export.graph.trace import GraphOptions
 from vzip.export.pictures import reference_images
-from vzip.export.pipeline import Method, WeightSource, export_bundle
+from vzip.export.pipeline import WeightSource, export_bundle
 from vzip.runtime.errors import InvalidInputError
 
 BASELINES = ("uniform", "random")
@@ -44,8 +44,8 @@ def test_a_name_that_is_none_is_refused() -> None:
 def test_the_ranking_says_what_the_plan_keeps(name: str, cls_token: bool, merge: str) -> None:
     given = signals(cls_token)
     selection = selections.get(name)
-    budget = Budget(9, 4, cls_token)
-    plan = selection.plan(given, budget, merge)
+    budget = Budget(9, 4, cls_token, merge=merge)
+    plan = selection.plan(given, budget)
     scores = given.attention_scores().double().numpy()
     hidden = np.random.default_rng(0).normal(size=(2, 64 + cls_token, 6))
     tokens, kept = oracle.compress(
@@ -72,8 +72,8 @@ def test_a_baseline_looks_at_nothing(name: str) -> None:
 
     given = signals()
     budget = Budget(9, 4)
-    plan = selection.plan(Signals(given.keys, True, asked), budget, "average")
-    other = selection.plan(Signals(-3 * given.keys, True, asked), budget, "average")
+    plan = selection.plan(Signals(given.keys, True, asked), budget)
+    other = selection.plan(Signals(-3 * given.keys, True, asked), budget)
     assert plan.kept[0].tolist() == plan.kept[1].tolist() == other.kept[0].tolist()
 
 
@@ -111,24 +111,24 @@ def test_another_selection_is_one_file(tmp_path: Path, monkeypatch: pytest.Monke
         "@register('first')\n"
         "class First:\n"
         "    uses_attention = False\n"
-        "    def plan(self, signals, budget, merge):\n"
+        "    def plan(self, signals, budget):\n"
         "        n = signals.keys.shape[2] - int(signals.cls_token)\n"
         "        scores = fixed_scores(-np.arange(n, dtype=float), signals.keys)\n"
-        "        return make_plan(scores, signals.keys, budget, merge=merge)\n"
+        "        return make_plan(scores, signals.keys, budget)\n"
         "    def ranking(self, attention_scores, kept):\n"
         "        return -np.arange(attention_scores.shape[1]) + 0 * attention_scores\n"
     )
     monkeypatch.setattr(selections, "__path__", [*selections.__path__, str(tmp_path)])
     monkeypatch.setattr(selections, "_REGISTRY", dict(selections._REGISTRY))
     assert "first" in selections.names()
-    plan = selections.get("first").plan(signals(), Budget(5, 2), "sum")
+    plan = selections.get("first").plan(signals(), Budget(5, 2, merge="sum"))
     assert plan.kept.tolist() == [[0, 1, 2, 3, 4]] * 2
     folder = tmp_path / "tiny"
     write_layout("llava-hf-single", folder)
     bundle = export_bundle(
         WeightSource(str(folder)),
         tmp_path / "bundle",
-        method=Method(Budget(5, 2), selection="first"),
+        budget=Budget(5, 2, method="first"),
         precision="fp32",
         options=GraphOptions(),
         check_images=reference_images()[:1],

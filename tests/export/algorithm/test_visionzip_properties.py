@@ -166,10 +166,8 @@ def test_a_tower_without_cls_is_the_oracle(case: Case) -> None:
     scores = case.attention.sum(axis=1)
     there, kept_there = expected(case, scores)
     assume(not near_the_tolerance(case, kept_there, cls=False))
-    budget = Budget(case.dominant, case.contextual, cls_token=False)
-    plan = make_plan(
-        torch.from_numpy(scores), torch.from_numpy(case.keys), budget, merge=case.merge
-    )
+    budget = Budget(case.dominant, case.contextual, cls_token=False, merge=case.merge)
+    plan = make_plan(torch.from_numpy(scores), torch.from_numpy(case.keys), budget)
     assert plan.kept.tolist() == kept_there.tolist()
     agree(apply_plan(plan, torch.from_numpy(case.hidden)).numpy(), there)
 
@@ -177,9 +175,9 @@ def test_a_tower_without_cls_is_the_oracle(case: Case) -> None:
 @settings(BOUNDED, max_examples=60)
 @given(cases(cls=True))
 def test_every_token_is_used_once_or_dropped(case: Case) -> None:
-    budget = Budget(case.dominant, case.contextual, case.cls_token)
+    budget = Budget(case.dominant, case.contextual, case.cls_token, merge=case.merge)
     scores = torch.from_numpy(case.attention.sum(axis=1)[:, 1:])
-    plan = make_plan(scores, torch.from_numpy(case.keys), budget, merge=case.merge)
+    plan = make_plan(scores, torch.from_numpy(case.keys), budget)
     kept = plan.kept.numpy()
     assert (np.diff(kept, axis=1) > 0).all()
     assert kept.min() >= (0 if case.cls_token else 1)
@@ -193,10 +191,10 @@ def test_every_token_is_used_once_or_dropped(case: Case) -> None:
 @settings(BOUNDED, max_examples=60)
 @given(cases(cls=True), st.integers(-10, 10))
 def test_the_scale_of_scores_and_keys_does_not_matter(case: Case, power: int) -> None:
-    budget = Budget(case.dominant, case.contextual, case.cls_token)
+    budget = Budget(case.dominant, case.contextual, case.cls_token, merge=case.merge)
     scores, keys = torch.from_numpy(case.attention.sum(axis=1)[:, 1:]), torch.from_numpy(case.keys)
-    plan = make_plan(scores, keys, budget, merge=case.merge)
-    scaled = make_plan(scores * 2.0**power, keys * 2.0**power, budget, merge=case.merge)
+    plan = make_plan(scores, keys, budget)
+    scaled = make_plan(scores * 2.0**power, keys * 2.0**power, budget)
     assert torch.equal(plan.kept, scaled.kept)
     assert torch.equal(plan.token_weights, scaled.token_weights)
 

@@ -13,14 +13,14 @@ import torch
 
 from tests.precisions import add_precision
 from tests.refusals import refused
-from vzip.export.algorithm.budget import split_tokens
+from vzip.export.algorithm.budget import Budget, split_tokens
 from vzip.export.bench.peers import UNCOMPRESSED, prove
 from vzip.export.bench.peers.catalogue import open_peer
 from vzip.export.bench.peers.ceiling import Ceiling, flops
 from vzip.export.bench.peers.torch_forms import Published, Sdpa, TorchEncoder, Uncompressed
 from vzip.export.checkpoint.reader import vision_config
 from vzip.export.graph.trace import GraphOptions
-from vzip.export.pipeline import Method, WeightSource, describe
+from vzip.export.pipeline import WeightSource, describe
 from vzip.runtime.agreement import Reference
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT
 from vzip.runtime.bundle.reader import Bundle, read_bundle
@@ -38,7 +38,7 @@ def manifest(demo, **options):
     return describe(
         weights.config,
         model,
-        method=Method(split_tokens(43), settings["merge"]),
+        budget=Budget(*split_tokens(43), merge=settings["merge"]),
         precision=settings["precision"],
         options=GraphOptions(batch=settings["batch"]),
     )

@@ -12,7 +12,7 @@ from tests.export.layouts import write_layout
 from vzip.export.algorithm.budget import Budget
 from vzip.export.graph.trace import GraphOptions
 from vzip.export.pictures import reference_images
-from vzip.export.pipeline import Method, WeightSource, export_bundle
+from vzip.export.pipeline import WeightSource, export_bundle
 from vzip.runtime.bundle.reader import Bundle
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -36,7 +36,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle
             source, family = change.pop("source", WeightSource), change.pop("family", "llava")
             write_layout("llava-hf-single", folder / f"{name}-model", family=family)
             options: dict[str, Any] = {
-                "method": Method(Budget(12, 4, cls_token=family == "llava")),
+                "budget": Budget(12, 4, cls_token=family == "llava"),
                 "precision": "fp32",
                 "options": GraphOptions(batch=4, dynamic_batch=True),
                 "check_images": reference_images(),

@@ -7,7 +7,7 @@ GPU is that the engine computes the right thing: that is what the proof of `vzip
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,7 @@ from vzip.export.algorithm.budget import Budget, Merge
 from vzip.export.engines.tensorrt.publish import BuildRequest, build_engine
 from vzip.export.graph.trace import GraphOptions
 from vzip.export.graph.traced import GraphInput
-from vzip.export.pipeline import Method, WeightSource, export_bundle
+from vzip.export.pipeline import WeightSource, export_bundle
 from vzip.runtime.backends.tensorrt.engine_file import read_engine
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 
@@ -87,7 +87,7 @@ def build(model: str, budget: Budget, variant: Variant, folder: Path) -> tuple[B
     export_bundle(
         WeightSource(model, seed=0),
         folder / "bundle",
-        method=Method(Budget(budget.dominant, budget.contextual, variant.cls_token), variant.merge),
+        budget=replace(budget, cls_token=variant.cls_token, merge=variant.merge),
         precision=variant.precision,
         options=GraphOptions(variant.graph_input, most, dynamic, variant.opset),
         check_images=(),

@@ -23,7 +23,7 @@ from vzip.export.algorithm import oracle, selections
 from vzip.export.algorithm.budget import Budget, Merge
 from vzip.export.architecture import Media, VisionConfig
 from vzip.export.graph.trace import GraphOptions
-from vzip.export.pipeline import Method, WeightSource, export_bundle
+from vzip.export.pipeline import WeightSource, export_bundle
 from vzip.runtime import VisionEncoder
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.pictures.preprocess import pixel_values
@@ -132,11 +132,10 @@ def export(
     output: Path,
     media: Media,
     budget: Budget,
-    merge: Merge = "average",
     **change: Any,
 ) -> Bundle:
     options: dict[str, Any] = {
-        "method": Method(budget, merge),
+        "budget": budget,
         "precision": "fp32",
         "options": GraphOptions(batch=3, dynamic_batch=True),
         "check_images": (),
@@ -203,7 +202,7 @@ def test_the_graph_is_the_untouched_model(
     folder = checkpoints(family, "llava-hf-single")
     config = WeightSource(str(folder), media=media).config()
     assert config.media == media
-    bundle = export(folder, tmp_path / "b", media, Budget(7, 3, has_cls(config)), merge)
+    bundle = export(folder, tmp_path / "b", media, Budget(7, 3, has_cls(config), merge=merge))
     compare(bundle, family, media)
 
 
@@ -233,11 +232,11 @@ def test_other_options(
     folder = checkpoints(family, "llava-hf-single")
     cls_token = has_cls(WeightSource(str(folder), media=media).config()) and change != "nocls"
     options: dict[str, Any] = {}
+    method = change if change in selections.names() else selections.DEFAULT
     if change == "one-layer-of-input":
         options["options"] = GraphOptions("pixel_values", 3, opset=17)
-    if change in selections.names():
-        options["method"] = Method(Budget(7, 3, cls_token), selection=change)
-    bundle = export(folder, tmp_path / "b", media, Budget(7, 3, cls_token), **options)
+    budget = Budget(7, 3, cls_token, method=method)
+    bundle = export(folder, tmp_path / "b", media, budget, **options)
     compare(bundle, family, media)
 
 
@@ -306,8 +305,7 @@ def test_tiles_in_rows_are_what_the_model_itself_would_hand_on(
     folder = checkpoints(family, "llava-hf-single")
     cls_token = has_cls(WeightSource(str(folder)).config())
     budget = Budget(14 + cls_token, 3, cls_token)
-    method = Method(budget, tiles="newline")
-    bundle = export(folder, tmp_path / "b", "image", budget, method=method)
+    bundle = export(folder, tmp_path / "b", "image", budget, tiles="newline")
     model, prepare = model_of(family).model, processor(family)
     newline = model.image_newline.detach()
     with VisionEncoder.open(bundle, backend="onnxruntime") as encoder:
@@ -357,7 +355,7 @@ def test_padding_is_kept_in_the_published_order_alone(
         tmp_path / "b",
         "image",
         Budget(15, 3),
-        method=Method(Budget(15, 3), tiles=order),
+        tiles=order,
         options=GraphOptions(graph_input, 3, dynamic_batch=True),
     )
     prep, (rows, columns) = bundle.manifest.preprocessing, bundle.manifest.tower.grid

@@ -17,7 +17,7 @@ from tests.export.layouts import IMAGE_TOKEN, LAYOUTS, upstream_model, write_lay
 from vzip.export.algorithm.budget import Budget
 from vzip.export.graph.trace import GraphOptions
 from vzip.export.pictures import reference_images
-from vzip.export.pipeline import Method, WeightSource, export_bundle
+from vzip.export.pipeline import WeightSource, export_bundle
 from vzip.runtime.bundle.manifest import DATA_FILE, MODEL_FILE
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.encoder import VisionEncoder
@@ -44,7 +44,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
         return export_bundle(
             WeightSource(str(folder / "model")),
             folder / "bundle",
-            method=Method(BUDGET),
+            budget=BUDGET,
             precision="fp32",
             options=GraphOptions(),
             check_images=IMAGES,

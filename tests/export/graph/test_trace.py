@@ -99,8 +99,7 @@ def encoder(variant: Variant) -> Encoder:
     return Encoder(
         CONFIGURATION,
         weights().tensors,
-        budget=Budget(DOMINANT, CONTEXTUAL, variant.cls_token),
-        merge=variant.merge,
+        budget=Budget(DOMINANT, CONTEXTUAL, variant.cls_token, merge=variant.merge),
         graph_input=variant.graph_input,
         dtype=variant.dtype,
     ).eval()
@@ -453,7 +452,6 @@ def test_the_first_cls_alone_is_a_graph_too(tmp_path: Path) -> None:
         CONFIGURATION,
         weights().tensors,
         budget=Budget(1, 3),
-        merge="average",
         graph_input="image",
         dtype=torch.float32,
     )
@@ -468,13 +466,13 @@ def test_the_first_cls_alone_is_a_graph_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("batch", [0, -1])
 def test_options_with_no_batch(batch: int) -> None:
-    with pytest.raises(ExportError, match=f"^batch is {batch}; expected at least 1$"):
+    with pytest.raises(ExportError, match=f"^batch is {batch}, expected at least 1$"):
         GraphOptions(batch=batch)
 
 
 @pytest.mark.parametrize("opset", [16, 19, 21])
 def test_options_of_another_opset(opset: int) -> None:
-    with pytest.raises(ExportError, match=f"^opset is {opset}; expected 18, or 17 for TensorRT"):
+    with pytest.raises(ExportError, match=f"^opset is {opset}, expected 18, or 17 for TensorRT"):
         GraphOptions(opset=opset)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.export.layouts import CONFIG, PROCESSOR, VISION, model_state, write_layout
+from tests.refusals import refused
 from vzip.export import families
 from vzip.export.algorithm import oracle
 from vzip.export.algorithm.budget import Budget, Merge
@@ -109,7 +110,6 @@ def images() -> np.ndarray:
 def encoder(weights: VisionWeights, **options: Any) -> Encoder:
     defaults: dict[str, Any] = {
         "budget": BUDGET,
-        "merge": "average",
         "graph_input": "image",
         "dtype": torch.float32,
     }
@@ -123,7 +123,7 @@ def assert_close(got: Tensor, expected: Any, tolerance: float = 1e-5) -> None:
 
 
 def assert_equals_upstream(
-    outputs: tuple[Tensor, Tensor, Tensor], there: Upstream, budget: Budget, merge: Merge
+    outputs: tuple[Tensor, Tensor, Tensor], there: Upstream, budget: Budget
 ) -> None:
     embeds, kept, token_weights = outputs
     tokens, expected_kept = oracle.compress(
@@ -132,7 +132,7 @@ def assert_equals_upstream(
         there.scores,
         dominant=budget.dominant,
         contextual=budget.contextual,
-        merge=merge,
+        merge=budget.merge,
         cls_token=budget.cls_token,
     )
     assert kept.dtype == torch.int64
@@ -156,13 +156,13 @@ def test_it_is_the_untouched_model_and_the_oracle(
     cls_token: bool,
     merge: Merge,
 ) -> None:
-    budget = Budget(11, 5, cls_token)
-    module = encoder(weights, budget=budget, merge=merge, graph_input=graph_input)
+    budget = Budget(11, 5, cls_token, merge=merge)
+    module = encoder(weights, budget=budget, graph_input=graph_input)
     pixels = torch.from_numpy(pixel_values(images, weights.config.preprocessing))
     given = torch.from_numpy(images) if graph_input == "image" else pixels
     with torch.no_grad():
         outputs = module(given)
-    assert_equals_upstream(outputs, upstream(pixels, CONFIG), budget, merge)
+    assert_equals_upstream(outputs, upstream(pixels, CONFIG), budget)
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu", "gelu_pytorch_tanh"])
@@ -173,7 +173,7 @@ def test_every_activation(tmp_path: Path, images: np.ndarray, activation: str) -
     pixels = torch.from_numpy(pixel_values(images, weights.config.preprocessing))
     with torch.no_grad():
         outputs = encoder(weights)(torch.from_numpy(images))
-    assert_equals_upstream(outputs, upstream(pixels, CONFIG | change), BUDGET, "average")
+    assert_equals_upstream(outputs, upstream(pixels, CONFIG | change), BUDGET)
 
 
 @pytest.mark.parametrize("layer", [-1, -3])
@@ -184,7 +184,7 @@ def test_every_feature_layer(tmp_path: Path, images: np.ndarray, layer: int) -> 
     pixels = torch.from_numpy(pixel_values(images, weights.config.preprocessing))
     with torch.no_grad():
         outputs = module(torch.from_numpy(images))
-    assert_equals_upstream(outputs, upstream(pixels, CONFIG, layer=layer), BUDGET, "average")
+    assert_equals_upstream(outputs, upstream(pixels, CONFIG, layer=layer), BUDGET)
 
 
 def test_the_tanh_and_the_exact_gelu_can_be_told_apart(
@@ -327,8 +327,6 @@ def test_the_input_stays_as_it_is(weights: VisionWeights, images: np.ndarray) ->
     assert np.array_equal(given.numpy(), images)
 
 
-def test_a_budget_that_does_not_fit(weights: VisionWeights) -> None:
-    with pytest.raises(
-        BudgetError, match="dominant 60 \\+ contextual 5 = 65 tokens, but the tower"
-    ):
-        encoder(weights, budget=Budget(60, 5))
+def test_a_budget_that_does_not_fit(weights: VisionWeights, images: np.ndarray) -> None:
+    with refused(BudgetError, got="60 + contextual 5", expected="65 tokens"):
+        encoder(weights, budget=Budget(60, 5))(torch.from_numpy(images))

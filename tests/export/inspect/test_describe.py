@@ -19,7 +19,7 @@ from vzip.export.engines.tensorrt.layers import inspect_engine
 from vzip.export.engines.tensorrt.publish import BuildRequest, build_engine
 from vzip.export.graph.trace import GraphOptions
 from vzip.export.inspect.describe import _takes
-from vzip.export.pipeline import Method, WeightSource, export_bundle
+from vzip.export.pipeline import WeightSource, export_bundle
 from vzip.runtime.backends.tensorrt import cuda
 from vzip.runtime.bundle.manifest import Tiling
 from vzip.runtime.bundle.reader import Bundle
@@ -37,7 +37,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export_bundle(
         WeightSource(str(folder / "tiny")),
         folder / "bundle",
-        method=Method(Budget(12, 4)),
+        budget=Budget(12, 4),
         precision="fp16",
         options=GraphOptions(batch=2),
         check_images=(),

@@ -24,7 +24,7 @@ from vzip.export.graph.trace import GraphOptions
 from vzip.export.inspect import engine_profile
 from vzip.export.inspect.engine_profile import REFORMAT, UNKNOWN, profile_engine, summary
 from vzip.export.inspect.parts import SELECTION, parts
-from vzip.export.pipeline import Method, WeightSource, export_bundle
+from vzip.export.pipeline import WeightSource, export_bundle
 from vzip.runtime.backends.tensorrt import cuda
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.errors import BackendError, BundleError
@@ -38,7 +38,7 @@ def exported(folder: Path, family: str = "llava", **source: Any) -> Bundle:
     return export_bundle(
         WeightSource(str(folder / "tiny"), **source),
         folder / "bundle",
-        method=Method(Budget(7, 3, cls_token)),
+        budget=Budget(7, 3, cls_token),
         precision="fp16",
         options=GraphOptions(batch=3, dynamic_batch=True),
         check_images=(),

@@ -21,11 +21,11 @@ from vzip.export.algorithm.budget import Budget
 from vzip.export.checkpoint.reader import Checkpoint, read_vision
 from vzip.export.checkpoint.weights import VisionWeights
 from vzip.export.graph.trace import GraphOptions, save, trace
-from vzip.export.graph.traced import Encoder
+from vzip.export.graph.traced import DTYPES, Encoder
 from vzip.export.parity import compare as parity
 from vzip.export.parity.compare import Parity, UntouchedModel
 from vzip.export.pictures import reference_images
-from vzip.export.pipeline import DTYPES, Method, WeightSource, describe, export_bundle
+from vzip.export.pipeline import WeightSource, describe, export_bundle
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.bundle.writer import bundle_writer
@@ -39,16 +39,9 @@ IMAGES = reference_images()
 BUDGET = Budget(12, 4)
 DEFAULTS: Mapping[str, Any] = {
     "budget": BUDGET,
-    "merge": "average",
     "precision": "fp32",
     "options": GraphOptions(),
 }
-
-
-def as_method(options: dict[str, Any]) -> dict[str, Any]:
-    """Return keyword arguments of `describe` and `export_bundle`."""
-    rest = {name: value for name, value in options.items() if name not in ("budget", "merge")}
-    return {**rest, "method": Method(options["budget"], options["merge"])}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +76,6 @@ def export(room: Path, weights: VisionWeights) -> Exporter:
                 source.config,
                 source.tensors,
                 budget=chosen["budget"],
-                merge=chosen["merge"],
                 graph_input=options.graph_input,
                 dtype=DTYPES[chosen["precision"]],
             )
@@ -91,7 +83,7 @@ def export(room: Path, weights: VisionWeights) -> Exporter:
             _, model = WeightSource(str(room / "seed0")).load()
             with bundle_writer(room / f"bundle{len(made)}") as writer:
                 save(graph, writer.folder)
-                made[name] = writer.publish(describe(source.config, model, **as_method(chosen)))
+                made[name] = writer.publish(describe(source.config, model, **chosen))
         return made[name]
 
     return exported
@@ -147,7 +139,7 @@ def fails(reference: UntouchedModel, bundle: Bundle) -> bool:
     "change",
     [
         {},
-        {"merge": "sum"},
+        {"budget": Budget(12, 4, merge="sum")},
         {"budget": Budget(12, 4, cls_token=False)},
         {"options": GraphOptions("pixel_values", 2)},
         {"options": GraphOptions("image", 3, dynamic_batch=True, opset=17)},
@@ -167,7 +159,7 @@ def test_a_good_graph_passes(reference: UntouchedModel, export: Exporter, change
 
 @pytest.mark.parametrize("merge", ["average", "sum"])
 def test_a_good_half_graph_passes(reference: UntouchedModel, export: Exporter, merge: str) -> None:
-    result = reference.compare(export(merge=merge, precision="fp16"))
+    result = reference.compare(export(budget=Budget(12, 4, merge=merge), precision="fp16"))
     assert result.passed
     assert 1e-5 < result.max_error < 1e-2  # it is FP16
 
@@ -292,7 +284,7 @@ def test_another_half_graph_fails(
 def test_the_other_merge_fails(
     reference: UntouchedModel, export: Exporter, tmp_path: Path, merge: str, precision: str
 ) -> None:
-    bundle = export(merge=merge, precision=precision)
+    bundle = export(budget=Budget(12, 4, merge=merge), precision=precision)
     other: Any = {"average": "sum", "sum": "average"}[merge]
     selection = dataclasses.replace(bundle.manifest.selection, merge=other)
     result = reference.compare(altered(bundle, tmp_path, selection=selection))
@@ -528,7 +520,7 @@ def test_an_export_that_fails_its_check_writes_nothing(
         export_bundle(
             WeightSource(str(room / "seed0")),
             tmp_path / "bundle",
-            **as_method(DEFAULTS),
+            **DEFAULTS,
             check_images=IMAGES[:2],
             step=lambda _: None,
         )
