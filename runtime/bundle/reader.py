@@ -114,7 +114,7 @@ class Bundle:
         raise InvalidInputError(
             f"got precision={precision!r}",
             expected=f"one of this bundle's: {there}",
-            cause=f"{cure}",
+            cure=cure,
         )
 
     def to_run(self, precision: str | None) -> Bundle:

@@ -221,7 +221,8 @@ def add_engine(bundle: Bundle, name: str, record: EngineRecord, plan: bytes | me
     with explaining(bundle.path):
         folder.mkdir(exist_ok=True)
         if folder.is_symlink():
-            raise BundleError(f"{bundle.path}: {not_plain(folder, 'a symbolic link')}")
+            with naming(bundle.path):
+                raise not_plain(folder, "a symbolic link")
         waiting = waiting_engine(folder, name, record)
         try:
             atomic.replace_file(waiting, plan)
@@ -268,8 +269,9 @@ def explaining(target: Path) -> Iterator[None]:
         else:
             raise
         raise BundleError(
-            f"{target}: can't be written ({error.strerror}): {cause}",
-            cause=f"{cure}. Nothing was left behind",
+            f"{target}: can't be written ({error.strerror})",
+            cause=cause,
+            cure=f"{cure}. Nothing was left behind",
         ) from error
 
 
@@ -293,7 +295,7 @@ def _check_replaceable(target: Path) -> None:
         raise BundleError(
             f"{target}: is not a folder",
             expected="a vzip bundle to replace",
-            cause=f"{cure}",
+            cure=cure,
         )
     entries = [entry for entry in target.iterdir() if not _passing(entry)]
     ours = {*FILES, *QUANTISED_FILES, MANIFEST_FILE, ENGINES_FOLDER, _OLD_FORMS}
@@ -303,13 +305,13 @@ def _check_replaceable(target: Path) -> None:
         raise BundleError(
             f"{target}: holds {foreign[:3]}",
             expected="nothing but a vzip bundle to replace",
-            cause=f"{cure}",
+            cure=cure,
         )
     if entries and f'"format": "{FORMAT}"' not in _manifest_text(target):
         raise BundleError(
             f"{target}: has no manifest of a vzip bundle",
             expected="one to replace",
-            cause=f"{cure}",
+            cure=cure,
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.refusals import refused
 from vzip.runtime.bundle.manifest import Manifest, Tiling
 from vzip.runtime.bundle.reader import LARGEST_MANIFEST, Bundle, read_bundle
 from vzip.runtime.bundle.writer import BundleWriter, bundle_writer, update_manifest
@@ -91,14 +92,14 @@ def test_what_lies_beside_the_listed_files_is_not_read(tiny_bundle: Path) -> Non
 @pytest.mark.parametrize("name", FILES)
 def test_refuses_a_missing_file(tiny_bundle: Path, name: str) -> None:
     (tiny_bundle / name).unlink()
-    with pytest.raises(BundleError, match=f"{name} can't be read .*the bundle is incomplete"):
+    with refused(BundleError, got=name, cause="incomplete"):
         read_bundle(tiny_bundle)
 
 
 def test_refuses_what_is_no_folder(tiny_bundle: Path) -> None:
-    with pytest.raises(BundleError, match="found a file, expected the folder"):
+    with refused(BundleError, got="a file", expected="vzip export -o"):
         read_bundle(tiny_bundle / "model.onnx")
-    with pytest.raises(BundleError, match="absent: found nothing, expected the folder"):
+    with refused(BundleError, got=("absent", "nothing"), expected="vzip export -o"):
         read_bundle(tiny_bundle / "absent")
 
 
@@ -109,7 +110,7 @@ def test_refuses_another_size(tiny_bundle: Path, name: str, verify: bool) -> Non
     data = path.read_bytes()
     for spoilt in (b"", data[:-1], data + b"\0"):
         path.write_bytes(spoilt)
-        with pytest.raises(BundleError, match=rf"{name} has {len(spoilt)} bytes, expected"):
+        with refused(BundleError, got=(name, f"{len(spoilt)} bytes"), expected=str(len(data))):
             read_bundle(tiny_bundle, verify=verify)
 
 
@@ -121,7 +122,7 @@ def test_refuses_any_flipped_bit(tiny_bundle: Path, name: str) -> None:
         spoilt = bytearray(good)
         spoilt[place] ^= 1
         path.write_bytes(spoilt)
-        with pytest.raises(BundleError, match=f"{name} has SHA-256 .*…, expected"):
+        with refused(BundleError, got=(name, "SHA-256"), expected="…"):
             read_bundle(tiny_bundle)
     path.write_bytes(good)
     assert read_bundle(tiny_bundle)
@@ -131,26 +132,26 @@ def test_verify_false_trusts_the_content_of_the_weights_alone(tiny_bundle: Path)
     path = tiny_bundle / "model.onnx.data"
     path.write_bytes(b"\1" * path.stat().st_size)
     bundle = read_bundle(tiny_bundle, verify=False)
-    with pytest.raises(BundleError, match=r"model\.onnx\.data has SHA-256"):
+    with refused(BundleError, got=("model.onnx.data", "SHA-256")):
         bundle.read_model()
 
 
 def test_refuses_a_manifest_that_was_tampered_with(tiny_bundle: Path) -> None:
     rewrite(tiny_bundle, lambda parsed: parsed.update(token_order="reversed"))
-    with pytest.raises(BundleError, match=rf"{tiny_bundle}: manifest.json: 'token_order' is"):
+    with refused(BundleError, got=(f"{tiny_bundle}: manifest.json: 'token_order'", "'reversed'")):
         read_bundle(tiny_bundle)
 
 
 def test_refuses_a_manifest_without_the_graph(tiny_bundle: Path) -> None:
     rewrite(tiny_bundle, lambda parsed: parsed.update(files={}))
-    with pytest.raises(BundleError, match=r"'files' lacks model\.onnx"):
+    with refused(BundleError, got="lacks model.onnx"):
         read_bundle(tiny_bundle)
 
 
 def test_reads_no_more_than_a_manifest_can_have(tiny_bundle: Path) -> None:
     with (tiny_bundle / "manifest.json").open("ab") as file:
         file.write(b" " * LARGEST_MANIFEST)
-    with pytest.raises(BundleError, match="has more than 1048576 bytes"):
+    with refused(BundleError, got="1048576 bytes"):
         read_bundle(tiny_bundle)
 
 
@@ -175,11 +176,9 @@ def test_refuses_everything_but_plain_files(tiny_bundle: Path, name: str, kind: 
             os.chdir(cwd)
     else:
         path.symlink_to("/dev/zero")
-    with pytest.raises(BundleError, match=rf"{name} (is|can't be read)") as raised:
+    shown = {"symlink": "a symbolic link", "hard link": "a hard link"}.get(kind, "")
+    with refused(BundleError, got=(name, shown), expected="a plain file"):
         read_bundle(tiny_bundle)
-    assert "expected a plain file" in str(raised.value)
-    if kind in {"symlink", "hard link"}:
-        assert {"symlink": "a symbolic link", "hard link": "a hard link"}[kind] in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +192,7 @@ def test_refuses_external_data_elsewhere(tiny_bundle: Path, location: str) -> No
     path = tiny_bundle / "model.onnx"
     path.write_bytes(with_location(path.read_bytes(), location))
     sign(tiny_bundle)
-    with pytest.raises(BundleError, match=r"the tensor 'extra' lies in .*a graph may not read"):
+    with refused(BundleError, got=("'extra'", repr(location))):
         read_bundle(tiny_bundle)
 
 
@@ -202,13 +201,13 @@ def test_refuses_external_data_out_of_range(tiny_bundle: Path, offset: int, leng
     path = tiny_bundle / "model.onnx"
     path.write_bytes(with_location(path.read_bytes(), "model.onnx.data", offset, length))
     sign(tiny_bundle)
-    with pytest.raises(BundleError, match=rf"takes bytes {offset} to {offset + length} of"):
+    with refused(BundleError, got=f"bytes {offset} to {offset + length}"):
         read_bundle(tiny_bundle)
 
 
 def test_refuses_external_data_that_the_manifest_does_not_list(tiny_bundle: Path) -> None:
     rewrite(tiny_bundle, lambda parsed: parsed["files"].pop("model.onnx.data"))  # type: ignore[attr-defined]
-    with pytest.raises(BundleError, match="which the manifest doesn't list"):
+    with refused(BundleError, got="model.onnx.data"):
         read_bundle(tiny_bundle)
 
 
@@ -347,7 +346,7 @@ def test_an_exception_leaves_nothing_behind(
 
 
 def test_a_writer_that_publishes_nothing_says_so(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="never published"), bundle_writer(tmp_path / "new"):
+    with refused(BundleError, expected="publish()"), bundle_writer(tmp_path / "new"):
         pass
     assert names(tmp_path) == []
 
@@ -357,7 +356,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, tiny_bundle:
         with Path("/dev/full").open("wb", buffering=0) as file:  # the kernel's own ENOSPC
             file.write(b"x")
 
-    with pytest.raises(BundleError, match=r"new: can't be written \(No space .*the disk or quota"):
+    with refused(BundleError, got=("new: ", "No space"), cure="free some space"):
         publish(tmp_path / "new", tiny_bundle, fill_up)
     assert names(tmp_path) == ["tiny_bundle"]
 
@@ -377,7 +376,7 @@ def test_a_disk_that_fills_while_flushing_leaves_the_old_bundle(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(descriptor)
 
-    with pytest.raises(BundleError, match="the disk or quota is full; free some space"):
+    with refused(BundleError, got="No space", cure="free some space"):
         publish(
             tiny_bundle, tiny_static_bundle, lambda writer: monkeypatch.setattr(os, "fsync", fail)
         )
@@ -396,7 +395,7 @@ def test_a_read_only_folder_is_one_line(tmp_path: Path, tiny_bundle: Path) -> No
         os.seteuid(65534)
     try:
         with (
-            pytest.raises(BundleError, match=r"new: can't be written \(Permission denied\): the"),
+            refused(BundleError, got=("new: ", "Permission denied"), cure="-o"),
             bundle_writer(closed / "new"),
         ):
             pass
@@ -407,7 +406,7 @@ def test_a_read_only_folder_is_one_line(tmp_path: Path, tiny_bundle: Path) -> No
 
 def test_a_missing_parent_is_one_line(tmp_path: Path) -> None:
     with (
-        pytest.raises(BundleError, match=r"a is no folder; create it, or choose another with -o"),
+        refused(BundleError, cause=f"{tmp_path / 'a'} is no folder", cure="-o"),
         bundle_writer(tmp_path / "a" / "new"),
     ):
         pass
@@ -436,7 +435,7 @@ def test_replaces_nothing_but_a_bundle(tmp_path: Path, tiny_bundle: Path, kind: 
         (target / name).write_text('{"name": "a web app"}')
     before = sorted(tmp_path.rglob("*"))
     with (
-        pytest.raises(BundleError, match=r"precious: .*expected .*to replace; choose another"),
+        refused(BundleError, got="precious: ", expected="to replace", cure="-o"),
         bundle_writer(target),
     ):
         pytest.fail("it was about to be replaced")
@@ -450,7 +449,7 @@ def test_does_not_replace_what_appeared_meanwhile(tmp_path: Path, tiny_bundle: P
         target.mkdir()
         (target / "thesis.txt").write_text("thesis")
 
-    with pytest.raises(BundleError, match="to replace; choose another"):
+    with refused(BundleError, got="thesis.txt", expected="to replace", cure="-o"):
         publish(target, tiny_bundle, appear)
     assert names(target) == ["thesis.txt"]
 
@@ -459,7 +458,7 @@ def test_does_not_replace_what_appeared_meanwhile(tmp_path: Path, tiny_bundle: P
 def test_publishes_no_file_that_a_reader_does_not_know(
     tmp_path: Path, tiny_bundle: Path, extra: str
 ) -> None:
-    with pytest.raises(BundleError, match=r"expected model\.onnx and perhaps"):
+    with refused(BundleError, got=extra, expected="model.onnx"):
         publish(
             tmp_path / "new", tiny_bundle, lambda writer: (writer.folder / extra).write_bytes(b"x")
         )
@@ -474,9 +473,9 @@ def test_publishes_nothing_that_a_reader_would_refuse(tmp_path: Path, tiny_bundl
     def empty(writer: BundleWriter) -> None:
         (writer.folder / "model.onnx.data").write_bytes(b"")
 
-    with pytest.raises(BundleError, match="a graph may not read other files"):
+    with refused(BundleError, got="'weights.bin'"):
         publish(tmp_path / "new", tiny_bundle, lead_out)
-    with pytest.raises(BundleError, match=r"model\.onnx\.data is empty"):
+    with refused(BundleError, got="model.onnx.data is empty"):
         publish(tmp_path / "new", tiny_bundle, empty)
     assert names(tmp_path) == ["tiny_bundle"]
 
@@ -508,7 +507,7 @@ def test_update_manifest_changes_the_parity_alone(tiny_bundle: Path) -> None:
 def test_update_manifest_refuses_a_bundle_that_was_replaced(tiny_bundle: Path) -> None:
     bundle = read_bundle(tiny_bundle)
     update_manifest(bundle, parity={"passed": True})
-    with pytest.raises(BundleError, match="is another one than when the bundle was opened"):
+    with refused(BundleError, got="manifest.json", cure="open the bundle again"):
         update_manifest(bundle, parity={"passed": False})
     assert read_bundle(tiny_bundle).manifest.parity == {"passed": True}
 
@@ -522,7 +521,7 @@ def test_update_manifest_leaves_the_old_one_when_the_disk_is_full(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(atomic.os, "fsync", fail)
-    with pytest.raises(BundleError, match="the disk or quota is full"):
+    with refused(BundleError, got="No space"):
         update_manifest(bundle, parity={"passed": True})
     monkeypatch.undo()
     assert read_bundle(tiny_bundle) == bundle
@@ -560,9 +559,7 @@ def test_reads_the_newline_embedding(tmp_path: Path, tiny_bundle: Path) -> None:
 
 
 def test_a_bundle_without_newline_says_so(tiny_bundle: Path) -> None:
-    with pytest.raises(
-        BundleError, match=r"'files' lacks image_newline\.npy, expected it, since it"
-    ):
+    with refused(BundleError, got="lacks image_newline.npy"):
         read_bundle(tiny_bundle).newline()
 
 
@@ -571,53 +568,47 @@ def test_the_newlines_digest_is_checked_whenever_it_is_read(
 ) -> None:
     bundle = with_newline(tmp_path / "new", tiny_bundle, npy(NEWLINE))
     (bundle.path / "image_newline.npy").write_bytes(npy(-NEWLINE))
-    with pytest.raises(BundleError, match=r"image_newline\.npy has SHA-256 .*…, expected"):
+    with refused(BundleError, got=("image_newline.npy", "SHA-256")):
         read_bundle(bundle.path)
     unverified = read_bundle(bundle.path, verify=False)
-    with pytest.raises(BundleError, match=r"image_newline\.npy has SHA-256 .*…, expected"):
+    with refused(BundleError, got=("image_newline.npy", "SHA-256")):
         unverified.newline()
     (bundle.path / "image_newline.npy").unlink()
-    with pytest.raises(BundleError, match=r"image_newline\.npy can't be read"):
+    with refused(BundleError, got="image_newline.npy can't be read"):
         bundle.newline()
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("data", "got", "expected"),
     [
+        (npy(NEWLINE[:5]), "float32 [5] in 20 bytes", "float32 [6] in 24"),
+        (npy(NEWLINE[None]), "float32 [1, 6] in 24 bytes", "float32 [6]"),
+        (npy(NEWLINE.astype(np.float16)), "float16 [6] in 12 bytes", "float32 [6]"),
+        (npy(NEWLINE.astype(">f4")), ">f4 [6] in 24 bytes", "float32 [6]"),
+        (npy(NEWLINE)[:-4], "float32 [6] in 20 bytes", "24"),
+        (npy(NEWLINE) + b"more", "float32 [6] in 28 bytes", "24"),
+        # More than there is takes no memory.
         (
-            npy(NEWLINE[:5]),
-            r"holds float32 \[5\] in 20 bytes, expected float32 \[6\] in 24; it is of",
+            npy(NEWLINE).replace(b"(6,), }" + 13 * b" ", b"(99999999999999,), }"),
+            "float32 [99999999999999] in 24 bytes",
+            "float32 [6]",
         ),
-        (npy(NEWLINE[None]), r"holds float32 \[1, 6\] in 24 bytes"),
-        (npy(NEWLINE.astype(np.float16)), r"holds float16 \[6\] in 12 bytes"),
-        (npy(NEWLINE.astype(">f4")), r"holds >f4 \[6\] in 24 bytes"),
-        (npy(NEWLINE)[:-4], r"holds float32 \[6\] in 20 bytes"),
-        (npy(NEWLINE) + b"more", r"holds float32 \[6\] in 28 bytes"),
-        (npy(np.array([None] * 6, object)), r"holds object \[6\]"),
-        (npy(NEWLINE, (2, 0)), r"is no file in NumPy's format 1\.0, expected float32 \[6\]"),
-        (b"no array", "is no file in NumPy's format"),
-        (npy(NEWLINE)[:9], "is no file in NumPy's format"),
-        (npy(NEWLINE).replace(b"'<f4'", b"[[[[["), "is no file in NumPy's format"),
-        (npy(NEWLINE).replace(b"{'descr'", b"{{[]: 1}"), "is no file in NumPy's format"),
-        (npy(NEWLINE).replace(b"(6,)", b"(~6)"), "is no file in NumPy's format"),
-        (npy(NEWLINE * np.inf), "has numbers that are NaN or infinite, expected finite ones"),
-        (npy(np.zeros(4000, np.float32)), "has 16128 bytes, expected at most 10024 for float32"),
+        (npy(np.array([None] * 6, object)), "object [6]", "float32 [6]"),
+        (npy(NEWLINE, (2, 0)), "format 1.0", "float32 [6]"),
+        (b"no array", "format 1.0", "float32 [6]"),
+        (npy(NEWLINE)[:9], "format 1.0", "float32 [6]"),
+        (npy(NEWLINE).replace(b"'<f4'", b"[[[[["), "format 1.0", "float32 [6]"),
+        (npy(NEWLINE).replace(b"{'descr'", b"{{[]: 1}"), "format 1.0", "float32 [6]"),
+        (npy(NEWLINE).replace(b"(6,)", b"(~6)"), "format 1.0", "float32 [6]"),
+        (npy(NEWLINE * np.inf), "NaN or infinite", "finite"),
+        (npy(np.zeros(4000, np.float32)), "16128 bytes", "10024 for float32 [6]"),
     ],
 )
 def test_refuses_a_newline_that_is_not_the_manifests(
-    tmp_path: Path, tiny_bundle: Path, data: bytes, message: str
+    tmp_path: Path, tiny_bundle: Path, data: bytes, got: str, expected: str
 ) -> None:
     bundle = with_newline(tmp_path / "new", tiny_bundle, data)
-    with pytest.raises(BundleError, match=f"^{bundle.path}: image_newline.npy {message}"):
-        bundle.newline()
-
-
-def test_a_header_that_promises_more_than_there_is_takes_no_memory(
-    tmp_path: Path, tiny_bundle: Path
-) -> None:
-    data = npy(NEWLINE).replace(b"(6,), }" + 13 * b" ", b"(99999999999999,), }")
-    bundle = with_newline(tmp_path / "new", tiny_bundle, data)
-    with pytest.raises(BundleError, match=r"holds float32 \[99999999999999\] in 24 bytes"):
+    with refused(BundleError, got=(f"{bundle.path}: image_newline.npy ", got), expected=expected):
         bundle.newline()
 
 
@@ -644,15 +635,15 @@ def pooled(manifest: Manifest) -> Manifest:
     ("change", "why"),
     [
         (newline_rows, "'tiling.order' is 'newline'"),
-        (pooled, "'tower.pool' is 2, and one ends a clip"),
+        (pooled, "'tower.pool' is 2"),
     ],
 )
 def test_refuses_a_bundle_that_lacks_the_newline_that_its_tokens_take(
     tmp_path: Path, tiny_bundle: Path, change: Callable[[Manifest], Manifest], why: str
 ) -> None:
     target = tmp_path / "new"
-    message = f"lacks image_newline.npy, expected it, since {why}; the model has no newline"
-    with pytest.raises(BundleError, match=message), bundle_writer(target) as writer:
+    lacking = refused(BundleError, got="lacks image_newline.npy", expected=why)
+    with lacking, bundle_writer(target) as writer:
         writer.publish(change(fill(writer, tiny_bundle)))
     with bundle_writer(target) as writer:
         manifest = change(fill(writer, tiny_bundle))
