@@ -85,7 +85,11 @@ def made(folder: Path, model: str, tokens: int, *, weights: str = "random") -> B
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder).free < DISK_GB * 1e9:
-            raise InvalidInputError(f"'{folder}' has less than {DISK_GB} GB free, for one bundle")
+            raise InvalidInputError(
+                f"'{folder}' has less than {DISK_GB} GB free",
+                cause="one bundle takes as much",
+                cure="give another folder with --bundles",
+            )
         _vzip(
             "export", "--model", model, "--weights", weights, "--dtype", "fp32",
             "--tokens", str(tokens), "--max-batch", str(LARGEST_BATCH), "-o", str(path),

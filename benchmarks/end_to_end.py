@@ -28,7 +28,7 @@ from benchmarks.harness.end_to_end_worker import CACHES, NEW_TOKENS, PATCHES, SP
 from benchmarks.harness.llm_shapes import LLMS, Llm
 from vzip.export.pages import figures, markdown
 from vzip.runtime.console import say
-from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.errors import InvalidInputError, VzipError
 from vzip.runtime.files import outputs
 from vzip.runtime.machine.record import machine
 
@@ -79,7 +79,7 @@ ABSENT = {
 """Cell → why it is empty wherever this runs."""
 
 
-class JobError(Exception):
+class JobError(VzipError):
     """What a worker says went wrong."""
 
 
@@ -97,7 +97,7 @@ def work(job: Mapping[str, Any]) -> dict[str, Any]:
         log.seek(0)
         said = log.read().strip().splitlines()
     if done.returncode < 0:
-        raise JobError(f"was killed by signal {-done.returncode}; memory may be short")
+        raise JobError(f"was killed by signal {-done.returncode}", cause="memory may be short")
     if done.returncode or not done.stdout.strip():
         raise JobError(f"ended with status {done.returncode} ({said[-1] if said else ''})")
     answer = json.loads(done.stdout.strip().splitlines()[-1])

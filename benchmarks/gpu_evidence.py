@@ -74,7 +74,7 @@ class EvidenceError(VzipError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Measurement:
     """What is measured.
 
     Attributes:
@@ -98,7 +98,7 @@ class Plan:
     rounds: int
 
 
-def measure(plan: Plan, bundles: Path, paths: Sequence[str]) -> Iterator[dict[str, Any]]:
+def measure(plan: Measurement, bundles: Path, paths: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Export, build, prove and time.
 
     Yields:
@@ -131,7 +131,7 @@ def measure(plan: Plan, bundles: Path, paths: Sequence[str]) -> Iterator[dict[st
         yield result
 
 
-def export(plan: Plan, bundle: Path, batch: int, paths: Sequence[str]) -> dict[str, Any]:
+def export(plan: Measurement, bundle: Path, batch: int, paths: Sequence[str]) -> dict[str, Any]:
     """Export a bundle, or take one that was carried here and is what an export would make."""
     if bundle.exists():
         _check_carried(plan, bundle, batch)
@@ -143,7 +143,7 @@ def export(plan: Plan, bundle: Path, batch: int, paths: Sequence[str]) -> dict[s
     return {"carried": False, "seconds": time.perf_counter() - start}
 
 
-def _check_carried(plan: Plan, bundle: Path, batch: int) -> None:
+def _check_carried(plan: Measurement, bundle: Path, batch: int) -> None:
     """Refuse a bundle that is not what this run would have exported."""
     manifest = read_bundle(bundle).manifest
     options = dict(zip(plan.export[::2], plan.export[1::2], strict=True))
@@ -178,7 +178,7 @@ def _check_carried(plan: Plan, bundle: Path, batch: int) -> None:
 
 
 def build(
-    plan: Plan, bundle: Path, paths: Sequence[str]
+    plan: Measurement, bundle: Path, paths: Sequence[str]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Build the engines of every TensorRT that is there.
 
@@ -199,7 +199,9 @@ def build(
     return built, failed
 
 
-def _build_one(plan: Plan, family: str, bundle: Path, paths: Sequence[str]) -> dict[str, Any]:
+def _build_one(
+    plan: Measurement, family: str, bundle: Path, paths: Sequence[str]
+) -> dict[str, Any]:
     """Build and prove one engine, which is named after its family."""
     start = time.perf_counter()
     arguments = ["build", str(bundle), "--name", family]
@@ -224,7 +226,7 @@ def _build_one(plan: Plan, family: str, bundle: Path, paths: Sequence[str]) -> d
 
 
 def time_stacks(
-    plan: Plan, bundle: Path, paths: Sequence[str], *, skip: set[str]
+    plan: Measurement, bundle: Path, paths: Sequence[str], *, skip: set[str]
 ) -> dict[str, Any]:
     """Open every stack, time all in turn, close them."""
     batch = read_bundle(bundle, verify=False).manifest.batch.max
@@ -270,7 +272,7 @@ def time_stacks(
     return {"stacks": stacks_found, "failed": failed, "states": states}
 
 
-def _stack(plan: Plan, name: str) -> Stack:
+def _stack(plan: Measurement, name: str) -> Stack:
     """Return what a worker times under one of our names."""
     precision = dict(zip(plan.export[::2], plan.export[1::2], strict=True))["--dtype"]
     device: Literal["cpu", "cuda"] = "cpu" if plan.device == "cpu" else "cuda"
@@ -370,8 +372,8 @@ def main(argv: Sequence[str]) -> int:
     if not _timed(result):
         reasons = [text for each in result["batches"].values() for text in each["failed"].values()]
         raise EvidenceError(
-            f"nothing could be timed: {'; '.join(dict.fromkeys(reasons))}",
-            cause="nothing was written",
+            "nothing could be timed",
+            cause=f"{'; '.join(dict.fromkeys(reasons))}; nothing was written",
         )
     print(table(result))
     print(f"\nwritten to {output}")
@@ -409,7 +411,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _plan(arguments: argparse.Namespace) -> Plan:
+def _plan(arguments: argparse.Namespace) -> Measurement:
     dry = arguments.dry_run_cpu
     families = CPU_FAMILIES if dry else FAMILIES
     pythons = dict.fromkeys(families, sys.executable)
@@ -430,11 +432,11 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     if arguments.rounds < 1:
         raise InvalidInputError(
             f"--rounds is {arguments.rounds}",
-            expected="at least 1",
+            expected="1 or more",
         )
     # The merge of the published code, so that all compute the same; opset 17 for TensorRT 8.6.
     common = ("--merge", "sum", "--opset", "17", "--tokens")
-    return Plan(
+    return Measurement(
         model="demo" if dry else "llava-1.5-7b",
         device="cpu" if dry else "cuda",
         export=(*common, "43", "--dtype", "fp32")
@@ -452,8 +454,9 @@ def _check_output(output: Path, *, dry_run: bool) -> None:
     """Refuse a file that can't or must not be written, before anything is measured."""
     if not output.parent.is_dir():
         raise InvalidInputError(
-            f"-o is '{output}', but the folder '{output.parent}' does not exist",
-            cure="create it first",
+            f"-o is '{output}'",
+            expected="a file in a folder that exists",
+            cure=f"create the folder '{output.parent}' first",
         )
     if dry_run and output.resolve().is_relative_to(RESULTS.resolve()):
         raise InvalidInputError(
@@ -470,10 +473,8 @@ def _require_gpu() -> None:
     if isinstance(found, str):
         raise EvidenceError(
             f"there is no GPU to measure: {found}",
-            cause=(
-                "run it on a machine with an NVIDIA GPU, or try it with --dry-run-cpu; nothing was "
-                "written"
-            ),
+            cause="nothing was written",
+            cure="run it on a machine with an NVIDIA GPU, or try it with --dry-run-cpu",
         )
 
 
@@ -482,7 +483,7 @@ def _timed(result: dict[str, Any]) -> bool:
     return any(found["stacks"] for found in result["batches"].values())
 
 
-def _lacking(plan: Plan, result: dict[str, Any]) -> list[str]:
+def _lacking(plan: Measurement, result: dict[str, Any]) -> list[str]:
     """Return the stacks that the command line asked for and that failed, with their batches."""
     asked = [stack for family in plan.families if family in plan.asked
              for stack in plan.families[family]]  # fmt: skip

@@ -168,8 +168,8 @@ def check_fits(size: Llm, engine: str, tokens: int) -> None:
     )
     if memory is not None and needed > memory.available * 2**20:
         raise BackendError(
-            f"takes {needed / 1e9:.1f} GB with its weights in {bits} bits, "
-            f"but {memory.available * 2**20 / 1e9:.1f} GB of memory are available"
+            f"takes {needed / 1e9:.1f} GB with its weights in {bits} bits",
+            expected=f"at most the {memory.available * 2**20 / 1e9:.1f} GB that are available",
         )
 
 
@@ -297,12 +297,17 @@ def speak(
             one["first"].append(first)
             one["decode"] += decode
             if one.setdefault("token", token) != token:
-                raise BackendError(f"{tokens} tokens give {one['token']} first, and then {token}")
+                raise BackendError(
+                    f"{tokens} tokens give {token} first",
+                    expected=f"{one['token']}, as in the round before",
+                )
             held = tokens + text + NEW_TOKENS
             expected, got = shape.kv_bytes(held), opened.kv_bytes(cache)
             # llama.cpp's has a position and a sequence beside each token.
             if not expected <= got <= expected + 64 * held + 4096:
-                raise BackendError(f"the cache of {held} tokens has {got} bytes, not {expected}")
+                raise BackendError(
+                    f"the cache of {held} tokens has {got} bytes", expected=str(expected)
+                )
             one.setdefault("kv_bytes", shape.kv_bytes(tokens + text))
             one.setdefault("peak_bytes", peak_bytes())
             del cache, model

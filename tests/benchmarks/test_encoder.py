@@ -64,7 +64,7 @@ def test_several_are_one_result():
     assert [each["name"] for each in one["bundles"]] == ["a", "b"]
     assert len(one["empty"]) == len(one["states"]) == 2
     assert one["command"] == "python -m benchmarks.encoder"
-    with pytest.raises(InvalidInputError, match="the baselines are torch-published:fp32 and x"):
+    with refused(InvalidInputError, got=("torch-published:fp32", "x")):
         encoder.joined([found("a"), found("b", baseline="x")], "")
 
 
@@ -133,7 +133,9 @@ def test_runs_that_there_are_not(asked, monkeypatch, tmp_path, capsys, option):
     with pytest.raises(SystemExit) as ended:
         encoder.main()
     assert ended.value.code == 2
-    assert f"{option[0]} has {option[1]!r}, expected some of [" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert option[0] in said
+    assert repr(option[1]) in said
     assert asked == []
 
 
@@ -143,5 +145,7 @@ def test_a_batch_that_a_budget_has_no_run_of(asked, monkeypatch, tmp_path, capsy
     with pytest.raises(SystemExit) as ended:
         encoder.main()
     assert ended.value.code == 2
-    assert "batches of [8] are measured at 64 tokens alone" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "[8]" in said
+    assert "64" in said
     assert asked == []

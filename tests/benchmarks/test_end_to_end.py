@@ -16,6 +16,7 @@ from benchmarks.end_to_end import JobError, Model
 from benchmarks.harness import end_to_end_worker, llm_random, results
 from benchmarks.harness.end_to_end_worker import NEW_TOKENS, PATCHES
 from benchmarks.harness.llm_shapes import IMAGE, LLMS
+from tests.refusals import refused
 from vzip.runtime.errors import BackendError
 from vzip.runtime.machine import sensors
 from vzip.runtime.machine.timing import Timing
@@ -177,14 +178,14 @@ def test_engines_of_a_gpu_are_empty_cells_that_say_why(monkeypatch, tmp_path):
 def test_a_worker_that_is_killed_or_says_nothing_is_an_error_of_one_line(monkeypatch, tmp_path):
     fake = tmp_path / "python"
     monkeypatch.setattr(sys, "executable", str(fake))
-    for script, message in (
-        ("kill -9 $$", "was killed by signal 9; memory may be short"),
-        ("echo at line 3 >&2; echo Boom >&2; exit 3", "ended with status 3 (Boom)"),
-        ("""echo '{"error": "too small"}'""", "too small"),
+    for script, said in (
+        ("kill -9 $$", {"got": "signal 9", "cause": "memory"}),
+        ("echo at line 3 >&2; echo Boom >&2; exit 3", {"got": ("status 3", "Boom")}),
+        ("""echo '{"error": "too small"}'""", {"got": "too small"}),
     ):
         fake.write_text(f"#!/bin/sh\n{script}\n")
         fake.chmod(0o755)
-        with pytest.raises(JobError, match=f"^{re.escape(message)}$"):
+        with refused(JobError, **said):
             end_to_end.work({"do": "speak"})
 
 
@@ -195,9 +196,9 @@ def test_an_llm_that_memory_cant_hold_is_refused_before_it_is_made(monkeypatch, 
     )  # fmt: skip
     monkeypatch.setattr(sensors, "memory", lambda: little)
     end_to_end_worker.check_fits(ONE, "onnxruntime", tokens=3000)
-    with pytest.raises(BackendError, match=r"^takes 28\.0 GB with its weights in 32 bits, but 12"):
+    with refused(BackendError, got=("28.0 GB", "32 bits"), expected="12."):
         end_to_end_worker.check_fits(SEVEN, "onnxruntime", tokens=0)
-    with pytest.raises(BackendError, match="in 16 bits"):
+    with refused(BackendError, got="16 bits"):
         end_to_end_worker.prepare(
             llm=SEVEN.name, engine="llama.cpp", checkpoint=str(tmp_path / "c"), file="none"
         )
@@ -252,14 +253,13 @@ def test_a_round_goes_up_and_the_next_one_down(monkeypatch):
 
 
 def test_a_cache_of_another_size_is_no_measurement(monkeypatch):
-    with pytest.raises(BackendError, match=r"^the cache of 20 tokens has \d+ bytes, not \d+$"):
-        speak(monkeypatch, Fake(extra=-1))
-    with pytest.raises(BackendError, match="the cache of 20 tokens"):
-        speak(monkeypatch, Fake(extra=100_000))
+    for extra in (-1, 100_000):
+        with refused(BackendError, got=("cache", "20 tokens"), expected="0"):
+            speak(monkeypatch, Fake(extra=extra))
 
 
 def test_another_first_token_in_another_round_is_no_measurement(monkeypatch):
-    with pytest.raises(BackendError, match=r"^20 tokens give \d+ first, and then \d+$"):
+    with refused(BackendError, got="20 tokens", expected="round before"):
         speak(monkeypatch, Fake(words=tuple(range(7, 7 + 11))))
 
 
@@ -330,7 +330,7 @@ def test_a_folder_that_cant_be_written_to_is_said_before_anything_is_measured(
     with pytest.raises(SystemExit) as ended:
         end_to_end.main(["--llm", "tiny", "-o", str(tmp_path / "link")])
     assert ended.value.code == 2
-    assert "can't be written (File exists)" in capsys.readouterr().err
+    assert str(tmp_path / "link") in capsys.readouterr().err
 
 
 def test_the_committed_tables_are_those_of_the_committed_result():

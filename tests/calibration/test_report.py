@@ -17,6 +17,7 @@ from tests.agreements import agreement
 from tests.export.layouts import write_layout
 from tests.pages import HOSTILE, assert_shut
 from tests.precisions import add_precision
+from tests.refusals import refused
 from vzip.calibration.quantization.quantize import LayerReport, Report
 from vzip.calibration.quantization.recipe import Recipe
 from vzip.calibration.quantization.sensitivity import Effect
@@ -236,9 +237,8 @@ def test_a_calibration_report_of_another_form_is_refused(
     tiny_bundle: Path, images: list[tuple[str, Any]], change: dict[str, Any], message: str
 ) -> None:
     add_precision(tiny_bundle, "int8", json.dumps(calibration(**change)))
-    with pytest.raises(BundleError, match=r"calibration\.int8\.json is no report of vzip") as error:
+    with refused(BundleError, got=("calibration.int8.json", message), cure="calibrate"):
         gather(read_bundle(tiny_bundle), images, source="two", step=lambda _: None)
-    assert message in str(error.value)
 
 
 def test_a_calibration_without_limits_measured_no_layer_alone() -> None:
@@ -287,5 +287,5 @@ def test_a_report_that_fails_leaves_the_old_one(
     count = str(MOST_IMAGES + 1)
     arguments = [str(tiny_bundle), "--images", str(pictures_of(13)), "--count", count]
     assert main(["report", *arguments, "-o", str(output)]) == 2
-    assert "got 13 images, expected 1 to 12" in capsys.readouterr().err
+    assert "13 images" in capsys.readouterr().err
     assert output.read_text() == "the old one"
