@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -83,7 +84,11 @@ def asked(monkeypatch, tmp_path, tiny_bundle):
         target = tmp_path / f"tokens-{tokens}"
         if not target.exists():
             target.symlink_to(tiny_bundle)
-        return read_bundle(target)
+        bundle = read_bundle(target)
+        engine = SimpleNamespace(cpu="this one", precision="fp32")
+        return SimpleNamespace(path=bundle.path, manifest=SimpleNamespace(
+            precision="fp32", precisions=(), engines={encoder.CPU_ENGINE: engine},
+        ))  # fmt: skip
 
     monkeypatch.setattr(encoder, "bench", bench)
     monkeypatch.setattr(encoder, "made", made)
