@@ -74,7 +74,7 @@ def build_cpu(path: str | os.PathLike[str], name: str | None = None, *, say: Say
     with build_lock(bundle, say):
         bundle = read_bundle(path).at(None)  # whoever held the lock may have made it
         if (found := _reused(bundle, name, version)) is not None:
-            return Result(bundle, name, found, reused=True)
+            return Result(_may(bundle), name, found, reused=True)
         say(f"making '{name}' with ONNX Runtime {version} for {processor()}, {cores()} cores")
         start = time.monotonic()
         from vzip.export.engines.cpu.choice import choose
@@ -102,7 +102,8 @@ def build_cpu(path: str | os.PathLike[str], name: str | None = None, *, say: Say
                 processor(), tuple(sensors.instructions()), cores(), chosen.form, choice.measured
             ),
         )
-        return Result(add_engine(source, name, record, chosen.model), name, record, reused=False)
+        made = _may(add_engine(source, name, record, chosen.model))
+        return Result(made, name, record, reused=False)
 
 
 def _reused(bundle: Bundle, name: str, version: str) -> EngineRecord | None:
@@ -120,7 +121,7 @@ def _reused(bundle: Bundle, name: str, version: str) -> EngineRecord | None:
 
 
 def _may(bundle: Bundle) -> Bundle:
-    """Return the bundle without a precision that was asked for."""
+    """Return the bundle as `read_bundle` gives it: the engine may run."""
     return dataclasses.replace(bundle, quantised=None, cpu_engine="may")
 
 

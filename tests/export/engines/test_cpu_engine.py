@@ -155,6 +155,7 @@ def test_the_fastest_that_agrees_becomes_the_engine(
     made = make(bundle)
     written = read_bundle(bundle).manifest.engines[NAME]
     assert (made.reused, written) == (False, made.record)
+    assert opens_bundle(made.bundle) == NAME
     engine = made.path.read_bytes()
     assert (written.sha256, written.bytes) == (hashlib.sha256(engine).hexdigest(), len(engine))
     assert written.stack == "onnxruntime"
