@@ -334,8 +334,8 @@ class VisionEncoder:
         """Refuse what the bundle wasn't made for."""
         if media not in self.manifest.media:
             raise InvalidInputError(
-                f"got {('an image' if media == 'image' else 'a video')}, but this bundle takes "
-                f"{' and '.join(self.manifest.media)} alone",
+                f"got {('an image' if media == 'image' else 'a video')}",
+                expected=f"{' and '.join(self.manifest.media)}, which alone this bundle takes",
                 cure=f"export another with --media {media}",
             )
 
@@ -478,17 +478,15 @@ def _checked_input(manifest: Manifest, array: object) -> Array:
         raise InvalidInputError(
             f"got {got}",
             expected=f"{expected}",
-            cause=(
-                f"the axes are {layout}, at the tower's resolution: transpose or resize it, or use "
-                "encode(), which does"
-            ),
+            cause=f"the axes are {layout}, at the tower's resolution",
+            cure="transpose or resize it, or use encode(), which does",
         )
     count, most = len(array), manifest.batch.max
     if count != most and not (manifest.batch.dynamic and 1 <= count <= most):
         wanted = f"1 to {most}" if manifest.batch.dynamic else f"exactly {most}"
         raise InvalidInputError(
             f"got a batch of {count}",
-            expected=f"{wanted}",
+            expected=wanted,
             cure="split or fill the batch, or use encode(), which does",
         )
     if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -508,16 +506,17 @@ def check_outputs(manifest: Manifest, backend: str, outputs: dict[str, Array], c
         _check_output(backend, outputs, expected, count)
     embeds, kept = outputs[EMBEDS], outputs[KEPT]
     if not _finite(embeds):
-        cause = (
-            "FP16 overflowed: export with --dtype fp32"
+        cause, cure = (
+            ("FP16 overflowed", "export with --dtype fp32")
             if manifest.precision == "fp16"
-            else "the weights or the device are damaged: check the bundle with vzip check"
+            else ("the weights or the device are damaged", "check the bundle with vzip check")
         )
         raise BackendError(
             f"{backend} gave {int((~np.isfinite(embeds)).sum())} numbers in {EMBEDS} that are "
             "NaN or infinite",
             expected="finite ones",
-            cause=f"{cause}",
+            cause=cause,
+            cure=cure,
         )
     first = int(manifest.tower.cls_token and not manifest.selection.cls_token)
     in_range = kept.min() >= first and kept.max() < manifest.tower.tokens

@@ -70,11 +70,9 @@ def open_session(
     if wanted not in (available := onnxruntime.get_available_providers()):
         raise BackendUnavailableError(
             f"the installed onnxruntime has {available}",
-            expected=f"{wanted}",
-            cause=(
-                "it is a build for other devices: pip uninstall onnxruntime, then pip install "
-                f"'vzip[{extra}]'"
-            ),
+            expected=wanted,
+            cause="it is a build for other devices",
+            cure=f"pip uninstall onnxruntime, then pip install 'vzip[{extra}]'",
         )
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -99,7 +97,7 @@ def open_session(
         # ONNX Runtime only logs it when a GPU can't be used, and goes on with the CPU.
         raise BackendUnavailableError(
             f"{name}: the session runs on {active}",
-            expected=f"{wanted}",
+            expected=wanted,
             cause="the GPU, its driver or the CUDA and cuDNN libraries can't be used",
             cure="check nvidia-smi and LD_LIBRARY_PATH, or take backend='onnxruntime'",
         )
@@ -171,10 +169,8 @@ class _OnnxRuntime:
         except Exception as error:  # as above
             raise BackendError(
                 f"{self.name} failed while running the graph: {first_line(error)}",
-                cause=(
-                    "the next call may succeed if memory was short, otherwise check the bundle "
-                    "with vzip check"
-                ),
+                cause="memory was short, or the graph is damaged",
+                cure="call again, or check the bundle with vzip check",
             ) from error
         names = [output.name for output in session.get_outputs()]
         return dict(zip(names, results, strict=True))
