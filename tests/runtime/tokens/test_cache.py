@@ -195,13 +195,13 @@ def test_what_a_killed_writer_left_is_removed_in_time(tmp_path: Path) -> None:
 
 def test_refuses_what_is_no_digest_or_no_folder(tmp_path: Path) -> None:
     cache = TokenCache(tmp_path)
-    with pytest.raises(InvalidInputError, match="expected the SHA-256 of an image"):
+    with refused(InvalidInputError, got="../../etc", cure="image_digest"):
         cache.get("../../etc", ORIGIN.fingerprint)
     (tmp_path / "file").write_bytes(b"")
     for path in (tmp_path / "file", tmp_path / "a" / "b"):
-        with pytest.raises(InvalidInputError, match="no token cache can be made there"):
+        with refused(InvalidInputError, got=f"{path}: "):
             TokenCache(path)
-    with pytest.raises(InvalidInputError, match="got a limit of -1 bytes"):
+    with refused(InvalidInputError, got="-1 bytes", expected="≥ 0"):
         TokenCache(tmp_path, limit=-1)
 
 
@@ -210,7 +210,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InvalidInputError, match=r"can't be written \(No space left"):
+    with refused(InvalidInputError, got="No space left", cure="free some space"):
         TokenCache(tmp_path).put(ORIGIN, entry(1))
     assert names(tmp_path) == []
 
@@ -303,9 +303,9 @@ def test_an_image_is_encoded_once(tmp_path: Path, tiny_bundle: Path) -> None:
         found = cached_image_embeds(encoder, path, cache)
         np.testing.assert_array_equal(found, opened.image_embeds(png(2)))
         assert encoder.calls == 4
-        with pytest.raises(InvalidInputError, match=r"does not exist \(looked for at"):
+        with refused(InvalidInputError, got="none.png"):
             cached_image_embeds(encoder, tmp_path / "none.png", cache)
-        with pytest.raises(InvalidInputError, match=r"got the URL"):
+        with refused(InvalidInputError, got="https://a/b.png"):
             cached_image_embeds(encoder, "https://a/b.png", cache)
 
 
@@ -319,7 +319,7 @@ def test_an_image_goes_by_its_content() -> None:
 
 def test_files_that_are_no_images_are_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InvalidInputError, match="is a device, pipe or socket"):
+    with refused(InvalidInputError, got="pipe'"):
         read_image(tmp_path / "pipe")
     with (tmp_path / "large").open("wb") as file:
         file.truncate(10**9)
