@@ -62,6 +62,7 @@ def run_command(command: Callable[[], int], *, prog: str) -> int:
             except SystemExit as ended:  # argparse, after -h
                 status = int(ended.code or 0)
             flush()
+            _log_cost()
         except VzipError as error:
             complain(f"{prog}: error: {error}")
             return FAILED
@@ -71,6 +72,16 @@ def run_command(command: Callable[[], int], *, prog: str) -> int:
             _drop_output()
             return PIPE_CLOSED
         return status
+
+
+def _log_cost() -> None:
+    """Log what the process has cost up to now, for ``--verbose``."""
+    if _verbosity > Verbosity.NORMAL:
+        import logging
+        import time
+
+        form = "took %.2f s of this process's processor time"
+        logging.getLogger(__name__).info(form, time.process_time())
 
 
 @contextlib.contextmanager

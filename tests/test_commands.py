@@ -192,7 +192,7 @@ def test_verbose_says_what_is_logged(
         return "table"
 
     monkeypatch.setattr("vzip.export.cli.targets.table", table)
-    for options, said in (((), 0), (("-v",), 1), (("-vv",), 2), (("-v", "--verbose"), 2)):
+    for options, said in (((), 0), (("-v",), 2), (("-vv",), 3), (("-v", "--verbose"), 3)):
         assert main(["targets", *options]) == 0
         out, err = capsys.readouterr()
         assert out == "table\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -37,6 +38,8 @@ from vzip.runtime.models import locate
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 # In the order in which transformers looks for them.
@@ -266,6 +269,7 @@ class _Store:
         for file, stored in by_file.items():
             path = paths[file]
             assert path is not None
+            _log.info("reading %d tensors of %s", len(stored), path)
             tensors |= read_tensors(path, stored)
         return tensors
 

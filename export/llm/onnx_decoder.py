@@ -7,7 +7,6 @@ box will run it, and compared with the untouched model, before the bundle is pub
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from vzip.runtime.agreement import LLM_LOGITS
 from vzip.runtime.bundle import manifest as form
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.bundle.writer import BundleWriter
+from vzip.runtime.console import watched
 from vzip.runtime.errors import CheckpointError, ExportError, ParityError
 from vzip.runtime.llm.llm_files import Settings
 from vzip.runtime.llm.local.onnx_decoder import OnnxRuntimeLLM
@@ -262,7 +262,7 @@ def _quiet() -> None:
     """Silence transformers' progress bar unless someone is watching."""
     from transformers.utils import logging
 
-    if sys.stderr is None or not sys.stderr.isatty():
+    if not watched():
         logging.disable_progress_bar()
 
 

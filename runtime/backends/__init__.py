@@ -74,10 +74,13 @@ def open_backend(
     reasons = []
     for candidate in BACKENDS:
         try:
-            return candidate, _load(candidate)(bundle, extra_outputs)
+            opened = _load(candidate)(bundle, extra_outputs)
         except (MissingDependencyError, BackendUnavailableError) as error:  # noqa: PERF203 - four
             reasons.append(f"{candidate}: {error}")
             _log.info("passed over the backend %s: %s", candidate, error)
+        else:
+            _log.info("opened the backend %s for %s", candidate, bundle.path)
+            return candidate, opened
     names = ", ".join(BACKENDS)
     raise BackendError(
         "no backend can be used here",

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from vzip.runtime.console import watched
+
 _SHOWN = 2  # phases at a time: the build, and what it is at; deeper ones come by the thousand
 
 
@@ -115,7 +117,7 @@ class _Counter:
 
 def _bar(phase: str, steps: int) -> Bar | None:
     """Return a bar on standard error; None where that is no terminal."""
-    if sys.stderr is None or not sys.stderr.isatty():
+    if not watched():
         return None
     try:
         from tqdm import tqdm
