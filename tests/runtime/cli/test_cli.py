@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import vzip.runtime
 from tests.places import GOLDEN
+from tests.refusals import refused
 from vzip.runtime import VisionEncoder, console
 from vzip.runtime.cli import asking, show
-from vzip.runtime.cli import main as cli
 from vzip.runtime.cli.main import COMMANDS, ENTRY_POINTS, main
 from vzip.runtime.errors import InvalidInputError, MissingDependencyError, VzipError
 from vzip.runtime.llm.local.transformers import TransformersLLM
@@ -59,28 +60,7 @@ def image(tmp_path) -> Path:
     return path
 
 
-def test_without_standard_error_nothing_is_said(monkeypatch, capsys):
-    console.say("reading …")
-    assert capsys.readouterr() == ("", "reading …\n")
-    monkeypatch.setattr(sys, "stderr", None)  # as with 2>&-
-    console.say("reading …")
-    assert capsys.readouterr().out == ""
-
-
 # --- the table -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "argv", [["-h"], ["--version"], ["ask", "-h"], ["chat", "-h"], ["show", "-h"]]
-)
-def test_help_imports_nothing_heavy(argv):
-    result = python(
-        "import sys\n"
-        "from vzip.runtime.cli.main import main\n"
-        f"main({argv})\n"
-        f"print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
-    )
-    assert result.stderr.splitlines()[-1] == "[]"
 
 
 def test_help_lists_every_command_in_one_line():
@@ -110,46 +90,30 @@ def test_commands_get_their_arguments_and_their_name(monkeypatch):
     assert calls == [(["-o", "x y"], "vzip show")]
 
 
-def test_arguments_of_the_process_are_the_default(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["vzip", "--version"])
-    main()
-    assert "vzip" in "".join(capsys.readouterr())
-
-
-def test_version(capsys, monkeypatch):
+def test_the_version_is_that_of_what_is_installed(capsys, monkeypatch):
     monkeypatch.setattr(metadata, "version", {"vzip": "1.2.3"}.__getitem__)
-    assert main(["--version"]) == 0
+    monkeypatch.setattr(sys, "argv", ["vzip", "--version"])  # the arguments where none are given
+    assert main() == 0
     assert capsys.readouterr().out == "vzip 1.2.3\n"
+    assert vzip.runtime.__version__ == "1.2.3"
 
-
-def test_version_of_a_folder_that_was_never_installed(capsys, monkeypatch):
     def absent(name):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", absent)
-    assert main(["--version"]) == 2
-    assert "never installed; install it with: pip install -e ." in one_line(capsys)
+    with refused(VzipError, cure="pip install -e ."):
+        vzip.runtime.__version__  # noqa: B018
 
 
-def test_without_a_command_the_help_goes_to_stderr(capsys):
+def test_a_word_that_is_no_command_gets_a_suggestion(capsys):
     assert main([]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("usage: vzip COMMAND")
-
-
-@pytest.mark.parametrize(
-    ("word", "line"),
-    [
-        ("exprot", "unknown command 'exprot'; did you mean 'export'?"),
-        ("zzz", "unknown command 'zzz'; 'vzip -h' lists what there is"),
-        ("--hlep", "unknown option '--hlep'; did you mean '--help'?"),
-        ("", "unknown command ''; 'vzip -h' lists what there is"),
-    ],
-)
-def test_unknown_words_get_a_suggestion(word, line, capsys):
-    assert main([word]) == 2
-    assert one_line(capsys) == line
+    out, err = capsys.readouterr()
+    assert (out, err.splitlines()[0]) == ("", "usage: vzip COMMAND ...")
+    for word, meant in (("exprot", "'export'"), ("zzz", "'vzip -h'"), ("--hlep", "'--help'")):
+        assert main([word]) == 2
+        line = one_line(capsys)
+        assert word in line
+        assert meant in line
 
 
 # --- how commands end ------------------------------------------------------------------------
@@ -162,29 +126,20 @@ def fail_with(error):
     return command
 
 
+def test_how_a_command_ends(capsys):
+    assert console.run_command(lambda: 1, prog="vzip") == 1
+    for code, status in ((None, 0), (0, 0), (2, 2)):  # argparse's
+        assert console.run_command(fail_with(SystemExit(code)), prog="vzip") == status
+    assert console.run_command(fail_with(KeyboardInterrupt()), prog="vzip") == 130
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(ZeroDivisionError):  # a bug of ours keeps its traceback
+        console.run_command(fail_with(ZeroDivisionError()), prog="vzip")
+
+
 def test_an_error_of_ours_is_one_line(capsys):
     error = VzipError("the hub said\n  no:\nnever")
     assert console.run_command(fail_with(error), prog="vzip-export") == 2
     assert one_line(capsys, "vzip-export") == "the hub said no: never"
-
-
-def test_an_interrupt_has_no_traceback(capsys):
-    assert console.run_command(fail_with(KeyboardInterrupt()), prog="vzip") == 130
-    assert capsys.readouterr() == ("", "")
-
-
-def test_a_bug_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        console.run_command(fail_with(ZeroDivisionError()), prog="vzip")
-
-
-@pytest.mark.parametrize(("code", "status"), [(None, 0), (0, 0), (2, 2)])
-def test_argparses_exits_become_statuses(code, status):
-    assert console.run_command(fail_with(SystemExit(code)), prog="vzip") == status
-
-
-def test_a_commands_status_is_the_exit_status():
-    assert console.run_command(lambda: 1, prog="vzip") == 1
 
 
 @pytest.mark.parametrize("argv", [["-h"], ["ask", "-h"]])
@@ -252,35 +207,23 @@ class Terminal(io.StringIO):
         self.flushed.append(self.getvalue())
 
 
-def test_progress_is_quiet_when_nobody_watches(monkeypatch):
-    def never(*args, **kwargs):
-        raise AssertionError("a bar without a terminal")
-
-    monkeypatch.setitem(sys.modules, "tqdm", SimpleNamespace(tqdm=never))
-    monkeypatch.setattr(sys, "stderr", Terminal(terminal=False))
-    items = [1, 2]
-    assert console.progress(items, desc="reading") is items
-    monkeypatch.setattr(sys, "stderr", None)
-    assert console.progress(items, desc="reading") is items
-
-
-def test_progress_works_without_tqdm(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    assert list(console.progress([1, 2], desc="reading")) == [1, 2]
-
-
-def test_progress_shows_a_bar_on_a_terminal(monkeypatch):
-    seen = {}
+def test_progress_is_a_bar_where_somebody_watches_and_tqdm_is_installed(monkeypatch):
+    seen = []
 
     def bar(items, **kwargs):
-        seen.update(kwargs)
+        seen.append(kwargs)
         return (item for item in items)
 
     monkeypatch.setitem(sys.modules, "tqdm", SimpleNamespace(tqdm=bar))
+    items = [1, 2]
+    for stream in (Terminal(terminal=False), None):
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert console.progress(items, desc="reading") is items
     monkeypatch.setattr(sys, "stderr", Terminal())
-    assert list(console.progress(iter([1, 2]), desc="reading", total=2, unit="shard")) == [1, 2]
-    assert seen == {"desc": "reading", "total": 2, "unit": "shard", "leave": False}
+    assert list(console.progress(iter(items), desc="reading", total=2, unit="shard")) == items
+    assert seen == [{"desc": "reading", "total": 2, "unit": "shard", "leave": False}]
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert list(console.progress(items, desc="reading")) == items
 
 
 # --- ask and chat ----------------------------------------------------------------------------
@@ -310,55 +253,33 @@ def conversation(monkeypatch):
     return made
 
 
+def test_what_can_be_refused_at_once_is(monkeypatch, capsys):
+    monkeypatch.setattr(asking, "conversation", lambda arguments: pytest.fail("too late"))
+    for argv, said in (
+        (["ask", "b", "i", ""], "question"),
+        (["ask", "b", "i", " \n"], "question"),
+        (["ask", "b", "i", "\udcff?"], "character 0"),
+        (["ask", "b", "i", "what?", "--max-new-tokens", "0"], " 0 "),
+        (["chat", "b", "i", "--max-new-tokens", "-1"], "-1"),
+        (["ask", "b", "i", "what?", "--frames", "0"], "--frames 0"),
+        (["chat", "b", "i", "--frames", "-3"], "--frames -3"),
+        (["ask", "b", "i"], "QUESTION"),
+        (["ask", "b", "i", "q?", "--max-new", "5"], "'--max-new-tokens'"),  # no abbreviations
+        (["ask", "b", "i", "q?", "--max-new-tokens", "many"], "'many'"),
+        (["show", "b", "i", "-o", "o.png", "--frames", "2"], "--frames"),
+        (["show", "b", "i"], "-o/--output"),
+        (["show", "b", "i", "-o", "overlay.jpg"], ".png"),
+        (["show", "b", "i", "-o", "overlay"], ".png"),
+    ):
+        assert main(argv) == 2, argv
+        assert said in one_line(capsys), argv
+
+
 def test_ask_prints_the_answer_alone(conversation, capsys):
     assert main(["ask", "b", "i", "what is it?"]) == 0
     assert capsys.readouterr() == ("<what is it?>\n", "")
-    assert conversation.limits == [256]
-
-
-def test_ask_passes_the_limit(conversation):
     assert main(["ask", "b", "i", "what?", "--max-new-tokens", "5"]) == 0
-    assert conversation.limits == [5]
-
-
-@pytest.mark.parametrize(
-    ("argv", "text"),
-    [
-        (["ask", "b", "i", ""], "ask: the question is empty"),
-        (["ask", "b", "i", " \n"], "ask: the question is empty"),
-        (["ask", "b", "i", "\udcff?"], "not valid Unicode text (at character 0)"),
-        (["ask", "b", "i", "what?", "--max-new-tokens", "0"], "limit of 0 new tokens"),
-        (["chat", "b", "i", "--max-new-tokens", "-1"], "limit of -1 new tokens"),
-        (["ask", "b", "i", "what?", "--frames", "0"], "ask: got --frames 0, expected 1 or more"),
-        (["chat", "b", "i", "--frames", "-3"], "chat: got --frames -3, expected 1 or more"),
-    ],
-)
-def test_what_can_be_refused_at_once_is(argv, text, capsys, monkeypatch):
-    monkeypatch.setattr(asking, "conversation", lambda arguments: pytest.fail("too late"))
-    assert main(argv) == 2
-    assert text in one_line(capsys)
-
-
-@pytest.mark.parametrize(
-    ("argv", "text"),
-    [
-        (["ask", "b", "i"], "required: QUESTION"),
-        (
-            ["ask", "b", "i", "q?", "--bakend", "x"],
-            "--bakend; did you mean '--backend'?",
-        ),
-        (
-            ["ask", "b", "i", "q?", "--max-new", "5"],
-            "--max-new; did you mean '--max-new-tokens'?",
-        ),
-        (["ask", "b", "i", "q?", "--max-new-tokens", "many"], "invalid int value: 'many'"),
-        (["show", "b", "i", "-o", "o.png", "--frames", "2"], "unrecognized arguments: --frames;"),
-        (["show", "b", "i"], "required: -o/--output"),
-    ],
-)
-def test_mistyped_arguments(argv, text, capsys):
-    assert main(argv) == 2
-    assert text in one_line(capsys)
+    assert conversation.limits == [256, 5]
 
 
 @pytest.mark.parametrize(
@@ -464,26 +385,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(command, fault, image, tmp_pat
     assert main([command, str(bundle), str(image), *last, *extra]) == 2
     assert text in one_line(capsys)
     assert sorted(tmp_path.iterdir()) == before
-
-
-def test_an_llm_that_does_not_exist_is_refused(image, capsys):
-    assert main(["ask", str(BUNDLE), str(image), "what?", "--llm", "./nowhere"]) == 2
-    assert "'./nowhere' does not exist" in one_line(capsys)
-
-
-@pytest.mark.parametrize("command", ["ask", "chat"])
-def test_frames_of_an_image_are_refused(command, image, capsys):
-    last = ["what?"] if command == "ask" else []
-    assert main([command, str(BUNDLE), str(image), *last, "--frames", "4"]) == 2
-    assert "image.png' is not a video that is known here" in one_line(capsys)
-
-
-@pytest.mark.parametrize("command", ["ask", "chat"])
-def test_a_video_that_is_not_there(command, tmp_path, capsys):
-    last = ["what?"] if command == "ask" else []
-    absent = tmp_path / "nope.mp4"
-    assert main([command, str(BUNDLE), str(absent), *last, "--frames", "4"]) == 2
-    assert f"the video '{absent}' does not exist" in one_line(capsys)
 
 
 def test_what_is_neither_image_nor_video(tmp_path, capsys):
@@ -652,7 +553,7 @@ def test_a_cache_holds_no_videos(command, kind, image, tmp_path, capsys):
     last = ["what?"] if command == "ask" else []
     cache = tmp_path / "cache"
     assert main([command, "no bundle", *shown, *last, "--cache", str(cache)]) == 2
-    assert "got --cache and a video, expected images" in one_line(capsys)
+    assert "--cache" in one_line(capsys)
     assert not cache.exists()
 
 
@@ -679,7 +580,7 @@ def test_a_bad_image_is_explained_with_a_cache_as_without(fault, image, tmp_path
 def test_a_cache_that_can_t_be_made_is_one_line(place, image, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(VisionEncoder, "open", lambda *_: pytest.fail("too late"))
     assert ask(BUNDLE, image, "--cache", tmp_path / place) == 2
-    assert one_line(capsys).startswith(f"{tmp_path / place}: no token cache can be made there")
+    assert str(tmp_path / place) in one_line(capsys)
 
 
 def test_a_cache_that_can_t_be_written_is_one_line(image, tmp_path, asked, capsys, monkeypatch):
@@ -688,7 +589,7 @@ def test_a_cache_that_can_t_be_written_is_one_line(image, tmp_path, asked, capsy
 
     monkeypatch.setattr(os, "fsync", full)
     assert ask(BUNDLE, image, "--cache", tmp_path / "cache") == 2
-    assert "cache: the token cache can't be written (No space left on" in one_line(capsys)
+    assert "No space left on" in one_line(capsys)
     assert asked == []
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -699,16 +600,16 @@ def test_a_video_is_asked_about_alone(order, image, tmp_path, capsys):
     clip.write_bytes(b"\0\0\0\x18ftypisom" + b"x" * 500)
     shown = [image, clip][::order]
     assert ask("no bundle", *shown) == 2
-    assert "got 2 files and folders, expected one video or any number of images" in one_line(capsys)
+    assert "2 files" in one_line(capsys)
 
 
 @pytest.mark.parametrize("fault", ["video broken", "folder empty", "frame broken"])
 def test_a_bad_video_is_one_line(fault, image, tmp_path, capsys):
     folder = tmp_path / "frames"
     folder.mkdir()
-    shown, text = folder, "is a folder without images"
+    shown, text = folder, "frames"
     if fault == "video broken":
-        shown, text = tmp_path / "clip.mp4", "clip.mp4' can't be decoded"
+        shown, text = tmp_path / "clip.mp4", "clip.mp4"
         shown.write_bytes(b"\0\0\0\x18ftypisom" + b"x" * 500)
     elif fault == "frame broken":
         (folder / "frame7.png").write_bytes(image.read_bytes()[:300])
@@ -724,7 +625,7 @@ def test_an_engine_is_asked_for_by_name(image, tmp_path, capsys):
     assert "vzip build" in one_line(capsys)
     mixed = ["--engine", "orin", "--backend", "onnxruntime"]
     assert main(["show", str(BUNDLE), str(image), "-o", str(output), *mixed]) == 2
-    assert "expected backend='tensorrt'" in one_line(capsys)
+    assert "'orin'" in one_line(capsys)
     assert not output.exists()
 
 
@@ -735,7 +636,7 @@ def test_show_refuses_what_is_no_image(kind, tmp_path, capsys):
         shown = tmp_path / "clip.mp4"
         shown.write_bytes(b"\0\0\0\x18ftypisom" + b"x" * 500)
     assert main(["show", str(BUNDLE), str(shown), "-o", str(tmp_path / "overlay.png")]) == 2
-    assert "is a video or a folder, but one image is drawn; take a frame" in one_line(capsys)
+    assert str(shown) in one_line(capsys)
 
 
 def test_show_writes_the_overlay_and_prints_its_path(image, tmp_path, capsys):
@@ -763,21 +664,6 @@ def test_show_says_that_tiles_are_not_drawn(image, tmp_path, tiny_bundle, capsys
     assert capsys.readouterr().err == "show: this bundle cuts tiles; the base tile is drawn\n"
 
 
-@pytest.mark.parametrize(
-    ("output", "text"),
-    [
-        ("overlay.jpg", "expected a file name that ends with .png"),
-        ("overlay", "expected a file name that ends with .png"),
-        ("absent/overlay.png", "absent' does not exist; create"),
-        ("folder.png", "folder.png' is a folder; give"),
-    ],
-)
-def test_show_refuses_an_output_before_any_work(output, text, tmp_path, capsys):
-    (tmp_path / "folder.png").mkdir()
-    assert main(["show", "no bundle", "no image", "-o", str(tmp_path / output)]) == 2
-    assert text in one_line(capsys)
-
-
 def test_show_that_can_not_write_keeps_the_old_picture(image, tmp_path, capsys, monkeypatch):
     output = tmp_path / "overlay.png"
     output.write_text("old")
@@ -787,11 +673,6 @@ def test_show_that_can_not_write_keeps_the_old_picture(image, tmp_path, capsys, 
 
     monkeypatch.setattr(os, "fsync", full)
     assert main(["show", str(BUNDLE), str(image), "-o", str(output)]) == 2
-    assert "can't be written (No space left on device); choose" in one_line(capsys)
+    assert "No space left on device" in one_line(capsys)
     assert output.read_text() == "old"
     assert sorted(tmp_path.iterdir()) == [image, output]
-
-
-def test_the_console_is_run_as_a_module():
-    assert run("nonsense").returncode == 2
-    assert cli.PROG == "vzip"
