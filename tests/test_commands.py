@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import vzip.calibration
+import vzip.export
 from tests.places import GOLDEN
 from vzip.runtime.cli.main import COMMANDS, ENTRY_POINTS, main
 
@@ -227,15 +228,18 @@ def test_commands_are_functions_whatever_was_imported_before() -> None:
         "import vzip.calibration.sweeping.sweep, vzip.calibration.reporting.report\n"
         "import vzip.calibration.tuning.tune, vzip.calibration.quantization.calibrate\n"
         "from vzip.calibration import calibrate, report, sweep, tune\n"
+        "from vzip.export import build, check\n"
         "assert not {'torch', 'onnx', 'onnxruntime'} & set(sys.modules)\n"
-        "print(*(each.__name__ for each in (calibrate, report, sweep, tune) if callable(each)))"
+        "found = (calibrate, report, sweep, tune, build, check)\n"
+        "print(*(each.__name__ for each in found if callable(each)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "calibrate report sweep tune\n"
+    assert done.stdout == "calibrate report sweep tune build check\n"
+    for package in (vzip.calibration, vzip.export):
+        with pytest.raises(AttributeError, match="sweeep"):
+            package.sweeep  # noqa: B018
+        assert {*package.__all__} <= set(dir(package))
     assert vzip.calibration.__all__ == ["calibrate", "report", "sweep", "tune"]
-    with pytest.raises(AttributeError, match="sweeep"):
-        vzip.calibration.sweeep  # noqa: B018
-    assert {*vzip.calibration.__all__} <= set(dir(vzip.calibration))
 
 
 def test_the_runtime_is_run_as_a_module() -> None:

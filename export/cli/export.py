@@ -62,7 +62,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         with_llm=arguments.with_llm,
         check_images=() if arguments.no_check else None,
     )
-    emit(str(bundle.path))
+    emit(str(arguments.output or bundle.path.name))  # as it was asked for
     return 0
 
 
