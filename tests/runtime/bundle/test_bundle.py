@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import io
 import json
 import os
@@ -14,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.faults import fill_disk
 from tests.refusals import refused
 from vzip.runtime.bundle.manifest import Manifest, Tiling
 from vzip.runtime.bundle.reader import LARGEST_MANIFEST, Bundle, read_bundle
 from vzip.runtime.bundle.writer import BundleWriter, bundle_writer, update_manifest
 from vzip.runtime.errors import BundleError
-from vzip.runtime.files import atomic
 
 FILES = ["manifest.json", "model.onnx", "model.onnx.data"]
 
@@ -368,18 +367,9 @@ def test_a_disk_that_fills_while_flushing_leaves_the_old_bundle(
     monkeypatch: pytest.MonkeyPatch,
     when: int,
 ) -> None:
-    before, calls, fsync = read_bundle(tiny_bundle), [0], os.fsync
-
-    def fail(descriptor: int) -> None:
-        calls[0] += 1
-        if calls[0] > when:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(descriptor)
-
+    before = read_bundle(tiny_bundle)
     with refused(BundleError, got="No space", cure="free some space"):
-        publish(
-            tiny_bundle, tiny_static_bundle, lambda writer: monkeypatch.setattr(os, "fsync", fail)
-        )
+        publish(tiny_bundle, tiny_static_bundle, lambda writer: fill_disk(monkeypatch, after=when))
     assert read_bundle(tiny_bundle) == before
     assert names(tiny_bundle.parent) == ["tiny_bundle", "tiny_static_bundle"]
 
@@ -517,10 +507,7 @@ def test_update_manifest_leaves_the_old_one_when_the_disk_is_full(
 ) -> None:
     bundle = read_bundle(tiny_bundle)
 
-    def fail(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(atomic.os, "fsync", fail)
+    fill_disk(monkeypatch)
     with refused(BundleError, got="No space"):
         update_manifest(bundle, parity={"passed": True})
     monkeypatch.undo()

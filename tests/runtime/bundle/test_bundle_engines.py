@@ -1,22 +1,19 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import os
 import shutil
-import signal
-from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
+from tests.faults import fill_disk, killed
 from tests.refusals import refused
 from vzip.runtime.bundle.engine_record import EngineBatch, EngineRecord
 from vzip.runtime.bundle.reader import Bundle, open_engine, read_bundle
 from vzip.runtime.bundle.writer import add_engine, bundle_writer, update_manifest
 from vzip.runtime.errors import BundleError
-from vzip.runtime.files import atomic
 from vzip.runtime.files.codec import MisfitError
 
 OLD, NEW = b"the old engine" * 10, b"another engine" * 20
@@ -161,15 +158,8 @@ def test_refuses_a_bundle_that_was_replaced(tiny_bundle: Path, tiny_static_bundl
 def test_a_full_disk_leaves_the_old_engine(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, when: int
 ) -> None:
-    before, calls, fsync = add(read_bundle(tiny_bundle), OLD), [0], os.fsync
-
-    def fail(descriptor: int) -> None:
-        calls[0] += 1
-        if calls[0] > when:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(descriptor)
-
-    monkeypatch.setattr(atomic.os, "fsync", fail)
+    before = add(read_bundle(tiny_bundle), OLD)
+    fill_disk(monkeypatch, after=when)
     if when == 5:  # as many as there are
         assert read(add(before, NEW)) == NEW
         return
@@ -183,30 +173,6 @@ def test_a_full_disk_leaves_the_old_engine(
     assert (after == before) == (when < 3)
     if when < 3:
         assert names(tiny_bundle / "engines") == ["orin.plan"]
-
-
-def killed(work: Callable[[], object], steps: int) -> bool:
-    """Return whether a fork of this process that does `work` was killed at a step, by SIGKILL."""
-    child = os.fork()
-    if child == 0:
-        left = [steps]
-
-        def counting(call: Callable[..., object]) -> Callable[..., object]:
-            def step(*args: object) -> object:
-                if left[0] == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                left[0] -= 1
-                return call(*args)
-
-            return step
-
-        for name in ("fsync", "replace", "rename", "unlink"):
-            setattr(os, name, counting(getattr(os, name)))
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
 def test_sigkill_at_any_step_leaves_the_old_engine_or_the_new(tiny_bundle: Path) -> None:

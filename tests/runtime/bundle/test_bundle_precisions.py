@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import BACKENDS, EXPORTED_ALONE
+from tests.faults import fill_disk, killed
 from tests.precisions import a_record, add_precision, fill, golden_precisions
 from tests.refusals import refused, says
 from vzip.runtime import VisionEncoder
@@ -29,7 +28,6 @@ from vzip.runtime.bundle.reader import Bundle, read_bundle, waiting_folder
 from vzip.runtime.bundle.writer import add_engine, bundle_writer
 from vzip.runtime.cli.main import main
 from vzip.runtime.errors import BundleError, InvalidInputError
-from vzip.runtime.files import atomic
 from vzip.runtime.tokens.cache import TokenCache, cached_image_embeds
 from vzip.runtime.tokens.file import TokenFile
 
@@ -287,15 +285,7 @@ def test_a_full_disk_leaves_the_old_graph_or_the_new(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, when: int
 ) -> None:
     add_precision(tiny_bundle, report="old")
-    calls, fsync = [0], os.fsync
-
-    def fail(descriptor: int) -> None:
-        calls[0] += 1
-        if calls[0] > when:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(descriptor)
-
-    monkeypatch.setattr(atomic.os, "fsync", fail)
+    calls = fill_disk(monkeypatch, after=when)
     failed = False
     try:
         add_precision(tiny_bundle, report="new")
@@ -311,30 +301,6 @@ def test_a_full_disk_leaves_the_old_graph_or_the_new(
     VisionEncoder.open(tiny_bundle, "onnxruntime", precision="int8").close()
     add_precision(tiny_bundle, report="third")
     assert names(tiny_bundle) == sorted([*OWN, *INT8])
-
-
-def killed(work: Callable[[], object], steps: int) -> bool:
-    """Return whether a fork of this process that does `work` was killed at a step, by SIGKILL."""
-    child = os.fork()
-    if child == 0:
-        left = [steps]
-
-        def counting(call: Callable[..., Any]) -> Callable[..., Any]:
-            def step(*args: Any, **options: Any) -> Any:
-                if left[0] == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                left[0] -= 1
-                return call(*args, **options)
-
-            return step
-
-        for name in ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir"):
-            setattr(os, name, counting(getattr(os, name)))
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
 def test_sigkill_at_any_step_leaves_the_old_graph_or_the_new(

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.faults import fill_disk
 from tests.places import ROOT
 from tests.refusals import refused
 from vzip.runtime import VisionEncoder
@@ -206,10 +207,7 @@ def test_refuses_what_is_no_digest_or_no_folder(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(descriptor: int) -> None:
-        raise OSError(28, os.strerror(28))
-
-    monkeypatch.setattr(os, "fsync", full)
+    fill_disk(monkeypatch)
     with refused(InvalidInputError, got="No space left", cure="free some space"):
         TokenCache(tmp_path).put(ORIGIN, entry(1))
     assert names(tmp_path) == []
