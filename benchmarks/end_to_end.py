@@ -1,13 +1,13 @@
 """From an image to the first word, with and without VisionZip: ``python -m benchmarks.end_to_end``.
 
 Tower, projector and LLM at their true sizes with random weights, LLaVA-1.5 (one image of 576
-patches) and LLaVA-NeXT (five tiles, 2880), in the LLM engines of the hand-off that run on a CPU:
+patches) and LLaVA-NeXT (five tiles, 2880), in the local LLMs that run on a CPU:
 time to the first token, decode speed, the KV cache's bytes and the process's peak memory, beside
 what the paper's cost model predicts. What can't run is an empty cell that says why.
 
     python -m benchmarks.end_to_end --work /dev/shm
 
-Each engine has a process of its own; its budgets take turns. Writes
+Each runner has a process of its own; its budgets take turns. Writes
 ``benchmarks/results/end_to_end.json``, the same as tables in Markdown, and a plot. `--work` is
 where an LLM is while it is measured, up to 14 GB; of a folder in memory that counts as memory.
 """
@@ -114,13 +114,13 @@ def measure(
     seconds: float = SECONDS,
     with_encoder: bool = True,
 ) -> Result:
-    """Measure every LLM in every engine with every budget.
+    """Measure every LLM in every runner with every budget.
 
     Args:
         llms: Names in `LLMS`.
         models: What they see.
         folder: For what is made and deleted again.
-        seconds: For the rounds of one engine; each has two at least.
+        seconds: For the rounds of one runner; each has two at least.
         with_encoder: Whether the tower is timed. Without, there is no time to the first token.
     """
     result: Result = {
@@ -143,15 +143,15 @@ def measure(
                     result["empty"].append(
                         {"cell": f"{llm}, encoder of {model.name}", "why": str(error)}
                     )
-        for engine in WEIGHTS:
-            say(f"{llm}: {engine}")
+        for runner in WEIGHTS:
+            say(f"{llm}: {runner}")
             try:
-                found = _speak(llm, engine, models, folder, seconds)
+                found = _speak(llm, runner, models, folder, seconds)
             except JobError as error:
-                result["empty"].append({"cell": f"{llm} in {engine}", "why": str(error)})
+                result["empty"].append({"cell": f"{llm} in {runner}", "why": str(error)})
                 say(f"  {error}")
             else:
-                result["rows"] += rows(LLMS[llm], engine, models, found, encoded)
+                result["rows"] += rows(LLMS[llm], runner, models, found, encoded)
     return result
 
 
@@ -175,12 +175,12 @@ def _encode(llm: str, model: Model, seconds: float, result: Result) -> dict[int,
 
 
 def _speak(
-    llm: str, engine: str, models: Sequence[Model], folder: Path, seconds: float
+    llm: str, runner: str, models: Sequence[Model], folder: Path, seconds: float
 ) -> dict[str, Any]:
-    """Make an LLM for an engine, measure it, and delete it."""
+    """Make an LLM for a runner, measure it, and delete it."""
     with tempfile.TemporaryDirectory(dir=folder, prefix="vzip-end-to-end-") as made:
         checkpoint, file = Path(made) / "checkpoint", Path(made) / "llm"
-        job = {"llm": llm, "engine": engine, "checkpoint": str(checkpoint), "file": str(file)}
+        job = {"llm": llm, "runner": runner, "checkpoint": str(checkpoint), "file": str(file)}
         budgets = [tokens for model in models for tokens in model.budgets]
         work({"do": "prepare", **job})
         return work({"do": "speak", **job, "budgets": budgets, "text": TEXT, "seconds": seconds})
@@ -188,7 +188,7 @@ def _speak(
 
 def rows(
     llm: Llm,
-    engine: str,
+    runner: str,
     models: Sequence[Model],
     found: Mapping[str, Any],
     encoded: Mapping[int, Mapping[str, Any]],
@@ -197,12 +197,12 @@ def rows(
 
     Args:
         llm: The LLM.
-        engine: What ran it.
+        runner: What ran it.
         models: What it saw.
         found: What the worker's `speak` returned.
         encoded: Budget → times of tower and projector; empty where these were not measured.
     """
-    shape = llm.shape(CACHES[engine])
+    shape = llm.shape(CACHES[runner])
     made = []
     for model in models:
         everything = model.budgets[0]
@@ -211,9 +211,9 @@ def rows(
             prefill, full_prefill = (each["first_token"]["median_ms"] for each in (one, full))
             row = {
                 "llm": llm.name,
-                "engine": engine,
-                "weights": WEIGHTS[engine],
-                "cache": CACHES[engine],
+                "runner": runner,
+                "weights": WEIGHTS[runner],
+                "cache": CACHES[runner],
                 "model": model.name,
                 "tokens": tokens,
                 "prompt_tokens": tokens + TEXT,
@@ -255,17 +255,17 @@ def table(result: Result) -> str:
             "LLM's process (VmHWM), its weights included."
         )
     ]
-    for llm, engine, weights in dict.fromkeys(
-        (row["llm"], row["engine"], row["weights"]) for row in result["rows"]
+    for llm, runner, weights in dict.fromkeys(
+        (row["llm"], row["runner"], row["weights"]) for row in result["rows"]
     ):
-        lines += ["", f"**{llm} in {engine}, {weights}**", "", *_table(result, llm, engine)]
+        lines += ["", f"**{llm} in {runner}, {weights}**", "", *_table(result, llm, runner)]
     lines += ["", f"{_same(result)}Empty cells:", "", *_empty(result)]
     lines += ["", "### The paper's 7.8×", "", *_paper(result)]
     return "\n".join(lines) + "\n"
 
 
 def _same(result: Result) -> str:
-    """Say in how many cells the engines, which have the same weights, say the same first token."""
+    """Say in how many cells the runners, which have the same weights, say the same first token."""
     said: dict[tuple[str, int], list[int]] = {}
     for row in result["rows"]:
         said.setdefault((row["llm"], row["tokens"]), []).append(row["first_token_id"])
@@ -274,12 +274,12 @@ def _same(result: Result) -> str:
         return ""
     same = sum(len(set(tokens)) == 1 for tokens in several)
     return (
-        f"The engines' first token is the same one in {same} of {len(several)} cases; they round "
+        f"The runners' first token is the same one in {same} of {len(several)} cases; they round "
         "differently, and to random weights many are nearly equal. "
     )
 
 
-def _table(result: Result, llm: str, engine: str) -> list[str]:
+def _table(result: Result, llm: str, runner: str) -> list[str]:
     columns = (
         "", "image tokens", "encoder", "prefill", "time to first token", "faster",
         "prefill faster", "cost model", "off by", "tokens/s", "KV cache", "peak",
@@ -291,7 +291,7 @@ def _table(result: Result, llm: str, engine: str) -> list[str]:
         if each["llm"] == llm
     }
     for row in result["rows"]:
-        if (row["llm"], row["engine"]) != (llm, engine):
+        if (row["llm"], row["runner"]) != (llm, runner):
             continue
         encode = encoded.get((row["model"], row["tokens"]))
         cells.append(
@@ -314,7 +314,7 @@ def _table(result: Result, llm: str, engine: str) -> list[str]:
 
 
 def plot(result: Result) -> bytes:
-    """Return times to first token as bars, encoder and prefill, a panel for each LLM and engine.
+    """Return times to first token as bars, encoder and prefill, a panel for each LLM and runner.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -325,12 +325,12 @@ def plot(result: Result) -> bytes:
     }
     panels: dict[tuple[str, str], list[Any]] = {}
     for row in result["rows"]:
-        panels.setdefault((row["llm"], row["engine"]), []).append(row)
+        panels.setdefault((row["llm"], row["runner"]), []).append(row)
     heights = [max(2, len(rows)) for rows in panels.values()]
     size = (9, 0.26 * sum(heights) + 0.9 * len(panels) + 0.4)
     figure = figures.figure(size, needed_for="the plot of a benchmark")
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for panel, ((llm, engine), rows) in zip(axes, panels.items(), strict=True):
+    for panel, ((llm, runner), rows) in zip(axes, panels.items(), strict=True):
         rows = rows[::-1]  # noqa: PLW2901 - the first on top
         places = range(len(rows))
         encoder = [encoded.get((llm, row["model"], row["tokens"]), 0.0) for row in rows]
@@ -343,7 +343,7 @@ def plot(result: Result) -> bytes:
             panel.annotate(f" {whole[place]:.2f} s{ratio}", (whole[place], place), va="center",
                            fontsize=7, xytext=(3, 0), textcoords="offset points")  # fmt: skip
         panel.set_yticks(places, [f"{row['model']}, {row['tokens']}" for row in rows])
-        panel.set_title(f"{llm} in {engine}, {rows[0]['weights']}", fontsize=10, loc="left")
+        panel.set_title(f"{llm} in {runner}, {rows[0]['weights']}", fontsize=10, loc="left")
         panel.set_xlim(0, 1.18 * max(whole))
         panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
@@ -387,7 +387,7 @@ def _paper(result: Result) -> Iterator[str]:
         if (row["llm"], row["tokens"]) == (PAPER_LLM, few):
             yield ""
             yield (
-                f"Here, {row['engine']}: {row['prefill_ratio']:.1f}×, time to first token "
+                f"Here, {row['runner']}: {row['prefill_ratio']:.1f}×, time to first token "
                 + ("not measured." if row["ttft_ratio"] is None else f"{row['ttft_ratio']:.1f}×.")
             )
 
@@ -408,7 +408,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = results.parser(__doc__)
     published = [name for name in LLMS if name != "tiny"]
     parser.add_argument("--llm", action="append", choices=LLMS, help="default: all but tiny")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of an engine's rounds")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of a runner's rounds")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(given)

@@ -109,7 +109,7 @@ def measure(seed: int, count: int) -> dict[str, Any]:
         )
         rows.append(
             {
-                "engine": name,
+                "runner": name,
                 "versions": {p: importlib.metadata.version(p) for p in PACKAGES[name]},
                 "same_as_transformers": same,
                 "second_turn_same": later,
@@ -156,7 +156,7 @@ def table(result: dict[str, Any]) -> str:
     )  # fmt: skip
     rows = [
         (
-            row["engine"],
+            row["runner"],
             f"{row['same_as_transformers']} of {total}",
             f"{row['second_turn_same']} of {total}",
             f"{row['right'] / total:.1%}",

@@ -31,7 +31,7 @@ TEXT = 60  # tokens beside the image's where a source doesn't say
 MODELS = {"LLaVA-1.5": "llava-1.5-7b", "LLaVA-NeXT": "llava-next-vicuna-7b"}
 """`benchmarks.end_to_end`'s name of a model → ours."""
 
-ENGINES = ("transformers", "llama.cpp")  # with weights of 16 bits there; ONNX Runtime's have 32
+RUNNERS = ("transformers", "llama.cpp")  # with weights of 16 bits there; ONNX Runtime's have 32
 PRECISIONS = ("fp32", "bf16")
 
 PAPER = "arXiv 2412.04467, LLaVA-NeXT-7B; its GPU taken to be an A800, which multiplies as an A100"
@@ -99,18 +99,18 @@ def encoders(result: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def conversations(result: Mapping[str, Any], here: Device) -> Iterator[Row]:
-    """Yield prefill and answer of `benchmarks.end_to_end`, in engines whose weights have 16 bits.
+    """Yield prefill and answer of `benchmarks.end_to_end`, in runners whose weights have 16 bits.
 
     Args:
         result: Its result.
         here: This machine, measured.
     """
     for each in result["rows"]:
-        if each["engine"] not in ENGINES:
+        if each["runner"] not in RUNNERS:
             continue
         plan = Estimator(spoken(each["model"], each["llm"]), here, "fp16", result["text_tokens"])
         found = plan.predict(each["tokens"] // plan.model.units)
-        named = f"{each['llm']} in {each['engine']}, {each['tokens']} tokens"
+        named = f"{each['llm']} in {each['runner']}, {each['tokens']} tokens"
         source, rate = "benchmarks/results/end_to_end.json", each["decode_tokens_per_s"]
         measured = each["first_token"]["median_ms"]
         yield row(f"prefill, {named}", source, found.prefill_ms, measured, "ms")

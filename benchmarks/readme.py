@@ -69,7 +69,7 @@ def export_cost(result: dict[str, Any]) -> str:
 
 
 def handoff(result: dict[str, Any]) -> str:
-    """Return the table of the LLM engines that ran on this machine."""
+    """Return the table of the local LLMs that ran on this machine."""
     from benchmarks.handoff import table
 
     return table(result).rstrip("\n")
@@ -212,13 +212,13 @@ def _agrees(row: dict[str, Any]) -> bool:
 
 
 def end_to_end(result: dict[str, Any]) -> str:
-    """Return what all tokens and the fewest cost, a line for each LLM, engine and model.
+    """Return what all tokens and the fewest cost, a line for each LLM, runner and model.
 
     Args:
         result: As `benchmarks.end_to_end` writes it.
     """
     columns = (
-        "LLM, engine", "model", "image tokens", "time to first token", "faster", "prefill faster",
+        "LLM, runner", "model", "image tokens", "time to first token", "faster", "prefill faster",
         "cost model says", "tokens/s", "KV cache", "peak",
     )  # fmt: skip
     lines = [
@@ -231,8 +231,8 @@ def end_to_end(result: dict[str, Any]) -> str:
     cells = []
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in result["rows"]:
-        groups.setdefault((row["llm"], row["engine"], row["model"]), []).append(row)
-    for (llm, engine, model), rows in groups.items():
+        groups.setdefault((row["llm"], row["runner"], row["model"]), []).append(row)
+    for (llm, runner, model), rows in groups.items():
         rows.sort(key=lambda row: row["tokens"])
         few, full = rows[0], rows[-1]
         times = [
@@ -240,7 +240,7 @@ def end_to_end(result: dict[str, Any]) -> str:
         ]
         cells.append(
             (
-                f"{llm}, {engine}",
+                f"{llm}, {runner}",
                 model,
                 f"{full['tokens']} → {few['tokens']}",
                 "–" if None in times else " → ".join(_cell(each, ".2f") for each in times) + " s",

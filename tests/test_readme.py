@@ -135,7 +135,7 @@ def test_aims_that_were_missed_name_who_is_ahead() -> None:
 
 def test_end_to_end_has_a_line_of_all_tokens_and_the_fewest() -> None:
     def row(tokens: int, ttft: float | None, **other: Any) -> dict[str, Any]:
-        same = {"llm": "llama-2-7b", "engine": "llama.cpp", "model": "LLaVA-1.5"}
+        same = {"llm": "llama-2-7b", "runner": "llama.cpp", "model": "LLaVA-1.5"}
         return {
             **same,
             "tokens": tokens,
@@ -150,7 +150,7 @@ def test_end_to_end_has_a_line_of_all_tokens_and_the_fewest() -> None:
         }
 
     rows = [row(576, 8000.0), row(192, 3000.0), row(64, 2000.0)]
-    rows += [row(576, None, engine="transformers"), row(64, None, engine="transformers")]
+    rows += [row(576, None, runner="transformers"), row(64, None, runner="transformers")]
     text = readme.end_to_end({"environment": PLACE, "text_tokens": 60, "rows": rows, "empty": []})
     rest = "6.0× | 5.5× | 2.00 → 2.00 | 302 → 34 MB | 14.5 → 14.5 GB |"
     assert text.splitlines()[4:] == [

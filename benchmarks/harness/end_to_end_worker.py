@@ -46,9 +46,9 @@ SPLITS = {192: (162, 30), 128: (108, 20), 64: (54, 10), 32: (27, 5)}  # the pape
 NEW_TOKENS = 5  # timed after the first
 LEAST, MOST = 2, 7  # rounds
 WEIGHTS = {"transformers": "bfloat16", "llama.cpp": "bfloat16", "onnxruntime": "float32"}
-"""Engine → dtype of its weights here: what it is quick with on a CPU."""
+"""Runner → dtype of its weights here: what it is quick with on a CPU."""
 CACHES = {"transformers": "bfloat16", "llama.cpp": "float16", "onnxruntime": "float32"}
-"""Engine → dtype of its KV cache here."""
+"""Runner → dtype of its KV cache here."""
 
 _BITS = {"bfloat16": 16, "float32": 32}
 _ROOM = 2**30  # for the process and what a prefill needs besides weights and cache
@@ -133,12 +133,12 @@ def _rounds(budgets: list[int], seconds: float) -> Iterator[list[int]]:
         yield ordered if number % 2 == 0 else ordered[::-1]
 
 
-def prepare(*, llm: str, engine: str, checkpoint: str, file: str) -> Answer:
-    """Write what an engine opens; of transformers the text side alone, which draws its weights.
+def prepare(*, llm: str, runner: str, checkpoint: str, file: str) -> Answer:
+    """Write what a runner opens; of transformers the text side alone, which draws its weights.
 
     Args:
         llm: A name in `LLMS`.
-        engine: Of `WEIGHTS`.
+        runner: Of `WEIGHTS`.
         checkpoint: Folder to write, without weights; see `llm_random.checkpoint`.
         file: What is written.
     """
@@ -146,25 +146,25 @@ def prepare(*, llm: str, engine: str, checkpoint: str, file: str) -> Answer:
     from benchmarks.harness.llm_random import write_bundle, write_gguf
 
     size = LLMS[llm]
-    check_fits(size, engine, tokens=0)
+    check_fits(size, runner, tokens=0)
     write_checkpoint(size, Path(checkpoint))
-    if engine == "llama.cpp":
+    if runner == "llama.cpp":
         write_gguf(Path(checkpoint), Path(file))
-    elif engine == "onnxruntime":
+    elif runner == "onnxruntime":
         write_bundle(size, Path(checkpoint), Path(file))
     return {}
 
 
-def check_fits(size: Llm, engine: str, tokens: int) -> None:
+def check_fits(size: Llm, runner: str, tokens: int) -> None:
     """Refuse what this machine has no memory for, before minutes of swapping.
 
     Raises:
         BackendError: Weights and the cache of so many tokens are above what is available.
     """
     memory = sensors.memory()
-    bits = _BITS[WEIGHTS[engine]]
+    bits = _BITS[WEIGHTS[runner]]
     needed = (
-        size.parameters * bits // 8 + size.shape(CACHES[engine]).kv_bytes(max(1, tokens)) + _ROOM
+        size.parameters * bits // 8 + size.shape(CACHES[runner]).kv_bytes(max(1, tokens)) + _ROOM
     )
     if memory is not None and needed > memory.available * 2**20:
         raise BackendError(
@@ -174,7 +174,7 @@ def check_fits(size: Llm, engine: str, tokens: int) -> None:
 
 
 class Opened(Protocol):
-    """An LLM in an engine."""
+    """An LLM in a runner."""
 
     def at(self, context: int) -> GreedyLLM:
         """Return it, ready for so many tokens."""
@@ -233,7 +233,7 @@ class _OnnxRuntime:
         return sum(4 * int(np.prod(value.shape())) for value in cache)
 
 
-ENGINES: dict[str, Callable[[Llm, Path, Path], Opened]] = {
+RUNNERS: dict[str, Callable[[Llm, Path, Path], Opened]] = {
     "transformers": _Transformers,
     "llama.cpp": _LlamaCpp,
     "onnxruntime": _OnnxRuntime,
@@ -243,7 +243,7 @@ ENGINES: dict[str, Callable[[Llm, Path, Path], Opened]] = {
 def speak(
     *,
     llm: str,
-    engine: str,
+    runner: str,
     checkpoint: str,
     file: str,
     budgets: list[int],
@@ -257,7 +257,7 @@ def speak(
 
     Args:
         llm: A name in `LLMS`.
-        engine: Of `ENGINES`.
+        runner: Of `RUNNERS`.
         checkpoint: As for `prepare`.
         file: As for `prepare`.
         budgets: Numbers of image tokens.
@@ -274,14 +274,14 @@ def speak(
             first token differs between rounds: then something else was timed.
     """
     size = LLMS[llm]
-    shape = size.shape(CACHES[engine])
+    shape = size.shape(CACHES[runner])
     longest = max(budgets) + text + NEW_TOKENS
-    if engine == "transformers":  # what `prepare` wrote may be in memory already
-        check_fits(size, engine, tokens=longest)
+    if runner == "transformers":  # what `prepare` wrote may be in memory already
+        check_fits(size, runner, tokens=longest)
     rows = np.random.default_rng(0).standard_normal((max(budgets), size.hidden_size), np.float32)
     rows *= 0.02
     begun = time.perf_counter()
-    opened = ENGINES[engine](size, Path(checkpoint), Path(file))
+    opened = RUNNERS[runner](size, Path(checkpoint), Path(file))
     opened.at(text + NEW_TOKENS)
     open_s, ready = time.perf_counter() - begun, 0
     open_peak = peak_bytes()

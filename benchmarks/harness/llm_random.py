@@ -1,7 +1,7 @@
-"""LLMs of true shape and random weights, in the engines of this process; quickly, one copy each.
+"""LLMs of true shape and random weights, in the local LLMs' runners; quickly, one copy each.
 
 How long a matrix multiplication takes doesn't depend on the values. What these LLMs say means
-nothing; but as every engine is given the same numbers (`draw`), their answers can be compared.
+nothing; but as every runner is given the same numbers (`draw`), their answers can be compared.
 Configuration and tokenizer are the demo model's with other sizes: the tokenizer is not timed.
 """
 

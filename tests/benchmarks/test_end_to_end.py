@@ -135,13 +135,13 @@ def test_the_papers_ratio_is_explained_by_its_own_numbers():
 
 def test_an_engine_that_fails_leaves_an_empty_cell_with_its_reason(monkeypatch, tmp_path):
     def speak(job: dict) -> dict:
-        if job["engine"] == "onnxruntime":
+        if job["runner"] == "onnxruntime":
             raise JobError("takes 28.5 GB")
         return found(dict.fromkeys(job["budgets"], 100.0))
 
     answering(monkeypatch, speak)
     result = end_to_end.measure(["tiny"], [LLAVA], tmp_path)
-    assert {row["engine"] for row in result["rows"]} == {"transformers", "llama.cpp"}
+    assert {row["runner"] for row in result["rows"]} == {"transformers", "llama.cpp"}
     assert {"cell": "tiny in onnxruntime", "why": "takes 28.5 GB"} in result["empty"]
     assert "tiny in onnxruntime: takes 28.5 GB" in end_to_end.table(result)
     assert "first token is the same one in 4 of 4 cases;" in end_to_end.table(result)
@@ -171,8 +171,8 @@ def test_engines_of_a_gpu_are_empty_cells_that_say_why(monkeypatch, tmp_path):
     answering(monkeypatch, lambda job: found(dict.fromkeys(job["budgets"], 100.0)))
     result = end_to_end.measure([], [LLAVA], tmp_path)
     why = {each["cell"]: each["why"] for each in result["empty"]}
-    for engine in ("vllm", "sglang", "trtllm"):
-        assert "not run on hardware" in why[engine]
+    for runner in ("vllm", "sglang", "trtllm"):
+        assert "not run on hardware" in why[runner]
 
 
 def test_a_worker_that_is_killed_or_says_nothing_is_an_error_of_one_line(monkeypatch, tmp_path):
@@ -200,7 +200,7 @@ def test_an_llm_that_memory_cant_hold_is_refused_before_it_is_made(monkeypatch, 
         end_to_end_worker.check_fits(SEVEN, "onnxruntime", tokens=0)
     with refused(BackendError, got="16 bits"):
         end_to_end_worker.prepare(
-            llm=SEVEN.name, engine="llama.cpp", checkpoint=str(tmp_path / "c"), file="none"
+            llm=SEVEN.name, runner="llama.cpp", checkpoint=str(tmp_path / "c"), file="none"
         )
     assert not list(tmp_path.iterdir())
 
@@ -209,7 +209,7 @@ def test_an_llm_that_memory_cant_hold_is_refused_before_it_is_made(monkeypatch, 
 
 
 class Fake:
-    """An engine whose LLM says one word after another."""
+    """A runner whose LLM says one word after another."""
 
     context = 4096
 
@@ -233,8 +233,8 @@ class Fake:
 
 
 def speak(monkeypatch, fake: Fake, budgets=(20, 6)) -> dict:
-    monkeypatch.setitem(end_to_end_worker.ENGINES, "transformers", lambda *_: fake)
-    job = {"llm": "tiny", "engine": "transformers", "checkpoint": "", "file": ""}
+    monkeypatch.setitem(end_to_end_worker.RUNNERS, "transformers", lambda *_: fake)
+    job = {"llm": "tiny", "runner": "transformers", "checkpoint": "", "file": ""}
     return end_to_end_worker.speak(**job, budgets=list(budgets), text=9, seconds=0)
 
 
@@ -271,11 +271,11 @@ def test_the_engines_of_this_process_say_the_same_first_token(tmp_path):
     assert len(result["empty"]) == len(end_to_end.ABSENT), result["empty"]
     first = {}
     for row in result["rows"]:
-        first.setdefault(row["tokens"], {})[row["engine"]] = row["first_token_id"]
+        first.setdefault(row["tokens"], {})[row["runner"]] = row["first_token_id"]
     for tokens in (PATCHES, 64):
         assert set(first[tokens]) == set(end_to_end.WEIGHTS)
         assert len(set(first[tokens].values())) == 1, first
-    kv = {row["engine"]: row["kv_bytes"] for row in result["rows"] if row["tokens"] == 64}
+    kv = {row["runner"]: row["kv_bytes"] for row in result["rows"] if row["tokens"] == 64}
     assert kv == {"transformers": 31_744, "llama.cpp": 31_744, "onnxruntime": 63_488}
     assert not list(tmp_path.iterdir())
 
@@ -340,7 +340,7 @@ def test_the_committed_tables_are_those_of_the_committed_result():
     result = json.loads(path.read_text())
     assert path.with_suffix(".md").read_text(encoding="utf-8") == end_to_end.table(result)
     for row in result["rows"]:
-        shape = LLMS[row["llm"]].shape(end_to_end.CACHES[row["engine"]])
+        shape = LLMS[row["llm"]].shape(end_to_end.CACHES[row["runner"]])
         assert row["kv_bytes"] == shape.kv_bytes(row["prompt_tokens"])
         assert row["prefill_flops"] == shape.prefill_flops(row["prompt_tokens"])
         assert row["first_token"]["calls"] >= 2

@@ -44,14 +44,14 @@ def test_an_encoder_is_compared_with_the_ceiling_of_its_own_turns() -> None:
 
 def conversation(**change: Any) -> dict[str, Any]:
     row = {
-        "llm": "llama-2-7b", "engine": "transformers", "model": "LLaVA-NeXT", "tokens": 160,
+        "llm": "llama-2-7b", "runner": "transformers", "model": "LLaVA-NeXT", "tokens": 160,
         "first_token": {"median_ms": 8000.0}, "decode_tokens_per_s": 1.1,
     }  # fmt: skip
     return {**row, **change}
 
 
 def test_a_conversation_is_compared_budget_by_budget() -> None:
-    rows = [conversation(), conversation(engine="onnxruntime")]
+    rows = [conversation(), conversation(runner="onnxruntime")]
     prefill, answer = plan.conversations({"rows": rows, "text_tokens": 60}, CPU)
     expected = Estimator(read_model("llava-next-vicuna-7b"), CPU, "fp16", 60).predict(32)
     assert expected.llm_tokens == 220
