@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 import transformers
 
 from benchmarks.harness.results import RESULTS
 from vzip.calibration.demo import accuracy, dialogue
-from vzip.calibration.quantization.graph import Graph, Session
+from vzip.calibration.quantization.pieces import Session, own_graph
 from vzip.calibration.quantization.quantize import quantize
 from vzip.calibration.quantization.recipe import Recipe
 from vzip.calibration.samples import Samples
@@ -100,7 +101,9 @@ def export(folder: Path, source: WeightSource, budget: Budget, batch: int) -> Bu
     )
 
 
-def outputs(graph: Graph, pictures: np.ndarray[Any, Any]) -> list[dict[str, np.ndarray[Any, Any]]]:
+def outputs(
+    graph: ir.Model, pictures: np.ndarray[Any, Any]
+) -> list[dict[str, np.ndarray[Any, Any]]]:
     """Run a graph on uint8 [n, H, W, 3], `BATCH` at a time."""
     session = Session(graph)
     return [
@@ -133,7 +136,7 @@ def measure_demo(scenes: int, seed: int, calibrated: int) -> list[dict[str, Any]
                 Path(folder) / "bundle", WeightSource("demo"), Budget(*split_tokens(tokens)), BATCH
             )
             samples = Samples.open("demo", count=calibrated)
-            expected = outputs(Graph.read(bundle), test.pictures)
+            expected = outputs(own_graph(bundle), test.pictures)
             full = answered(expected)
             for recipe in (Recipe(**PLAIN), Recipe(), Recipe("fp8")):
                 done = quantize(bundle, samples, recipe, step=lambda _: None)

@@ -8,18 +8,19 @@ and v, and without a way for FP16 graphs of opset 17 and 18.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
 
 import ml_dtypes
 import numpy as np
-import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx_ir.passes import Sequential, common
 
-from vzip.calibration.quantization.graph import Graph, Linear
+from vzip.calibration.quantization.pieces import LinearGroup, array_of, linear_groups
 from vzip.calibration.quantization.recipe import QuantPrecision
+from vzip.runtime.errors import BundleError
 
 Array = NDArray[Any]
 
@@ -27,7 +28,10 @@ Array = NDArray[Any]
 # its MatMuls and their scales, which keep TensorRT from fusing them.
 OPSET_OF_SMALL_SCALES = 19
 LARGEST: Mapping[QuantPrecision, float] = {"int8": 127.0, "fp8": 448.0}
-_TYPES = {"int8": onnx.TensorProto.INT8, "fp8": onnx.TensorProto.FLOAT8E4M3FN}
+_TYPES: Final[Mapping[QuantPrecision, Any]] = {
+    "int8": np.int8,
+    "fp8": ml_dtypes.float8_e4m3fn,
+}
 
 
 @dataclass(frozen=True)
@@ -44,62 +48,22 @@ class Setting:
     factors: NDArray[np.float32] | None
 
 
-def opset_of(graph: Graph, precision: QuantPrecision) -> int:
+def opset_of(model: ir.Model, precision: QuantPrecision) -> int:
     """Return the opset that the quantised graph has: the graph's own where that will do."""
-    linear = graph.tensors[graph.linears()[0].weights[0]]
-    if precision == "int8" and linear.data_type == onnx.TensorProto.FLOAT:
-        return graph.opset
-    return max(graph.opset, OPSET_OF_SMALL_SCALES)
-
-
-def raise_opset(graph: Graph, opset: int) -> Graph:
-    """Rewrite a graph of opset 17 or 18 for a later one.
-
-    Of the operators that an exported graph may hold (`vzip.runtime.bundle.graph_check.EXPORTED`)
-    one changed its form on the way to 19: ReduceMax takes its axes as an input since 18.
-    """
-    if opset == graph.opset:
-        return graph
-    tensors, nodes = dict(graph.tensors), []
-    for node in graph.nodes:
-        axes = [each for each in node.attribute if each.name == "axes"]
-        if node.op_type == "ReduceMax" and axes:
-            name = f"{node.output[0]}.axes"
-            tensors[name] = numpy_helper.from_array(np.array(axes[0].ints, np.int64), name)
-            changed = onnx.NodeProto()
-            changed.CopyFrom(node)
-            changed.attribute.remove(axes[0])
-            changed.input.append(name)
-            nodes.append(changed)
-        else:
-            nodes.append(node)
-    return replace(graph, nodes=tuple(nodes), tensors=tensors, opset=opset)
-
-
-def smoothed(graph: Graph, linear: Linear, factors: NDArray[np.float32]) -> Graph:
-    """Divide a linear layer's input channels in its LayerNorm, and multiply its weights' rows.
-
-    The graph computes what it did. Factors are powers of two.
-    """
-    assert linear.norm is not None
-    tensors = dict(graph.tensors)
-    for name in linear.norm:
-        values = graph.array(name)
-        tensors[name] = numpy_helper.from_array(values / factors.astype(values.dtype), name)
-    for name in linear.weights:
-        values = graph.array(name)
-        scaled = values * factors.astype(values.dtype)[:, None]
-        tensors[name] = numpy_helper.from_array(scaled, name)
-    return replace(graph, tensors=tensors)
+    opset = model.opset_imports[""]
+    linear = model.graph.initializers[linear_groups(model)[0].weights[0]]
+    if precision == "int8" and linear.dtype == ir.DataType.FLOAT:
+        return opset
+    return max(opset, OPSET_OF_SMALL_SCALES)
 
 
 def quantised(
-    graph: Graph, settings: Mapping[str, Setting], precision: QuantPrecision, opset: int
-) -> Graph:
+    model: ir.Model, settings: Mapping[str, Setting], precision: QuantPrecision, opset: int
+) -> ir.Model:
     """Quantise linear layers of a graph or of a piece of one.
 
     Args:
-        graph: The graph.
+        model: The graph, which stays as it is.
         settings: Name of a linear layer → how; those that are not named stay as they are.
         precision: Of the quantised ones.
         opset: From `opset_of`.
@@ -107,93 +71,195 @@ def quantised(
     Returns:
         A graph with the same inputs and outputs.
     """
-    graph = raise_opset(graph, opset)
-    linears = [each for each in graph.linears() if each.name in settings]
-    for linear in linears:
-        setting = settings[linear.name]
-        if setting.factors is not None:
-            graph = smoothed(graph, linear, setting.factors)
-        graph = _with_pairs(graph, linear, setting.threshold, precision)
-    return graph
+    edits = Sequential(
+        RaiseOpset(opset),
+        Smooth({name: each.factors for name, each in settings.items() if each.factors is not None}),
+        QuantiseLinears({name: each.threshold for name, each in settings.items()}, precision),
+        common.RemoveUnusedNodesPass(),
+    )
+    return edits(model.clone()).model
 
 
-def _with_pairs(graph: Graph, linear: Linear, threshold: float, precision: QuantPrecision) -> Graph:
-    """Quantise a linear layer's input and weights; q, k and v become one MatMul and a Split."""
-    weights = [graph.array(name) for name in linear.weights]  # each [in, out]
-    wide, stem = weights[0].dtype, linear.name
+class RaiseOpset(ir.passes.InPlacePass):
+    """Rewrite a graph of opset 17 or 18 for a later one.
+
+    Of the operators that an exported graph may hold (`vzip.runtime.bundle.graph_check.EXPORTED`)
+    one changed its form on the way to 19: ReduceMax takes its axes as an input since 18.
+    """
+
+    def __init__(self, opset: int) -> None:
+        self.opset = opset
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Turn the attribute into an input."""
+        modified = self.opset != model.opset_imports[""]
+        for node in model.graph if modified else ():
+            if node.op_type == "ReduceMax" and "axes" in node.attributes:
+                axes = np.array(node.attributes.pop("axes").as_ints(), np.int64)
+                node.resize_inputs(2)
+                name = f"{node.outputs[0].name}.axes"
+                node.replace_input_with(1, _constant(model.graph, name, axes))
+        model.opset_imports[""] = self.opset
+        return ir.passes.PassResult(model, modified=modified)
+
+    def ensures(self, model: ir.Model) -> None:
+        """No ReduceMax has the attribute that opset 18 took away."""
+        for node in model.graph:
+            if self.opset > 17 and node.op_type == "ReduceMax" and "axes" in node.attributes:
+                raise ir.passes.PostconditionError(f"{node.name} has its axes as an attribute")
+
+
+class Smooth(ir.passes.InPlacePass):
+    """Divide linear layers' input channels in their LayerNorms, and multiply their weights' rows.
+
+    The graph computes what it did.
+
+    Args:
+        factors: Name of a linear layer → float32 [in], powers of two.
+    """
+
+    def __init__(self, factors: Mapping[str, NDArray[np.float32]]) -> None:
+        self.factors = factors
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Replace the numbers of gammas, betas and weights."""
+        for linear in _plain(model):
+            factors = self.factors.get(linear.name)
+            if factors is None:
+                continue
+            assert linear.norm is not None
+            for name in linear.norm:
+                values = array_of(model, name)
+                _replace(model, name, values / factors.astype(values.dtype))
+            for name in linear.weights:
+                values = array_of(model, name)
+                _replace(model, name, values * factors.astype(values.dtype)[:, None])
+        return ir.passes.PassResult(model, modified=bool(self.factors))
+
+
+class QuantiseLinears(ir.passes.InPlacePass):
+    """Quantise linear layers' inputs and weights; q, k and v become one MatMul and a Split.
+
+    Args:
+        thresholds: Name of a linear layer → magnitude at which its input is clipped.
+        precision: What they become.
+    """
+
+    def __init__(self, thresholds: Mapping[str, float], precision: QuantPrecision) -> None:
+        self.thresholds, self.precision = thresholds, precision
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Replace each linear layer by its quantised form."""
+        linears = [each for each in _plain(model) if each.name in self.thresholds]
+        for linear in linears:
+            _quantise_linear(model, linear, self.thresholds[linear.name], self.precision)
+        return ir.passes.PassResult(model, modified=bool(linears))
+
+    def ensures(self, model: ir.Model) -> None:
+        """No layer that was named multiplies weights as they were."""
+        left = set(self.thresholds) & {each.name for each in _plain(model)}
+        if left:
+            raise ir.passes.PostconditionError(f"{sorted(left)} are as they were")
+
+
+def _plain(model: ir.Model) -> list[LinearGroup]:
+    """Return the linear layers that are not quantised; there may be none left."""
+    try:
+        return linear_groups(model)
+    except BundleError:
+        return []
+
+
+def _quantise_linear(
+    model: ir.Model, linear: LinearGroup, threshold: float, precision: QuantPrecision
+) -> None:
+    graph, stem, small = model.graph, linear.name, _TYPES[precision]
+    products = [node for node in graph if node.name in linear.nodes]
+    weights = [array_of(model, name) for name in linear.weights]  # each [in, out]
+    wide = weights[0].dtype
     array = np.concatenate(weights, axis=1)
     scales = _scale(np.abs(array).max(axis=0), precision, wide)  # [out]
     scale = _scale(np.array(threshold), precision, wide)
-    tensors = {name: each for name, each in graph.tensors.items() if name not in linear.weights}
+    stored = _quantise(array, scales, precision)
 
-    def add(name: str, tensor: Any) -> str:
-        tensor.name = name
-        tensors[name] = tensor
-        return name
+    def add(name: str, numbers: Array) -> ir.Value:
+        return _constant(graph, f"{stem}.{name}", numbers)
 
-    step = add(f"{stem}.input.scale", numpy_helper.from_array(scale))
-    zero = add(f"{stem}.input.zero", _zeros((), precision))
-    stored = [
-        add(f"{stem}.weight.quantised", _quantise(array, scales, precision)),
-        add(f"{stem}.weight.scale", numpy_helper.from_array(scales)),
-        add(f"{stem}.weight.zero", _zeros(scales.shape, precision)),
+    nodes: list[ir.Node] = []
+
+    def op(kind: str, inputs: list[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
+        made = ir.Value(name=f"{stem}.{name}")
+        nodes.append(ir.node(kind, inputs, attributes, outputs=[made], name=f"{made.name}.{kind}"))
+        return made
+
+    step, zero = add("input.scale", scale), add("input.zero", np.zeros((), small))
+    rounded = op("QuantizeLinear", [products[0].inputs[0], step, zero], "input.quantised")
+    source = op("DequantizeLinear", [rounded, step, zero], "input")
+    packed = [
+        add("weight.quantised", stored),
+        add("weight.scale", scales),
+        add("weight.zero", np.zeros(scales.shape, small)),
     ]
-    source, weight, product = f"{stem}.input", f"{stem}.weight", f"{stem}.product"
-    nodes = [
-        _node("QuantizeLinear", [linear.input, step, zero], [f"{source}.quantised"]),
-        _node("DequantizeLinear", [f"{source}.quantised", step, zero], [source]),
-        _node("DequantizeLinear", stored, [weight], axis=1),
-        _node("MatMul", [source, weight], [product]),
-    ]
-    replaced, ends = _with_biases(graph, linear)
-    if any(bias is not None for _, bias in ends):
-        widths = [each.shape[1] for each in weights]
-        biases = [
-            np.zeros(width, wide) if bias is None else graph.array(bias)
-            for width, (_, bias) in zip(widths, ends, strict=True)
+    weight = op("DequantizeLinear", [*packed], "weight", axis=1)
+    last = op("MatMul", [source, weight], "product")
+    ends, biases, replaced = _with_biases(products)
+    if any(bias is not None for bias in biases):
+        numbers = [
+            np.zeros(each.shape[1], wide) if bias is None else array_of(model, str(bias.name))
+            for each, bias in zip(weights, biases, strict=True)
         ]
-        tensors = {name: each for name, each in tensors.items() if name not in {b for _, b in ends}}
         # [1, 1, out] adds what [out] does. A MatMul and a bias of one axis become a Gemm first in
         # ONNX Runtime, which then finds no integer MatMul for it.
-        shaped = np.concatenate(biases)[None, None]
-        bias_name = add(f"{stem}.bias", numpy_helper.from_array(shaped))
-        nodes.append(_node("Add", [product, bias_name], [f"{stem}.output"]))
-    if len(ends) == 1:
-        nodes[-1].output[0] = ends[0][0]
-    else:
-        sizes = np.array([each.shape[1] for each in weights], np.int64)
-        sizes_name = add(f"{stem}.sizes", numpy_helper.from_array(sizes))
-        outputs = [name for name, _ in ends]
-        nodes.append(_node("Split", [nodes[-1].output[0], sizes_name], outputs, axis=-1))
-    return replace(graph, nodes=_spliced(graph.nodes, replaced, nodes), tensors=tensors)
+        shaped = np.concatenate(numbers)[None, None]
+        held = graph.initializers.pop(f"{stem}.bias", None)
+        if held is not None and len(held.uses()) > 1:  # equal biases are one initializer
+            held.name = f"{stem}.bias.shared"
+            graph.register_initializer(held)
+        last = op("Add", [last, add("bias", shaped)], "output")
+    made = [last]
+    if len(ends) > 1:
+        sizes = add("sizes", np.array([each.shape[1] for each in weights], np.int64))
+        made = [ir.Value() for _ in ends]
+        nodes.append(
+            ir.node(
+                "Split", [last, sizes], {"axis": -1}, outputs=made, name=f"{ends[0].name}.Split"
+            )
+        )
+    ir.convenience.replace_nodes_and_values(graph, replaced[0], replaced, nodes, ends, made)
 
 
-def _with_biases(graph: Graph, linear: Linear) -> tuple[set[str], list[tuple[str, str | None]]]:
-    """Return the nodes of a linear layer, and each MatMul's last output and bias, if it has one."""
-    replaced, ends = set(linear.nodes), []
-    by_name = {node.name: node for node in graph.nodes}
-    for name in linear.nodes:
-        output = by_name[name].output[0]
-        readers = [node for node in graph.nodes if output in node.input]
-        end: tuple[str, str | None] = (output, None)
-        if len(readers) == 1 and readers[0].op_type == "Add" and output not in graph.outputs:
-            bias = next(x for x in readers[0].input if x != output)
-            if bias in graph.tensors and len(graph.tensors[bias].dims) == 1:
-                end = (readers[0].output[0], bias)
-                replaced.add(readers[0].name)
+def _with_biases(
+    products: list[ir.Node],
+) -> tuple[list[ir.Value], list[ir.Value | None], list[ir.Node]]:
+    """Return each MatMul's last output, its bias if it has one, and all nodes up to there."""
+    ends, biases, replaced = [], list[ir.Value | None](), [*products]
+    for product in products:
+        end, bias = product.outputs[0], None
+        uses = list(end.uses())
+        if len(uses) == 1 and uses[0].node.op_type == "Add" and not end.is_graph_output():
+            adding = uses[0].node
+            other = adding.inputs[1 - uses[0].idx]
+            if other is not None and other.is_initializer() and len(other.shape or ()) == 1:
+                end, bias = adding.outputs[0], other
+                replaced.append(adding)
         ends.append(end)
-    return replaced, ends
+        biases.append(bias)
+    return ends, biases, replaced
 
 
-def _spliced(nodes: Sequence[Any], replaced: set[str], others: Sequence[Any]) -> tuple[Any, ...]:
-    """Put other nodes where the first of the replaced ones was."""
-    place = next(number for number, node in enumerate(nodes) if node.name in replaced)
-    left = [node for node in nodes[place:] if node.name not in replaced]
-    return (*nodes[:place], *others, *left)
+def _constant(graph: ir.Graph, name: str, numbers: Array) -> ir.Value:
+    """Return a new initializer."""
+    tensor = ir.tensor(numbers, name=name)
+    value = ir.Value(
+        name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value
 
 
-def _node(kind: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> Any:
-    return helper.make_node(kind, inputs, outputs, f"{outputs[0]}.{kind}", **attributes)
+def _replace(model: ir.Model, name: str, numbers: Array) -> None:
+    """Give an initializer other numbers."""
+    model.graph.initializers[name].const_value = ir.tensor(numbers, name=name)
 
 
 def _scale(threshold: Array, precision: QuantPrecision, wide: Any) -> Array:
@@ -205,17 +271,9 @@ def _scale(threshold: Array, precision: QuantPrecision, wide: Any) -> Array:
     return np.where(threshold > 0, np.maximum(scale, tiny), 1).astype(wide)
 
 
-def _quantise(array: Array, scales: Array, precision: QuantPrecision) -> Any:
+def _quantise(array: Array, scales: Array, precision: QuantPrecision) -> Array:
     """Return weights [in, out] divided by the steps [out] and rounded to nearest even."""
     largest = LARGEST[precision]
     scaled = np.clip(array.astype(np.float32) / scales.astype(np.float32), -largest, largest)
-    if precision == "int8":
-        small = np.rint(scaled).astype(np.int8)
-    else:
-        small = scaled.astype(ml_dtypes.float8_e4m3fn)
-    return helper.make_tensor("", _TYPES[precision], array.shape, small.tobytes(), raw=True)
-
-
-def _zeros(shape: tuple[int, ...], precision: QuantPrecision) -> Any:
-    size = int(np.prod(shape, dtype=int))
-    return helper.make_tensor("", _TYPES[precision], shape, b"\0" * size, raw=True)
+    small: Array = (np.rint(scaled) if precision == "int8" else scaled).astype(_TYPES[precision])
+    return small

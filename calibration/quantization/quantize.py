@@ -9,9 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
-from vzip.calibration.quantization.graph import Chain, Graph, Kind, Linear, Session
+from vzip.calibration.quantization.pieces import (
+    Chain,
+    Kind,
+    LinearGroup,
+    Session,
+    array_of,
+    linear_groups,
+    own_graph,
+)
 from vzip.calibration.quantization.qdq import Setting, opset_of, quantised
 from vzip.calibration.quantization.ranges import Histograms, Peaks, thresholds
 from vzip.calibration.quantization.recipe import Recipe
@@ -46,6 +55,7 @@ ALONE = 2
 _LARGEST_BATCH = 8  # of a graph with an open batch: what one layer makes of them is held at once
 _HEADROOM = 0.1  # of the way to 1: the images that decide are not those that judge
 _ROUNDS = 6
+_INLINE = 1024  # bytes up to which a saved tensor stays in the graph, as the exporter has it
 
 
 @dataclass(frozen=True)
@@ -126,11 +136,11 @@ class Quantised:
         opset: Of the graph.
     """
 
-    def __init__(self, graph: Graph, report: Report) -> None:
+    def __init__(self, graph: ir.Model, report: Report) -> None:
         self.graph = graph
         self.report = report
         self.precision = report.recipe.precision
-        self.opset = graph.opset
+        self.opset = graph.opset_imports[""]
 
     @property
     def file(self) -> str:
@@ -139,7 +149,8 @@ class Quantised:
 
     def save(self, folder: Path) -> None:
         """Write the graph and its weights into a folder."""
-        self.graph.save(folder, self.file)
+        ir.save(self.graph, folder / self.file, external_data=f"{self.file}.data",
+                size_threshold_bytes=_INLINE, max_workers=1)  # fmt: skip
 
 
 def quantize(bundle: Bundle, samples: Samples, recipe: Recipe, *, step: Say) -> Quantised:
@@ -218,8 +229,8 @@ class _Work:
             calibrate,
             step,
         )
-        self.graph = Graph.read(bundle)
-        self.linears = self.graph.linears()
+        self.graph = own_graph(bundle)
+        self.linears = linear_groups(self.graph)
         self.opset = opset_of(self.graph, recipe.precision)
         self.scores = scores_name(self.graph)
         observed = {linear.input for linear in self.linears}
@@ -257,12 +268,12 @@ class _Work:
             for linear in self.linears
         }
 
-    def _factors(self, linear: Linear, channels: Array) -> NDArray[np.float32]:
+    def _factors(self, linear: LinearGroup, channels: Array) -> NDArray[np.float32]:
         assert linear.norm is not None
         assert self.recipe.smoothing is not None
-        weights = [self.graph.array(name) for name in linear.weights]
+        weights = [array_of(self.graph, name) for name in linear.weights]
         found = smooth.factors(channels, weights, self.recipe.smoothing)
-        gamma, beta = (self.graph.array(name) for name in linear.norm)
+        gamma, beta = (array_of(self.graph, name) for name in linear.norm)
         return smooth.exactly(found, gamma, beta, weights)
 
     def _stream(self, see: Callable[[str, Array], None], *, keep: float | None) -> None:
@@ -279,7 +290,7 @@ class _Work:
                 made = session.run(live)
                 for name in made.keys() & inputs:
                     see(name, made[name][:count])
-                outputs = self.chain.pieces[place].outputs
+                outputs = self.chain.outputs[place]
                 live = {**live, **{name: made[name] for name in outputs}}
             if keep is not None and sum(self.counts) < DECIDING:
                 self.stored.append(kept)
@@ -338,7 +349,7 @@ class _Work:
 
     def report(
         self,
-        linear: Linear,
+        linear: LinearGroup,
         setting: Setting,
         found: Mapping[str, Effect],
         high: frozenset[str],
@@ -379,7 +390,7 @@ def _batches(samples: Samples, manifest: Manifest) -> Any:
         yield {manifest.input.name: filled}, count
 
 
-def _outputs(graph: Graph, manifest: Manifest, samples: Samples) -> list[dict[str, Array]]:
+def _outputs(graph: ir.Model, manifest: Manifest, samples: Samples) -> list[dict[str, Array]]:
     """Run a whole graph on samples."""
     session = Session(graph)
     return [

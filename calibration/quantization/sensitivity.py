@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
-from vzip.calibration.quantization.graph import Chain, Graph, Linear, Session
+from vzip.calibration.quantization.pieces import Chain, LinearGroup, Session
 from vzip.calibration.quantization.qdq import Setting, quantised
 from vzip.calibration.quantization.recipe import QuantPrecision, Recipe
 from vzip.runtime.agreement import Agreement, Gate, Limits, compare
@@ -44,11 +45,10 @@ class Effect:
         return asdict(self)
 
 
-def scores_name(graph: Graph) -> str | None:
+def scores_name(model: ir.Model) -> str | None:
     """Return the value that the kept tokens are chosen by, float32 [B, N]; None for none."""
-    ranked = [node.input[0] for node in graph.nodes if node.op_type == "TopK"]
-    made = {name for node in graph.nodes for name in node.output}
-    return ranked[0] if ranked and ranked[0] in made else None
+    ranked = next((node.inputs[0] for node in model.graph if node.op_type == "TopK"), None)
+    return None if ranked is None or ranked.producer() is None else ranked.name
 
 
 class Judge:
@@ -108,7 +108,7 @@ class Judge:
         values = dict(inputs)
         for place in range(start, len(self._chain)):
             session = sessions.get(place) or self._chain.session(place)
-            needed = self._chain.pieces[place].outputs
+            needed = self._chain.outputs[place]
             extra = [x for x in self._wanted if x in session.names and x not in needed]
             made = session.run(values, [*needed, *extra])
             values = {**self._chain.live(values, place + 1), **made}
@@ -142,11 +142,10 @@ class Layers:
         """Open piece `place` with these of its linear layers quantised."""
         piece = self._chain.pieces[place]
         chosen = {name: self._settings[name] for name in names}
-        made = {name for node in piece.nodes for name in node.output}
-        extra = [name for name in made if name == self._scores]
+        extra = [name for name in self._chain.made(place) if name == self._scores]
         return Session(quantised(piece, chosen, self._precision, self._opset), extra)
 
-    def all(self, linears: Sequence[Linear], high: frozenset[str]) -> dict[int, Session]:
+    def all(self, linears: Sequence[LinearGroup], high: frozenset[str]) -> dict[int, Session]:
         """Open every piece with all linear layers quantised but those in `high`.
 
         Pieces that are as they were at the last call are not opened again.
@@ -169,7 +168,7 @@ class Layers:
 
 
 def effects(
-    judge: Judge, chain: Chain, layers: Layers, linears: Sequence[Linear]
+    judge: Judge, chain: Chain, layers: Layers, linears: Sequence[LinearGroup]
 ) -> dict[str, Effect]:
     """Measure every linear layer's effect, by its name."""
     found = {}

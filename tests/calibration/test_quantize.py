@@ -19,7 +19,13 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
-from vzip.calibration.quantization.graph import Chain, Graph, Session
+from vzip.calibration.quantization.pieces import (
+    Chain,
+    Session,
+    array_of,
+    linear_groups,
+    own_graph,
+)
 from vzip.calibration.quantization.qdq import Setting, quantised
 from vzip.calibration.quantization.quantize import Quantised, quantize
 from vzip.calibration.quantization.ranges import BINS, Histograms, fp8_grid, int8_grid, thresholds
@@ -205,8 +211,8 @@ def test_minmax_ranges_are_the_largest_magnitudes(
 ) -> None:
     bundle, report = tiny("fp32"), made("fp32", PLAIN).report
     calibrate, _ = Samples.open(str(pictures), count=10).split()
-    graph = Graph.read(bundle)
-    inputs = {linear.name: linear.input for linear in graph.linears()}
+    graph = own_graph(bundle)
+    inputs = {linear.name: linear.input for linear in linear_groups(graph)}
     _, backend = open_backend("onnxruntime", bundle, extra_outputs=tuple(set(inputs.values())))
     peaks = dict.fromkeys(inputs, 0.0)
     for batch in calibrate.batches(bundle.manifest, 4):
@@ -296,7 +302,7 @@ def test_histograms_divide_by_what_smoothing_divides_by() -> None:
 
 def test_the_pieces_together_are_the_graph(tiny: MakeBundle, pictures: Path) -> None:
     bundle = tiny("fp32")
-    graph = Graph.read(bundle)
+    graph = own_graph(bundle)
     chain = Chain(graph)
     assert len(chain) == 4  # the embedding and three layers
     values: dict[str, Array] = {"image": batch_of(bundle, pictures)}
@@ -305,26 +311,28 @@ def test_the_pieces_together_are_the_graph(tiny: MakeBundle, pictures: Path) -> 
         values = {**chain.live(values, place), **chain.session(place).run(values)}
     assert np.array_equal(values[KEPT], expected[KEPT])
     assert np.allclose(values[EMBEDS], expected[EMBEDS], atol=1e-4)
-    assert sum(len(piece.nodes) for piece in chain.pieces) == len(graph.nodes)
+    assert sum(len(piece.graph) for piece in chain.pieces) == len(graph.graph)
 
 
 def test_layers_that_are_not_named_stay(tiny: MakeBundle) -> None:
-    graph = Graph.read(tiny("fp32"))
+    graph = own_graph(tiny("fp32"))
     one = quantised(graph, {"layers.1.fc1": Setting(3.0, None)}, "int8", 17)
-    changed = {each.name for each in one.nodes} ^ {each.name for each in graph.nodes}
+    changed = {each.name for each in one.graph} ^ {each.name for each in graph.graph}
     assert all(name.startswith("layers.1.fc1.") or "matmul" in name or "add" in name
                for name in changed)  # fmt: skip
-    assert Counter(each.op_type for each in one.nodes)["QuantizeLinear"] == 1
-    gone = set(graph.tensors) - set(one.tensors)
+    assert Counter(each.op_type for each in one.graph)["QuantizeLinear"] == 1
+    before, after = graph.graph.initializers, one.graph.initializers
+    gone = set(before) - set(after)
     assert gone == {"layers.1.fc1.weight"}
-    altered = {x for x in set(graph.tensors) - gone if one.tensors[x] is not graph.tensors[x]}
+    altered = {x for x in set(before) - gone if after[x].const_value is not before[x].const_value}
     assert altered == {"layers.1.fc1.bias"}
-    assert np.array_equal(one.array("layers.1.fc1.bias")[0, 0], graph.array("layers.1.fc1.bias"))
+    bias = "layers.1.fc1.bias"
+    assert np.array_equal(array_of(one, bias)[0, 0], array_of(graph, bias))
 
 
 def test_peak_memory_is_this_process_s_own() -> None:
     ballast = np.ones(50_000_000)  # 400 MB, which a child's rusage would begin with
-    code = "from vzip.calibration.quantization.quantize import _peak_bytes; print(_peak_bytes())"
+    code = "from vzip.runtime.machine.process import peak_bytes; print(peak_bytes())"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 1e7 < int(child.stdout) < ballast.nbytes
 
@@ -341,7 +349,7 @@ def test_limits_that_leave_no_room_are_an_error(tiny: MakeBundle, pictures: Path
 
 def test_another_exporter_s_graph_is_refused(tiny_bundle: Path) -> None:
     with pytest.raises(BundleError, match="no linear layers under the exporter's names"):
-        Graph.read(read_bundle(tiny_bundle)).linears()
+        linear_groups(own_graph(read_bundle(tiny_bundle)))
 
 
 @pytest.mark.parametrize(

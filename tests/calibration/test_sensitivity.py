@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.agreements import agreement
-from vzip.calibration.quantization.graph import Chain, Graph
+from vzip.calibration.quantization.pieces import Chain, linear_groups, own_graph
 from vzip.calibration.quantization.qdq import Setting
 from vzip.calibration.quantization.quantize import quantize
 from vzip.calibration.quantization.recipe import Recipe
@@ -67,8 +67,8 @@ def test_outliers_break_minmax_and_smoothing_with_limits_mends_it(
 
 def test_the_layer_that_is_spoiled_has_the_largest_effect(tiny: MakeBundle, pictures: Path) -> None:
     bundle = tiny("fp32")
-    graph = Graph.read(bundle)
-    linears, scores = graph.linears(), scores_name(graph)
+    graph = own_graph(bundle)
+    linears, scores = linear_groups(graph), scores_name(graph)
     assert scores is not None
     chain = Chain(graph, [scores])
     batch = next(Samples.open(str(pictures), count=4).batches(bundle.manifest, 4))
