@@ -251,7 +251,10 @@ def _constant(graph: ir.Graph, name: str, numbers: Array) -> ir.Value:
     """Return a new initializer."""
     tensor = ir.tensor(numbers, name=name)
     value = ir.Value(
-        name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+        name=name,
+        shape=ir.Shape(numbers.shape),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
     )
     graph.register_initializer(value)
     return value
