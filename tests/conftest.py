@@ -96,7 +96,8 @@ def _golden(name: str, folder: Path, request: pytest.FixtureRequest) -> Path:
         return _copy(name, folder, exported.bundles())
     bundle = _copy(name, folder, GOLDEN)
     if backend == "tensorrt":
-        from vzip.export.engines.tensorrt.publish import BuildRequest, build_engine
+        from vzip.export.engines.tensorrt.publish import build_engine
+        from vzip.export.engines.tensorrt.request import BuildRequest
 
         build_engine(bundle, BuildRequest(name="built"), say=lambda _: None)
     return bundle

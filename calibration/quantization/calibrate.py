@@ -103,7 +103,7 @@ def publish(bundle: Bundle, made: Quantised, samples: Samples) -> Bundle:
         BundleError: The bundle was exported anew meanwhile, or can't be written; it is as it was.
         BackendError: The graph can't be run.
     """
-    from vzip.export.engines.tensorrt.publish import build_lock
+    from vzip.export.engines.published import build_lock
     from vzip.runtime.bundle.precision_writer import precision_writer
     from vzip.runtime.bundle.reader import read_bundle
     from vzip.runtime.encoder import VisionEncoder

@@ -11,7 +11,7 @@ from vzip.runtime.errors import InvalidInputError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from vzip.export.engines.tensorrt.publish import Result
+    from vzip.export.engines.published import BuiltEngine
 
 
 def build(
@@ -27,7 +27,7 @@ def build(
     safer: bool = False,
     rtx: str | None = None,
     say: Callable[[str], None] = console.say,
-) -> Result:
+) -> BuiltEngine:
     """Build an engine from a bundle on the machine that will run it, and put it into the bundle.
 
     The engine's tokens are compared with PyTorch's, which the bundle holds. An engine whose tokens
@@ -76,7 +76,8 @@ def build(
         }
         return _build_cpu(bundle, name, [each for each in given if given[each] is not None], say)
     from vzip.export.engines.tensorrt.auto import AUTO, build_best
-    from vzip.export.engines.tensorrt.publish import BuildRequest, build_engine
+    from vzip.export.engines.tensorrt.publish import build_engine
+    from vzip.export.engines.tensorrt.request import BuildRequest
 
     request = BuildRequest(
         name=name,
@@ -108,7 +109,7 @@ def _build_cpu(
     name: str | None,
     others: Sequence[str],
     say: Callable[[str], None],
-) -> Result:
+) -> BuiltEngine:
     """Make a CPU engine; `others` are the options for GPUs that were given."""
     if others:
         raise InvalidInputError(

@@ -4,7 +4,7 @@ The manifest is what decides: until it is replaced, in one step, the bundle is w
 then on it has the new graph. That holds across SIGKILL at any moment, since the new files wait in
 a folder of their own, under the names that they will have, until the manifest speaks of them; and
 a reader looks there first. Let one writer at a time work on a bundle
-(`vzip.export.engines.tensorrt.publish`'s `build_lock`); one that didn't wait is refused.
+(that of `vzip build`); one that didn't wait is refused.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from vzip.calibration.quantization.recipe import Recipe
 from vzip.calibration.quantization.sensitivity import Effect
 from vzip.calibration.samples import Samples
 from vzip.export.algorithm.budget import Budget
-from vzip.export.engines.tensorrt.publish import build_lock
+from vzip.export.engines.published import build_lock
 from vzip.export.graph.trace import GraphOptions
 from vzip.export.graph.traced import GraphInput
 from vzip.export.pipeline import WeightSource, export_bundle

@@ -14,7 +14,9 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.refusals import refused
-from vzip.export.engines.tensorrt.publish import BuildRequest, Result, build_engine
+from vzip.export.engines.published import BuiltEngine
+from vzip.export.engines.tensorrt.publish import build_engine
+from vzip.export.engines.tensorrt.request import BuildRequest
 from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.bundle.writer import bundle_writer
 from vzip.runtime.cli.main import main
@@ -53,7 +55,7 @@ def proven(request: pytest.FixtureRequest, golden: Arrays) -> Callable[..., Path
     return give
 
 
-def build(path: Path, said: list[str], **request: Any) -> Result:
+def build(path: Path, said: list[str], **request: Any) -> BuiltEngine:
     return build_engine(path, BuildRequest(name="here", **request), say=said.append)
 
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from tests.precisions import add_precision, golden_precisions
 from tests.refusals import refused
 from vzip.export.engines.tensorrt.auto import build_best
-from vzip.export.engines.tensorrt.publish import BuildRequest, build_engine, this_machine
+from vzip.export.engines.tensorrt.publish import build_engine
+from vzip.export.engines.tensorrt.request import BuildRequest, this_machine
 from vzip.runtime import VisionEncoder
 from vzip.runtime.bundle.precision_record import FP8_SM, Quantised
 from vzip.runtime.bundle.reader import read_bundle

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from tests.refusals import refused
-from vzip.export.engines.tensorrt.publish import BuildRequest, build_engine
+from vzip.export.engines.tensorrt.publish import build_engine
+from vzip.export.engines.tensorrt.request import BuildRequest
 from vzip.runtime import VisionEncoder
 from vzip.runtime.backends.tensorrt import cuda
 from vzip.runtime.backends.tensorrt.backend import TensorRt

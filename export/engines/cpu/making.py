@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from vzip.export.engines.tensorrt.publish import BuildRequest, Result, build_lock
+from vzip.export.engines.published import BuiltEngine, build_lock
+from vzip.export.engines.tensorrt.request import BuildRequest
 from vzip.runtime.backends import cpu_engine
 from vzip.runtime.backends.onnxruntime import import_onnxruntime
 from vzip.runtime.bundle.engine_record import CpuTarget, EngineBatch, EngineRecord
@@ -35,7 +36,7 @@ VERSION: Final = 3
 """Goes up when forms, or how they are chosen, change: engines of before are then made anew."""
 
 
-def build_cpu(path: str | os.PathLike[str], name: str | None = None, *, say: Say) -> Result:
+def build_cpu(path: str | os.PathLike[str], name: str | None = None, *, say: Say) -> BuiltEngine:
     """Make the CPU engine of a bundle for this machine and publish it there.
 
     Args:
@@ -74,7 +75,7 @@ def build_cpu(path: str | os.PathLike[str], name: str | None = None, *, say: Say
     with build_lock(bundle, say):
         bundle = read_bundle(path).at(None)  # whoever held the lock may have made it
         if (found := _reused(bundle, name, version)) is not None:
-            return Result(_may(bundle), name, found, reused=True)
+            return BuiltEngine(_may(bundle), name, found, reused=True)
         say(f"making '{name}' with ONNX Runtime {version} for {processor()}, {cores()} cores")
         start = time.monotonic()
         from vzip.export.engines.cpu.choice import choose
@@ -103,7 +104,7 @@ def build_cpu(path: str | os.PathLike[str], name: str | None = None, *, say: Say
             ),
         )
         made = _may(add_engine(source, name, record, chosen.model))
-        return Result(made, name, record, reused=False)
+        return BuiltEngine(made, name, record, reused=False)
 
 
 def _reused(bundle: Bundle, name: str, version: str) -> EngineRecord | None:

@@ -18,15 +18,10 @@ from typing import Any, Final
 
 from numpy.typing import NDArray
 
+from vzip.export.engines.published import BuiltEngine, Say
 from vzip.export.engines.tensorrt.proof import open_staged
-from vzip.export.engines.tensorrt.publish import (
-    BuildRequest,
-    Result,
-    Say,
-    build_engine,
-    build_if,
-    this_machine,
-)
+from vzip.export.engines.tensorrt.publish import build_engine, build_if
+from vzip.export.engines.tensorrt.request import BuildRequest, this_machine
 from vzip.runtime.agreement import load_reference
 from vzip.runtime.backends.tensorrt.backend import TensorRt
 from vzip.runtime.bundle.engine_record import EngineRecord
@@ -100,7 +95,7 @@ def race(own: Turn, other: Turn, *, rounds: int = ROUNDS) -> Race:
 
 def build_best(
     path: str | os.PathLike[str], request: BuildRequest, *, say: Say
-) -> tuple[Result, list[Result]]:
+) -> tuple[BuiltEngine, list[BuiltEngine]]:
     """Build the bundle's own engine, and those from its quantised graphs that are worth it.
 
     Args:
@@ -152,8 +147,8 @@ def build_best(
 
 
 def _rated(
-    own: Result, precision: Quantised, request: BuildRequest, say: Say
-) -> tuple[Result, Race] | None:
+    own: BuiltEngine, precision: Quantised, request: BuildRequest, say: Say
+) -> tuple[BuiltEngine, Race] | None:
     """Build an engine from a quantised graph and race it; None if it isn't kept."""
     if precision == "fp8" and any(int(sm) < FP8_SM for sm in this_machine().sm):
         say(f"fp8 is passed over: this GPU doesn't compute in it, SM {FP8_SM} and newer do")
@@ -184,7 +179,7 @@ def _rated(
     return result, measured[0]
 
 
-def _measured(own: Result, candidate: TensorRt, bundle: Bundle) -> Race:
+def _measured(own: BuiltEngine, candidate: TensorRt, bundle: Bundle) -> Race:
     """Race an engine that is open against the bundle's own, on the reference pictures."""
     rows = own.record.batch.opt
     images = load_reference(bundle).input

@@ -7,25 +7,29 @@ published.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
+from vzip.export.engines.published import BuiltEngine, Say, build_lock
 from vzip.export.engines.tensorrt import memory as build_memory
 from vzip.export.engines.tensorrt.api import Bindings, capabilities_of, installed_bindings
 from vzip.export.engines.tensorrt.build import BuildSettings, build
 from vzip.export.engines.tensorrt.layers import inspect_engine
 from vzip.export.engines.tensorrt.proof import prove_engine
+from vzip.export.engines.tensorrt.request import (
+    BuildRequest,
+    BuildTarget,
+    first_settings,
+    safer_settings,
+    this_machine,
+)
 from vzip.runtime.bundle.engine_record import (
     ENGINES_FOLDER,
-    LOCK_FILE,
-    NAME,
     TIMING_CACHE,
     EngineBatch,
     EngineRecord,
@@ -34,99 +38,17 @@ from vzip.runtime.bundle.manifest import REFERENCE_FILE, Manifest
 from vzip.runtime.bundle.precision_record import FP8_SM
 from vzip.runtime.bundle.reader import Bundle, open_engine, read_bundle
 from vzip.runtime.bundle.writer import add_engine
-from vzip.runtime.errors import BackendError, BundleError, InvalidInputError, ParityError
-from vzip.runtime.files import atomic, locks
+from vzip.runtime.errors import BackendError, BundleError, ParityError
+from vzip.runtime.files import atomic
 from vzip.runtime.files.codec import Scalar
 from vzip.runtime.machine import sensors
 
-Say = Callable[[str], None]
 Keep = Callable[[Bundle, EngineRecord, memoryview], Mapping[str, Scalar] | None]
 
-LEVELS: Final = range(6)  # IBuilderConfig.builder_optimization_level, from 8.6 on
-SAFER_LEVEL: Final = 0
 LARGEST_CACHE: Final = 2**28
 
 
-@dataclass(frozen=True)
-class BuildRequest:
-    """What a user asked for.
-
-    Attributes:
-        name: The engine's name; None for one after TensorRT and the GPU.
-        workspace_mib: Limit for the scratch memory of tactics; None for the builder's own.
-        level: Builder optimisation level; None for the builder's own.
-        opt_batch: The batch that tactics are chosen for; None for the largest.
-        low_memory: Build with little memory, and refuse what can't fit.
-        rtx: Compute capabilities to build for without a GPU, as the user wrote them.
-        safer: After a failed proof, try the next safer way to build.
-        precision: Of the graph to build from: ``int8`` or ``fp8``, or None for the bundle's own.
-    """
-
-    name: str | None = None
-    workspace_mib: int | None = None
-    level: int | None = None
-    opt_batch: int | None = None
-    low_memory: bool = False
-    rtx: str | None = None
-    safer: bool = False
-    precision: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.name is not None and not NAME.test(self.name):
-            raise InvalidInputError(
-                f"--name is {self.name!r}",
-                expected=f"{NAME.expected}, which a file can be called",
-            )
-        if self.workspace_mib is not None and not 1 <= self.workspace_mib <= 2**20:
-            raise InvalidInputError(
-                f"--workspace is {self.workspace_mib}",
-                expected=f"MiB from 1 to {2**20}",
-            )
-        if self.level is not None and self.level not in LEVELS:
-            raise InvalidInputError(
-                f"--builder-optimization-level is {self.level}",
-                expected="0 (quick) to 5 (searches longest)",
-            )
-
-
-@dataclass(frozen=True)
-class BuildTarget:
-    """What an engine is built for.
-
-    Attributes:
-        gpu: The GPU's name; None ahead of time.
-        sm: Compute capabilities.
-        jetpack: JetPack here; None where there is none, and ahead of time.
-    """
-
-    gpu: str | None
-    sm: tuple[str, ...]
-    jetpack: str | None
-
-
-@dataclass(frozen=True)
-class Result:
-    """An engine in its bundle.
-
-    Attributes:
-        bundle: The bundle with the engine.
-        name: The engine's name.
-        record: Its record.
-        reused: Whether it was there already, the same in every respect.
-    """
-
-    bundle: Bundle
-    name: str
-    record: EngineRecord
-    reused: bool
-
-    @property
-    def path(self) -> Path:
-        """The engine's file."""
-        return self.bundle.path / ENGINES_FOLDER / f"{self.name}.plan"
-
-
-def build_engine(path: str | os.PathLike[str], request: BuildRequest, *, say: Say) -> Result:
+def build_engine(path: str | os.PathLike[str], request: BuildRequest, *, say: Say) -> BuiltEngine:
     """Build an engine from a bundle and publish it there.
 
     Args:
@@ -150,7 +72,7 @@ def build_engine(path: str | os.PathLike[str], request: BuildRequest, *, say: Sa
 
 def build_if(
     path: str | os.PathLike[str], request: BuildRequest, keep: Keep, *, say: Say
-) -> Result | None:
+) -> BuiltEngine | None:
     """Build an engine, and publish it if `keep` agrees; see `build_engine`.
 
     Args:
@@ -182,7 +104,7 @@ def build_if(
         for settings in tries:
             wanted = _record(bindings, machine, bundle, settings)
             if (found := reusable(bundle, name, wanted)) is not None:
-                return Result(bundle, name, found, reused=True)
+                return BuiltEngine(bundle, name, found, reused=True)
         say(f"building '{name}' with {bindings} for {_describe(machine)}")
         if outlook.cure is not None:
             if request.low_memory:
@@ -200,71 +122,12 @@ def build_if(
                     return None
                 if record.proof is not None:
                     record = dataclasses.replace(record, proof={**record.proof, **numbers})
-                return Result(add_engine(bundle, name, record, plan), name, record, reused=False)
+                return BuiltEngine(
+                    add_engine(bundle, name, record, plan), name, record, reused=False
+                )
             failures.append(f"{_described_settings(settings, bindings)}: {record.proof}")
             del plan  # the next try needs the memory
     raise _failed(failures, request, bindings, bundle)
-
-
-def this_machine() -> BuildTarget:
-    """Return the GPU here.
-
-    Raises:
-        BackendError: There is none that works.
-    """
-    from vzip.runtime.backends.tensorrt import cuda
-
-    device = cuda.load()
-    jetson = sensors.jetson()
-    return BuildTarget(
-        device.device_name(),
-        (device.compute_capability(),),
-        None if jetson is None else jetson.jetpack,
-    )
-
-
-def first_settings(
-    request: BuildRequest, manifest: Manifest, capabilities: tuple[str, ...]
-) -> BuildSettings:
-    """Return how to build what was asked for, for compute capabilities or for the GPU here.
-
-    Raises:
-        InvalidInputError: A batch that the graph doesn't take.
-    """
-    batch = manifest.batch
-    opt = request.opt_batch
-    if opt is not None and not (1 <= opt <= batch.max if batch.dynamic else opt == batch.max):
-        takes = f"1 to {batch.max}" if batch.dynamic else f"exactly {batch.max}"
-        raise InvalidInputError(
-            f"--opt-batch is {opt}", expected=takes, cause="the graph takes no other batch"
-        )
-    workspace, level = request.workspace_mib, request.level
-    if request.low_memory:
-        workspace = build_memory.LOW_MEMORY_WORKSPACE_MIB if workspace is None else workspace
-        level = build_memory.LOW_MEMORY_LEVEL if level is None else level
-    return BuildSettings(
-        workspace_mib=workspace,
-        level=level,
-        low_memory=request.low_memory,
-        opt_batch=batch.max if opt is None else opt,
-        islands="graph",
-        capabilities=capabilities,
-    )
-
-
-def safer_settings(
-    first: BuildSettings, bindings: Bindings, manifest: Manifest
-) -> list[BuildSettings]:
-    """Return what to try after `first` failed, from what costs least speed to what costs most.
-
-    Where precision is a matter of flags, more layers in FP32 and at last all; where it lives in the
-    graph, a level at which the builder rewrites and fuses less.
-    """
-    if not bindings.can.strongly_typed and manifest.precision == "fp16":
-        return [dataclasses.replace(first, islands=each) for each in ("norms", "all")]
-    if first.level == SAFER_LEVEL:
-        return []
-    return [dataclasses.replace(first, level=SAFER_LEVEL)]
 
 
 def reusable(bundle: Bundle, name: str, wanted: EngineRecord) -> EngineRecord | None:
@@ -297,35 +160,6 @@ def reusable(bundle: Bundle, name: str, wanted: EngineRecord) -> EngineRecord | 
     except BundleError:
         return None  # missing or no plain file: building puts it right
     return found if digest.hexdigest() == found.sha256 else None
-
-
-@contextlib.contextmanager
-def build_lock(bundle: Bundle, say: Say) -> Iterator[None]:
-    """Let one process at a time change a bundle; the lock ends with the process.
-
-    Raises:
-        BundleError: The folder can't be written, or its file system has no locks.
-    """
-    folder = bundle.path / ENGINES_FOLDER
-    try:
-        folder.mkdir(exist_ok=True)
-        lock = locks.on_file(
-            folder / LOCK_FILE,
-            lambda: say(f"another process works on {bundle.path}; waiting for it to end"),
-        )
-    except OSError as error:
-        raise BundleError(
-            f"{folder}: can't be written ({error.strerror}), so the bundle can't be changed",
-            cure="copy the bundle to a folder that you may write to",
-        ) from error
-    with lock:
-        if not lock.taken:
-            raise BundleError(
-                f"{folder}: its file system has no locks",
-                cause="two processes could spoil each other's work",
-                cure="copy the bundle to a local disk and work on it there",
-            )
-        yield
 
 
 def _build(

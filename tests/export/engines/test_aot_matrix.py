@@ -15,7 +15,8 @@ import pytest
 
 from tests.export.layouts import write_layout
 from vzip.export.algorithm.budget import Budget, Merge
-from vzip.export.engines.tensorrt.publish import BuildRequest, build_engine
+from vzip.export.engines.tensorrt.publish import build_engine
+from vzip.export.engines.tensorrt.request import BuildRequest
 from vzip.export.graph.trace import GraphOptions
 from vzip.export.graph.traced import GraphInput
 from vzip.export.pipeline import WeightSource, export_bundle

@@ -14,13 +14,15 @@ import pytest
 from tests.export import fake_tensorrt
 from tests.precisions import add_precision, golden_precisions
 from tests.refusals import refused
+from vzip.export.engines.published import BuiltEngine
 from vzip.export.engines.tensorrt import auto as engine_auto
 from vzip.export.engines.tensorrt import layers as engine_layers
 from vzip.export.engines.tensorrt import proof as engine_proof
 from vzip.export.engines.tensorrt import publish as engine
 from vzip.export.engines.tensorrt.auto import ROUNDS, Race, build_best, race
 from vzip.export.engines.tensorrt.memory import estimate
-from vzip.export.engines.tensorrt.publish import BuildRequest, BuildTarget, Result, build_engine
+from vzip.export.engines.tensorrt.publish import build_engine
+from vzip.export.engines.tensorrt.request import BuildRequest, BuildTarget
 from vzip.runtime.agreement import ENGINE, Proof, Reference, prove
 from vzip.runtime.backends.tensorrt import backend as tensorrt
 from vzip.runtime.backends.tensorrt.engine_file import read_engine
@@ -204,10 +206,10 @@ class Board:
         module = fake_tensorrt.make(version, inputs=inputs, outputs=outputs, **options)
         return fake_tensorrt.install(self.monkeypatch, module)
 
-    def build(self, **request: Any) -> Result:
+    def build(self, **request: Any) -> BuiltEngine:
         return build_engine(self.path, BuildRequest(**request), say=self.said.append)
 
-    def best(self, **request: Any) -> tuple[Result, list[Result]]:
+    def best(self, **request: Any) -> tuple[BuiltEngine, list[BuiltEngine]]:
         self.said.clear()
         self.ran.clear()
         return build_best(self.path, BuildRequest(**request), say=self.said.append)

@@ -24,6 +24,7 @@ from onnx import helper
 from tests.export import fake_tensorrt
 from tests.export.fake_tensorrt import Layer, Tensor
 from tests.refusals import refused
+from vzip.export.engines.published import BuiltEngine
 from vzip.export.engines.tensorrt import build as trt_build
 from vzip.export.engines.tensorrt import layers as engine_layers
 from vzip.export.engines.tensorrt import memory as build_memory
@@ -31,13 +32,8 @@ from vzip.export.engines.tensorrt import proof as engine_proof
 from vzip.export.engines.tensorrt import publish as engine
 from vzip.export.engines.tensorrt.api import load_bindings
 from vzip.export.engines.tensorrt.memory import compare, estimate
-from vzip.export.engines.tensorrt.publish import (
-    BuildRequest,
-    BuildTarget,
-    Result,
-    build_engine,
-    reusable,
-)
+from vzip.export.engines.tensorrt.publish import build_engine, reusable
+from vzip.export.engines.tensorrt.request import BuildRequest, BuildTarget
 from vzip.runtime.agreement import Proof
 from vzip.runtime.backends.tensorrt import backend as tensorrt
 from vzip.runtime.backends.tensorrt.engine_file import read_engine
@@ -67,7 +63,7 @@ def files(folder: Path) -> list[str]:
     return sorted(str(each.relative_to(folder)) for each in folder.rglob("*"))
 
 
-def ahead(path: Path, **change: Any) -> Result:
+def ahead(path: Path, **change: Any) -> BuiltEngine:
     return build_engine(path, dataclasses.replace(AHEAD, **change), say=quiet)
 
 
@@ -426,7 +422,7 @@ class Jetson:
         )
         return fake_tensorrt.install(self.monkeypatch, module)
 
-    def build(self, path: Path, **request: Any) -> Result:
+    def build(self, path: Path, **request: Any) -> BuiltEngine:
         self.said.clear()
         return build_engine(path, BuildRequest(**request), say=self.said.append)
 

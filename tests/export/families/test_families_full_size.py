@@ -11,7 +11,8 @@ import pytest
 
 from vzip.export.architecture import Media
 from vzip.export.cli.export import main
-from vzip.export.engines.tensorrt.publish import BuildRequest, build_engine
+from vzip.export.engines.tensorrt.publish import build_engine
+from vzip.export.engines.tensorrt.request import BuildRequest
 from vzip.runtime.bundle.reader import read_bundle
 
 pytestmark = pytest.mark.slow

@@ -16,7 +16,8 @@ from tests.export.layouts import write_layout
 from vzip.export.algorithm.budget import Budget
 from vzip.export.engines.tensorrt.api import load_bindings
 from vzip.export.engines.tensorrt.layers import inspect_engine
-from vzip.export.engines.tensorrt.publish import BuildRequest, build_engine
+from vzip.export.engines.tensorrt.publish import build_engine
+from vzip.export.engines.tensorrt.request import BuildRequest
 from vzip.export.graph.trace import GraphOptions
 from vzip.export.inspect.describe import _takes
 from vzip.export.pipeline import WeightSource, export_bundle

@@ -52,6 +52,13 @@ def nothing_is_left(trt: FakeTensorRt) -> bool:
     return bool(trt.lib.fake_handles() == 0)
 
 
+@pytest.fixture
+def trt(tiny_bundle: Path, install: Install) -> FakeTensorRt:
+    """TensorRT 10, for which the bundle has an engine."""
+    with_engine(tiny_bundle, "10")
+    return install("10")
+
+
 @pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("kind", ["tiny_bundle", "tiny_static_bundle"])
 def test_computes_through_copies_engine_and_graph(
@@ -72,10 +79,8 @@ def test_computes_through_copies_engine_and_graph(
 
 
 def test_the_first_call_is_plain_and_from_the_second_on_a_launch_and_one_copy_do_it_all(
-    tiny_bundle: Path, golden: Golden, install: Install
+    tiny_bundle: Path, golden: Golden, trt: FakeTensorRt
 ) -> None:
-    trt = install("10")
-    with_engine(tiny_bundle, "10")
     copies = "cudaMemcpyAsync cudaMemcpyAsync"  # the image and the indices; then the embeddings
     with VisionEncoder.open(tiny_bundle, backend="tensorrt") as encoder:
         calls, kept = [], []
@@ -97,10 +102,8 @@ def test_the_first_call_is_plain_and_from_the_second_on_a_launch_and_one_copy_do
 
 
 def test_an_application_on_another_gpu_keeps_its_own(
-    tiny_bundle: Path, golden: Golden, install: Install
+    tiny_bundle: Path, golden: Golden, trt: FakeTensorRt
 ) -> None:
-    trt = install("10")
-    with_engine(tiny_bundle, "10")
     trt.lib.fake_device(2, 8, 7)
     with VisionEncoder.open(tiny_bundle) as encoder:
         encoder.run(golden["images"][:1])
@@ -199,10 +202,8 @@ def test_results_are_not_copied_and_outlive_later_calls_and_close(
 
 
 def test_results_may_be_dropped_by_any_thread_at_any_time(
-    tiny_bundle: Path, golden: Golden, install: Install
+    tiny_bundle: Path, golden: Golden, trt: FakeTensorRt
 ) -> None:
-    trt = install("10")
-    with_engine(tiny_bundle, "10")
     encoder = VisionEncoder.open(tiny_bundle)
     held: list[Any] = [None] * 6
 
@@ -268,10 +269,8 @@ def on_host(array: DeviceArray | None) -> np.ndarray:
 
 
 def test_tokens_stay_on_the_device_and_are_the_holders_own(
-    tiny_bundle: Path, golden: Golden, install: Install
+    tiny_bundle: Path, golden: Golden, trt: FakeTensorRt
 ) -> None:
-    trt = install("10")
-    with_engine(tiny_bundle, "10")
     encoder = VisionEncoder.open(tiny_bundle)
     tokens = [encoder.run(golden["images"][k : k + 2], on_device=True) for k in range(3)]
     for k, each in enumerate(tokens):
@@ -315,10 +314,8 @@ def test_other_backends_leave_nothing_on_a_device(tiny_bundle: Path, golden: Gol
 
 
 def test_a_graph_that_can_not_be_captured_is_said_once(
-    tiny_bundle: Path, golden: Golden, install: Install, caplog: pytest.LogCaptureFixture
+    tiny_bundle: Path, golden: Golden, trt: FakeTensorRt, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trt = install("10")
-    with_engine(tiny_bundle, "10")
     trt.lib.fake_fail(b"cudaStreamBeginCapture", 0, 900)
     with VisionEncoder.open(tiny_bundle) as encoder, caplog.at_level(logging.WARNING):
         for count in (1, 1, 2, 3, 2):
@@ -397,12 +394,10 @@ def test_rtx_is_captured_when_it_says_that_it_can_be(
 def test_ctrl_c_in_a_call_leaves_nothing_running(
     tiny_bundle: Path,
     golden: Golden,
-    install: Install,
+    trt: FakeTensorRt,
     monkeypatch: pytest.MonkeyPatch,
     moment: str,
 ) -> None:
-    trt = install("10")
-    with_engine(tiny_bundle, "10")
     encoder = VisionEncoder.open(tiny_bundle)
     if moment == "captured":
         encoder.run(golden["images"][:2])
@@ -437,9 +432,7 @@ def test_closing_waits_for_what_runs(tiny_bundle: Path, golden: Golden, install:
     assert nothing_is_left(trt)
 
 
-def test_a_tensorrt_that_cant_be_started_is_one_line(tiny_bundle: Path, install: Install) -> None:
-    trt = install("10")
-    with_engine(tiny_bundle, "10")
+def test_a_tensorrt_that_cant_be_started_is_one_line(tiny_bundle: Path, trt: FakeTensorRt) -> None:
     trt.refuse, trt.say = "Runtime", "CUDA initialization\nfailure with error: 35"
     with refused(
         BackendError, got=("TensorRT 10.3.0.30", "error: 35"), cause="NVIDIA driver"
@@ -450,10 +443,8 @@ def test_a_tensorrt_that_cant_be_started_is_one_line(tiny_bundle: Path, install:
 
 
 def test_a_sticky_error_of_an_allocation_ends_the_encoder_too(
-    tiny_bundle: Path, golden: Golden, install: Install
+    tiny_bundle: Path, golden: Golden, trt: FakeTensorRt
 ) -> None:
-    trt = install("10")
-    with_engine(tiny_bundle, "10")
     with VisionEncoder.open(tiny_bundle) as encoder:
         encoder.run(golden["images"][:1])
         trt.lib.fake_fail(b"cudaMalloc", 0, 700)
@@ -472,10 +463,8 @@ def test_a_sticky_error_of_an_allocation_ends_the_encoder_too(
     ],
 )
 def test_a_call_that_fails_leaves_the_next_one_clean(
-    tiny_bundle: Path, golden: Golden, install: Install, function: str, warm: bool
+    tiny_bundle: Path, golden: Golden, trt: FakeTensorRt, function: str, warm: bool
 ) -> None:
-    trt = install("10")
-    with_engine(tiny_bundle, "10")
     with VisionEncoder.open(tiny_bundle) as encoder:
         if warm:
             encoder.run(golden["images"][:2])
@@ -489,10 +478,8 @@ def test_a_call_that_fails_leaves_the_next_one_clean(
 
 
 def test_a_sticky_error_ends_the_encoder_and_every_later_call_says_so(
-    tiny_bundle: Path, golden: Golden, install: Install
+    tiny_bundle: Path, golden: Golden, trt: FakeTensorRt
 ) -> None:
-    trt = install("10")
-    with_engine(tiny_bundle, "10")
     encoder = VisionEncoder.open(tiny_bundle)
     encoder.run(golden["images"][:1])
     trt.lib.fake_fail(b"cudaStreamSynchronize", 0, 700)
@@ -510,10 +497,8 @@ def test_a_sticky_error_ends_the_encoder_and_every_later_call_says_so(
 
 
 def test_a_sticky_error_that_tensorrt_swallowed_is_found(
-    tiny_bundle: Path, golden: Golden, install: Install
+    tiny_bundle: Path, golden: Golden, trt: FakeTensorRt
 ) -> None:
-    trt = install("10")
-    with_engine(tiny_bundle, "10")
     with VisionEncoder.open(tiny_bundle) as encoder:
         trt.refuse, trt.say = "execute_async_v3", "CUDA failure"
         trt.lib.fake_fail(b"cudaStreamSynchronize", 0, 719)
@@ -552,10 +537,8 @@ def test_what_tensorrt_refuses_is_one_line_with_its_reason(
 
 @pytest.mark.parametrize("after", range(10))
 def test_opening_that_fails_leaves_nothing_behind(
-    tiny_bundle: Path, install: Install, after: int
+    tiny_bundle: Path, trt: FakeTensorRt, after: int
 ) -> None:
-    trt = install("10")
-    with_engine(tiny_bundle, "10")
     function, place = (b"cudaMalloc", after) if after < 5 else (b"cudaHostAlloc", after - 5)
     trt.lib.fake_fail(function, place, 2)
     if place < (4 if after < 5 else 3):
@@ -578,10 +561,8 @@ def test_opening_that_fails_leaves_nothing_behind(
     ],
 )
 def test_refuses_an_engine_with_other_tensors(
-    tiny_bundle: Path, install: Install, what: str, value: Any, found: str
+    tiny_bundle: Path, trt: FakeTensorRt, what: str, value: Any, found: str
 ) -> None:
-    trt = install("10")
-    with_engine(tiny_bundle, "10")
     trt.spoil[what] = getattr(trt.DataType, value) if isinstance(value, str) else value
     expected = "plain" if what in {"location", "format"} else "image uint8 [batch, 16, 16, 3]"
     with refused(BackendError, got=found, expected=expected):
@@ -593,10 +574,8 @@ def test_refuses_an_engine_with_other_tensors(
 
 
 def test_eight_threads_get_what_one_gets(
-    tiny_bundle: Path, golden: Golden, install: Install
+    tiny_bundle: Path, golden: Golden, trt: FakeTensorRt
 ) -> None:
-    trt = install("10")
-    with_engine(tiny_bundle, "10")
     with VisionEncoder.open(tiny_bundle) as encoder:
 
         def work(thread: int) -> None:
@@ -613,10 +592,8 @@ def test_eight_threads_get_what_one_gets(
 
 
 def test_closing_while_others_encode_is_an_error_at_worst(
-    tiny_bundle: Path, golden: Golden, install: Install
+    tiny_bundle: Path, golden: Golden, trt: FakeTensorRt
 ) -> None:
-    trt = install("10")
-    with_engine(tiny_bundle, "10")
     encoder = VisionEncoder.open(tiny_bundle)
 
     def work(thread: int) -> None:
@@ -636,10 +613,8 @@ def test_closing_while_others_encode_is_an_error_at_worst(
 
 
 def test_a_fork_is_told_and_frees_nothing(
-    tiny_bundle: Path, golden: Golden, install: Install
+    tiny_bundle: Path, golden: Golden, trt: FakeTensorRt
 ) -> None:
-    trt = install("10")
-    with_engine(tiny_bundle, "10")
     encoder = VisionEncoder.open(tiny_bundle)
     tokens = encoder.run(golden["images"][:1], on_device=True)
     opened, left = backend_of(encoder), tokens.on_device
@@ -673,10 +648,8 @@ def test_a_fork_is_told_and_frees_nothing(
 
 
 def test_an_encoder_that_is_dropped_frees_what_it_held(
-    tiny_bundle: Path, golden: Golden, install: Install
+    tiny_bundle: Path, golden: Golden, trt: FakeTensorRt
 ) -> None:
-    trt = install("10")
-    with_engine(tiny_bundle, "10")
     encoder = VisionEncoder.open(tiny_bundle)
     encoder.run(golden["images"][:1])
     encoder.run(golden["images"][:1])
@@ -698,10 +671,8 @@ def test_the_backend_itself_can_be_closed_twice_and_not_used_afterwards(
 
 
 def test_10000_runs_take_no_memory_and_give_one_result(
-    tiny_bundle: Path, golden: Golden, install: Install, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Path, golden: Golden, trt: FakeTensorRt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trt = install("10")
-    with_engine(tiny_bundle, "10")
     # What is measured is the backend: the fake engine writes what it wrote before.
     with VisionEncoder.open(tiny_bundle) as encoder:
         first = encoder.run(golden["images"][:3])
@@ -828,10 +799,8 @@ def test_without_engines_the_message_says_how_to_make_one(tiny_bundle: Path) -> 
 
 
 def test_a_damaged_engine_that_fits_is_an_error_even_for_auto(
-    tiny_bundle: Path, install: Install
+    tiny_bundle: Path, trt: FakeTensorRt
 ) -> None:
-    trt = install("10")
-    with_engine(tiny_bundle, "10")
     path = tiny_bundle / "engines" / "orin.plan"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

@@ -61,7 +61,8 @@ class TestGoldenGraphs:
     ) -> None:
         add_precision(tiny_bundle, precision)
         if backend == "tensorrt":
-            from vzip.export.engines.tensorrt.publish import BuildRequest, build_engine
+            from vzip.export.engines.tensorrt.publish import build_engine
+            from vzip.export.engines.tensorrt.request import BuildRequest
 
             build_engine(tiny_bundle, BuildRequest(precision=precision), say=lambda _: None)
         with VisionEncoder.open(tiny_bundle, backend=backend, precision=precision) as encoder:
