@@ -1,4 +1,4 @@
-"""`vzip convert`: the language model of a LLaVA as a file of another engine."""
+"""`vzip convert`: the language model of a LLaVA as a file that llama.cpp runs."""
 
 from __future__ import annotations
 

@@ -323,7 +323,8 @@ def _described(pipeline: Mapping[str, Any]) -> str:
 
 def _unknown(what: str) -> CheckpointError:
     return CheckpointError(
-        f"convert: the tokenizer has {what}, but llama.cpp runs Llama's SentencePiece and "
-        "byte-level BPE with GPT-2's or Qwen2's words, and would make other tokens of a text",
+        f"convert: the tokenizer has {what}",
+        expected="Llama's SentencePiece, or byte-level BPE with GPT-2's or Qwen2's words",
+        cause="llama.cpp would make other tokens of a text",
         cure="make the GGUF with llama.cpp's own convert_hf_to_gguf.py, if that knows it",
     )

@@ -77,8 +77,8 @@ class Size:
                 f"one and a half times its weights in FP32), but {memory.available / 1024:.1f} "
                 "GiB are available",
                 cure=(
-                    "export on a larger machine, or leave out --with-llm and run the LLM with "
-                    "another engine, such as a quantized one of llama.cpp"
+                    "export on a larger machine, or leave out --with-llm and run the LLM in "
+                    "another way, such as quantised by llama.cpp"
                 ),
             )
 

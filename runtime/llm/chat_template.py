@@ -80,7 +80,8 @@ def words_of(
         template: The chat template, in Jinja; ``None`` for LLaVA-1.5's words.
 
     Raises:
-        CheckpointError: The template writes a question in more than one place or none.
+        CheckpointError: The template writes a question in more than one place or none, or has no
+            place for an image.
     """
     if template is None:
         return llava_15_words(videos="video" in placeholders)
@@ -113,6 +114,12 @@ def words_of(
         between = two[len(before + token) : len(two) - len(token + after)]
         several = two == f"{before}{token}{between}{token}{after}"
         first[kind] = FirstTurn(before, between if several else None, after, end)
+    if not first:
+        raise CheckpointError(
+            f"{name}: the LLM's chat template has no place for images",
+            expected="one before or behind the question",
+            cure="repair chat_template.jinja",
+        )
     text = render(
         [
             {"role": "user", "content": [{"type": "text", "text": "(an earlier question)"}]},
@@ -149,7 +156,9 @@ def make_prompts(
     """
     adapted = HubTokenizer(name, tokenizer)
     known = {k: i for k, i in placeholders.items() if adapted.token(i) is not None}
-    return Prompts(name, adapted, words_of(name, tokenizer, known, template), placeholders)
+    # Without a placeholder there is nothing to ask the template; `Prompts` says which one it is.
+    words = words_of(name, tokenizer, known, template if known else None)
+    return Prompts(name, adapted, words, placeholders)
 
 
 def _user(media: Sequence[Kind]) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import gguf
@@ -14,6 +14,7 @@ import torch
 from gguf import TokenType
 from safetensors.torch import load_file, save_file
 
+from tests.refusals import refused
 from tests.runtime.llm.tiny_checkpoints import (
     BYTES,
     CHAT_ML,
@@ -247,7 +248,7 @@ def test_merges_that_are_not_sentencepieces_are_refused():
     dropped = next(pair for pair in merges if set("".join(pair)) != {MARK})
     merges.remove(dropped)
     tokenizer = sentencepiece(merges=merges)
-    with pytest.raises(CheckpointError, match=r"merges that leave out '.+ \+ .+'.*convert_hf_to_"):
+    with refused(CheckpointError, got="merges that leave out", cure="convert_hf_to_gguf.py"):
         read_vocabulary(tokenizer, len(tokenizer))
 
 
@@ -279,22 +280,22 @@ def greedy(pipeline):
 
 
 @pytest.mark.parametrize(
-    ("make", "change", "message"),
+    ("make", "change", "got"),
     [
-        (sentencepiece, drop_byte, r"SentencePiece without 1 of the 256 bytes"),
-        (sentencepiece, eos_behind, "special tokens around a text that are not one bos in front"),
-        (sentencepiece, greedy, r"the added token '<pad>' \(lstrip\)"),
-        (sentencepiece, lambda p: p.update(normalizer={"type": "NFKC"}), r"normalizer \['NFKC'\]"),
-        (sentencepiece, lambda p: p["model"].update(byte_fallback=False), r"\['Prepend', 'Replace"),
-        (sentencepiece, lambda p: p["model"].update(dropout=0.1), "with dropout"),
-        (qwen2, other_split, r"pre-tokenizer \['Split', 'ByteLevel'\]"),
-        (qwen2, lambda p: p["model"].update(merges=[]), "byte-level BPE without merges"),
-        (qwen2, lambda p: p["model"].update(end_of_word_suffix="@"), "prefix or a suffix"),
+        (sentencepiece, drop_byte, "SentencePiece without 1 of the 256 bytes"),
+        (sentencepiece, eos_behind, "not one bos in front"),
+        (sentencepiece, greedy, "'<pad>' (lstrip)"),
+        (sentencepiece, lambda p: p.update(normalizer={"type": "NFKC"}), "['NFKC']"),
+        (sentencepiece, lambda p: p["model"].update(byte_fallback=False), "['Prepend', 'Replace"),
+        (sentencepiece, lambda p: p["model"].update(dropout=0.1), "dropout"),
+        (qwen2, other_split, "['Split', 'ByteLevel']"),
+        (qwen2, lambda p: p["model"].update(merges=[]), "without merges"),
+        (qwen2, lambda p: p["model"].update(end_of_word_suffix="@"), "suffix"),
     ],
 )
-def test_a_tokenizer_that_llama_cpp_runs_differently_is_refused(make, change, message):
+def test_a_tokenizer_that_llama_cpp_runs_differently_is_refused(make, change, got):
     tokenizer = edited(make(), change)
-    with pytest.raises(CheckpointError, match=f"convert: the tokenizer has .*{message}"):
+    with refused(CheckpointError, got=got):
         read_vocabulary(tokenizer, len(tokenizer))
 
 
@@ -305,12 +306,12 @@ def test_tokens_beyond_the_embeddings_are_left_out():
     assert "pad" not in vocabulary.special.special_token_ids
 
 
-def refused(folder: Path, message: str, kind: type[Exception] = CheckpointError) -> None:
+def refuses(folder: Path, expectation: AbstractContextManager) -> None:
+    """Nothing is written where `convert` fails."""
     target = folder.parent / "out.gguf"
     target.write_bytes(b"as it was")
-    with pytest.raises(kind, match=message) as caught:
+    with expectation:
         convert(folder, target)
-    assert "\n" not in str(caught.value)
     assert target.read_bytes() == b"as it was"
     assert not list(folder.parent.glob(".out*"))
 
@@ -351,7 +352,7 @@ def test_only_shards_with_llm_tensors_are_read(tmp_path):
     up = state["language_model.model.layers.0.mlp.up_proj.weight"]
     np.testing.assert_array_equal(tensors["blk.0.ffn_up.weight"], up.numpy())
     (folder / "b.safetensors").unlink()
-    refused(folder, r"has no b\.safetensors, expected for 9 tensors of the LLM that .*index\.json")
+    refuses(folder, refused(CheckpointError, got="b.safetensors"))
 
 
 def test_transformers_5_names_are_read(llava):
@@ -372,12 +373,13 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(llava):
     state = load_file(llava / "model.safetensors")
     del state["language_model.model.layers.1.mlp.up_proj.weight"]
     save_file(state, llava / "model.safetensors", metadata={"format": "pt"})
-    refused(llava, r"tensor 'decoder\.layers\.1\.mlp\.up_proj\.weight' is not in .*looked for")
+    name = "decoder.layers.1.mlp.up_proj.weight"
+    refuses(llava, refused(CheckpointError, got=name))
 
 
 def test_a_tensor_of_another_shape_is_refused(llava):
     change_config(llava, intermediate_size=80)
-    refused(llava, r"mlp\..*has shape \[.*72.*\], expected \[.*80.*\]")
+    refuses(llava, refused(CheckpointError, got=("mlp.", "72"), expected="80"))
 
 
 def test_a_quantised_checkpoint_is_refused(llava):
@@ -388,26 +390,28 @@ def test_a_quantised_checkpoint_is_refused(llava):
         llava / "model.safetensors",
         metadata={"format": "pt"},
     )
-    refused(llava, r"up_proj\.weight' .* is float8_e4m3fn, expected float16.*llama-quantize")
+    wanted = {"got": (name, "float8_e4m3fn"), "expected": "float16", "cure": "llama-quantize"}
+    refuses(llava, refused(CheckpointError, **wanted))
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "got", "expected"),
     [
-        ({"model_type": "gemma"}, r"convert: the LLM is a 'gemma' model, expected one of llama, "),
-        ({"hidden_act": "gelu"}, r"the LLM's hidden_act is 'gelu', expected 'silu'"),
-        ({"attention_bias": True}, r"the LLM's attention_bias is True, expected False"),
+        ({"model_type": "gemma"}, "'gemma'", "llama"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'", "'silu'"),
+        ({"attention_bias": True}, "attention_bias is True", "False"),
         (
             {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
-            r"the LLM's rope_type is 'linear', expected 'default'",
+            "rope_type is 'linear'",
+            "'default'",
         ),
     ],
 )
-def test_an_llm_that_llama_cpp_runs_differently_is_refused(llava, text, message):
+def test_an_llm_that_llama_cpp_runs_differently_is_refused(llava, text, got, expected):
     if "model_type" in text:  # transformers needs the words to get that far
         (llava / "chat_template.jinja").write_text(CHAT_ML)
     change_config(llava, **text)
-    refused(llava, message)
+    refuses(llava, refused(CheckpointError, got=got, expected=expected))
 
 
 def test_original_llavas_layout_is_refused(llava):
@@ -418,12 +422,12 @@ def test_original_llavas_layout_is_refused(llava):
         "mm_projector_type": "mlp2x_gelu",
     }
     (llava / "config.json").write_text(json.dumps(config))
-    refused(llava, r"is in original LLaVA's layout, expected transformers'; convert its llava-hf")
+    refuses(llava, refused(CheckpointError, got="original LLaVA", cure="llava-hf"))
 
 
 def test_a_model_that_no_family_knows_is_refused(llava):
     (llava / "config.json").write_text('{"model_type": "llama"}')
-    refused(llava, "which no family of vzip knows")
+    refuses(llava, pytest.raises(CheckpointError, match="'llama'"))
 
 
 def test_an_interrupted_write_leaves_what_was_there(llava, monkeypatch):
@@ -437,7 +441,7 @@ def test_an_interrupted_write_leaves_what_was_there(llava, monkeypatch):
         write(self, tensor, **options)
 
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", interrupted)
-    refused(llava, "^$", KeyboardInterrupt)
+    refuses(llava, pytest.raises(KeyboardInterrupt))
     assert len(calls) == 9
     assert len(calls[-1]) == 1, "it is written beside its target"
 
@@ -447,7 +451,7 @@ def test_a_full_disk_is_one_line(llava, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(atomic, "rename_file", full)
-    refused(llava, r"out\.gguf' can't be written \(No space left on device\)", InvalidInputError)
+    refuses(llava, refused(InvalidInputError, got=("out.gguf'", "No space left on device")))
 
 
 def test_it_is_on_the_disk_before_it_takes_its_name(llava, monkeypatch):
@@ -501,18 +505,13 @@ def test_the_command_writes_a_file(llava, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("out.bin", r"the output is '.*out\.bin', expected a file name that ends with \.gguf"),
-        ("none/out.gguf", r"but the folder '.*none' does not exist; create"),
-        ("folder.gguf", r"'.*folder\.gguf' is a folder; give"),
-    ],
+    ("name", "said"),
+    [("out.bin", "out.bin"), ("none/out.gguf", "/none'"), ("folder.gguf", "folder.gguf")],
 )
-def test_a_bad_target_is_refused_before_any_work(tmp_path, capsys, name, message):
+def test_a_bad_target_is_refused_before_any_work(tmp_path, capsys, name, said):
     (tmp_path / "folder.gguf").mkdir()
     assert main(["convert", "--model", "demo", "--to", "gguf", "-o", str(tmp_path / name)]) == 2
-    error = capsys.readouterr().err
-    assert re.search(message, error)
+    assert said in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_there_is_refused(tmp_path, capsys):

@@ -520,7 +520,7 @@ class TestRealServer:
             assert len(names["answers"]) == 2
             assert names["results"][0].outputs[0].token_ids
         finally:
-            names["engine"].llm_engine.engine_core.shutdown()
+            names["vllm_llm"].llm_engine.engine_core.shutdown()
 
 
 @pytest.mark.local_llm
@@ -531,7 +531,7 @@ class TestRealOffline:
 
         for name, value in ENV.items():
             monkeypatch.setenv(name, value)
-        engine = vllm.LLM(
+        offline = vllm.LLM(
             str(llm_alone),
             enable_mm_embeds=True,
             limit_mm_per_prompt={"image": 0},
@@ -549,7 +549,7 @@ class TestRealOffline:
                 in_turn = [conversation.ask(q, max_new_tokens=16) for q in each.questions]
                 assert in_turn == each.in_turn
         finally:
-            engine.llm_engine.engine_core.shutdown()
+            offline.llm_engine.engine_core.shutdown()
 
     def test_its_own_reader_takes_the_part(self):
         needed("vllm")
