@@ -19,6 +19,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from PIL import Image
 
 from tests.places import ROOT
 from tests.refusals import refused, says
@@ -49,6 +50,7 @@ from vzip.runtime.errors import (
 from vzip.runtime.files.codec import MisfitError
 from vzip.runtime.machine.timing import Timing
 from vzip.runtime.tokens.cache import TokenCache, cached_image_embeds
+from vzip.runtime.tokens.cached import CachedImages
 
 Array = np.ndarray[Any, Any]
 MakeBundle = Callable[[str], Bundle]
@@ -570,6 +572,22 @@ def test_its_tokens_are_told_from_the_bundles_own(built: Path, tmp_path: Path) -
         first = cached_image_embeds(fast, image, cache)
         assert not np.array_equal(cached_image_embeds(own, image, cache), first)
         assert np.array_equal(cached_image_embeds(fast, image, cache), first)
+
+
+def test_a_cache_gives_what_may_run_and_nothing_else(built: Path, tmp_path: Path) -> None:
+    image, folder = tmp_path / "image.png", tmp_path / "cache"
+    Image.fromarray(pictures(built)[0]).save(image)
+    bundle = read_bundle(built)
+
+    def missing(precision: str | None) -> bool:
+        return bool(CachedImages([image], bundle.to_run(precision), folder).missing)
+
+    for precision, others in (("fastest", "fp32"), ("fp32", "fastest")):
+        with VisionEncoder.open(built, precision=precision) as encoder:
+            CachedImages([image], bundle.to_run(precision), folder).embeds(encoder)
+        assert not missing(precision)
+        assert not missing(None)
+        assert missing(others) is (others == "fp32")  # the other one was put there before
 
 
 def test_an_export_replaces_a_bundle_with_engines_and_forms_of_before(built: Path) -> None:
