@@ -184,8 +184,8 @@ def test_a_stopped_worker_ends_with_its_parent(tmp_path):
 def test_an_engine_is_timed_by_its_own_clock_too(monkeypatch, tiny, install):
     install("10")
     bundle = with_engine(tiny, "10")
-    assert "tensorrt:orin" in map(str, stacks.own(bundle))
-    job = {"stack": stacks.own(bundle)[0].to_json(), "bundle": str(tiny)}
+    own = {str(each): each for each in stacks.own(bundle)}
+    job = {"stack": own["tensorrt:orin"].to_json(), "bundle": str(tiny)}
     opened = worker.Worker(job)
     about = opened.answer({"do": "open", "batches": [1, 3]})
     assert about["agreement"]["passed"] is True
