@@ -18,7 +18,25 @@ from vzip.export.algorithm.budget import Budget
 from vzip.export.graph.trace import GraphOptions
 from vzip.export.pictures import reference_images
 from vzip.export.pipeline import WeightSource, export_bundle
-from vzip.runtime.agreement import ENGINE, Proof, Reference, load_reference, prove, read_reference
+from vzip.runtime.agreement import (
+    CALIBRATED,
+    COARSER_PEER,
+    CPU_FORM,
+    ENGINE,
+    GRAPH,
+    UNCOMPRESSED_PEER,
+    Agreement,
+    Choices,
+    Gate,
+    Limits,
+    Proof,
+    Reference,
+    Values,
+    compare,
+    load_reference,
+    prove,
+    read_reference,
+)
 from vzip.runtime.backends import open_backend
 from vzip.runtime.bundle.manifest import Manifest
 from vzip.runtime.bundle.reader import Bundle, read_bundle
@@ -203,6 +221,65 @@ def test_rounding_of_fp16_passes_in_fp16(reference: Reference, manifest: Manifes
 
     assert proof(reference, dataclasses.replace(manifest, precision="fp16"), rounded).passed
     assert not proof(reference, manifest, rounded).passed
+
+
+# The gates
+
+
+def test_what_falls_short_is_named_with_number_and_limit() -> None:
+    """Each limit by itself: an agreement that only just misses it, and one that meets it."""
+    none = np.zeros(0)
+    right = Agreement(
+        np.array([1.0, 0.8]),
+        Choices(10, np.array([0.02])),
+        Values(np.array([0.9, 1.0]), 0.1),
+        Values(np.array([0.7, 0.9]), 0.2),
+        Choices(20, np.array([0.01, 0.3])),
+    )
+    for meets, misses, said in (
+        (Gate(overlap=0.9), Gate(overlap=0.91), "kept overlap 0.9"),
+        (Gate(0.02, 0.1), Gate(0.02, 0.04), "group disagreements 0.05"),
+        (Gate(0.3, 0.0), Gate(0.01, 0.05), "kept disagreements 0.1"),
+        (Gate(kept=Limits(lowest=0.9)), Gate(kept=Limits(lowest=0.91)), "kept tokens 0.9"),
+        (Gate(kept=Limits(error=0.1)), Gate(kept=Limits(error=0.09)), "kept tokens 0.1"),
+        (Gate(merged=Limits(mean=0.8)), Gate(merged=Limits(mean=0.81)), "merged tokens 0.8"),
+        (Gate(every=Limits(mean=0.87)), Gate(every=Limits(mean=0.88)), "tokens 0.875"),
+        (Gate(every=Limits(error=0.2)), Gate(every=Limits(error=0.19)), "tokens 0.2"),
+    ):
+        assert meets.judge(right) == ()
+        (short,) = misses.judge(right)
+        assert said in short
+    assert Gate().judge(dataclasses.replace(right, finite=False))
+    nothing_to_compare = dataclasses.replace(right, merged=Values(none, 0.0))
+    assert Gate(merged=Limits(mean=0.5)).judge(nothing_to_compare)
+    assert not Gate(kept=Limits(lowest=0.5)).judge(nothing_to_compare)
+
+
+def test_without_scores_nothing_excuses_another_choice(
+    reference: Reference, manifest: Manifest
+) -> None:
+    """Graph beside graph: kept tokens that differ are disagreements, whatever they are."""
+    right = {name: a for name, a in reference.outputs(range(PICTURES)).items() if name != "scores"}
+    assert compare([right], [right], manifest).mean_overlap == 1.0
+    for foreign in (99, -3, next(x for x in range(17) if x not in reference.kept[0])):
+        kept = reference.kept.copy()
+        kept[0, -1] = foreign
+        found = compare([right], [{**right, "kept_indices": kept}], manifest)
+        assert found.mean_overlap == pytest.approx(1 - 1 / 4 / PICTURES)
+        assert (found.chosen.within(1e9), found.chosen.beyond(1e9)) == (0, 1)
+
+
+def test_engines_known_to_be_wrong_pass_no_gate() -> None:
+    """Their cosines were .14 to .65; every gate of an encoder with merging asks for more."""
+    wrong = Agreement(
+        np.ones(1),
+        Choices(4, np.zeros(0)),
+        Values(np.full(4, 0.65), 0.0),
+        Values(np.full(3, 0.65), 0),
+    )
+    for gate in (*GRAPH.values(), *ENGINE.values(), *UNCOMPRESSED_PEER.values(), CPU_FORM,
+                 COARSER_PEER, CALIBRATED):  # fmt: skip
+        assert gate.judge(wrong)
 
 
 # The file
