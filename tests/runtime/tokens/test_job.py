@@ -69,6 +69,10 @@ def contents(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         return {each.name: (each.tokens, each.kept) for each in images}
 
 
+def fingerprint_of(name: str) -> str:
+    return fingerprint(read_bundle(GOLDEN / name).manifest)
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -177,7 +181,7 @@ def test_arrays_of_unequal_lengths_are_refused_and_the_cure_costs_nothing(
     bundle = with_newline(tmp_path / "tiled", tiny_bundle, tiled("reference"))
     images = [draw(tmp_path / f"{side}.png", side, (side, 90)) for side in (20, 90)]
     assert encode(bundle, *images, "-o", tmp_path / "t.npy") == 2
-    assert "expected equal numbers in a .npy file" in stderr(capsys)
+    assert ".safetensors" in stderr(capsys)
     assert not (tmp_path / "t.npy").exists()
     encoded.clear()
     assert encode(bundle, *images, "-o", tmp_path / "t.safetensors") == 0
@@ -359,7 +363,7 @@ def test_shards_of_another_number_of_images(tmp_path: Path, folder: Path, capsys
     ]
     capsys.readouterr()
     assert encode(GOLDEN / "tiny_bundle", folder, "-o", output, "--shard-size", 1) == 2
-    assert "remove the old shards, or choose another name with -o" in stderr(capsys)
+    assert "of-00002" in stderr(capsys)
     assert names(tmp_path) == before
 
 
@@ -372,7 +376,7 @@ def test_what_another_bundle_made_is_refused(
     before = {path: path.read_bytes() for path in tmp_path.glob("t*")}
     capsys.readouterr()
     assert encode(GOLDEN / "tiny_static_bundle", folder, "-o", output, *options) == 2
-    assert "tokens of two bundles don't belong together" in stderr(capsys)
+    assert fingerprint_of("tiny_bundle")[:12] in stderr(capsys)
     assert {path: path.read_bytes() for path in tmp_path.glob("t*")} == before
 
 
@@ -380,7 +384,7 @@ def test_a_file_of_somebody_else_is_not_replaced(tmp_path: Path, folder: Path, c
     output = tmp_path / "t.safetensors"
     output.write_bytes(b"a model of weeks of training")
     assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 2
-    assert "expected a file that 'vzip encode' wrote" in stderr(capsys)
+    assert str(output) in stderr(capsys)
     assert output.read_bytes() == b"a model of weeks of training"
 
 
@@ -389,7 +393,7 @@ def test_two_at_once_don_t_mix(tmp_path: Path, folder: Path, capsys: Any) -> Non
     origin = origin_of(read_bundle(GOLDEN / "tiny_bundle").manifest)
     with work_store(output, origin):
         assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 2
-        assert "another process is writing it" in stderr(capsys)
+        assert f"{output}: another process" in stderr(capsys)
     assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 0
 
 
@@ -399,7 +403,7 @@ def test_so_many_images_that_a_header_can_t_name_them(
     monkeypatch.setattr(encode_job, "LARGEST_HEADER", 1800)
     output = tmp_path / "t.safetensors"
     assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 2
-    assert "write shards with --shard-size" in stderr(capsys)
+    assert "--shard-size" in stderr(capsys)
     assert encode(GOLDEN / "tiny_bundle", folder, "-o", output, "--shard-size", 2) == 0
 
 
@@ -478,5 +482,5 @@ def test_a_run_that_another_bundle_began_is_refused(
     output = tmp_path / "t.safetensors"
     assert child(7, "SIGKILL", GOLDEN / "tiny_static_bundle", folder, "-o", output) < 0
     assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 2
-    assert "was made by a bundle with the fingerprint" in stderr(capsys)
+    assert fingerprint_of("tiny_static_bundle")[:12] in stderr(capsys)
     assert encode(GOLDEN / "tiny_static_bundle", folder, "-o", output) == 0
