@@ -102,7 +102,8 @@ class Samples(Sequence[Sample]):
         if count is not None and (isinstance(count, bool) or count < LEAST):
             raise InvalidInputError(
                 f"got count={count!r}",
-                expected=f"at least {LEAST}: some images are calibrated on and others held apart",
+                expected=f"at least {LEAST}",
+                cause="some images are calibrated on and others are held apart",
             )
         if seed < 0:
             raise InvalidInputError(
@@ -137,7 +138,7 @@ class Samples(Sequence[Sample]):
             raise InvalidInputError(
                 f"{source!r} gives {len(samples)} images of {len(files)} files",
                 expected=f"at least {needed}",
-                cause=f"{samples.describe_left_out()}",
+                cause=samples.describe_left_out(),
                 cure="add images or lower --count",
             )
         return samples
@@ -148,7 +149,7 @@ class Samples(Sequence[Sample]):
         if count is None:
             raise InvalidInputError(
                 "got the demo's generator without a number of images",
-                expected="one, for it has no end",
+                cause="the generator has no end",
                 cure="give --count",
             )
         try:

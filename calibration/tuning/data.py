@@ -106,11 +106,12 @@ def choose(data: Data, count: int | None, seed: int) -> list[Record]:
     """
     found = len(data.records)
     if found == 0 or (count is not None and not 1 <= count <= found):
-        reasons = f"; the first left out is {_line(data.left_out[0])}" if data.left_out else ""
+        reason = f"the first left out is {_line(data.left_out[0])}" if data.left_out else ""
         wanted = "at least one" if count is None else f"{count} (--count)"
         raise InvalidInputError(
             f"{data.source} has {found} usable records and {len(data.left_out)} that are not",
-            expected=f"{wanted}{reasons}",
+            expected=wanted,
+            cause=reason,
         )
     if count is None:
         return list(data.records)

@@ -71,7 +71,7 @@ class Session:
         if not resume and there:
             raise InvalidInputError(
                 f"{self.folder} holds a run that was not finished",
-                cause="--resume continues it; to begin anew delete that folder",
+                cure="continue it with --resume, or delete that folder to begin anew",
             )
         if not resume and self.output.exists():
             raise InvalidInputError(
