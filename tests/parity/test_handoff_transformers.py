@@ -151,28 +151,6 @@ def generate(model, ids, count, **kwargs):
     return result.sequences[0, ids.shape[1] :].tolist(), torch.cat(result.logits)
 
 
-def test_uncompressed_features_give_the_untouched_models_answer(llava, watch):
-    pixel_values = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        features = llava.model.get_image_features(pixel_values).pooler_output[0]
-    assert features.shape == (PATCHES, WIDTH)
-    expected, logits = generate(
-        llava.model, first_ids(llava.tokenizer, PATCHES), 12, pixel_values=pixel_values
-    )
-    assert len(set(expected)) > 4, "the test wants an answer that says something"
-    blind, _ = generate(llava.model, first_ids(llava.tokenizer, 0), 12)
-    assert blind != expected, "the test wants an answer that depends on the image"
-    watch.logits.clear()
-    watch.vision = 0
-
-    answer = llava.llm.ask(features.numpy(), QUESTIONS[0], max_new_tokens=12)
-
-    assert watch.vision == 0
-    assert answer == llava.tokenizer.decode(expected, skip_special_tokens=True).strip()
-    assert [int(row.argmax()) for row in watch.logits] == expected
-    torch.testing.assert_close(torch.stack(watch.logits), logits, rtol=0, atol=1e-4)
-
-
 @pytest.mark.parametrize("count", [1, 5, PATCHES, 40])
 def test_equals_mm_encoder_outputs(llava, watch, count):
     embeds = image_embeds(count)

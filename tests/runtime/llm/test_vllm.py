@@ -100,33 +100,18 @@ class TestServer:
             np.testing.assert_array_equal(decoded(part), image, strict=True)
         assert first["uuid"] != second["uuid"]
 
-    def test_later_turn_sends_the_image_under_its_name(self, fake):
-        conversation = VllmServer(fake.url, TOKENS).conversation(EMBEDS)
-        conversation.ask("What?")
-        conversation.ask("And?")
-        first, second = (body["messages"] for body in fake.asked)
-        assert second[0] == first[0]
-        assert second[1:] == [
-            {"role": "assistant", "content": "An answer."},
-            {"role": "user", "content": "And?"},
-        ]
-
-    def test_template_that_begins_the_sequence(self, fake):
+    def test_a_beginning_that_is_written_or_that_there_is_none_of(self, fake):
         def written(handler, body):
             made = tokenize(handler, body)
             return {"tokens": [BOS, *made["tokens"]]} if "messages" in body else made
 
-        fake.pages["/tokenize"] = written
-        VllmServer(fake.url, TOKENS).ask(EMBEDS, "What?")
-        assert fake.asked[0]["add_special_tokens"] is False
-
-    def test_tokenizer_that_begins_nothing(self, fake):
         def plain(handler, body):
             return tokenize(handler, body | {"add_special_tokens": False})
 
-        fake.pages["/tokenize"] = plain
-        VllmServer(fake.url, TOKENS).ask(EMBEDS, "What?")
-        assert fake.asked[0]["add_special_tokens"] is False
+        for page in (written, plain):
+            fake.pages["/tokenize"] = page
+            VllmServer(fake.url, TOKENS).ask(EMBEDS, "What?")
+            assert fake.asked[-1]["add_special_tokens"] is False
 
     @pytest.mark.parametrize("made", [[BOS, 7], [BOS, IMAGE, 5], []])
     def test_another_llm(self, fake, made):
