@@ -14,7 +14,7 @@ FRAMES = 8
 MOST_TILES = 10
 
 
-class Batch(NamedTuple):
+class ImagesPerCall(NamedTuple):
     """How many images a call takes: exactly `size`, or 1 to `size` where it is dynamic."""
 
     size: int
@@ -26,12 +26,12 @@ def tokens(config: VisionConfig) -> int:
     return FRAME_TOKENS if config.media == "video" else IMAGE_TOKENS
 
 
-def batch(config: VisionConfig) -> Batch:
+def batch(config: VisionConfig) -> ImagesPerCall:
     """Return the batch: all tiles (up to `MOST_TILES`) or frames of one input, or one image."""
     if config.media == "video":
-        return Batch(FRAMES, dynamic=True)
+        return ImagesPerCall(FRAMES, dynamic=True)
     if config.tiling is None:
-        return Batch(1, dynamic=False)
+        return ImagesPerCall(1, dynamic=False)
     side = config.tower.image_size
     tiles = max(height * width // side**2 for height, width in config.tiling.pinpoints)
-    return Batch(min(1 + tiles, MOST_TILES), dynamic=True)
+    return ImagesPerCall(min(1 + tiles, MOST_TILES), dynamic=True)

@@ -269,7 +269,7 @@ def _batch(
     *,
     target: str | None,
     dtype: str | None,
-) -> defaults.Batch:
+) -> defaults.ImagesPerCall:
     """Return the batch: as asked for, else the model's default as far as the target takes it."""
     if batch is not None and max_batch is not None:
         raise InvalidInputError(
@@ -278,15 +278,15 @@ def _batch(
             cure="give batch for an exact number, max_batch for an open axis",
         )
     if max_batch is not None:
-        return defaults.Batch(max_batch, dynamic=True)
+        return defaults.ImagesPerCall(max_batch, dynamic=True)
     if batch is not None:
-        return defaults.Batch(batch, dynamic=False)
+        return defaults.ImagesPerCall(batch, dynamic=False)
     default = defaults.batch(config)
     if target is None:
         return default
     machine = hardware.find(target)
     largest = machine.largest_batch(dtype or machine.precision)
-    return defaults.Batch(min(default.size, largest), default.dynamic)
+    return defaults.ImagesPerCall(min(default.size, largest), default.dynamic)
 
 
 def _named(

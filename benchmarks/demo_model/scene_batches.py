@@ -48,7 +48,7 @@ class Batch:
     count: torch.Tensor
     shapes: torch.Tensor
     place: torch.Tensor
-    packed: dialogue.Packed | None
+    packed: dialogue.PackedTurns | None
 
 
 class SceneBatches(Dataset[Batch]):

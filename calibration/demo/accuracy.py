@@ -129,7 +129,7 @@ def encode(model: LlavaForConditionalGeneration, pictures: npt.NDArray[np.uint8]
 
 
 def answer_logits(
-    model: LlavaForConditionalGeneration, embeds: torch.Tensor, packed: dialogue.Packed
+    model: LlavaForConditionalGeneration, embeds: torch.Tensor, packed: dialogue.PackedTurns
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits wherever an answer is to be predicted.
 

@@ -23,7 +23,7 @@ LATER_TURN = "USER: {question} ASSISTANT:"
 
 
 @dataclasses.dataclass(frozen=True)
-class Packed:
+class PackedTurns:
     """Questions to B pictures as one batch of sequences of T tokens.
 
     Attributes:
@@ -63,7 +63,7 @@ class Packer:
         bos = [int(tokenizer.bos_token_id)]
         self._prefix = bos + self._encode(BEFORE_IMAGE) + [image_token_id] * image_tokens
 
-    def pack(self, dialogues: Sequence[Sequence[Question]], apart: Sequence[bool]) -> Packed:
+    def pack(self, dialogues: Sequence[Sequence[Question]], apart: Sequence[bool]) -> PackedTurns:
         """Pack the questions to each picture into one sequence.
 
         Args:
@@ -81,7 +81,7 @@ class Packer:
             for part, fill in enumerate(fills)
         ]
         ids, positions, segments, targets = columns
-        return Packed(ids, positions, segments, targets, np.array(apart, bool))
+        return PackedTurns(ids, positions, segments, targets, np.array(apart, bool))
 
     def _row(
         self, questions: Sequence[Question], apart: bool

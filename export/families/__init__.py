@@ -36,7 +36,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedModel:
     """What a hub repository is known to hold.
 
     Attributes:
@@ -60,7 +60,7 @@ class Family(Protocol):
     """
 
     media: Mapping[Media, View]
-    published: Mapping[str, Published]
+    published: Mapping[str, PublishedModel]
 
     @property
     def claimed_by(self) -> str:

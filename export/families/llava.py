@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from vzip.export.architecture import FeatureStrategy, Media, ProjectorConfig, VisionConfig
-from vzip.export.families import Config, HuggingFaceForm, Published, View, configs, register
+from vzip.export.families import Config, HuggingFaceForm, PublishedModel, View, configs, register
 from vzip.export.families.known_parts import (
     CLIP_336,
     CLIP_PROCESSOR_336,
@@ -34,7 +34,7 @@ ORIGINAL_IMAGE_TOKEN = -200
 _PAPER_BUDGETS = "54+10, 108+20, 162+30"
 
 
-def _clip(text_config: Config, budgets: str = "") -> Published:
+def _clip(text_config: Config, budgets: str = "") -> PublishedModel:
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
         "image_token_index": 32000,
@@ -45,10 +45,10 @@ def _clip(text_config: Config, budgets: str = "") -> Published:
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default",
     }
-    return Published(config, CLIP_PROCESSOR_336, budgets)
+    return PublishedModel(config, CLIP_PROCESSOR_336, budgets)
 
 
-def _interleave(text_config: Config) -> Published:
+def _interleave(text_config: Config) -> PublishedModel:
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
         "image_token_index": 151646,
@@ -59,7 +59,7 @@ def _interleave(text_config: Config) -> Published:
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "full",
     }
-    return Published(config, SIGLIP_PROCESSOR_384)
+    return PublishedModel(config, SIGLIP_PROCESSOR_384)
 
 
 @register("llava")
@@ -68,7 +68,7 @@ class Llava(HuggingFaceForm):
 
     model_type = "llava"
     media: Mapping[Media, View] = {"image": View("image")}
-    published: Mapping[str, Published] = {
+    published: Mapping[str, PublishedModel] = {
         "llava-hf/llava-1.5-7b-hf": _clip(LLAMA_7B, _PAPER_BUDGETS),
         "llava-hf/llava-1.5-13b-hf": _clip(LLAMA_13B, _PAPER_BUDGETS),
         "llava-hf/bakLlava-v1-hf": _clip(MISTRAL_7B),
@@ -117,7 +117,7 @@ class LlavaOriginal:
 
     claimed_by = "mm_vision_tower and mm_projector_type"
     media: Mapping[Media, View] = {"image": View("image")}
-    published: Mapping[str, Published] = {}
+    published: Mapping[str, PublishedModel] = {}
 
     def claims(self, config: Config) -> bool:
         """Say whether this is the original code's form."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from vzip.export.architecture import Media, VisionConfig
-from vzip.export.families import Config, HuggingFaceForm, Published, View, configs, register
+from vzip.export.families import Config, HuggingFaceForm, PublishedModel, View, configs, register
 from vzip.export.families.known_parts import (
     CLIP_336,
     CLIP_PROCESSOR_336,
@@ -19,7 +19,7 @@ _PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 _CLASSES = ("LlavaNextImageProcessor",)
 
 
-def _published(text_config: Config) -> Published:
+def _published(text_config: Config) -> PublishedModel:
     config = {
         "architectures": ["LlavaNextForConditionalGeneration"],
         "image_grid_pinpoints": _PINPOINTS,
@@ -37,7 +37,7 @@ def _published(text_config: Config) -> Published:
         "image_grid_pinpoints": _PINPOINTS,
         "image_processor_type": "LlavaNextImageProcessor",
     }
-    return Published(config, processor, "27+5, 54+10, 108+20")
+    return PublishedModel(config, processor, "27+5, 54+10, 108+20")
 
 
 @register("llava-next")
@@ -46,7 +46,7 @@ class LlavaNext(HuggingFaceForm):
 
     model_type = "llava_next"
     media: Mapping[Media, View] = {"image": View("tile")}
-    published: Mapping[str, Published] = {
+    published: Mapping[str, PublishedModel] = {
         "llava-hf/llava-v1.6-vicuna-7b-hf": _published(LLAMA_7B),
         "llava-hf/llava-v1.6-vicuna-13b-hf": _published(LLAMA_13B),
         "llava-hf/llava-v1.6-mistral-7b-hf": _published(MISTRAL_7B),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from vzip.export.architecture import Media, VisionConfig
-from vzip.export.families import Config, HuggingFaceForm, Published, View, configs, register
+from vzip.export.families import Config, HuggingFaceForm, PublishedModel, View, configs, register
 from vzip.export.families.known_parts import (
     QWEN2_0_5B,
     QWEN2_7B,
@@ -19,7 +19,7 @@ _IMAGE = ("LlavaOnevisionImageProcessor",)
 _VIDEO = ("LlavaOnevisionVideoProcessor", "LlavaOnevisionImageProcessor")
 
 
-def _published(text_config: Config) -> Published:
+def _published(text_config: Config) -> PublishedModel:
     config = {
         "architectures": ["LlavaOnevisionForConditionalGeneration"],
         "image_grid_pinpoints": _PINPOINTS,
@@ -38,7 +38,7 @@ def _published(text_config: Config) -> Published:
         "image_grid_pinpoints": _PINPOINTS,
         "image_processor_type": "LlavaOnevisionImageProcessor",
     }
-    return Published(config, processor)
+    return PublishedModel(config, processor)
 
 
 @register("llava-onevision")
@@ -47,7 +47,7 @@ class LlavaOnevision(HuggingFaceForm):
 
     model_type = "llava_onevision"
     media: Mapping[Media, View] = {"image": View("tile"), "video": View("frame", pool=2)}
-    published: Mapping[str, Published] = {
+    published: Mapping[str, PublishedModel] = {
         "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": _published(QWEN2_0_5B),
         "llava-hf/llava-onevision-qwen2-7b-ov-hf": _published(QWEN2_7B),
     }

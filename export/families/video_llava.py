@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from vzip.export.architecture import Media, VisionConfig
-from vzip.export.families import Config, HuggingFaceForm, Published, View, configs, register
+from vzip.export.families import Config, HuggingFaceForm, PublishedModel, View, configs, register
 from vzip.export.families.known_parts import CLIP_336, CLIP_PROCESSOR_336, LLAMA_7B
 from vzip.export.families.processors import preprocessing
 
 _CLASSES = ("VideoLlavaImageProcessor", "VideoLlavaVideoProcessor", "CLIPImageProcessor")
 
-_PUBLISHED = Published(
+_PUBLISHED = PublishedModel(
     {
         "architectures": ["VideoLlavaForConditionalGeneration"],
         "image_token_index": 32000,
@@ -39,7 +39,7 @@ class VideoLlava(HuggingFaceForm):
 
     model_type = "video_llava"
     media: Mapping[Media, View] = {"video": View("frame"), "image": View("image")}
-    published: Mapping[str, Published] = {"LanguageBind/Video-LLaVA-7B-hf": _PUBLISHED}
+    published: Mapping[str, PublishedModel] = {"LanguageBind/Video-LLaVA-7B-hf": _PUBLISHED}
 
     def describe(
         self, config: Config, preprocessor: Config | None, tower: Config | None, media: Media

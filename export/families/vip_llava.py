@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from vzip.export.architecture import Media, VisionConfig
-from vzip.export.families import Config, HuggingFaceForm, Published, View, configs, register
+from vzip.export.families import Config, HuggingFaceForm, PublishedModel, View, configs, register
 from vzip.export.families.known_parts import CLIP_336, CLIP_PROCESSOR_336, LLAMA_7B, LLAMA_13B
 from vzip.export.families.processors import WHOLE, preprocessing
 
 _LAYERS = (-2, -5, -8, -11, 6)
 
 
-def _published(text_config: Config) -> Published:
+def _published(text_config: Config) -> PublishedModel:
     config = {
         "architectures": ["VipLlavaForConditionalGeneration"],
         "image_token_index": 32000,
@@ -23,7 +23,7 @@ def _published(text_config: Config) -> Published:
         "vision_config": CLIP_336,
         "vision_feature_layers": list(_LAYERS),
     }
-    return Published(config, CLIP_PROCESSOR_336)
+    return PublishedModel(config, CLIP_PROCESSOR_336)
 
 
 @register("vip-llava")
@@ -32,7 +32,7 @@ class VipLlava(HuggingFaceForm):
 
     model_type = "vipllava"
     media: Mapping[Media, View] = {"image": View("image")}
-    published: Mapping[str, Published] = {
+    published: Mapping[str, PublishedModel] = {
         "llava-hf/vip-llava-7b-hf": _published(LLAMA_7B),
         "llava-hf/vip-llava-13b-hf": _published(LLAMA_13B),
     }

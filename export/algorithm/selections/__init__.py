@@ -48,7 +48,7 @@ class Signals:
     attention_scores: Callable[[], Tensor]
 
 
-class Selection(Protocol):
+class SelectionRule(Protocol):
     """One way to choose.
 
     Attributes:
@@ -76,13 +76,13 @@ class Selection(Protocol):
         ...
 
 
-_REGISTRY: dict[str, Selection] = {}
+_REGISTRY: dict[str, SelectionRule] = {}
 
 
-def register(name: str) -> Callable[[type[Selection]], type[Selection]]:
+def register(name: str) -> Callable[[type[SelectionRule]], type[SelectionRule]]:
     """Register a selection's class under the name that ``--selection`` takes."""
 
-    def add(selection: type[Selection]) -> type[Selection]:
+    def add(selection: type[SelectionRule]) -> type[SelectionRule]:
         assert name not in _REGISTRY, name
         _REGISTRY[name] = selection()
         return selection
@@ -112,7 +112,7 @@ def check(name: str) -> None:
         )
 
 
-def get(name: str) -> Selection:
+def get(name: str) -> SelectionRule:
     """Return the selection of a name.
 
     Raises:
@@ -120,5 +120,5 @@ def get(name: str) -> Selection:
     """
     check(name)
     importlib.import_module(f"{__name__}.{_MODULES.get(name, name)}")
-    registered: Mapping[str, Selection] = _REGISTRY
+    registered: Mapping[str, SelectionRule] = _REGISTRY
     return registered[name]
