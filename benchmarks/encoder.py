@@ -112,7 +112,8 @@ def made(folder: Path, model: str, tokens: int, *, weights: str = "random") -> B
             "calibrate", str(path), "--images", "demo", "--count", str(IMAGES),
             "--precision", "int8", "--min-agreement", "none", "--min-cosine", "none",
         )  # fmt: skip
-    _vzip("build", str(path), "--cpu", "--name", CPU_ENGINE)
+    if CPU_ENGINE not in manifest.engines:
+        _vzip("build", str(path), "--cpu", "--name", CPU_ENGINE)
     return read_bundle(path, verify=False)
 
 
