@@ -190,7 +190,7 @@ def quantize(bundle: Bundle, samples: Samples, recipe: Recipe, *, step: Say) -> 
             count = work.choose(settings, order, aim, count)
         high = frozenset(order[:count])
         if len(high) == len(work.linears):
-            raise ParityError(_unreachable(recipe, unrefined))
+            raise _unreachable(recipe, unrefined)
         chosen = {name: each for name, each in settings.items() if name not in high}
         graph = quantised(work.graph, chosen, recipe.precision, work.opset)
         step(f"judging {len(chosen)} quantised layers on the images held apart")
@@ -199,7 +199,7 @@ def quantize(bundle: Bundle, samples: Samples, recipe: Recipe, *, step: Say) -> 
         if goal.met(agreement):
             break
         if rounds == _ROUNDS:
-            raise ParityError(_missed(recipe, agreement, rounds))
+            raise _missed(recipe, agreement, rounds)
         aim, count = aim.nearer(0.25), count + 1
     report = Report(
         recipe=recipe,
@@ -404,20 +404,23 @@ def _asked(recipe: Recipe) -> str:
     return " and ".join(f"a mean {name} of at least {x}" for name, x in limits if x is not None)
 
 
-def _unreachable(recipe: Recipe, unrefined: Agreement | None) -> str:
+def _unreachable(recipe: Recipe, unrefined: Agreement | None) -> ParityError:
     assert unrefined is not None
-    return (
-        f"no linear layer can be quantised to {recipe.precision} and keep {_asked(recipe)} (with "
-        f"all of them: overlap {unrefined.mean_overlap:.4f}, cosine {unrefined.every.mean:.6f}); "
-        "the limits leave no room for rounding, or ranges are wrong: lower the limits, give more "
-        "and more representative images, or take another --method"
+    return ParityError(
+        f"no linear layer can be quantised to {recipe.precision} within the limits (with all of "
+        f"them: overlap {unrefined.mean_overlap:.4f}, cosine {unrefined.every.mean:.6f})",
+        expected=_asked(recipe),
+        cause="the limits leave no room for rounding, or ranges are wrong",
+        cure="lower the limits, give more and more representative images, or another --method",
     )
 
 
-def _missed(recipe: Recipe, agreement: Agreement, rounds: int) -> str:
-    return (
+def _missed(recipe: Recipe, agreement: Agreement, rounds: int) -> ParityError:
+    return ParityError(
         f"on images held apart the {recipe.precision} graph reaches a mean overlap of "
         f"{agreement.mean_overlap:.4f} and a mean cosine of {agreement.every.mean:.6f} after "
-        f"{rounds} rounds, expected {_asked(recipe)}; the samples differ too much from each "
-        "other: give more of them, or lower the limits"
+        f"{rounds} rounds",
+        expected=_asked(recipe),
+        cause="the samples differ too much from each other",
+        cure="give more of them, or lower the limits",
     )
