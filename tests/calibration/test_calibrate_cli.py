@@ -132,7 +132,7 @@ def test_limits_that_cant_be_kept_leave_the_bundle_as_it_was(
     before = names(bundle), read_bundle(bundle)
     arguments = ["calibrate", str(bundle), "--images", str(pictures), "--precision", "int8"]
     assert main([*arguments, "--count", "3", "--min-agreement", "1", "--min-cosine", "1"]) == 2
-    assert "no linear layer can be quantised to int8 and keep" in capsys.readouterr().err
+    assert "no linear layer can be quantised to int8" in capsys.readouterr().err
     assert (names(bundle), read_bundle(bundle)) == before
 
 

@@ -146,7 +146,7 @@ def test_layers_and_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_tensorrt_that_cant_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_tensorrt.install(monkeypatch, fake_tensorrt.make("10.3", gpu=False))
     monkeypatch.setattr(cuda, "load", lambda: None)
-    with refused(BackendError, got=("10.3.0.30", "driver")):
+    with refused(BackendError, got="10.3.0.30", cause="driver"):
         inspect_engine(load_bindings("tensorrt"), memoryview(b"ftrt and so on"))
 
 
