@@ -26,15 +26,7 @@ RENAMED = {
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
-    """Quantise a bundle's linear layers, put the graph into the bundle, and print what it lost.
-
-    Args:
-        argv: The arguments.
-        prog: The command's name, for its help.
-
-    Returns:
-        The exit status.
-    """
+    """Quantise a bundle's linear layers, put the graph into the bundle, and print what it lost."""
     arguments = _parser(prog).read(argv)
     from vzip.calibration import calibrate
 

@@ -11,15 +11,7 @@ from vzip.runtime.console import emit
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
-    """Measure a bundle and write its report, and print the path.
-
-    Args:
-        argv: The arguments.
-        prog: The command's name, for its help.
-
-    Returns:
-        The exit status.
-    """
+    """Measure a bundle and write its report, and print the path."""
     parser = Parser(
         prog,
         "Write one HTML page about a bundle that opens without a network: its facts, parity, what "

@@ -22,10 +22,6 @@ RENAMED = {"--budgets": "--tokens"}
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Measure budgets and merges of a model, write table and plot, and recommend one.
 
-    Args:
-        argv: The arguments.
-        prog: The command's name, for its help.
-
     Returns:
         0; 1 if limits were given and no budget meets them.
     """

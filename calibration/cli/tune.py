@@ -25,15 +25,7 @@ RENAMED = {
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
-    """Tune a projector.
-
-    Args:
-        argv: The arguments.
-        prog: The command's name, for its help.
-
-    Returns:
-        The exit status.
-    """
+    """Tune a projector."""
     options = vars(_parser(prog).read(argv))
     for name in ("quiet", "verbose"):
         del options[name]

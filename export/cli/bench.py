@@ -20,10 +20,6 @@ NOTHING_RAN = 1
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Measure bundles, print the table, and write what ``-o`` asks for.
 
-    Args:
-        argv: The arguments.
-        prog: The command's name, for its help.
-
     Returns:
         0; 1 if no encoder could be timed.
     """

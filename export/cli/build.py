@@ -14,15 +14,7 @@ RENAMED = {
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
-    """Build an engine from a bundle; print its path.
-
-    Args:
-        argv: The arguments.
-        prog: The command's name, for its help.
-
-    Returns:
-        The exit status.
-    """
+    """Build an engine from a bundle; print its path."""
     arguments = _parser(prog).read(argv)
     from vzip.export.engines import build
 

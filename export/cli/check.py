@@ -14,10 +14,6 @@ BELOW_THE_GATE = 1
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Check a bundle against the untouched model.
 
-    Args:
-        argv: The arguments.
-        prog: The command's name, for its help.
-
     Returns:
         0 if the gate is met, 1 if it is not.
     """

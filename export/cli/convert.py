@@ -18,15 +18,7 @@ RENAMED = {
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
-    """Write a GGUF.
-
-    Args:
-        argv: The arguments.
-        prog: The command's name, for its help.
-
-    Returns:
-        The exit status.
-    """
+    """Write a GGUF."""
     arguments = _parser(prog).read(argv)
     outputs.check_file(arguments.output, ".gguf")
     locate(arguments.model)

@@ -26,15 +26,7 @@ def vzip_export() -> int:
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
-    """Export a bundle.
-
-    Args:
-        argv: The arguments.
-        prog: The command's name, for its help.
-
-    Returns:
-        The exit status.
-    """
+    """Export a bundle."""
     arguments = _parser(prog).read(argv)
     from vzip.export import export
 

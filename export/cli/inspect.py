@@ -10,15 +10,7 @@ from vzip.runtime.console import emit, emit_json
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
-    """Print what a bundle's graph, or one of its engines, consists of.
-
-    Args:
-        argv: The arguments.
-        prog: The command's name, for its help.
-
-    Returns:
-        The exit status.
-    """
+    """Print what a bundle's graph, or one of its engines, consists of."""
     parser = Parser(
         prog,
         "Print what a bundle's graph consists of: operators, datatypes, work, weights and the "

@@ -46,15 +46,7 @@ class Row:
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
-    """Run ``vzip models``: print the table.
-
-    Args:
-        argv: The arguments.
-        prog: The command's name, for its help.
-
-    Returns:
-        The exit status.
-    """
+    """Run ``vzip models``: print the table."""
     parser = Parser(
         prog,
         "Print the models that 'vzip export --model' knows by name. A local folder or a hub id "

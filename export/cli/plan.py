@@ -31,10 +31,6 @@ RENAMED = {
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Predict the cost of budgets, and the largest that meets limits and fits.
 
-    Args:
-        argv: The arguments.
-        prog: The command's name, for its help and its verdict.
-
     Returns:
         0; 1 if no budget meets the limits and fits the device.
     """

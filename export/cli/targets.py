@@ -11,15 +11,7 @@ from vzip.runtime.console import emit, emit_json
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
-    """Print the table of targets.
-
-    Args:
-        argv: The arguments.
-        prog: The command's name, for its help.
-
-    Returns:
-        The exit status.
-    """
+    """Print the table of targets."""
     parser = Parser(
         prog,
         "Print the machines that 'vzip export --target' knows, and what it takes from them.",

@@ -11,10 +11,6 @@ from vzip.runtime.console import emit, emit_json
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Run ``vzip doctor``.
 
-    Args:
-        argv: The arguments.
-        prog: The command's name, for its help.
-
     Returns:
         0 if at least one backend can run a bundle here, 1 if none can.
     """

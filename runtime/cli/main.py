@@ -59,9 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
         argv: The arguments after the program's name; ``None`` for those of the process.
-
-    Returns:
-        The exit status.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     return run_command(lambda: _main(arguments), prog=PROG)

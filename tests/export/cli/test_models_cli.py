@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -105,18 +104,6 @@ def test_neither_torch_nor_transformers_is_loaded() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
     )
     assert done.stdout.splitlines()[-1] == "[] 0"
-
-
-def test_help_and_arguments_that_there_are_not(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["models", "-h"]) == 0
-    assert "usage: vzip models [-h]" in capsys.readouterr().out
-    assert main(["models", "llava"]) == 2
-    assert "unrecognized arguments: llava" in capsys.readouterr().err
-
-
-def test_it_is_among_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["-h"]) == 0
-    assert re.search(r"^  models +list the models that have a name$", capsys.readouterr().out, re.M)
 
 
 def test_every_published_repository_is_printed() -> None:
