@@ -371,7 +371,7 @@ def _check_encoded_size(size: int, name: str) -> None:
         raise InvalidInputError(
             f"{name} has {size} bytes",
             expected=f"at most {MAX_ENCODED_BYTES}: no image of {MAX_PIXELS} pixels needs more",
-            cause="if it is a picture, save it again",
+            cure="if it is a picture, save it again",
         )
 
 
@@ -379,12 +379,16 @@ def _undecodable(what: str, error: Exception) -> InvalidInputError:
     """Return the error, on one line, for an image on which Pillow raised `error`."""
     reason = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        cure = "expected less than this process allows Pillow: shrink it or raise MAX_IMAGE_PIXELS"
-    else:
-        cure = "expected a whole, open image; it is truncated, corrupt or closed: save it again"
+        return InvalidInputError(
+            f"{what}: {reason}",
+            expected="no more pixels than this process allows Pillow",
+            cure="shrink the image or raise MAX_IMAGE_PIXELS",
+        )
     return InvalidInputError(
         f"{what}: {reason}",
-        cause=f"{cure}",
+        expected="a whole, open image",
+        cause="the image is truncated, corrupt or closed",
+        cure="save it again",
     )
 
 

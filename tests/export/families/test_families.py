@@ -483,7 +483,7 @@ def test_published_views_of_video() -> None:
         ({"projector_hidden_act": "silu"}, "projector activation is 'silu', expected one of gelu"),
         ({"vision_feature_layer": -9}, "feature_layer is -9, expected the output of one of"),
         ({"vision_feature_select_strategy": "cls"}, "config.json is no LlavaConfig: "),
-        ({"model_type": "llava_nextt"}, "which no family of vzip knows; expected one of: llava ("),
+        ({"model_type": "llava_nextt"}, "which no family of vzip knows, expected one of: llava ("),
         ({"model_type": "absent", "architectures": "absent"}, "has {} and the vision keys"),
         ({"vision_config": "absent"}, "the vision keys [], which no family of vzip knows"),
     ],

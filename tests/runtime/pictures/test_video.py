@@ -208,7 +208,7 @@ def test_a_long_video_is_never_in_memory(reader, tmp_path):
     path = write_clip(tmp_path / "long.mkv", frames, "mpeg4", b_frames=0)
     code = (
         "import re, sys; from pathlib import Path\n"
-        f"from vzip.runtime import {reader} as reader\n"
+        f"from vzip.runtime.pictures import {reader} as reader\n"
         "def peak():\n"
         "    status = Path('/proc/self/status').read_text()\n"
         "    return int(re.search(r'VmHWM:\\s*([0-9]+) kB', status)[1])\n"
@@ -313,7 +313,7 @@ def test_cover_art_is_no_video(tmp_path):
     path = write_sound(tmp_path / "song.mp4", "aac", cover=True)
     with av.open(str(path)) as container:
         assert len(container.streams.video) == 1
-    assert "has no moving picture; expected a video: it holds sound" in refused(path)
+    assert "has no moving picture, expected a video: it holds sound" in refused(path)
 
 
 @pytest.mark.parametrize(
@@ -418,7 +418,7 @@ def test_what_is_no_video_is_refused(name, data, text, library, tmp_path):
 def test_frames_that_are_too_large_are_refused(library, tmp_path, monkeypatch):
     path = write_clip(tmp_path / "clip.mp4", pictures(9))
     monkeypatch.setattr(frames_module, "MAX_PIXELS", 64 * 48 - 1)
-    assert "frames of 64×48 = 3072 pixels; expected at most 3071" in refused(path)
+    assert "frames of 64×48 = 3072 pixels, expected at most 3071" in refused(path)
     monkeypatch.setattr(frames_module, "MAX_PIXELS", 64 * 48)
     assert len(sample_frames(path)) == 8
 
@@ -441,9 +441,9 @@ def test_a_pipe_is_refused_and_never_opened(tmp_path):
     ("source", "count", "text"),
     [
         ([], 8, "empty list of frames"),
-        (b"bytes", 8, "got a video of type bytes; expected the path of a video"),
+        (b"bytes", 8, "got a video of type bytes, expected the path of a video"),
         (np.zeros((4, 8, 8, 3), np.uint8), 8, "becomes one with list(array)"),
-        (["x"], 0, "got 0 frames; expected 1 or more"),
+        (["x"], 0, "got 0 frames, expected 1 or more"),
         (["x"], True, "got True frames"),
         (["x"], 2.0, "got 2.0 frames"),
     ],
@@ -539,4 +539,4 @@ def test_a_folder_is_its_images_in_the_order_of_their_numbers(tmp_path):
 def test_a_folder_without_images_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("no frame")
     message = refused(tmp_path)
-    assert "is a folder without images; expected frames named *.jpg, *.jpeg, *.png" in message
+    assert "is a folder without images, expected frames named *.jpg, *.jpeg, *.png" in message
