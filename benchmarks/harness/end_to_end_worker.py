@@ -290,9 +290,9 @@ def speak(
         for tokens in order:
             one = found[tokens]
             model = opened.at(tokens + text + NEW_TOKENS)
-            if model.context != ready:  # opened, or opened anew with room for more
+            if model._context != ready:  # opened, or opened anew with room for more
                 _turn(model, rows[:1], text)
-                ready = model.context
+                ready = model._context
             first, decode, token, cache = _turn(model, rows[:tokens], text)
             one["first"].append(first)
             one["decode"] += decode
