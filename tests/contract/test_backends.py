@@ -158,7 +158,7 @@ class TestContract:
     ) -> None:
         good = golden["pixel_values"][:2]
         with VisionEncoder.open(tiny_static_bundle, backend=backend) as encoder:
-            with refused(BackendError, got="NaN", cause="--dtype fp32"):
+            with refused(BackendError, got="NaN", cure="--dtype fp32"):
                 encoder.run(good * np.float32(60000))
             check(encoder.run(good), golden, slice(2), half=True)
 
