@@ -174,7 +174,9 @@ def check_fits(size: Llm, runner: str, tokens: int) -> None:
 
 
 class Opened(Protocol):
-    """An LLM in a runner."""
+    """An LLM in a runner, which was opened so many times."""
+
+    openings: int
 
     def at(self, context: int) -> GreedyLLM:
         """Return it, ready for so many tokens."""
@@ -186,6 +188,8 @@ class Opened(Protocol):
 
 
 class _Transformers:
+    openings = 1
+
     def __init__(self, size: Llm, checkpoint: Path, _file: Path) -> None:
         import torch
 
@@ -206,13 +210,14 @@ class _LlamaCpp:
     def __init__(self, _size: Llm, _checkpoint: Path, file: Path) -> None:
         self._file = file
         self._llm: LlamaCppLLM | None = None
-        self._context = 0
+        self._context = self.openings = 0
 
     def at(self, context: int) -> GreedyLLM:
         if self._llm is None or self._context < context:
             self._llm = None  # freed before the next
             self._llm = LlamaCppLLM(self._file, tokens=None, context=context)
             self._context = context
+            self.openings += 1
         return self._llm
 
     def kv_bytes(self, cache: Any) -> int:
@@ -223,6 +228,8 @@ class _LlamaCpp:
 
 
 class _OnnxRuntime:
+    openings = 1
+
     def __init__(self, _size: Llm, _checkpoint: Path, file: Path) -> None:
         self._llm = OnnxRuntimeLLM(read_bundle(file, verify=False))
 
@@ -290,9 +297,9 @@ def speak(
         for tokens in order:
             one = found[tokens]
             model = opened.at(tokens + text + NEW_TOKENS)
-            if model._context != ready:  # opened, or opened anew with room for more
+            if opened.openings != ready:  # opened, or opened anew with room for more
                 _turn(model, rows[:1], text)
-                ready = model._context
+                ready = opened.openings
             first, decode, token, cache = _turn(model, rows[:tokens], text)
             one["first"].append(first)
             one["decode"] += decode

@@ -211,7 +211,7 @@ def test_an_llm_that_memory_cant_hold_is_refused_before_it_is_made(monkeypatch, 
 class Fake:
     """A runner whose LLM says one word after another."""
 
-    _context = 4096
+    openings = 1
 
     def __init__(self, words=(5,), extra: int = 0) -> None:
         self.words, self.extra, self.steps = words, extra, []
