@@ -31,7 +31,7 @@ import transformers
 
 from benchmarks.harness.results import RESULTS
 from vzip.calibration.demo import accuracy, dialogue
-from vzip.calibration.quantization.pieces import Session, own_graph
+from vzip.calibration.quantization.pieces import PieceSession, own_graph
 from vzip.calibration.quantization.quantize import quantize
 from vzip.calibration.quantization.recipe import Recipe
 from vzip.calibration.samples import Samples
@@ -105,7 +105,7 @@ def outputs(
     graph: ir.Model, pictures: np.ndarray[Any, Any]
 ) -> list[dict[str, np.ndarray[Any, Any]]]:
     """Run a graph on uint8 [n, H, W, 3], `BATCH` at a time."""
-    session = Session(graph)
+    session = PieceSession(graph)
     return [
         session.run({"image": pictures[first : first + BATCH]}, [EMBEDS, KEPT])
         for first in range(0, len(pictures), BATCH)

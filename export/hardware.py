@@ -333,7 +333,7 @@ DEVICES: Final[Mapping[str, Device]] = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class Choice:
+class TargetChoice:
     """What an export is made with.
 
     Attributes:
@@ -349,7 +349,7 @@ class Choice:
 
 def resolve(
     name: str | None, *, opset: Literal[17, 18] | None, precision: str | None, batch: int
-) -> Choice:
+) -> TargetChoice:
     """Return opset and precision of an export: what the user said, else the target's, else ours.
 
     Args:
@@ -373,10 +373,10 @@ def resolve(
             cause="an export has no other dtype",
         )
     if target is None:
-        return Choice(opset or NEWEST_OPSET, asked or "fp32")
-    chosen = Choice(opset or target.opset, asked or target.precision)
+        return TargetChoice(opset or NEWEST_OPSET, asked or "fp32")
+    chosen = TargetChoice(opset or target.opset, asked or target.precision)
     _refuse_batch(target, chosen.precision, batch)
-    return Choice(chosen.opset, chosen.precision, tuple(_notes(target, chosen, batch)))
+    return TargetChoice(chosen.opset, chosen.precision, tuple(_notes(target, chosen, batch)))
 
 
 def find(name: str) -> Target:
@@ -440,7 +440,7 @@ def _share(target: Target) -> str:
     return "the half that the system leaves of" if target.shared else "90 % of"
 
 
-def _notes(target: Target, chosen: Choice, batch: int) -> list[str]:
+def _notes(target: Target, chosen: TargetChoice, batch: int) -> list[str]:
     notes = [f"target {target.name}: opset {chosen.opset}, {chosen.precision}"]
     too_old = [each for each in target.software if each.newest_opset < chosen.opset]
     if too_old:

@@ -148,3 +148,13 @@ def test_no_file_carries_a_path_of_a_machine() -> None:
         if path.suffix in {".py", ".json", ".md", ".toml", ".jinja", ".txt"} and path.exists():
             text = path.read_text(encoding="utf-8")
             assert f"{home}/" not in text, f"{name} holds {home}"
+
+
+def test_a_class_s_name_means_one_thing() -> None:
+    places = defaultdict(list)
+    for module, path in house.modules().items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append("/".join(module))
+    twice = {name: where for name, where in places.items() if len(where) > 1}
+    assert not twice

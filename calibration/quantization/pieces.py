@@ -150,7 +150,7 @@ def pieces(model: ir.Model) -> list[ir.Model]:
     return cut
 
 
-class Session:
+class PieceSession:
     """A graph, or a piece of one, opened in ONNX Runtime on the CPU.
 
     Args:
@@ -212,7 +212,7 @@ class Chain:
         self.inputs = [names_of(piece.graph.inputs) for piece in self.pieces]
         self.outputs = [names_of(piece.graph.outputs) for piece in self.pieces]
         self._observed = set(observed)
-        self._sessions: dict[int, Session] = {}
+        self._sessions: dict[int, PieceSession] = {}
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -224,11 +224,11 @@ class Chain:
                 return place
         raise AssertionError(linear.name)
 
-    def session(self, place: int) -> Session:
+    def session(self, place: int) -> PieceSession:
         """Return a piece's session."""
         if place not in self._sessions:
             extra = [name for name in self.made(place) if name in self._observed]
-            self._sessions[place] = Session(self.pieces[place], extra)
+            self._sessions[place] = PieceSession(self.pieces[place], extra)
         return self._sessions[place]
 
     def made(self, place: int) -> list[str]:

@@ -16,7 +16,7 @@ from vzip.calibration.quantization.pieces import (
     Chain,
     Kind,
     LinearGroup,
-    Session,
+    PieceSession,
     array_of,
     linear_groups,
     own_graph,
@@ -392,7 +392,7 @@ def _batches(samples: Samples, manifest: Manifest) -> Any:
 
 def _outputs(graph: ir.Model, manifest: Manifest, samples: Samples) -> list[dict[str, Array]]:
     """Run a whole graph on samples."""
-    session = Session(graph)
+    session = PieceSession(graph)
     return [
         {name: value[:count] for name, value in session.run(values, [EMBEDS, KEPT]).items()}
         for values, count in _batches(samples, manifest)

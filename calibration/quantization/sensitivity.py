@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from vzip.calibration.quantization.pieces import Chain, LinearGroup, Session
+from vzip.calibration.quantization.pieces import Chain, LinearGroup, PieceSession
 from vzip.calibration.quantization.qdq import Setting, quantised
 from vzip.calibration.quantization.recipe import QuantPrecision, Recipe
 from vzip.runtime.agreement import Agreement, Gate, Limits, compare
@@ -76,7 +76,7 @@ class Judge:
         self._wanted = [EMBEDS, KEPT, *([scores] if scores else [])]
         self._expected = self._run(len(chain) - 1, {})
 
-    def compare(self, start: int, sessions: Mapping[int, Session]) -> tuple[Agreement, float]:
+    def compare(self, start: int, sessions: Mapping[int, PieceSession]) -> tuple[Agreement, float]:
         """Run with some pieces in another form.
 
         Args:
@@ -93,7 +93,7 @@ class Judge:
             error = float(np.sqrt(np.mean((new - old) ** 2)) / max(float(old.std()), 1e-30))
         return compare(self._expected, got, self._manifest), error
 
-    def _run(self, start: int, sessions: Mapping[int, Session]) -> list[dict[str, Array]]:
+    def _run(self, start: int, sessions: Mapping[int, PieceSession]) -> list[dict[str, Array]]:
         return [
             {
                 name: value[:count]
@@ -103,7 +103,7 @@ class Judge:
         ]
 
     def _run_batch(
-        self, inputs: Mapping[str, Array], start: int, sessions: Mapping[int, Session]
+        self, inputs: Mapping[str, Array], start: int, sessions: Mapping[int, PieceSession]
     ) -> dict[str, Array]:
         values = dict(inputs)
         for place in range(start, len(self._chain)):
@@ -136,16 +136,16 @@ class Layers:
     ) -> None:
         self._chain, self._settings = chain, settings
         self._precision, self._opset, self._scores = precision, opset, scores
-        self._opened: dict[int, tuple[frozenset[str], Session]] = {}
+        self._opened: dict[int, tuple[frozenset[str], PieceSession]] = {}
 
-    def one(self, place: int, names: frozenset[str]) -> Session:
+    def one(self, place: int, names: frozenset[str]) -> PieceSession:
         """Open piece `place` with these of its linear layers quantised."""
         piece = self._chain.pieces[place]
         chosen = {name: self._settings[name] for name in names}
         extra = [name for name in self._chain.made(place) if name == self._scores]
-        return Session(quantised(piece, chosen, self._precision, self._opset), extra)
+        return PieceSession(quantised(piece, chosen, self._precision, self._opset), extra)
 
-    def all(self, linears: Sequence[LinearGroup], high: frozenset[str]) -> dict[int, Session]:
+    def all(self, linears: Sequence[LinearGroup], high: frozenset[str]) -> dict[int, PieceSession]:
         """Open every piece with all linear layers quantised but those in `high`.
 
         Pieces that are as they were at the last call are not opened again.

@@ -53,7 +53,7 @@ _QUALITY = 84
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerRow:
     """One line of a calibration report; see `vzip.calibration.quantization.quantize.LayerReport`.
 
     Attributes:
@@ -91,7 +91,7 @@ class Calibration:
     recipe: Mapping[str, str]
     calibrated: int
     held_apart: int
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerRow, ...]
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Graph:
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownPicture:
     """One image.
 
     Attributes:
@@ -175,7 +175,7 @@ class Content:
     bundle: str
     manifest: Manifest
     graphs: tuple[Graph, ...]
-    images: tuple[Shown, ...]
+    images: tuple[ShownPicture, ...]
     source: str
     batch: int
     questions: tuple[Mapping[str, int], tuple[float, float]] | None
@@ -290,7 +290,7 @@ def _shown(
     images: Sequence[tuple[str, Image.Image]],
     tokens: Mapping[str, Sequence[CompressedTokens]],
     manifest: Manifest,
-) -> list[Shown]:
+) -> list[ShownPicture]:
     """Draw what each precision keeps of each image; of a tiled one, of its base tile."""
     tower, prep = manifest.tower, manifest.preprocessing
     found = []
@@ -310,7 +310,7 @@ def _shown(
             share = len(np.intersect1d(own, kept)) / len(own)
             overlays[precision] = (_jpeg(picture), share)
         view = Image.fromarray(tower_image(image, prep))
-        found.append(Shown(name, _jpeg(view.resize((_SIDE, _SIDE))), overlays))
+        found.append(ShownPicture(name, _jpeg(view.resize((_SIDE, _SIDE))), overlays))
     return found
 
 
@@ -441,14 +441,14 @@ def parse_calibration(value: Any) -> Calibration:
     )
 
 
-def _layer(value: Mapping[str, Any]) -> Layer:
+def _layer(value: Mapping[str, Any]) -> LayerRow:
     effect = value["effect"] or {}
     reason = value["reason"]
 
     def number(name: str) -> float | None:
         return float(effect[name]) if effect else None
 
-    return Layer(
+    return LayerRow(
         name=str(value["name"]),
         kind=str(value["kind"]),
         quantised=bool(value["quantised"]),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import datetime, timezone
 
-from vzip.calibration.reporting.content import Content, Graph, Layer, Savings
+from vzip.calibration.reporting.content import Content, Graph, LayerRow, Savings
 from vzip.export.pages.rendering import bar, code, digits, render, size
 
 Cells = tuple[str, ...]
@@ -121,7 +121,7 @@ def _effects(graph: Graph, own: str) -> list[Cells]:
     ]
 
 
-def _error(layer: Layer) -> float:
+def _error(layer: LayerRow) -> float:
     error = layer.score_error
     return error if error is not None and 0 <= error < float("inf") else 0.0
 

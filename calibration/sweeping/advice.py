@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Limits:
+class SweepLimits:
     """What a budget must meet; None where nothing is asked.
 
     Attributes:
@@ -107,7 +107,7 @@ class Advice:
         return {"met": self.met, "row": self.row.name, "text": self.text}
 
 
-def advise(rows: Sequence[Row], limits: Limits) -> Advice:
+def advise(rows: Sequence[Row], limits: SweepLimits) -> Advice:
     """Return the budget that meets the limits.
 
     Where a limit says what must be kept, that is the smallest that does; of several merges the one

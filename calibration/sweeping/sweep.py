@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from vzip.calibration.samples import images_of
-from vzip.calibration.sweeping.advice import Advice, Limits, advise
+from vzip.calibration.sweeping.advice import Advice, SweepLimits, advise
 from vzip.export import EXPORT_PACKAGES
 from vzip.export.algorithm.budget import Budget, Merge
 from vzip.runtime import console
@@ -90,7 +90,7 @@ def sweep(
         BackendError: ONNX Runtime failed.
         MissingDependencyError: The extra ``export`` is not installed.
     """
-    limits = Limits(max_latency_ms, max_prefill_gflops, min_accuracy, min_agreement)
+    limits = SweepLimits(max_latency_ms, max_prefill_gflops, min_accuracy, min_agreement)
     model_id = locate(model).model_id
     if min_accuracy is not None and model_id != DEMO:
         raise InvalidInputError(

@@ -41,7 +41,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Record:
+class TuningRecord:
     """A conversation about one image.
 
     Attributes:
@@ -56,7 +56,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class SkippedRecord:
     """A record that is not used, and why."""
 
     name: str
@@ -73,8 +73,8 @@ class Data(Protocol):
     """
 
     source: str
-    records: Sequence[Record]
-    left_out: Sequence[LeftOut]
+    records: Sequence[TuningRecord]
+    left_out: Sequence[SkippedRecord]
 
     def read(self, image: str) -> bytes | NDArray[np.uint8]:
         """Return an encoded image, or pixels uint8 [H, W, 3].
@@ -93,7 +93,7 @@ def digest_of(image: bytes | NDArray[np.uint8]) -> str:
     return hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).hexdigest()
 
 
-def choose(data: Data, count: int | None, seed: int) -> list[Record]:
+def choose(data: Data, count: int | None, seed: int) -> list[TuningRecord]:
     """Choose records by a seed, in the order of the data.
 
     Args:
@@ -164,11 +164,11 @@ class InstructionData:
             name = _name(entry, place)
             parsed = _parse(entry)
             if isinstance(parsed, str):
-                left_out.append(LeftOut(name, parsed))
+                left_out.append(SkippedRecord(name, parsed))
             else:
-                records.append(Record(name, *parsed))
-        self.records: Sequence[Record] = records
-        self.left_out: Sequence[LeftOut] = left_out
+                records.append(TuningRecord(name, *parsed))
+        self.records: Sequence[TuningRecord] = records
+        self.left_out: Sequence[SkippedRecord] = left_out
 
     def read(self, image: str) -> bytes:
         """Return an encoded image; see `Data.read`."""
@@ -206,7 +206,7 @@ class DemoData:
         MissingDependencyError: The digits come from scikit-learn.
     """
 
-    left_out: Sequence[LeftOut] = ()
+    left_out: Sequence[SkippedRecord] = ()
 
     def __init__(self, count: int, seed: int, side: int) -> None:
         try:
@@ -226,8 +226,8 @@ class DemoData:
         for number in range(count):
             rng, scene = self._draw(number)
             turns = tuple(Turn(each.text, each.answer) for each in scenes.ask(rng, scene))
-            records.append(Record(f"scene-{number}", str(number), turns))
-        self.records: Sequence[Record] = records
+            records.append(TuningRecord(f"scene-{number}", str(number), turns))
+        self.records: Sequence[TuningRecord] = records
 
     def read(self, image: str) -> NDArray[np.uint8]:
         """Paint a scene."""
@@ -283,5 +283,5 @@ def _turns(said: Any) -> tuple[Turn, ...] | str:
     return tuple(Turn(*pair) for pair in zip(texts[::2], texts[1::2], strict=True))
 
 
-def _line(left_out: LeftOut) -> str:
+def _line(left_out: SkippedRecord) -> str:
     return f"{left_out.name}, which {left_out.reason}"

@@ -54,7 +54,7 @@ def check_tunable(config: VisionConfig, model: str) -> None:
         )
 
 
-class Tower:
+class FrozenTower:
     """The graph that an export traces, up to where its projector begins.
 
     It runs in FP32, one image at a time: what is stored for an image then never depends on which
@@ -128,7 +128,7 @@ class FeatureStore:
         InvalidInputError: The folder can't be made.
     """
 
-    def __init__(self, folder: Path, tower: Tower) -> None:
+    def __init__(self, folder: Path, tower: FrozenTower) -> None:
         self._folder = folder / tower.fingerprint[:32]
         self._shape = tower.shape
         try:

@@ -15,11 +15,11 @@ from typing import Any, Final
 
 import torch
 
-from vzip.calibration.tuning.data import Data, LeftOut, Record, choose, digest_of
-from vzip.calibration.tuning.features import FeatureStore, Tower
+from vzip.calibration.tuning.data import Data, SkippedRecord, TuningRecord, choose, digest_of
+from vzip.calibration.tuning.features import FeatureStore, FrozenTower
 from vzip.calibration.tuning.session import FEATURES, Session
 from vzip.calibration.tuning.text import Example, Wording
-from vzip.calibration.tuning.trainer import Recipe, Schedule, Tuner
+from vzip.calibration.tuning.trainer import Schedule, Tuner, TuningRecipe
 from vzip.calibration.tuning.workers import Workers
 from vzip.export.algorithm.budget import Budget
 from vzip.export.checkpoint.weights import VisionWeights
@@ -58,7 +58,7 @@ class Job:
     budget: Budget
     data: Data
     count: int | None
-    recipe: Recipe
+    recipe: TuningRecipe
     features: Path | None
     save_steps: int
 
@@ -76,7 +76,7 @@ class Prepared:
 
     examples: list[Example]
     digests: list[str]
-    left_out: list[LeftOut]
+    left_out: list[SkippedRecord]
     encoded: int
 
     @cached_property
@@ -92,10 +92,10 @@ class Prepared:
 
 def prepare(
     data: Data,
-    records: Sequence[Record],
+    records: Sequence[TuningRecord],
     *,
     wording: Wording,
-    tower: Tower,
+    tower: FrozenTower,
     store: FeatureStore,
     workers: Workers,
 ) -> Prepared:
@@ -113,12 +113,12 @@ def prepare(
         InvalidInputError: Nothing is left.
     """
     left_out = list(data.left_out)
-    fitting: list[tuple[Record, Example]] = []
+    fitting: list[tuple[TuningRecord, Example]] = []
     for record in progress(records, desc="conversations", unit="record"):
         try:
             fitting.append((record, wording.example(record.turns)))
         except InvalidInputError as error:  # noqa: PERF203  one record's fault stops no other
-            left_out.append(LeftOut(record.name, str(error)))
+            left_out.append(SkippedRecord(record.name, str(error)))
     images = list(dict.fromkeys(record.image for record, _ in fitting))
     share = images[workers.rank :: workers.count]
     digests: dict[str, str] = {}  # image → SHA-256
@@ -128,7 +128,7 @@ def prepare(
         digests |= found
         broken |= failed
         encoded += count
-    left_out += [LeftOut(r.name, broken[r.image]) for r, _ in fitting if r.image in broken]
+    left_out += [SkippedRecord(r.name, broken[r.image]) for r, _ in fitting if r.image in broken]
     usable = [(record, example) for record, example in fitting if record.image in digests]
     if not usable:
         raise InvalidInputError(
@@ -144,7 +144,7 @@ def prepare(
     )
 
 
-def run_of(job: Job, tower: Tower, workers: Workers) -> dict[str, Any]:
+def run_of(job: Job, tower: FrozenTower, workers: Workers) -> dict[str, Any]:
     """Return what a run that resumes must have in common with the one that it continues."""
     return {
         "model": dataclasses.asdict(job.model),
@@ -159,7 +159,7 @@ def run_of(job: Job, tower: Tower, workers: Workers) -> dict[str, Any]:
 
 def tune_projector(
     job: Job,
-    tower: Tower,
+    tower: FrozenTower,
     llm: TransformersLLM,
     *,
     session: Session,
@@ -222,7 +222,7 @@ def tune_projector(
 
 
 def _encode(
-    data: Data, images: Sequence[str], tower: Tower, store: FeatureStore
+    data: Data, images: Sequence[str], tower: FrozenTower, store: FeatureStore
 ) -> tuple[dict[str, str], dict[str, str], int]:
     """Make features of images: image → SHA-256, image → why not, and how often the tower ran."""
     digests: dict[str, str] = {}

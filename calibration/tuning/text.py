@@ -33,7 +33,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Batch:
+class TextBatch:
     """B conversations, padded on the right to T tokens.
 
     Attributes:
@@ -95,7 +95,7 @@ class Wording:
             )
         return Example(np.array(ids, np.int32), np.array(learned))
 
-    def batch(self, examples: Sequence[Example]) -> Batch:
+    def batch(self, examples: Sequence[Example]) -> TextBatch:
         """Return conversations as one batch."""
         longest = max(len(example.ids) for example in examples)
         shape = len(examples), longest
@@ -106,7 +106,7 @@ class Wording:
             length = len(example.ids)
             ids[row, :length], mask[row, :length] = example.ids, 1
             learned[row, :length] = example.learned
-        return Batch(ids, mask, learned)
+        return TextBatch(ids, mask, learned)
 
     def _expanded(self, prompt: list[int]) -> list[int]:
         """Return a first turn with K placeholders for its one."""

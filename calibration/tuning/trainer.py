@@ -33,7 +33,7 @@ Dtype = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TuningRecipe:
     """How a projector is tuned.
 
     Attributes:
@@ -110,7 +110,7 @@ class Schedule:
         InvalidInputError: The records don't fill a single step.
     """
 
-    def __init__(self, recipe: Recipe, records: int, processes: int) -> None:
+    def __init__(self, recipe: TuningRecipe, records: int, processes: int) -> None:
         self._recipe, self._records, self._processes = recipe, records, processes
         self._size = (
             recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * processes
@@ -174,7 +174,7 @@ class Tuner:
         projector: nn.Module,
         wording: Wording,
         *,
-        recipe: Recipe,
+        recipe: TuningRecipe,
         schedule: Schedule,
         workers: Workers,
     ) -> None:

@@ -102,17 +102,17 @@ def tune(
         )
     _check_data(data, images, count=count, save_steps=save_steps)
     require("torch", "transformers", "safetensors", needed_for="'vzip tune'", extra="export")
-    from vzip.calibration.tuning.features import Tower, check_tunable
+    from vzip.calibration.tuning.features import FrozenTower, check_tunable
     from vzip.calibration.tuning.job import Job, run_of, tune_projector
     from vzip.calibration.tuning.session import Session
-    from vzip.calibration.tuning.trainer import Recipe
+    from vzip.calibration.tuning.trainer import TuningRecipe
     from vzip.calibration.tuning.workers import Workers
     from vzip.export.pipeline import WeightSource
     from vzip.runtime.llm.local.transformers import TransformersLLM
 
     workers = Workers.of_environment()
     place = _device(device, workers.local)
-    recipe = Recipe(
+    recipe = TuningRecipe(
         num_train_epochs=num_train_epochs,
         per_device_train_batch_size=per_device_train_batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps,
@@ -152,7 +152,7 @@ def tune(
         save_steps=save_steps,
     )
     with workers.joined(place):
-        tower = Tower(weights, job.budget, place)
+        tower = FrozenTower(weights, job.budget, place)
         run = run_of(job, tower, workers)
         with Session(projector, run, resume=resume, workers=workers) as session:
             llm = TransformersLLM.open(

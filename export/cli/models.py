@@ -22,7 +22,7 @@ _TOWERS: Final[Mapping[str, str]] = {"clip_vision_model": "CLIP", "siglip_vision
 
 
 @dataclass(frozen=True)
-class Row:
+class ModelRow:
     """What is printed of one model.
 
     Attributes:
@@ -61,7 +61,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     return 0
 
 
-def rows() -> list[Row]:
+def rows() -> list[ModelRow]:
     """Return what is known of every alias, in their order, then of repositories without one."""
     named = [_demo() if alias == DEMO else _published(alias, ALIASES[alias]) for alias in ALIASES]
     others = [
@@ -103,22 +103,24 @@ _LEGEND: Final = (
 )
 
 
-def _published(alias: str, hub_id: str) -> Row:
+def _published(alias: str, hub_id: str) -> ModelRow:
     name, family = next(
         (name, each) for name, each in families.families().items() if hub_id in each.published
     )
     known = family.published[hub_id]
     tower, media = _tower(known.config), _media(known.config, family)
-    return Row(alias, hub_id, name, tower, media, known.budgets, "random")
+    return ModelRow(alias, hub_id, name, tower, media, known.budgets, "random")
 
 
-def _demo() -> Row:
+def _demo() -> ModelRow:
     from vzip.runtime import demo
 
     text = (demo.checkpoint() / "config.json").read_text(encoding="utf-8")
     config: dict[str, Any] = json.loads(text)
     name, family = families.family_of(config)
-    return Row(DEMO, "comes with vzip", name, _tower(config), _media(config, family), "", "weights")
+    return ModelRow(
+        DEMO, "comes with vzip", name, _tower(config), _media(config, family), "", "weights"
+    )
 
 
 def _tower(config: Config) -> str:
@@ -138,5 +140,5 @@ def _tokens(edge: int, view: View) -> str:
     return f"{pooled * pooled} {article} {view.unit}"
 
 
-def _first(row: Row) -> str:
+def _first(row: ModelRow) -> str:
     return next(iter(row.media.values()))

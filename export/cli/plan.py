@@ -35,7 +35,9 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         0; 1 if no budget meets the limits and fits the device.
     """
     arguments = _parser(prog).read(argv)
-    limits = plan.Limits(arguments.max_latency_ms, arguments.max_ttft_ms, arguments.max_memory_gb)
+    limits = plan.PlanLimits(
+        arguments.max_latency_ms, arguments.max_ttft_ms, arguments.max_memory_gb
+    )
     if arguments.text_tokens < 0:
         raise InvalidInputError(
             f"got --text-tokens {arguments.text_tokens}",

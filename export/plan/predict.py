@@ -60,7 +60,7 @@ _KERNELS: Final = 8  # [E] of a layer: two norms, four products, attention, acti
 
 
 @dataclass(frozen=True)
-class Limits:
+class PlanLimits:
     """What a budget must meet; None where nothing is asked.
 
     Attributes:
@@ -213,7 +213,7 @@ class Estimator:
 
 
 @dataclass(frozen=True)
-class Advice:
+class Fitting:
     """What follows from limits and the device's memory.
 
     Attributes:
@@ -227,7 +227,7 @@ class Advice:
     text: str
 
 
-def advise(plan: Estimator, limits: Limits) -> Advice:
+def advise(plan: Estimator, limits: PlanLimits) -> Fitting:
     """Return the largest budget that meets the limits and fits the device.
 
     The more tokens the more is kept, and everything here costs more with more of them: so nothing
@@ -235,11 +235,13 @@ def advise(plan: Estimator, limits: Limits) -> Advice:
     """
     everything = plan.predict(plan.model.patches)
     if _meets(plan, limits, everything):
-        return Advice(True, everything, f"{everything.tokens} tokens, all of them, {_said(limits)}")
+        return Fitting(
+            True, everything, f"{everything.tokens} tokens, all of them, {_said(limits)}"
+        )
     low, high = 2, plan.model.largest_budget
     row = plan.predict(low)
     if not _meets(plan, limits, row):
-        return Advice(False, row, _nearest(plan, limits, row))
+        return Fitting(False, row, _nearest(plan, limits, row))
     while low < high:  # cost grows with the budget
         middle = (low + high + 1) // 2
         if _meets(plan, limits, plan.predict(middle)):
@@ -251,14 +253,14 @@ def advise(plan: Estimator, limits: Limits) -> Advice:
     text = f"{_named(plan, row)} ({row.budget}), the most that {_said(limits)}"
     if row.tokens < min(plan.model.budgets):
         text += "; the paper tried none so small: see what it keeps with 'vzip sweep'"
-    return Advice(True, row, text)
+    return Fitting(True, row, text)
 
 
-def _meets(plan: Estimator, limits: Limits, row: Prediction) -> bool:
+def _meets(plan: Estimator, limits: PlanLimits, row: Prediction) -> bool:
     return plan.fits(row) and not any(value > limit for _, limit, value in _judged(limits, row))
 
 
-def _judged(limits: Limits, row: Prediction) -> Iterator[tuple[str, float, float]]:
+def _judged(limits: PlanLimits, row: Prediction) -> Iterator[tuple[str, float, float]]:
     """Yield text, limit and value of each limit there is."""
     values = (row.encoder_ms, row.ttft_ms, row.memory_bytes / 1e9)
     for (name, limit), value in zip(vars(limits).items(), values, strict=True):
@@ -273,14 +275,14 @@ _TEXTS: Final = {
 }
 
 
-def _said(limits: Limits) -> str:
+def _said(limits: PlanLimits) -> str:
     """Return what a budget does that meets the limits."""
     asked = {name: limit for name, limit in vars(limits).items() if limit is not None}
     parts = [_TEXTS[name].format(f"at most {limit:g}") for name, limit in asked.items()]
     return f"have {' and '.join(parts)}" if parts else "fit the device"
 
 
-def _nearest(plan: Estimator, limits: Limits, row: Prediction) -> str:
+def _nearest(plan: Estimator, limits: PlanLimits, row: Prediction) -> str:
     """Return why no budget will do, what is nearest, and what would help."""
     missed = [each for each in _judged(limits, row) if each[2] > each[1]]
     wanted = " and ".join(text.format(f"at most {limit:g}") for text, limit, _ in missed)
@@ -301,7 +303,7 @@ def _nearest(plan: Estimator, limits: Limits, row: Prediction) -> str:
     return f"{said}; {_cure(plan, limits)}"
 
 
-def _cure(plan: Estimator, limits: Limits) -> str:
+def _cure(plan: Estimator, limits: PlanLimits) -> str:
     """Return what to change: to the most precise weights with which a budget will do, if any."""
     for weights, bits in BITS.items():
         other = replace(plan, weights=weights)

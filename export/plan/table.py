@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from vzip.export.hardware import TARGETS
-from vzip.export.plan.predict import Advice, Estimator, Prediction, gb, short
+from vzip.export.plan.predict import Estimator, Fitting, Prediction, gb, short
 
 
 def table(plan: Estimator, rows: Sequence[Prediction]) -> str:
@@ -15,7 +15,7 @@ def table(plan: Estimator, rows: Sequence[Prediction]) -> str:
     return "\n".join([*_heading(plan), "", *_cells(plan, rows), "", *_legend(plan)])
 
 
-def record(plan: Estimator, rows: Sequence[Prediction], advice: Advice | None) -> dict[str, Any]:
+def record(plan: Estimator, rows: Sequence[Prediction], advice: Fitting | None) -> dict[str, Any]:
     """Return the same as values that `json` writes: bytes, milliseconds, tokens a second."""
     return {
         "model": plan.model.name,

@@ -8,8 +8,8 @@ runs LLMs in this process, `server` asks those of LLM servers; what nobody ran y
 
 from __future__ import annotations
 
+from vzip.runtime.llm.contract import DEFAULT_MAX_NEW_TOKENS, LLM, Conversation
 from vzip.runtime.llm.conversation import check_max_new_tokens, check_question
-from vzip.runtime.llm.protocol import DEFAULT_MAX_NEW_TOKENS, LLM, Conversation
 from vzip.runtime.llm.shown import Shown, TokenSpec
 
 __all__ = [

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 
 from vzip.runtime.errors import BackendError, InvalidInputError
-from vzip.runtime.llm.protocol import DEFAULT_MAX_NEW_TOKENS, LLM, Conversation
+from vzip.runtime.llm.contract import DEFAULT_MAX_NEW_TOKENS, LLM, Conversation
 
 if TYPE_CHECKING:
     from vzip.runtime.llm.shown import Embeds, Shown

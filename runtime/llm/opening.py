@@ -19,7 +19,7 @@ from vzip.runtime.models import locate
 
 if TYPE_CHECKING:
     from vzip.runtime.bundle.reader import Bundle
-    from vzip.runtime.llm.protocol import LLM
+    from vzip.runtime.llm.contract import LLM
 
 TRANSFORMERS: Final = "transformers"
 ONNXRUNTIME: Final = "onnxruntime"
@@ -54,7 +54,7 @@ RUNNERS: Mapping[str, Runner] = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class Choice:
+class LlmChoice:
     """A local LLM or an LLM server, and what it is to open.
 
     Attributes:
@@ -99,7 +99,7 @@ def open_llm(bundle: Bundle | str | Path, llm: str | None = None) -> LLM:
     return (choice or own(opened)).open(opened)
 
 
-def parse(text: str) -> Choice:
+def parse(text: str) -> LlmChoice:
     """Return what ``--llm`` names; what can be checked before any work is checked.
 
     Args:
@@ -134,17 +134,17 @@ def parse(text: str) -> Choice:
         )
     if name == TRANSFORMERS:
         locate(where)
-    return Choice(name, where)
+    return LlmChoice(name, where)
 
 
-def own(bundle: Bundle) -> Choice:
+def own(bundle: Bundle) -> LlmChoice:
     """Return the LLM that is in the bundle; or else that of the checkpoint it was exported from.
 
     Raises:
         CheckpointError: The checkpoint is not there any more.
     """
     if LLM_FILE in bundle.manifest.files:
-        return Choice(ONNXRUNTIME, str(bundle.path))
+        return LlmChoice(ONNXRUNTIME, str(bundle.path))
     model = bundle.manifest.model
     try:
         locate(model.id)
@@ -153,4 +153,4 @@ def own(bundle: Bundle) -> Choice:
             f"the bundle was exported from {model.id!r}, which is not here any more ({error.got})",
             cure="say where its LLM is with --llm",
         ) from error
-    return Choice(TRANSFORMERS, model.id, model.revision)
+    return LlmChoice(TRANSFORMERS, model.id, model.revision)

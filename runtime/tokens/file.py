@@ -90,7 +90,7 @@ class ImageTokens:
 
 
 @dataclass(frozen=True)
-class Record:
+class TokenRecord:
     """What a file's header says about one image.
 
     Attributes:
@@ -128,7 +128,7 @@ class _Tensor(codec.Record):
     data_offsets: tuple[codec.Index, codec.Index]
 
 
-def record_of(image: ImageTokens) -> Record:
+def record_of(image: ImageTokens) -> TokenRecord:
     """Return what a header will say about an image.
 
     Raises:
@@ -152,7 +152,7 @@ def record_of(image: ImageTokens) -> Record:
             cure="rename the file",
         ) from error
     dtype = _NAMES[tokens.dtype.newbyteorder("<")]
-    return Record(image.name, image.sha256, image.digest, dtype, tokens.shape, kept.shape)
+    return TokenRecord(image.name, image.sha256, image.digest, dtype, tokens.shape, kept.shape)
 
 
 def to_bytes(origin: Origin, images: Sequence[ImageTokens]) -> bytes:
@@ -168,7 +168,7 @@ def to_bytes(origin: Origin, images: Sequence[ImageTokens]) -> bytes:
     return b"".join(parts)
 
 
-def header(origin: Origin, records: Sequence[Record]) -> bytes:
+def header(origin: Origin, records: Sequence[TokenRecord]) -> bytes:
     """Return what a file begins with: the kept indices of all images follow, then all tokens.
 
     Integers come first, so that every tensor lies at a multiple of its element's size.
@@ -341,7 +341,7 @@ class TokenFile:
             )
         return found
 
-    def _records(self, entries: Sequence[_Image]) -> dict[str, Record]:
+    def _records(self, entries: Sequence[_Image]) -> dict[str, TokenRecord]:
         """Return what the file holds; tensors and list of images must be about the same."""
         records = {}
         left = dict(self._places)
@@ -352,7 +352,7 @@ class TokenFile:
                 raise self._malformed(f"it has no tokens [n, L] for {name!r}")
             if kept is None or kept.dtype != "I64" or len(kept.shape) != 2:
                 raise self._malformed(f"it has no kept indices [tiles, dominant] for {name!r}")
-            records[name] = Record(
+            records[name] = TokenRecord(
                 **vars(image), dtype=tokens.dtype, shape=tokens.shape, kept=kept.shape
             )
         if left:

@@ -27,8 +27,8 @@ from vzip.runtime.tokens.file import (
     LARGEST_HEADER,
     ImageTokens,
     Origin,
-    Record,
     TokenFile,
+    TokenRecord,
     header,
     write_kept,
     write_tokens,
@@ -358,7 +358,7 @@ class _Writing:
                 ) from error
         return True
 
-    def _record(self, name: str, digest: str, old: TokenFile | None) -> Record:
+    def _record(self, name: str, digest: str, old: TokenFile | None) -> TokenRecord:
         """Return what the header says about an image."""
         if old is not None and digest in self.old:
             return dataclasses.replace(old.records[self.old[digest]], name=name)
@@ -400,7 +400,7 @@ def encode_images(
         return encode_images(encoder, images[:middle]) + encode_images(encoder, images[middle:])
 
 
-def _write_npy_header(file: BinaryIO, records: Sequence[Record]) -> None:
+def _write_npy_header(file: BinaryIO, records: Sequence[TokenRecord]) -> None:
     """Write what a .npy file with the tokens of images begins with: [images, n, L]."""
     lengths = {record.shape[0]: record.name for record in records}
     if len(lengths) > 1:

@@ -22,7 +22,7 @@ from onnx import numpy_helper
 from tests.refusals import refused
 from vzip.calibration.quantization.pieces import (
     Chain,
-    Session,
+    PieceSession,
     array_of,
     linear_groups,
     own_graph,
@@ -307,7 +307,7 @@ def test_the_pieces_together_are_the_graph(tiny: MakeBundle, pictures: Path) -> 
     chain = Chain(graph)
     assert len(chain) == 4  # the embedding and three layers
     values: dict[str, Array] = {"image": batch_of(bundle, pictures)}
-    expected = Session(graph).run(values)
+    expected = PieceSession(graph).run(values)
     for place in range(len(chain)):
         values = {**chain.live(values, place), **chain.session(place).run(values)}
     assert np.array_equal(values[KEPT], expected[KEPT])

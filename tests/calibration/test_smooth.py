@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vzip.calibration.quantization.pieces import Session, array_of, linear_groups, own_graph
+from vzip.calibration.quantization.pieces import PieceSession, array_of, linear_groups, own_graph
 from vzip.calibration.quantization.qdq import Smooth
 from vzip.calibration.samples import Samples
 from vzip.export.graph import smooth
@@ -71,8 +71,8 @@ def test_the_folded_graph_gives_the_same_bits(name: str, tiny: MakeBundle, pictu
     assert len(chosen) == 6  # qkv and fc1 of three layers
     folded = Smooth(chosen)(graph.clone()).model
     # What an FP16 norm gives may get so small that the dtype has fewer bits left.
-    expected = Session(graph).run({"image": batch})
-    got = Session(folded).run({"image": batch})
+    expected = PieceSession(graph).run({"image": batch})
+    got = PieceSession(folded).run({"image": batch})
     for key, value in expected.items():
         if name == "outliers":
             assert np.array_equal(got[key], value), key
@@ -82,5 +82,5 @@ def test_the_folded_graph_gives_the_same_bits(name: str, tiny: MakeBundle, pictu
     weight = next(each for each in linear_groups(graph) if each.norm).weights[0]
     held = folded.graph.initializers[weight]
     held.const_value = graph.graph.initializers[weight].const_value
-    other = Session(folded).run({"image": batch})
+    other = PieceSession(folded).run({"image": batch})
     assert not np.allclose(other["image_embeds"], expected["image_embeds"], atol=1e-2)

@@ -16,7 +16,7 @@ from tests.export.layouts import write_layout
 from tests.refusals import refused
 from vzip.calibration.held_out import Accuracy, DemoQuestions
 from vzip.calibration.sweeping import shared_tower as sweep_graph
-from vzip.calibration.sweeping.advice import Limits, advise
+from vzip.calibration.sweeping.advice import SweepLimits, advise
 from vzip.calibration.sweeping.measure import Row, Sweep, agreement, measure
 from vzip.calibration.sweeping.output import plot, size, table
 from vzip.calibration.sweeping.shared_tower import ALL, Seen, SweepSession, open_sweep
@@ -203,35 +203,37 @@ ROWS = [row(64), row(64, "sum", agreement=0.33), row(128), row(192)]
 
 
 def test_of_what_must_be_kept_the_smallest_budget_is_advised() -> None:
-    advice = advise(ROWS, Limits(min_agreement=0.5))
+    advice = advise(ROWS, SweepLimits(min_agreement=0.5))
     assert (advice.met, advice.row.name) == (True, "128-average")
     assert advice.text == (
         "128 tokens (126 + 2, average), the smallest with an agreement of 0.6400 (at least 0.5)"
     )
-    assert advise(ROWS, Limits(min_agreement=0.3)).row.name == "64-sum"  # keeps more than average
+    assert (
+        advise(ROWS, SweepLimits(min_agreement=0.3)).row.name == "64-sum"
+    )  # keeps more than average
     asked = [row(64, accuracy=0.7), row(128, accuracy=0.8), row(192, accuracy=0.79)]
-    assert advise(asked, Limits(min_accuracy=0.75)).row.tokens == 128
+    assert advise(asked, SweepLimits(min_accuracy=0.75)).row.tokens == 128
 
 
 def test_within_a_limit_of_cost_alone_the_one_that_keeps_most_is_advised() -> None:
-    assert advise(ROWS, Limits(max_latency_ms=25)).row.tokens == 128
-    assert advise(ROWS, Limits(max_prefill_gflops=100)).row.name == "64-sum"
-    both = Limits(max_latency_ms=25, max_prefill_gflops=1000, min_agreement=0.1)
+    assert advise(ROWS, SweepLimits(max_latency_ms=25)).row.tokens == 128
+    assert advise(ROWS, SweepLimits(max_prefill_gflops=100)).row.name == "64-sum"
+    both = SweepLimits(max_latency_ms=25, max_prefill_gflops=1000, min_agreement=0.1)
     assert advise(ROWS, both).row.name == "64-sum"
 
 
 def test_what_differs_by_less_than_the_measurement_can_tell_counts_as_equal() -> None:
     close = [row(64, agreement=0.9991), row(64, "sum", agreement=0.9993),
              row(128, agreement=0.9994)]  # fmt: skip
-    assert advise(close, Limits(min_agreement=0.99)).row.name == "64-average"
-    assert advise(close, Limits(max_latency_ms=50)).row.name == "64-average"
+    assert advise(close, SweepLimits(min_agreement=0.99)).row.name == "64-average"
+    assert advise(close, SweepLimits(max_latency_ms=50)).row.name == "64-average"
     asked = [row(64, accuracy=0.811), row(64, "sum", accuracy=0.813), row(128, accuracy=0.83)]
-    assert advise(asked, Limits(min_accuracy=0.8)).row.name == "64-average"
-    assert advise(asked, Limits(max_latency_ms=50)).row.name == "128-average"
+    assert advise(asked, SweepLimits(min_accuracy=0.8)).row.name == "64-average"
+    assert advise(asked, SweepLimits(max_latency_ms=50)).row.name == "128-average"
 
 
 def test_where_none_meets_the_limits_the_nearest_is_named() -> None:
-    advice = advise(ROWS, Limits(max_latency_ms=17.0, min_agreement=0.6))
+    advice = advise(ROWS, SweepLimits(max_latency_ms=17.0, min_agreement=0.6))
     # 64 misses the agreement by 82 %, 128 the latency by 34 %, 192 by 72 %.
     assert (advice.met, advice.row.name) == (False, "128-average")
     assert advice.text == (
@@ -246,7 +248,7 @@ def test_where_none_meets_the_limits_the_nearest_is_named() -> None:
 def test_limits_that_mean_nothing_are_refused(limits: dict[str, float]) -> None:
     ((name, value),) = limits.items()
     with refused(InvalidInputError, got=f"--{name.replace('_', '-')} {value:g}"):
-        Limits(**limits)
+        SweepLimits(**limits)
 
 
 # The demo's questions
@@ -338,7 +340,7 @@ def a_sweep(**change: Any) -> Sweep:
 
 
 def test_a_table_says_what_is_assumed_and_counted() -> None:
-    text = table(a_sweep(), advise(ROWS, Limits(min_agreement=1.0)))
+    text = table(a_sweep(), advise(ROWS, SweepLimits(min_agreement=1.0)))
     assert "# Budgets of `owner/na$me'|`\n" in text
     assert "KV cache in float16 (assumed), predicted" in text
     assert "| tokens per tile, 5 tiles |" in text

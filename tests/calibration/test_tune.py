@@ -20,9 +20,9 @@ from tests.parity.tiny_llm import IMAGE, make_tokenizer
 from tests.refusals import refused
 from vzip.calibration.demo import accuracy, dialogue, scenes
 from vzip.calibration.tuning.data import DemoData, InstructionData, Turn, choose, digest_of
-from vzip.calibration.tuning.features import FeatureStore, Tower, check_tunable
+from vzip.calibration.tuning.features import FeatureStore, FrozenTower, check_tunable
 from vzip.calibration.tuning.text import Wording
-from vzip.calibration.tuning.trainer import Recipe, Schedule, Tuner
+from vzip.calibration.tuning.trainer import Schedule, Tuner, TuningRecipe
 from vzip.calibration.tuning.workers import Workers
 from vzip.export.algorithm.budget import Budget
 from vzip.export.parity import reference
@@ -48,8 +48,8 @@ def weights() -> Any:
 
 
 @pytest.fixture(scope="module")
-def tower(weights: Any) -> Tower:
-    return Tower(weights, BUDGET, torch.device("cpu"))
+def tower(weights: Any) -> FrozenTower:
+    return FrozenTower(weights, BUDGET, torch.device("cpu"))
 
 
 # Data
@@ -252,7 +252,7 @@ def test_a_batch_is_padded_on_the_right() -> None:
 # Features
 
 
-def test_features_are_those_of_the_untouched_tower(tower: Tower) -> None:
+def test_features_are_those_of_the_untouched_tower(tower: FrozenTower) -> None:
     pixels = scenes.paint(scenes.draw_scene(np.random.default_rng(3), "train"), 112)
     model = transformers.AutoModelForImageTextToText.from_pretrained(
         demo.checkpoint(), dtype=torch.float32
@@ -268,7 +268,7 @@ def test_features_are_those_of_the_untouched_tower(tower: Tower) -> None:
     assert np.array_equal(tower.encode(file.getvalue()), features)
 
 
-def test_the_store_gives_back_what_it_took(tower: Tower, tmp_path: Path) -> None:
+def test_the_store_gives_back_what_it_took(tower: FrozenTower, tmp_path: Path) -> None:
     store = FeatureStore(tmp_path, tower)
     digest = digest_of(b"an image")
     features = np.arange(np.prod(tower.shape)).reshape(tower.shape).astype(np.float16)
@@ -281,7 +281,7 @@ def test_the_store_gives_back_what_it_took(tower: Tower, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "zeros"])
-def test_a_damaged_entry_counts_as_absent(tower: Tower, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_entry_counts_as_absent(tower: FrozenTower, tmp_path: Path, damage: str) -> None:
     store = FeatureStore(tmp_path, tower)
     digest = digest_of(b"an image")
     store.put(digest, np.ones(tower.shape, np.float16))
@@ -298,7 +298,7 @@ def test_a_damaged_entry_counts_as_absent(tower: Tower, tmp_path: Path, damage: 
 
 
 def test_a_full_disk_leaves_nothing_behind(
-    tower: Tower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tower: FrozenTower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = FeatureStore(tmp_path, tower)
 
@@ -312,10 +312,12 @@ def test_a_full_disk_leaves_nothing_behind(
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_everything_that_decides_features_is_in_the_fingerprint(weights: Any, tower: Tower) -> None:
+def test_everything_that_decides_features_is_in_the_fingerprint(
+    weights: Any, tower: FrozenTower
+) -> None:
     def fingerprint(weights: Any = weights, **changes: Any) -> str:
         budget = dataclasses.replace(BUDGET, **changes)
-        return Tower(weights, budget, torch.device("cpu")).fingerprint
+        return FrozenTower(weights, budget, torch.device("cpu")).fingerprint
 
     assert fingerprint() == tower.fingerprint
 
@@ -366,12 +368,12 @@ def test_models_of_tiles_and_video_are_refused(model: str) -> None:
 def test_numbers_without_sense_are_refused(wrong: dict[str, Any]) -> None:
     (name,) = wrong
     with refused(InvalidInputError, got=f"{name} is {wrong[name]}"):
-        Recipe(**wrong)
+        TuningRecipe(**wrong)
 
 
 def test_the_rate_rises_and_falls_as_a_cosine() -> None:
     schedule = Schedule(
-        Recipe(per_device_train_batch_size=1, learning_rate=0.5, warmup_ratio=0.1), 100, 1
+        TuningRecipe(per_device_train_batch_size=1, learning_rate=0.5, warmup_ratio=0.1), 100, 1
     )
     rates = [schedule.rate(step) for step in range(100)]
     assert rates[:10] == pytest.approx([0.05 * n for n in range(1, 11)])
@@ -382,7 +384,9 @@ def test_the_rate_rises_and_falls_as_a_cosine() -> None:
 
 
 def test_an_epoch_sees_every_record_once() -> None:
-    schedule = Schedule(Recipe(num_train_epochs=3, per_device_train_batch_size=5, seed=4), 20, 1)
+    schedule = Schedule(
+        TuningRecipe(num_train_epochs=3, per_device_train_batch_size=5, seed=4), 20, 1
+    )
     assert schedule.steps == 12
     seen = [place for step in range(12) for batch in schedule.batches(step, 0) for place in batch]
     epochs = [seen[start : start + 20] for start in (0, 20, 40)]
@@ -392,15 +396,19 @@ def test_an_epoch_sees_every_record_once() -> None:
 
 
 def test_the_last_batch_is_dropped_unless_it_is_full() -> None:
-    schedule = Schedule(Recipe(num_train_epochs=2, per_device_train_batch_size=8), 21, 1)
+    schedule = Schedule(TuningRecipe(num_train_epochs=2, per_device_train_batch_size=8), 21, 1)
     assert schedule.steps == 5  # 40 of 42
     with refused(InvalidInputError, got=("1 × 7", "step of 8"), cure="--num-train-epochs"):
-        Schedule(Recipe(per_device_train_batch_size=8), 7, 1)
+        Schedule(TuningRecipe(per_device_train_batch_size=8), 7, 1)
 
 
 def test_processes_share_the_batches_of_a_step() -> None:
-    alone = Schedule(Recipe(per_device_train_batch_size=2, gradient_accumulation_steps=6), 48, 1)
-    shared = Schedule(Recipe(per_device_train_batch_size=2, gradient_accumulation_steps=2), 48, 3)
+    alone = Schedule(
+        TuningRecipe(per_device_train_batch_size=2, gradient_accumulation_steps=6), 48, 1
+    )
+    shared = Schedule(
+        TuningRecipe(per_device_train_batch_size=2, gradient_accumulation_steps=2), 48, 3
+    )
     assert alone.steps == shared.steps == 4
     for step in range(4):
         parts = [list(shared.batches(step, rank)) for rank in range(3)]
@@ -411,7 +419,9 @@ def test_processes_share_the_batches_of_a_step() -> None:
 # Loss and gradient
 
 
-def tuner(llm: TransformersLLM, weights: Any, recipe: Recipe, records: int) -> tuple[Tuner, Any]:
+def tuner(
+    llm: TransformersLLM, weights: Any, recipe: TuningRecipe, records: int
+) -> tuple[Tuner, Any]:
     projector = reference.projector(weights)
     schedule = Schedule(recipe, records, 1)
     wording = Wording(llm, TOKENS)
@@ -420,7 +430,7 @@ def tuner(llm: TransformersLLM, weights: Any, recipe: Recipe, records: int) -> t
 
 
 @pytest.fixture(scope="module")
-def small(llm: TransformersLLM, tower: Tower) -> tuple[list[Any], list[Any]]:
+def small(llm: TransformersLLM, tower: FrozenTower) -> tuple[list[Any], list[Any]]:
     """Eight examples and their features."""
     data = DemoData(8, 1, 112)
     wording = Wording(llm, TOKENS)
@@ -435,7 +445,7 @@ def test_loss_and_gradient_are_those_of_the_answers(
     made, _ = tuner(
         llm,
         weights,
-        Recipe(per_device_train_batch_size=8, learning_rate=1e-9, max_grad_norm=1e9),
+        TuningRecipe(per_device_train_batch_size=8, learning_rate=1e-9, max_grad_norm=1e9),
         8,
     )
     loss = made.step(0, examples, lambda place: features[place])
@@ -467,7 +477,7 @@ def test_only_the_projector_learns(llm: TransformersLLM, weights: Any, small: An
     made, projector = tuner(
         llm,
         weights,
-        Recipe(per_device_train_batch_size=8, num_train_epochs=4, learning_rate=1e-3),
+        TuningRecipe(per_device_train_batch_size=8, num_train_epochs=4, learning_rate=1e-3),
         8,
     )
     frozen = {name: tensor.clone() for name, tensor in llm.model.state_dict().items()}
@@ -484,8 +494,8 @@ def test_accumulated_batches_are_one_batch(llm: TransformersLLM, weights: Any, s
     examples, features = small
     results = []
     for recipe in (
-        Recipe(per_device_train_batch_size=8, learning_rate=1e-3, num_train_epochs=2),
-        Recipe(
+        TuningRecipe(per_device_train_batch_size=8, learning_rate=1e-3, num_train_epochs=2),
+        TuningRecipe(
             per_device_train_batch_size=2,
             gradient_accumulation_steps=4,
             learning_rate=1e-3,
@@ -505,7 +515,7 @@ def test_steps_are_as_long_as_the_schedule_says(
     llm: TransformersLLM, weights: Any, small: Any
 ) -> None:
     examples, features = small
-    recipe = Recipe(
+    recipe = TuningRecipe(
         per_device_train_batch_size=2, learning_rate=1e-3, warmup_ratio=0.75, weight_decay=0.5
     )
     made, projector = tuner(llm, weights, recipe, 8)
@@ -525,7 +535,7 @@ def test_weights_that_are_not_finite_end_the_run(
     llm: TransformersLLM, weights: Any, small: Any
 ) -> None:
     examples, features = small
-    made, projector = tuner(llm, weights, Recipe(per_device_train_batch_size=8), 8)
+    made, projector = tuner(llm, weights, TuningRecipe(per_device_train_batch_size=8), 8)
     with torch.no_grad():
         projector.linear_1.weight[0, 0] = float("nan")
     with refused(BackendError, got=("step 0", "nan"), cure="--learning-rate"):

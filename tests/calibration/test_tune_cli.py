@@ -281,7 +281,7 @@ def test_features_are_made_once(
         raise AssertionError("the tower ran")
 
     with monkeypatch.context() as patch:
-        patch.setattr("vzip.calibration.tuning.features.Tower.encode", never)
+        patch.setattr("vzip.calibration.tuning.features.FrozenTower.encode", never)
         output = tmp_path / "projector.safetensors"
         assert tune(output, "--features", str(features)) == whole
     files[0].write_bytes(b"damaged")

@@ -9,7 +9,7 @@ import pytest
 from tests.refusals import refused
 from vzip.export import hardware
 from vzip.export.cli import export as cli
-from vzip.export.hardware import TARGETS, Choice, Software, find, resolve, table
+from vzip.export.hardware import TARGETS, Software, TargetChoice, find, resolve, table
 from vzip.runtime.cli.main import main
 from vzip.runtime.errors import InvalidInputError
 
@@ -67,15 +67,15 @@ def test_a_target_is_frozen():
 
 
 def test_without_a_target_nothing_changes():
-    assert resolve(None, opset=None, precision=None, batch=1) == Choice(18, "fp32")
-    assert resolve(None, opset=17, precision="fp16", batch=9999) == Choice(17, "fp16")
+    assert resolve(None, opset=None, precision=None, batch=1) == TargetChoice(18, "fp32")
+    assert resolve(None, opset=17, precision="fp16", batch=9999) == TargetChoice(17, "fp16")
 
 
 def test_a_target_fills_in_what_was_not_said():
-    assert resolve("orin-nano", opset=None, precision=None, batch=1) == Choice(
+    assert resolve("orin-nano", opset=None, precision=None, batch=1) == TargetChoice(
         17, "fp16", ("target orin-nano: opset 17, fp16",)
     )
-    assert resolve("thor", opset=None, precision="fp32", batch=1) == Choice(
+    assert resolve("thor", opset=None, precision="fp32", batch=1) == TargetChoice(
         18, "fp32", ("target thor: opset 18, fp32",)
     )
 

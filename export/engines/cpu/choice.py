@@ -67,7 +67,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenForm:
     """The fastest form that agrees.
 
     Attributes:
@@ -84,7 +84,7 @@ class Choice:
     measured: Mapping[str, Mapping[str, Scalar]]
 
 
-def choose(bundle: Bundle, *, say: Say) -> Choice:
+def choose(bundle: Bundle, *, say: Say) -> ChosenForm:
     """Return the fastest form of a bundle's graph that agrees with the untouched model.
 
     Args:
@@ -146,7 +146,7 @@ def choose(bundle: Bundle, *, say: Say) -> Choice:
             cause="this ONNX Runtime miscompiles the graph, or the weights are damaged",
             cure="check the bundle with vzip check, or install another version of onnxruntime",
         )
-    return Choice(best, proof, measured)
+    return ChosenForm(best, proof, measured)
 
 
 def _judged(

@@ -17,7 +17,7 @@ from onnx_ir.passes import common
 
 from vzip.export.engines.cpu.patterns import (
     ATTENTION,
-    Linear,
+    LinearMatch,
     array,
     attention,
     choosing,
@@ -163,7 +163,7 @@ class EightBits(ir.passes.InPlacePass):
         if left := self._taken(model.graph):
             _fail(f"{len(left)} linear layers are still in FP32")
 
-    def _taken(self, graph: ir.Graph) -> list[tuple[Linear, Bits]]:
+    def _taken(self, graph: ir.Graph) -> list[tuple[LinearMatch, Bits]]:
         """Return the linear layers that the form has in 8 bits, and how."""
         if not self.form.own_weights:
             return []
@@ -189,7 +189,9 @@ def _divide(graph: ir.Graph, norm: ir.Node, factor: Array) -> None:
         norm.replace_input_with(place, _constant(graph, name, array(old) / factor))
 
 
-def _tensor_product(graph: ir.Graph, linear: Linear, weights: Array, bias: ir.Value | None) -> None:
+def _tensor_product(
+    graph: ir.Graph, linear: LinearMatch, weights: Array, bias: ir.Value | None
+) -> None:
     """Quantise the input in a call with one scale, the weights [in, out] with one per output.
 
     ONNX Runtime's kernels for x86 take unsigned inputs and signed weights; layers that share an
@@ -214,7 +216,9 @@ def _tensor_product(graph: ir.Graph, linear: Linear, weights: Array, bias: ir.Va
     _replace(graph, _nodes(linear), nodes)
 
 
-def _block_product(graph: ir.Graph, linear: Linear, weights: Array, bias: ir.Value | None) -> None:
+def _block_product(
+    graph: ir.Graph, linear: LinearMatch, weights: Array, bias: ir.Value | None
+) -> None:
     """Quantise input and weights [in, out] with one scale for each `BLOCK` numbers."""
     rows, columns = weights.shape
     blocks = weights.T.reshape(columns, rows // BLOCK, BLOCK)
@@ -232,7 +236,7 @@ def _block_product(graph: ir.Graph, linear: Linear, weights: Array, bias: ir.Val
     _replace(graph, _nodes(linear), [product])
 
 
-def _nodes(linear: Linear) -> list[ir.Node]:
+def _nodes(linear: LinearMatch) -> list[ir.Node]:
     return list(dict.fromkeys((linear.product, linear.end)))
 
 

@@ -21,7 +21,7 @@ _LEAST = 16  # rows and columns of weights that are worth an integer product
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearMatch:
     """A product with constant weights, and the bias that is added to it, if there is one.
 
     Attributes:
@@ -47,7 +47,7 @@ class Linear:
         return self.end.outputs[0]
 
 
-def linears(graph: ir.Graph) -> list[Linear]:
+def linears(graph: ir.Graph) -> list[LinearMatch]:
     """Return the linear layers of a graph in FP32, in its order."""
     found = []
     for node in graph:
@@ -63,11 +63,11 @@ def linears(graph: ir.Graph) -> list[Linear]:
             other = [each for each in add.inputs if each is not node.outputs[0]]
             if len(other) == 1 and other[0] is not None and floats(other[0]) == shape[1:]:
                 bias, end = other[0], add
-        found.append(Linear(node, end, weight, bias))
+        found.append(LinearMatch(node, end, weight, bias))
     return found
 
 
-def norms(graph: ir.Graph) -> dict[ir.Node, list[Linear]]:
+def norms(graph: ir.Graph) -> dict[ir.Node, list[LinearMatch]]:
     """Return the LayerNorms with constant gamma and beta [in], whose results linear layers read.
 
     Returns:
@@ -87,7 +87,7 @@ def norms(graph: ir.Graph) -> dict[ir.Node, list[Linear]]:
 
 
 @dataclass(frozen=True)
-class Gate:
+class SigmoidGate:
     """QuickGELU, x · σ(c x), of what one linear layer makes and others alone read.
 
     Attributes:
@@ -101,11 +101,11 @@ class Gate:
     c: float
     scaled: ir.Node
     sigmoid: ir.Node
-    before: Linear
-    after: tuple[Linear, ...]
+    before: LinearMatch
+    after: tuple[LinearMatch, ...]
 
 
-def gates(graph: ir.Graph, among: Sequence[Linear]) -> list[Gate]:
+def gates(graph: ir.Graph, among: Sequence[LinearMatch]) -> list[SigmoidGate]:
     """Return the QuickGELUs between some of a graph's linear layers."""
     makers = {linear.output: linear for linear in among}
     found = []
@@ -127,7 +127,7 @@ def gates(graph: ir.Graph, among: Sequence[Linear]) -> list[Gate]:
             and after
             and not (source.is_graph_output() or output.is_graph_output())
         ):
-            found.append(Gate(c, scaled, sigmoid, makers[source], after))
+            found.append(SigmoidGate(c, scaled, sigmoid, makers[source], after))
     return found
 
 

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from vzip.runtime.errors import CheckpointError, InvalidInputError
+from vzip.runtime.llm.contract import DEFAULT_MAX_NEW_TOKENS, LLM
 from vzip.runtime.llm.conversation import TokenConversation, check_max_new_tokens
 from vzip.runtime.llm.experimental.embedding_table import EmbeddingTable
-from vzip.runtime.llm.protocol import DEFAULT_MAX_NEW_TOKENS, LLM
 from vzip.runtime.llm.server.http_client import Client, Events
 from vzip.runtime.llm.shown import Shown, TokenSpec
 from vzip.runtime.llm.text_side import LARGEST, TextCheckpoint

@@ -29,13 +29,13 @@ from vzip.runtime.errors import (
     first_line,
     missing,
 )
+from vzip.runtime.llm.contract import DEFAULT_MAX_NEW_TOKENS
 from vzip.runtime.llm.conversation import (
     GreedyLLM,
     check_context,
     check_max_new_tokens,
     check_question,
 )
-from vzip.runtime.llm.protocol import DEFAULT_MAX_NEW_TOKENS
 from vzip.runtime.llm.shown import TokenSpec, check_batch
 from vzip.runtime.llm.text_side import (
     TEXT_FILES,

@@ -16,8 +16,8 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vzip.runtime.errors import BackendError, InvalidInputError
+from vzip.runtime.llm.contract import LLM
 from vzip.runtime.llm.conversation import Turns
-from vzip.runtime.llm.protocol import LLM
 from vzip.runtime.llm.server.http_client import Client
 from vzip.runtime.llm.shown import Shown, TokenSpec, check_shown
 

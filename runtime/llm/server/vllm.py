@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from vzip.runtime.errors import BackendError, InvalidInputError, first_line
+from vzip.runtime.llm.contract import DEFAULT_MAX_NEW_TOKENS, LLM
 from vzip.runtime.llm.conversation import (
     TokenConversation,
     check_context,
     check_max_new_tokens,
     check_question,
 )
-from vzip.runtime.llm.protocol import DEFAULT_MAX_NEW_TOKENS, LLM
 from vzip.runtime.llm.server.chat_server import ServerConversation, ServerLLM
 from vzip.runtime.llm.shown import Shown, TokenSpec, check_batch
 from vzip.runtime.llm.text_side import LARGEST, TextCheckpoint

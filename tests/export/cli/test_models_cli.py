@@ -69,7 +69,7 @@ def test_every_word_of_the_status_column_is_in_the_legend(
 
 
 @pytest.mark.parametrize("row", models_cli.rows(), ids=lambda row: row.alias)
-def test_what_is_printed_is_what_an_export_takes(row: models_cli.Row) -> None:
+def test_what_is_printed_is_what_an_export_takes(row: models_cli.ModelRow) -> None:
     """The table is made without transformers; its numbers are those of the architecture."""
     default = vision_config(row.alias)
     assert next(iter(row.media)) == default.media

@@ -18,7 +18,7 @@ from vzip.export.cli import plan as plan_cli
 from vzip.export.hardware import DEVICES, HERE, TARGETS, Device, find_device
 from vzip.export.plan import here as plan_here
 from vzip.export.plan.model import PlanModel, read_model
-from vzip.export.plan.predict import BITS, ON_CPU, ON_GPU, Estimator, Limits, Pace, advise
+from vzip.export.plan.predict import BITS, ON_CPU, ON_GPU, Estimator, Pace, PlanLimits, advise
 from vzip.runtime import demo
 from vzip.runtime.cli.main import main
 from vzip.runtime.errors import BudgetError, CheckpointError, InvalidInputError
@@ -164,7 +164,7 @@ def test_the_largest_budget_that_meets_a_limit(llava: PlanModel, device: str, li
             "latency_ms", "encoder_ms"))  # fmt: skip
 
     bound = value(300) * (1 + 1e-9)
-    found = advise(plan, Limits(**{limit: bound}))
+    found = advise(plan, PlanLimits(**{limit: bound}))
     assert found.met
     assert value(found.row.tokens) <= bound
     assert value(found.row.tokens + 1) > bound
@@ -172,24 +172,24 @@ def test_the_largest_budget_that_meets_a_limit(llava: PlanModel, device: str, li
 
 
 def test_all_tokens_are_recommended_where_they_meet_it(llava: PlanModel) -> None:
-    found = advise(plan_of(llava), Limits(ttft_ms=1000))
+    found = advise(plan_of(llava), PlanLimits(ttft_ms=1000))
     assert found.met
     assert found.text == "576 tokens, all of them, have a first token after at most 1000 ms"
 
 
 def test_several_limits_are_all_met(llava: PlanModel) -> None:
     plan = plan_of(llava)
-    limits = Limits(ttft_ms=plan.predict(400).ttft_ms, memory_gb=14.2)
+    limits = PlanLimits(ttft_ms=plan.predict(400).ttft_ms, memory_gb=14.2)
     assert advise(plan, limits).row.tokens == 123  # 14.2 GB is the narrower of the two
     assert advise(plan, dataclasses.replace(limits, memory_gb=20)).row.tokens == 400
 
 
 def test_a_budget_below_the_papers_is_marked(llava: PlanModel) -> None:
     plan = plan_of(llava, "orin-nano", "int4")
-    text = advise(plan, Limits(ttft_ms=190)).text
+    text = advise(plan, PlanLimits(ttft_ms=190)).text
     assert re.match(r"4\d tokens \(\d+ \+ \d+\), the most that have a first token after at", text)
     assert text.endswith("; the paper tried none so small: see what it keeps with 'vzip sweep'")
-    assert "paper" not in advise(plan, Limits(ttft_ms=300)).text
+    assert "paper" not in advise(plan, PlanLimits(ttft_ms=300)).text
 
 
 def test_a_limit_that_nothing_meets_says_what_is_nearest(
@@ -206,7 +206,7 @@ def test_a_limit_that_nothing_meets_says_what_is_nearest(
 
 
 def test_without_a_cure_none_is_named(llava: PlanModel) -> None:
-    text = advise(plan_of(llava, "h100"), Limits(latency_ms=0.1)).text
+    text = advise(plan_of(llava, "h100"), PlanLimits(latency_ms=0.1)).text
     assert text.endswith("; take a faster or larger device, or a smaller model")
 
 
@@ -229,7 +229,7 @@ def test_in_four_bits_it_does(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_13b_fits_no_orin_nano(llava: PlanModel) -> None:
-    found = advise(plan_of(read_model("llava-1.5-13b"), "orin-nano-4gb"), Limits())
+    found = advise(plan_of(read_model("llava-1.5-13b"), "orin-nano-4gb"), PlanLimits())
     assert not found.met
     assert found.text.endswith("; take a faster or larger device, or a smaller model")
 

@@ -188,7 +188,7 @@ def test_the_context_is_a_limit(ours: OnnxRuntimeLLM, shown: list[np.ndarray]) -
 def test_the_bundles_own_llm_is_the_default(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert opening.own(bundle) == opening.Choice("onnxruntime", str(bundle.path))
+    assert opening.own(bundle) == opening.LlmChoice("onnxruntime", str(bundle.path))
     monkeypatch.setitem(sys.modules, "transformers", None)
     picture, asked = next(
         iter(json.loads((demo.pictures() / "questions.json").read_text()).items())

@@ -13,7 +13,7 @@ from tests.refusals import refused
 from vzip import runtime
 from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.errors import CheckpointError, InvalidInputError
-from vzip.runtime.llm.opening import RUNNERS, Choice, own, parse
+from vzip.runtime.llm.opening import RUNNERS, LlmChoice, own, parse
 
 
 def bundle_from(model: str, revision: str | None = None):
@@ -24,7 +24,7 @@ def bundle_from(model: str, revision: str | None = None):
 
 def test_the_llm_is_the_one_that_the_bundle_was_exported_from():
     published = bundle_from("llava-hf/llava-1.5-7b-hf", "abc")
-    assert own(published) == Choice("transformers", "llava-hf/llava-1.5-7b-hf", "abc")
+    assert own(published) == LlmChoice("transformers", "llava-hf/llava-1.5-7b-hf", "abc")
     with refused(CheckpointError, got="'/gone/llava'", cure="--llm"):
         own(bundle_from("/gone/llava"))
 
@@ -56,15 +56,15 @@ def test_open_llm_opens_what_is_named_for_a_bundle_or_its_folder(monkeypatch, wh
     ],
 )
 def test_a_name_and_what_it_opens(text, name, where):
-    assert parse(text) == Choice(name, where)
+    assert parse(text) == LlmChoice(name, where)
 
 
 def test_a_folder_whose_name_has_a_colon(tmp_path, monkeypatch):
     (tmp_path / "a:b").mkdir()
-    assert parse(f"{tmp_path}/a:b") == Choice("transformers", f"{tmp_path}/a:b")
+    assert parse(f"{tmp_path}/a:b") == LlmChoice("transformers", f"{tmp_path}/a:b")
     monkeypatch.chdir(tmp_path)
-    assert parse("./a:b") == Choice("transformers", "./a:b")
-    assert parse("a:b") == Choice("transformers", "a:b")
+    assert parse("./a:b") == LlmChoice("transformers", "./a:b")
+    assert parse("a:b") == LlmChoice("transformers", "a:b")
 
 
 @pytest.mark.parametrize(
