@@ -1,4 +1,7 @@
-"""The TensorRT backend on a fake GPU (`fake_gpu.py`); `tests/gpu` holds what needs a real one."""
+"""The TensorRT backend on a fake GPU (`fake_gpu.py`); `tests/gpu` holds what needs a real one.
+
+What every backend does is in the contract, which `test_tensorrt_contract.py` holds it to.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import gc
 import logging
 import os
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,10 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.refusals import refused, says
+from tests.refusals import refused
 from tests.runtime import fake_gpu
 from tests.runtime.fake_gpu import DEVICE, HOST, FakeTensorRt, Install, with_engine
-from vzip.runtime import VisionEncoder
+from vzip.runtime import CompressedTokens, VisionEncoder
 from vzip.runtime.backends.tensorrt import cuda
 from vzip.runtime.backends.tensorrt.backend import TensorRt
 from vzip.runtime.backends.tensorrt.device_array import DeviceArray
@@ -25,240 +29,58 @@ from vzip.runtime.bundle.engine_record import EngineBatch
 from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.errors import BackendError, BundleError, InvalidInputError, MissingDependencyError
 
-Golden = dict[str, np.ndarray]
-
 GENERATIONS = ["8.6", "10", "11", "rtx"]
+FUSED = {"tiny_bundle": "images", "tiny_static_bundle": "pixel_values"}
 
 
-def check(tokens: Any, golden: Golden, rows: slice) -> None:
-    assert tokens.kept.dtype == np.int64
-    assert np.array_equal(tokens.kept, golden["kept"][rows])
-    half = tokens.embeds.dtype == np.float16
-    error = np.abs(tokens.embeds.astype(np.float64) - golden["embeds"][rows]).max()
-    assert error <= (1e-2 if half else 1e-5) * np.abs(golden["embeds"]).max()
+class Rig:
+    """A bundle with an engine for the fake GPU of a machine, and what it must compute.
 
+    Attributes:
+        lost: An error that stays: nothing of the GPU can be given back.
+    """
 
-def backend_of(encoder: VisionEncoder) -> TensorRt:
-    opened = encoder._opened
-    assert isinstance(opened, TensorRt)
-    return opened
+    def __init__(self, folder: Path, golden: dict[str, np.ndarray], trt: FakeTensorRt) -> None:
+        self.folder, self.golden, self.trt, self.lib = folder, golden, trt, trt.lib
+        self.images = golden["images"]
+        self.lost = False
 
+    def open(self, **options: Any) -> VisionEncoder:
+        return VisionEncoder.open(self.folder, **options)
 
-def nothing_is_left(trt: FakeTensorRt) -> bool:
-    gc.collect()
-    assert not trt.faults
-    assert trt.lib.fake_blocks(DEVICE) == 0
-    assert trt.lib.fake_blocks(HOST) == 0
-    return bool(trt.lib.fake_handles() == 0)
+    def alone(self) -> TensorRt:
+        """Open the backend without an encoder."""
+        return TensorRt(read_bundle(self.folder))
 
+    def feeds(self, count: int) -> dict[str, np.ndarray]:
+        return {"image": self.images[:count]}
 
-@pytest.fixture
-def trt(tiny_bundle: Path, install: Install) -> FakeTensorRt:
-    """TensorRT 10, for which the bundle has an engine."""
-    with_engine(tiny_bundle, "10")
-    return install("10")
+    def run(
+        self, encoder: VisionEncoder, count: int, k: int = 0, **options: Any
+    ) -> CompressedTokens:
+        """Run `count` of the golden inputs from the k-th on, and check what comes."""
+        name = FUSED[self.folder.name]
+        tokens = encoder.run(self.golden[name][k : k + count], **options)
+        self.check(tokens, count, k)
+        return tokens
 
+    def check(self, tokens: CompressedTokens, count: int, k: int = 0) -> None:
+        assert tokens.kept.dtype == np.int64
+        assert np.array_equal(tokens.kept, self.golden["kept"][k : k + count])
+        half = tokens.embeds.dtype == np.float16
+        error = np.abs(tokens.embeds.astype(np.float64) - self.golden["embeds"][k : k + count])
+        assert error.max() <= (1e-2 if half else 1e-5) * np.abs(self.golden["embeds"]).max()
+        if tokens.on_device is not None:
+            assert np.array_equal(on_host(tokens.on_device), tokens.embeds)
 
-@pytest.mark.parametrize("generation", GENERATIONS)
-@pytest.mark.parametrize("kind", ["tiny_bundle", "tiny_static_bundle"])
-def test_computes_through_copies_engine_and_graph(
-    request: pytest.FixtureRequest, golden: Golden, install: Install, generation: str, kind: str
-) -> None:
-    trt, folder = install(generation), request.getfixturevalue(kind)
-    with_engine(folder, generation)
-    static = kind == "tiny_static_bundle"
-    arrays = golden["pixel_values" if static else "images"]
-    with VisionEncoder.open(folder) as encoder:
-        assert encoder.backend == "tensorrt"
-        assert backend_of(encoder).engine == "orin"
-        for count in (2, 2, 2) if static else (1, 2, 3, 2, 1, 3):
-            check(encoder.run(arrays[1 : 1 + count]), golden, slice(1, 1 + count))
-        check(encoder.encode(list(golden["images"])), golden, slice(5))
-    assert trt.host_code == [False]
-    assert nothing_is_left(trt)
+    def recorded(self, run: Callable[[], object]) -> str:
+        """Return which functions of the CUDA runtime something calls, besides cudaGetDevice."""
+        self.lib.fake_record(1)
+        run()
+        return str(self.lib.fake_calls().decode().replace("cudaGetDevice ", "").strip())
 
-
-def test_the_first_call_is_plain_and_from_the_second_on_a_launch_and_one_copy_do_it_all(
-    tiny_bundle: Path, golden: Golden, trt: FakeTensorRt
-) -> None:
-    copies = "cudaMemcpyAsync cudaMemcpyAsync"  # the image and the indices; then the embeddings
-    with VisionEncoder.open(tiny_bundle, backend="tensorrt") as encoder:
-        calls, kept = [], []
-        for count in (2, 2, 1, 2):
-            trt.lib.fake_record(1)
-            kept.append(encoder.run(golden["images"][:count]))
-            calls.append(trt.lib.fake_calls().decode().replace("cudaGetDevice ", "").strip())
-        first = (
-            f"cudaHostAlloc {copies} cudaMemcpyAsync cudaStreamSynchronize cudaStreamBeginCapture "
-            f"{copies} cudaStreamEndCapture cudaGraphInstantiateWithFlags cudaGraphDestroy"
-        )
-        later = "cudaHostAlloc cudaGraphLaunch cudaMemcpyAsync cudaStreamSynchronize"
-        assert calls == [first, later, first, later]
-        del kept
-        trt.lib.fake_record(1)
-        encoder.run(golden["images"][:2])  # from here on there is memory
-        assert b"cudaHostAlloc" not in trt.lib.fake_calls()
-    assert trt.calls[:6] == ["deserialize", "enqueue", "compute", "capture", "compute", "enqueue"]
-
-
-def test_an_application_on_another_gpu_keeps_its_own(
-    tiny_bundle: Path, golden: Golden, trt: FakeTensorRt
-) -> None:
-    trt.lib.fake_device(2, 8, 7)
-    with VisionEncoder.open(tiny_bundle) as encoder:
-        encoder.run(golden["images"][:1])
-        device = backend_of(encoder)._cuda
-        with device.on_device(1):
-            trt.lib.fake_record(1)
-            encoder.run(golden["images"][:1])
-            assert trt.lib.fake_calls() == (
-                b"cudaGetDevice cudaSetDevice cudaGraphLaunch cudaMemcpyAsync "
-                b"cudaStreamSynchronize cudaSetDevice "
-            )
-            assert device._get(cuda._int, "cudaGetDevice") == 1
-
-
-def test_an_engine_for_fewer_images_is_run_several_times(
-    tiny_bundle: Path, golden: Golden, install: Install
-) -> None:
-    trt = install("10")
-    with_engine(tiny_bundle, "10", batch=EngineBatch(1, 1, 2))
-    with VisionEncoder.open(tiny_bundle) as encoder:
-        check(encoder.run(golden["images"][:3]), golden, slice(3))
-        tokens = encoder.run(golden["images"][:3], on_device=True)
-        assert np.array_equal(on_host(tokens.on_device), tokens.embeds)
-    del tokens
-    assert nothing_is_left(trt)
-
-
-def test_an_engine_for_more_images_than_given_says_so(
-    tiny_bundle: Path, golden: Golden, install: Install
-) -> None:
-    trt = install("10")
-    with_engine(tiny_bundle, "10", batch=EngineBatch(2, 2, 3))
-    with VisionEncoder.open(tiny_bundle) as encoder:
-        for _ in range(2):
-            encoder.run(golden["images"][:2])
-            encoder.run(golden["images"][:3])
-        with refused(BackendError, got="1 images", expected=("2 to 3", "'orin'")):
-            encoder.run(golden["images"][:1])
-        check(encoder.run(golden["images"][:2]), golden, slice(2))
-        # The caller's own error costs nobody a graph.
-        assert trt.calls.count("capture") == 2
-        encoder.run(golden["images"][:3])
-        assert trt.calls.count("capture") == 2
-        assert trt.calls.count("enqueue") == 2
-
-
-# Batch sizes have contexts of their own
-
-
-def test_8_6_shares_the_profile_among_its_contexts_or_says_that_it_cant(
-    tiny_bundle: Path, golden: Golden, install: Install
-) -> None:
-    trt = install("8.6")
-    with_engine(tiny_bundle, "8.6", shares_profile=False)
-    with VisionEncoder.open(tiny_bundle) as encoder:
-        check(encoder.run(golden["images"][:1]), golden, slice(1))
-        with refused(BackendError, got="Profile 0"):
-            encoder.run(golden["images"][:2])
-    with_engine(tiny_bundle, "8.6")
-    with VisionEncoder.open(tiny_bundle) as encoder:
-        for count in (1, 2, 3, 1, 2, 3):
-            check(encoder.run(golden["images"][:count]), golden, slice(count))
-    assert trt.calls.count("capture") == 4
-    assert nothing_is_left(trt)
-
-
-# Results are in memory that was the GPU's, and the caller's own all the same
-
-
-@pytest.mark.parametrize("generation", GENERATIONS)
-def test_results_are_not_copied_and_outlive_later_calls_and_close(
-    tiny_bundle: Path, golden: Golden, install: Install, generation: str
-) -> None:
-    trt = install(generation)
-    with_engine(tiny_bundle, generation)
-    encoder = VisionEncoder.open(tiny_bundle)
-    held = [encoder.run(golden["images"][k : k + 2]) for k in range(4)]
-    for tokens in held:
-        assert trt.lib.fake_within(tokens.embeds.ctypes.data, tokens.embeds.nbytes, HOST)
-    # No more than four at a time: what comes now is a copy.
-    more = encoder.run(golden["images"][:2])
-    assert not trt.lib.fake_within(more.embeds.ctypes.data, more.embeds.nbytes, HOST)
-    check(more, golden, slice(2))
-    again = held.pop(0).embeds.ctypes.data
-    assert encoder.run(golden["images"][:2]).embeds.ctypes.data == again
-    view = held.pop().embeds[1:, 0]  # a part keeps the whole
-    encoder.run(golden["images"][:3])
-    encoder.close()
-    for k, tokens in enumerate(held, start=1):
-        check(tokens, golden, slice(k, k + 2))
-    assert np.allclose(view, golden["embeds"][4:5, 0], rtol=1e-3, atol=1e-4)
-    assert trt.lib.fake_blocks(HOST) == 3
-    held[0].embeds[:] = 0  # writable, as any array of one's own
-    del held, tokens, view
-    assert nothing_is_left(trt)
-
-
-def test_results_may_be_dropped_by_any_thread_at_any_time(
-    tiny_bundle: Path, golden: Golden, trt: FakeTensorRt
-) -> None:
-    encoder = VisionEncoder.open(tiny_bundle)
-    held: list[Any] = [None] * 6
-
-    def work(thread: int) -> None:
-        for turn in range(50):
-            k, count = (thread + turn) % 3, 1 + (thread * turn) % 3
-            tokens = encoder.run(golden["images"][k : k + count])
-            held[(thread + turn) % 6] = tokens, k, count  # and another thread's goes
-            check(tokens, golden, slice(k, k + count))
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(work, range(8)))
-    encoder.close()
-    for tokens, k, count in held:
-        check(tokens, golden, slice(k, k + count))
-    with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda place: held.__setitem__(place, None), range(6)))
-    del tokens
-    assert nothing_is_left(trt)
-
-
-def test_a_launch_is_timed_by_the_gpu(tiny_bundle: Path, golden: Golden, install: Install) -> None:
-    trt = install("10")
-    opened = TensorRt(with_engine(tiny_bundle, "10"))
-    opened.run({"image": golden["images"][:2]})
-    trt.lib.fake_record(1)
-    assert opened.launch_ms(2, 3) == [0.5] * 3  # what the fake's events say
-    said = trt.lib.fake_calls().decode()
-    assert said.count("cudaEventRecord cudaGraphLaunch cudaEventRecord cudaEventSynchronize") == 3
-    opened.close()
-    with refused(BackendError, got="is closed"):
-        opened.launch_ms(2, 1)
-    assert nothing_is_left(trt)
-
-
-@pytest.mark.parametrize("generation", GENERATIONS)
-def test_layers_are_timed_apart_from_what_runs(
-    tiny_bundle: Path, golden: Golden, install: Install, generation: str
-) -> None:
-    trt = install(generation)
-    opened = TensorRt(with_engine(tiny_bundle, generation))
-    for _ in range(2):  # the second one captures a graph, which must stay without a profiler
-        opened.run({"image": golden["images"][:2]})
-    trt.calls.clear()
-    assert opened.layer_ms(2, 3) == [trt.layers] * 3
-    assert trt.calls == ["enqueue", "compute"] * 3
-    kept = opened.run({"image": golden["images"][:2]})["kept_indices"]
-    assert np.array_equal(kept, golden["kept"][:2])
-    opened.close()
-    with refused(BackendError, got="is closed"):
-        opened.layer_ms(2, 1)
-    assert nothing_is_left(trt)
-
-
-# Tokens that stay on the device
+    def held(self) -> tuple[int, int]:
+        return self.lib.fake_blocks(HOST | DEVICE), self.lib.fake_handles()
 
 
 def on_host(array: DeviceArray | None) -> np.ndarray:
@@ -268,139 +90,288 @@ def on_host(array: DeviceArray | None) -> np.ndarray:
     return np.from_dlpack(array).copy()
 
 
-def test_tokens_stay_on_the_device_and_are_the_holders_own(
-    tiny_bundle: Path, golden: Golden, trt: FakeTensorRt
+def backend_of(encoder: VisionEncoder) -> TensorRt:
+    opened = encoder._opened
+    assert isinstance(opened, TensorRt)
+    return opened
+
+
+Make = Callable[..., Rig]
+
+
+@pytest.fixture
+def make(
+    request: pytest.FixtureRequest, golden: dict[str, np.ndarray], install: Install
+) -> Iterator[Make]:
+    """Return a way to make a rig; when the test ends nothing is left on its GPU."""
+    made: list[Rig] = []
+
+    def rig(generation: str = "10", folder: str = "tiny_bundle", **engine: Any) -> Rig:
+        made.append(Rig(request.getfixturevalue(folder), golden, install(generation)))
+        with_engine(made[-1].folder, generation, **engine)
+        return made[-1]
+
+    yield rig
+    gc.collect()
+    for each in made:
+        assert not each.trt.faults
+        assert each.lost or each.held() == (0, 0)
+
+
+@pytest.fixture
+def rig(make: Make) -> Rig:
+    """TensorRT 10, for which the bundle has an engine."""
+    return make()
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("folder", FUSED)
+def test_computes_through_copies_engine_and_graph(make: Make, generation: str, folder: str) -> None:
+    rig = make(generation, folder)
+    with rig.open() as encoder:
+        assert encoder.backend == "tensorrt"
+        assert backend_of(encoder).engine == "orin"
+        for count in (2, 2, 2) if folder == "tiny_static_bundle" else (1, 2, 3, 2, 1, 3):
+            rig.run(encoder, count, 1)
+        rig.check(encoder.encode(list(rig.images)), 5)
+    assert rig.trt.host_code == [False]
+
+
+def test_the_first_call_is_plain_and_from_the_second_on_a_launch_and_one_copy_do_it_all(
+    rig: Rig,
 ) -> None:
-    encoder = VisionEncoder.open(tiny_bundle)
-    tokens = [encoder.run(golden["images"][k : k + 2], on_device=True) for k in range(3)]
-    for k, each in enumerate(tokens):
-        check(each, golden, slice(k, k + 2))
-        assert each.on_device is not None
-        assert each.on_device.shape == each.embeds.shape
-        assert np.array_equal(on_host(each.on_device), each.embeds)
-        interface = each.on_device.__cuda_array_interface__
-        assert interface["data"] == (each.on_device.address, False)
-        assert (interface["typestr"], interface["shape"]) == ("<f4", each.embeds.shape)
-        assert trt.lib.fake_within(each.on_device.address, each.on_device.nbytes, DEVICE)
+    copies = "cudaMemcpyAsync cudaMemcpyAsync"  # the image and the indices; then the embeddings
+    first = (
+        f"cudaHostAlloc {copies} cudaMemcpyAsync cudaStreamSynchronize cudaStreamBeginCapture "
+        f"{copies} cudaStreamEndCapture cudaGraphInstantiateWithFlags cudaGraphDestroy"
+    )
+    later = "cudaHostAlloc cudaGraphLaunch cudaMemcpyAsync cudaStreamSynchronize"
+    with rig.open(backend="tensorrt") as encoder:
+        kept: list[Any] = []
+        calls = [
+            rig.recorded(lambda count=count: kept.append(rig.run(encoder, count)))  # type: ignore[misc]
+            for count in (2, 2, 1, 2)
+        ]
+        assert calls == [first, later, first, later]
+        kept.clear()  # from here on there is memory
+        assert "cudaHostAlloc" not in rig.recorded(lambda: rig.run(encoder, 2))
+    calls = rig.trt.calls[:6]
+    assert calls == ["deserialize", "enqueue", "compute", "capture", "compute", "enqueue"]
+
+
+def test_an_application_on_another_gpu_keeps_its_own(rig: Rig) -> None:
+    rig.lib.fake_device(2, 8, 7)
+    with rig.open() as encoder:
+        rig.run(encoder, 1)
+        device = backend_of(encoder)._cuda
+        with device.on_device(1):
+            assert rig.recorded(lambda: rig.run(encoder, 1)) == (
+                "cudaSetDevice cudaGraphLaunch cudaMemcpyAsync cudaStreamSynchronize cudaSetDevice"
+            )
+            assert device._get(cuda._int, "cudaGetDevice") == 1
+
+
+def test_an_engine_for_fewer_images_is_run_several_times(make: Make) -> None:
+    rig = make(batch=EngineBatch(1, 1, 2))
+    with rig.open() as encoder:
+        for on_device in (False, True):
+            rig.run(encoder, 3, on_device=on_device)
+
+
+def test_an_engine_for_more_images_than_given_says_so(make: Make) -> None:
+    rig = make(batch=EngineBatch(2, 2, 3))
+    with rig.open() as encoder:
+        for count in (2, 3, 2, 3):
+            rig.run(encoder, count)
+        with refused(BackendError, got="1 images", expected=("2 to 3", "'orin'")):
+            rig.run(encoder, 1)
+        # The caller's own error costs nobody a graph.
+        for count in (2, 3):
+            rig.run(encoder, count)
+    assert (rig.trt.calls.count("capture"), rig.trt.calls.count("enqueue")) == (2, 2)
+
+
+def test_8_6_shares_the_profile_among_its_contexts_or_says_that_it_cant(make: Make) -> None:
+    rig = make("8.6", shares_profile=False)
+    with rig.open() as encoder:
+        rig.run(encoder, 1)
+        with refused(BackendError, got="Profile 0"):
+            rig.run(encoder, 2)
+    with_engine(rig.folder, "8.6")
+    with rig.open() as encoder:
+        for count in (1, 2, 3, 1, 2, 3):
+            rig.run(encoder, count)
+    assert rig.trt.calls.count("capture") == 4
+
+
+# Results are in memory that was the GPU's, and the caller's own all the same
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_results_are_not_copied_and_outlive_later_calls_and_close(
+    make: Make, generation: str
+) -> None:
+    rig = make(generation)
+
+    def within(tokens: CompressedTokens) -> bool:
+        return bool(rig.lib.fake_within(tokens.embeds.ctypes.data, tokens.embeds.nbytes, HOST))
+
+    encoder = rig.open()
+    held = [rig.run(encoder, 2, k) for k in range(4)]
+    assert all(map(within, held))
+    # No more than four at a time: what comes now is a copy.
+    assert not within(rig.run(encoder, 2))
+    again = held.pop(0).embeds.ctypes.data
+    assert rig.run(encoder, 2).embeds.ctypes.data == again
+    view = held.pop().embeds[1:, 0]  # a part keeps the whole
+    rig.run(encoder, 3)
     encoder.close()
-    assert np.array_equal(on_host(tokens[0].on_device), tokens[0].embeds)  # close leaves it alone
-    assert trt.lib.fake_blocks(DEVICE) == 3
-    del tokens, each
-    assert nothing_is_left(trt)
+    for k, tokens in enumerate(held, start=1):
+        rig.check(tokens, 2, k)
+    assert np.allclose(view, rig.golden["embeds"][4:5, 0], rtol=1e-3, atol=1e-4)
+    assert rig.lib.fake_blocks(HOST) == 3
+    held[0].embeds[:] = 0  # writable, as any array of one's own
 
 
-def test_a_padded_batch_is_cut_on_the_device_too(
-    tiny_static_bundle: Path, golden: Golden, install: Install
-) -> None:
-    install("8.6")
-    with_engine(tiny_static_bundle, "8.6")
-    with VisionEncoder.open(tiny_static_bundle) as encoder:
-        tokens = encoder.encode(golden["images"][0], on_device=True)
+def test_eight_threads_get_what_one_gets_and_drop_each_others_results(rig: Rig) -> None:
+    encoder = rig.open()
+    held: list[Any] = [None] * 6
+
+    def work(thread: int) -> None:
+        for turn in range(50):
+            k, count = (thread + turn) % 3, 1 + (thread * turn) % 3
+            tokens = rig.run(encoder, count, k, on_device=turn % 2 == 0)
+            held[(thread + turn) % 6] = tokens, count, k  # and another thread's goes
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    encoder.close()
+    for tokens, count, k in held:
+        rig.check(tokens, count, k)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda place: held.__setitem__(place, None), range(6)))
+
+
+def test_a_launch_is_timed_by_the_gpu(rig: Rig) -> None:
+    opened, times = rig.alone(), list[float]()
+    opened.run(rig.feeds(2))
+    said = rig.recorded(lambda: times.extend(opened.launch_ms(2, 3)))
+    assert times == [0.5] * 3  # what the fake's events say
+    assert said.count("cudaEventRecord cudaGraphLaunch cudaEventRecord cudaEventSynchronize") == 3
+    opened.close()
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_layers_are_timed_apart_from_what_runs(make: Make, generation: str) -> None:
+    rig = make(generation)
+    opened = rig.alone()
+    for _ in range(2):  # the second one captures a graph, which must stay without a profiler
+        opened.run(rig.feeds(2))
+    rig.trt.calls.clear()
+    assert opened.layer_ms(2, 3) == [rig.trt.layers] * 3
+    assert rig.trt.calls == ["enqueue", "compute"] * 3
+    kept = opened.run(rig.feeds(2))["kept_indices"]
+    assert np.array_equal(kept, rig.golden["kept"][:2])
+    opened.close()
+
+
+# Tokens that stay on the device
+
+
+def test_tokens_stay_on_the_device_and_are_the_holders_own(rig: Rig) -> None:
+    encoder = rig.open()
+    tokens = [rig.run(encoder, 2, k, on_device=True) for k in range(3)]
+    for each in tokens:
+        left = each.on_device
+        assert left is not None
+        assert left.shape == each.embeds.shape
+        interface = left.__cuda_array_interface__
+        assert interface["data"] == (left.address, False)
+        assert (interface["typestr"], interface["shape"]) == ("<f4", each.embeds.shape)
+        assert rig.lib.fake_within(left.address, left.nbytes, DEVICE)
+    encoder.close()
+    rig.check(tokens[0], 2)  # close leaves it alone
+    assert rig.lib.fake_blocks(DEVICE) == 3
+
+
+def test_a_padded_batch_is_cut_on_the_device_too(make: Make) -> None:
+    rig = make("8.6", "tiny_static_bundle")
+    with rig.open() as encoder:
+        tokens = encoder.encode(rig.images[0], on_device=True)
         assert on_host(tokens.on_device).shape == tokens.embeds.shape == (1, 7, 6)
-        assert np.array_equal(on_host(tokens.on_device), tokens.embeds)
+        rig.check(tokens, 1)
         with refused(InvalidInputError, got="images for 2 calls"):
-            encoder.encode(list(golden["images"][:3]), on_device=True)
+            encoder.encode(list(rig.images[:3]), on_device=True)
 
 
-def test_other_backends_leave_nothing_on_a_device(tiny_bundle: Path, golden: Golden) -> None:
-    with (
-        VisionEncoder.open(tiny_bundle, backend="onnxruntime") as encoder,
-        refused(BackendError, got="'onnxruntime'"),
-    ):
-        encoder.run(golden["images"][:1], on_device=True)
+def test_other_backends_leave_nothing_on_a_device(rig: Rig) -> None:
+    with rig.open(backend="onnxruntime") as encoder, refused(BackendError, got="'onnxruntime'"):
+        rig.run(encoder, 1, on_device=True)
 
 
 # Failures
 
 
-def test_a_graph_that_can_not_be_captured_is_said_once(
-    tiny_bundle: Path, golden: Golden, trt: FakeTensorRt, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("step", ["BeginCapture", "EndCapture", "Instantiate", "engine", "invalid"])
+def test_a_capture_may_fail_at_any_step_which_is_said_once(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, step: str
 ) -> None:
-    trt.lib.fake_fail(b"cudaStreamBeginCapture", 0, 900)
-    with VisionEncoder.open(tiny_bundle) as encoder, caplog.at_level(logging.WARNING):
-        for count in (1, 1, 2, 3, 2):
-            check(encoder.run(golden["images"][:count]), golden, slice(count))
-    (record,) = caplog.records
-    assert record.message == (
-        "no CUDA graph could be captured (cudaStreamBeginCapture failed with cudaErrorFake (900): "
-        "a fake error; the next call may succeed; otherwise look at nvidia-smi and dmesg); the "
-        "engine 'orin' is enqueued plainly, which costs the host more at each call"
-    )
-    assert trt.calls.count("enqueue") == 5
-    assert nothing_is_left(trt)
-
-
-@pytest.mark.parametrize("step", ["EndCapture", "Instantiate", "engine", "invalid"])
-def test_a_capture_may_fail_at_any_step(
-    tiny_bundle: Path,
-    golden: Golden,
-    install: Install,
-    request: pytest.FixtureRequest,
-    step: str,
-) -> None:
-    caplog: pytest.LogCaptureFixture = request.getfixturevalue("caplog")
-    monkeypatch: pytest.MonkeyPatch = request.getfixturevalue("monkeypatch")
-    trt = install("10")
-    with_engine(tiny_bundle, "10")
-    if step == "Instantiate":
-        trt.lib.fake_fail(b"cudaGraphInstantiateWithFlags", 0, 1)
-    elif step == "EndCapture":
-        trt.lib.fake_fail(b"cudaMemcpyAsync", 3, 900)  # the first of the captured ones
+    fails = {
+        "BeginCapture": (b"cudaStreamBeginCapture", 0, 900),
+        "EndCapture": (b"cudaMemcpyAsync", 3, 900),  # the first of the captured ones
+        "Instantiate": (b"cudaGraphInstantiateWithFlags", 0, 1),
+    }
+    if step in fails:
+        rig.lib.fake_fail(*fails[step])
     run = fake_gpu._Context.execute_async_v3
 
     def refuse(context: Any, stream: int) -> bool:
-        if trt.lib.fake_capturing(stream):
+        if rig.lib.fake_capturing(stream):
             if step == "invalid":
-                trt.lib.fake_break_capture(stream)
+                rig.lib.fake_break_capture(stream)
             if step == "engine":
                 return False
         return run(context, stream)
 
     monkeypatch.setattr(fake_gpu._Context, "execute_async_v3", refuse)
-    with VisionEncoder.open(tiny_bundle) as encoder, caplog.at_level(logging.WARNING):
-        for count in (1, 1, 2):
-            check(encoder.run(golden["images"][:count]), golden, slice(count))
-    assert len(caplog.records) == 1
-    assert "no CUDA graph could be captured" in caplog.text
-    assert nothing_is_left(trt)
+    with rig.open() as encoder, caplog.at_level(logging.WARNING):
+        for count in (1, 1, 2, 3, 2):
+            rig.run(encoder, count)
+    (record,) = caplog.records
+    assert "no CUDA graph could be captured" in record.message
+    assert "the engine 'orin' is enqueued plainly" in record.message
+    said = {"BeginCapture": "cudaStreamBeginCapture failed with cudaErrorFake (900)"}
+    assert said.get(step, "") in record.message
+    assert rig.trt.calls.count("enqueue") == 5
 
 
 def test_rtx_is_captured_when_it_says_that_it_can_be(
-    tiny_bundle: Path, golden: Golden, install: Install, caplog: pytest.LogCaptureFixture
+    make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trt = install("rtx")
-    with_engine(tiny_bundle, "rtx")
-    trt.capturable = False
-    with VisionEncoder.open(tiny_bundle) as encoder, caplog.at_level(logging.WARNING):
+    rig = make("rtx")
+    rig.trt.capturable = False
+    with rig.open() as encoder, caplog.at_level(logging.WARNING):
         for _ in range(2):
-            encoder.run(golden["images"][:1])
+            rig.run(encoder, 1)
         assert caplog.records == []  # it may only be warming up
         for _ in range(3):
-            encoder.run(golden["images"][:1])
-        assert "capture" not in trt.calls
-        trt.capturable = True
+            rig.run(encoder, 1)
+        assert "capture" not in rig.trt.calls
+        rig.trt.capturable = True
         for _ in range(3):
-            check(encoder.run(golden["images"][:1]), golden, slice(1))
-        assert trt.calls.count("capture") == 1
-        assert trt.calls.count("enqueue") == 6
+            rig.run(encoder, 1)
+    assert (rig.trt.calls.count("capture"), rig.trt.calls.count("enqueue")) == (1, 6)
     (record,) = caplog.records
-    assert (
-        "after 3 calls that the engine 'orin' can't be captured in a CUDA graph" in record.message
-    )
-    assert nothing_is_left(trt)
+    assert "after 3 calls that the engine 'orin' can't be captured" in record.message
 
 
 @pytest.mark.parametrize("moment", ["compute", "captured", "left"])
 def test_ctrl_c_in_a_call_leaves_nothing_running(
-    tiny_bundle: Path,
-    golden: Golden,
-    trt: FakeTensorRt,
-    monkeypatch: pytest.MonkeyPatch,
-    moment: str,
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    encoder = VisionEncoder.open(tiny_bundle)
+    encoder = rig.open()
     if moment == "captured":
-        encoder.run(golden["images"][:2])
+        rig.run(encoder, 2)
     real, interrupt = cuda.Cuda.stream_synchronize, True
 
     def interrupted(self: cuda.Cuda, stream: int) -> None:
@@ -412,47 +383,19 @@ def test_ctrl_c_in_a_call_leaves_nothing_running(
 
     monkeypatch.setattr(cuda.Cuda, "stream_synchronize", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        encoder.run(golden["images"][:2], on_device=moment == "left")
+        rig.run(encoder, 2, on_device=moment == "left")
     if moment == "left":
-        check(encoder.run(golden["images"][:2]), golden, slice(2))
+        rig.run(encoder, 2)
     encoder.close()
-    assert nothing_is_left(trt)
 
 
-def test_closing_waits_for_what_runs(tiny_bundle: Path, golden: Golden, install: Install) -> None:
-    trt = install("10")
-    opened = TensorRt(with_engine(tiny_bundle, "10"))
-    opened.run({"image": golden["images"][:2]})
+def test_closing_waits_for_what_runs(rig: Rig) -> None:
+    opened = rig.alone()
+    opened.run(rig.feeds(2))
     opened._launch(opened._prepared[2])  # as a call that was left in the middle
-    computed = trt.calls.count("compute")
-    trt.lib.fake_record(1)
-    opened.close()
-    assert trt.calls.count("compute") == computed + 1
-    assert trt.lib.fake_calls().decode().split()[1] == "cudaStreamSynchronize"
-    assert nothing_is_left(trt)
-
-
-def test_a_tensorrt_that_cant_be_started_is_one_line(tiny_bundle: Path, trt: FakeTensorRt) -> None:
-    trt.refuse, trt.say = "Runtime", "CUDA initialization\nfailure with error: 35"
-    with refused(
-        BackendError, got=("TensorRT 10.3.0.30", "error: 35"), cause="NVIDIA driver"
-    ) as raised:
-        VisionEncoder.open(tiny_bundle)
-    assert "\n" not in str(raised.value)
-    assert nothing_is_left(trt)
-
-
-def test_a_sticky_error_of_an_allocation_ends_the_encoder_too(
-    tiny_bundle: Path, golden: Golden, trt: FakeTensorRt
-) -> None:
-    with VisionEncoder.open(tiny_bundle) as encoder:
-        encoder.run(golden["images"][:1])
-        trt.lib.fake_fail(b"cudaMalloc", 0, 700)
-        with refused(BackendError, got=("cudaMalloc", "(700)")):
-            encoder.run(golden["images"][:1], on_device=True)
-        for on_device in (False, True):
-            with refused(BackendError, got="'orin'", cause="(700)"):
-                encoder.run(golden["images"][:1], on_device=on_device)
+    computed = rig.trt.calls.count("compute")
+    assert rig.recorded(opened.close).startswith("cudaStreamSynchronize")
+    assert rig.trt.calls.count("compute") == computed + 1
 
 
 @pytest.mark.parametrize(
@@ -462,56 +405,52 @@ def test_a_sticky_error_of_an_allocation_ends_the_encoder_too(
         *(("cudaGraphLaunch", True), ("cudaStreamSynchronize", True)),
     ],
 )
-def test_a_call_that_fails_leaves_the_next_one_clean(
-    tiny_bundle: Path, golden: Golden, trt: FakeTensorRt, function: str, warm: bool
-) -> None:
-    with VisionEncoder.open(tiny_bundle) as encoder:
+def test_a_call_that_fails_leaves_the_next_one_clean(rig: Rig, function: str, warm: bool) -> None:
+    with rig.open() as encoder:
         if warm:
-            encoder.run(golden["images"][:2])
-        trt.lib.fake_fail(function.encode(), 0, 2)
+            rig.run(encoder, 2)
+        rig.lib.fake_fail(function.encode(), 0, 2)
         with refused(BackendError, got=(function, "(2)")):
-            encoder.run(golden["images"][:2])
-        trt.lib.fake_fail(b"", 0, 0)
+            rig.run(encoder, 2)
+        rig.lib.fake_fail(b"", 0, 0)
         for count in (2, 2, 1):
-            check(encoder.run(golden["images"][:count]), golden, slice(count))
-    assert nothing_is_left(trt)
+            rig.run(encoder, count)
 
 
+@pytest.mark.parametrize(
+    ("function", "code", "got", "on_device"),
+    [
+        ("cudaStreamSynchronize", 700, "cudaStreamSynchronize failed with", False),
+        ("cudaMalloc", 700, "cudaMalloc failed with", True),
+        ("cudaStreamSynchronize", 719, "Code 1: CUDA failure", False),  # TensorRT swallowed it
+    ],
+)
 def test_a_sticky_error_ends_the_encoder_and_every_later_call_says_so(
-    tiny_bundle: Path, golden: Golden, trt: FakeTensorRt
+    rig: Rig, function: str, code: int, got: str, on_device: bool
 ) -> None:
-    encoder = VisionEncoder.open(tiny_bundle)
-    encoder.run(golden["images"][:1])
-    trt.lib.fake_fail(b"cudaStreamSynchronize", 0, 700)
-    with refused(BackendError, got=("cudaStreamSynchronize failed with", "700"), cure="again"):
-        encoder.run(golden["images"][:1])
-    for _ in range(2):
-        with refused(BackendError, got="'orin'"):
-            encoder.run(golden["images"][:1])
-        with refused(BackendError, cause="(700)"):
-            encoder.run(golden["images"][:1], on_device=True)
+    rig.lost = True
+    encoder = rig.open()
+    if code == 719:
+        rig.trt.refuse, rig.trt.say = "execute_async_v3", "CUDA failure"
+    else:
+        rig.run(encoder, 1)
+    rig.lib.fake_fail(function.encode(), 0, code)
+    with refused(BackendError, got=got):
+        rig.run(encoder, 1, on_device=on_device)
+    rig.trt.refuse = ""
+    for later in (False, True, False):
+        with refused(BackendError, got="'orin'", cause=f"({code})"):
+            rig.run(encoder, 1, on_device=later)
     encoder.close()  # everything fails now, and that is no news
     encoder.close()
     with refused(BackendError, got="the encoder is closed"):
-        encoder.run(golden["images"][:1])
-
-
-def test_a_sticky_error_that_tensorrt_swallowed_is_found(
-    tiny_bundle: Path, golden: Golden, trt: FakeTensorRt
-) -> None:
-    with VisionEncoder.open(tiny_bundle) as encoder:
-        trt.refuse, trt.say = "execute_async_v3", "CUDA failure"
-        trt.lib.fake_fail(b"cudaStreamSynchronize", 0, 719)
-        with refused(BackendError, got="Code 1: CUDA failure"):
-            encoder.run(golden["images"][:1])
-        trt.refuse = ""
-        with refused(BackendError, cause="(719)"):
-            encoder.run(golden["images"][:1])
+        rig.run(encoder, 1)
 
 
 @pytest.mark.parametrize(
     ("method", "what"),
     [
+        ("Runtime", "TensorRT 10.3.0.30"),
         ("deserialize_cuda_engine", "the engine"),
         ("create_execution_context", "context"),
         ("set_input_shape", "[1, 16, 16, 3] for image"),
@@ -520,33 +459,28 @@ def test_a_sticky_error_that_tensorrt_swallowed_is_found(
     ],
 )
 def test_what_tensorrt_refuses_is_one_line_with_its_reason(
-    tiny_bundle: Path, golden: Golden, install: Install, method: str, what: str
+    make: Make, method: str, what: str
 ) -> None:
-    generation = "8.6" if method == "create_execution_context" else "10"
-    trt = install(generation)
-    with_engine(tiny_bundle, generation)
-    trt.refuse, trt.say = method, "out of\nmemory"
-    with (
-        refused(BackendError, got=(what, method, "Code 1: out of")) as raised,
-        VisionEncoder.open(tiny_bundle) as encoder,
-    ):
-        encoder.run(golden["images"][:1])
+    rig = make("8.6" if method == "create_execution_context" else "10")
+    rig.trt.refuse, rig.trt.say = method, "out of\nmemory"
+    cause = "NVIDIA driver" if method == "Runtime" else ()
+    with refused(BackendError, got=(what, "Code 1: out of memory"), cause=cause) as raised:
+        encoder = rig.open()
+        rig.run(encoder, 1)
     assert "\n" not in str(raised.value)
-    assert nothing_is_left(trt)
 
 
-@pytest.mark.parametrize("after", range(10))
+@pytest.mark.parametrize("place", range(5))
+@pytest.mark.parametrize(("function", "times"), [("cudaMalloc", 4), ("cudaHostAlloc", 3)])
 def test_opening_that_fails_leaves_nothing_behind(
-    tiny_bundle: Path, trt: FakeTensorRt, after: int
+    rig: Rig, function: str, times: int, place: int
 ) -> None:
-    function, place = (b"cudaMalloc", after) if after < 5 else (b"cudaHostAlloc", after - 5)
-    trt.lib.fake_fail(function, place, 2)
-    if place < (4 if after < 5 else 3):
+    rig.lib.fake_fail(function.encode(), place, 2)
+    if place < times:
         with refused(BackendError, got="(2): out of memory"):
-            VisionEncoder.open(tiny_bundle)
+            rig.open()
     else:
-        VisionEncoder.open(tiny_bundle).close()
-    assert nothing_is_left(trt)
+        rig.open().close()
 
 
 @pytest.mark.parametrize(
@@ -560,63 +494,19 @@ def test_opening_that_fails_leaves_nothing_behind(
         ("format", fake_gpu.TensorFormat.CHW2, "image as Two wide channel"),
     ],
 )
-def test_refuses_an_engine_with_other_tensors(
-    tiny_bundle: Path, trt: FakeTensorRt, what: str, value: Any, found: str
-) -> None:
-    trt.spoil[what] = getattr(trt.DataType, value) if isinstance(value, str) else value
+def test_refuses_an_engine_with_other_tensors(rig: Rig, what: str, value: Any, found: str) -> None:
+    rig.trt.spoil[what] = getattr(rig.trt.DataType, value) if isinstance(value, str) else value
     expected = "plain" if what in {"location", "format"} else "image uint8 [batch, 16, 16, 3]"
     with refused(BackendError, got=found, expected=expected):
-        VisionEncoder.open(tiny_bundle)
-    assert nothing_is_left(trt)
+        rig.open()
 
 
-# Threads, forks, closing, memory
+# Forks, closing, memory
 
 
-def test_eight_threads_get_what_one_gets(
-    tiny_bundle: Path, golden: Golden, trt: FakeTensorRt
-) -> None:
-    with VisionEncoder.open(tiny_bundle) as encoder:
-
-        def work(thread: int) -> None:
-            for turn in range(25):
-                k, count = (thread + turn) % 3, 1 + (thread * turn) % 3
-                tokens = encoder.run(golden["images"][k : k + count], on_device=turn % 2 == 0)
-                check(tokens, golden, slice(k, k + count))
-                if tokens.on_device is not None:
-                    assert np.array_equal(on_host(tokens.on_device), tokens.embeds)
-
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(work, range(8)))
-    assert nothing_is_left(trt)
-
-
-def test_closing_while_others_encode_is_an_error_at_worst(
-    tiny_bundle: Path, golden: Golden, trt: FakeTensorRt
-) -> None:
-    encoder = VisionEncoder.open(tiny_bundle)
-
-    def work(thread: int) -> None:
-        for turn in range(10**6):
-            if thread == 0 and turn == 20:
-                encoder.close()
-            try:
-                tokens = encoder.run(golden["images"][:2])
-            except BackendError as error:
-                assert "closed" in str(error)  # noqa: PT017 - others raise
-                return
-            check(tokens, golden, slice(2))
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, range(4)))
-    assert nothing_is_left(trt)
-
-
-def test_a_fork_is_told_and_frees_nothing(
-    tiny_bundle: Path, golden: Golden, trt: FakeTensorRt
-) -> None:
-    encoder = VisionEncoder.open(tiny_bundle)
-    tokens = encoder.run(golden["images"][:1], on_device=True)
+def test_a_fork_is_told_and_frees_nothing(rig: Rig) -> None:
+    encoder = rig.open()
+    tokens = rig.run(encoder, 1, on_device=True)
     opened, left = backend_of(encoder), tokens.on_device
     assert left is not None
     child = os.fork()
@@ -624,140 +514,116 @@ def test_a_fork_is_told_and_frees_nothing(
         status = 1
         try:
             for use in (
-                lambda: encoder.run(golden["images"][:1]),
-                lambda: opened.run({"image": golden["images"][:1]}),
-                lambda: opened.run_on_device({"image": golden["images"][:1]}),
+                lambda: encoder.run(rig.images[:1]),
+                lambda: opened.run(rig.feeds(1)),
+                lambda: opened.run_on_device(rig.feeds(1)),
                 left.__dlpack__,
             ):
                 with refused(BackendError, cause="fork", cure="in this process"):
                     use()
-            alive = trt.lib.fake_blocks(HOST | DEVICE), trt.lib.fake_handles()
+            alive = rig.held()
             encoder.close()
             opened.close()
             del encoder, opened, tokens, left
             gc.collect()
-            assert (trt.lib.fake_blocks(HOST | DEVICE), trt.lib.fake_handles()) == alive
+            assert rig.held() == alive
             status = 0
         finally:
             os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
-    check(encoder.run(golden["images"][:1]), golden, slice(1))
+    rig.run(encoder, 1)
     encoder.close()
-    del tokens, left
-    assert nothing_is_left(trt)
 
 
-def test_an_encoder_that_is_dropped_frees_what_it_held(
-    tiny_bundle: Path, golden: Golden, trt: FakeTensorRt
-) -> None:
-    encoder = VisionEncoder.open(tiny_bundle)
-    encoder.run(golden["images"][:1])
-    encoder.run(golden["images"][:1])
-    del encoder
-    assert nothing_is_left(trt)
+def test_an_encoder_that_is_dropped_frees_what_it_held(rig: Rig) -> None:
+    encoder = rig.open()
+    for _ in range(2):
+        rig.run(encoder, 1)
 
 
-def test_the_backend_itself_can_be_closed_twice_and_not_used_afterwards(
-    tiny_bundle: Path, golden: Golden, install: Install
-) -> None:
-    trt = install("10")
-    opened = TensorRt(with_engine(tiny_bundle, "10"))
+def test_the_backend_itself_can_be_closed_twice_and_not_used_afterwards(rig: Rig) -> None:
+    opened = rig.alone()
     opened.close()
     opened.close()
-    for use in (opened.run, opened.run_on_device):
+    for use in (
+        lambda: opened.run(rig.feeds(1)),
+        lambda: opened.run_on_device(rig.feeds(1)),
+        lambda: opened.launch_ms(1, 1),
+        lambda: opened.layer_ms(1, 1),
+    ):
         with refused(BackendError, got="'tensorrt' is closed"):
-            use({"image": golden["images"][:1]})
-    assert nothing_is_left(trt)
+            use()
 
 
 def test_10000_runs_take_no_memory_and_give_one_result(
-    tiny_bundle: Path, golden: Golden, trt: FakeTensorRt, monkeypatch: pytest.MonkeyPatch
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What is measured is the backend: the fake engine writes what it wrote before.
-    with VisionEncoder.open(tiny_bundle) as encoder:
-        first = encoder.run(golden["images"][:3])
+    with rig.open() as encoder:
+        first = rig.run(encoder, 3)
         monkeypatch.setattr(fake_gpu._Context, "compute", lambda self: None)
-        encoder.run(golden["images"][:3], on_device=True)
+        encoder.run(rig.images[:3], on_device=True)
 
         def runs(count: int) -> None:
             for turn in range(count):
-                tokens = encoder.run(golden["images"][:3], on_device=turn % 2 == 0)
+                tokens = encoder.run(rig.images[:3], on_device=turn % 2 == 0)
                 assert np.array_equal(tokens.embeds, first.embeds)
-            trt.calls.clear()
+            rig.trt.calls.clear()
+            gc.collect()
 
         runs(500)
-        gc.collect()
-        before = resident(), trt.lib.fake_blocks(HOST | DEVICE), trt.lib.fake_handles()
+        before, held = resident(), rig.held()
         runs(10_000)
-        gc.collect()
-        assert resident() - before[0] < 400_000  # 40 bytes a run
-        assert (trt.lib.fake_blocks(HOST | DEVICE), trt.lib.fake_handles()) == before[1:]
-
-
-def resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+        assert resident() - before < 400_000  # 40 bytes a run
+        assert rig.held() == held
 
 
 # Which engine
 
 
-def test_groups_are_no_output_of_an_engine(
-    tiny_bundle: Path, golden: Golden, install: Install
-) -> None:
-    install("10")
-    with_engine(tiny_bundle, "10")
-    with VisionEncoder.open(tiny_bundle) as encoder:
-        tokens = encoder.run(golden["images"][:1])
-        with refused(BackendError, got="token_weights", cure="--backend onnxruntime"):
-            _ = tokens.groups
-
-
-def test_of_several_engines_the_one_that_fits_is_taken(tiny_bundle: Path, install: Install) -> None:
-    install("10")
-    with_engine(tiny_bundle, "10", name="thor", sm=("110",))
-    with_engine(tiny_bundle, "10", name="old", version="10.2.0.19")
-    with_engine(tiny_bundle, "rtx", name="desktop")
-    with refused(BackendError, cause=("'thor' was built for SM 110", "SM 87")) as raised:
-        VisionEncoder.open(tiny_bundle, backend="tensorrt")
-    says(
-        raised.value,
-        cause=("'old' was built with TensorRT 10.2.0.19", "TensorRT 10.3.0.30", "'tensorrt_rtx'"),
+def test_of_several_engines_the_one_that_fits_is_taken(make: Make) -> None:
+    rig = make(name="thor", sm=("110",))
+    with_engine(rig.folder, "10", name="old", version="10.2.0.19")
+    with_engine(rig.folder, "rtx", name="desktop")
+    causes = (
+        *("'thor' was built for SM 110", "SM 87", "'old' was built with TensorRT 10.2.0.19"),
+        *("TensorRT 10.3.0.30", "'tensorrt_rtx'"),
     )
-    assert str(raised.value).count(f"vzip build {tiny_bundle}") == 2
-    with_engine(tiny_bundle, "10", name="fits")
-    with VisionEncoder.open(tiny_bundle) as encoder:
+    with refused(BackendError, cause=causes) as raised:
+        rig.open(backend="tensorrt")
+    assert str(raised.value).count(f"vzip build {rig.folder}") == 2
+    with_engine(rig.folder, "10", name="fits")
+    with rig.open() as encoder:
         assert backend_of(encoder).engine == "fits"
         assert backend_of(encoder).machine.gpu == "Fake Orin"
-    with_engine(tiny_bundle, "10", name="fits-too")
+    with_engine(rig.folder, "10", name="fits-too")
     for backend in ("auto", "tensorrt"):
         with refused(BackendError, got="2 engines", cure="engine=, one of fits, fits-too"):
-            VisionEncoder.open(tiny_bundle, backend=backend)
-        with VisionEncoder.open(tiny_bundle, backend=backend, engine="fits-too") as encoder:
+            rig.open(backend=backend)
+        with rig.open(backend=backend, engine="fits-too") as encoder:
             assert backend_of(encoder).engine == "fits-too"
     with refused(BackendError, got=("'thor'", "SM 110"), expected="SM 87"):
-        VisionEncoder.open(tiny_bundle, engine="thor")
+        rig.open(engine="thor")
     with refused(InvalidInputError, got="engine='x'", expected="desktop, fits, fits-too"):
-        VisionEncoder.open(tiny_bundle, engine="x")
+        rig.open(engine="x")
     with refused(InvalidInputError, got=("engine='fits'", "backend='onnxruntime'")):
-        VisionEncoder.open(tiny_bundle, backend="onnxruntime", engine="fits")
+        rig.open(backend="onnxruntime", engine="fits")
 
 
 def test_an_engine_of_another_gpu_of_the_same_sm_runs_with_a_warning(
-    tiny_bundle: Path, golden: Golden, install: Install, caplog: pytest.LogCaptureFixture
+    make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    install("10")
-    with_engine(tiny_bundle, "10", gpu="Another Orin")
-    with VisionEncoder.open(tiny_bundle) as encoder:
-        check(encoder.run(golden["images"][:1]), golden, slice(1))
+    rig = make(gpu="Another Orin")
+    with rig.open() as encoder:
+        rig.run(encoder, 1)
     (record,) = caplog.records
     assert "'orin' was tuned for and proven on Another Orin, this is Fake Orin" in record.message
-    assert f"vzip build {tiny_bundle}" in record.message
+    assert f"vzip build {rig.folder}" in record.message
     caplog.clear()
-    with_engine(tiny_bundle, "10", gpu=None, proof=None)  # ahead of time: for every such GPU
-    VisionEncoder.open(tiny_bundle).close()
-    with_engine(tiny_bundle, "10")
-    VisionEncoder.open(tiny_bundle).close()
+    with_engine(rig.folder, "10", gpu=None, proof=None)  # ahead of time: for every such GPU
+    rig.open().close()
+    with_engine(rig.folder, "10")
+    rig.open().close()
     assert caplog.records == []
 
 
@@ -776,6 +642,8 @@ def test_auto_goes_on_where_no_engine_can_run(
 
     trt = install("10")
     assert taken() == "onnxruntime"  # no engine
+    with refused(BackendError, got="no engine", cure=f"vzip build {tiny_bundle}"):
+        VisionEncoder.open(tiny_bundle, backend="tensorrt")
     with_engine(tiny_bundle, "10")
     assert taken() == "tensorrt"
     trt.lib.fake_device(0, 0, 0)
@@ -793,43 +661,36 @@ def test_auto_goes_on_where_no_engine_can_run(
     assert taken() == "onnxruntime"  # no libcudart
 
 
-def test_without_engines_the_message_says_how_to_make_one(tiny_bundle: Path) -> None:
-    with refused(BackendError, got="no engine", cure=f"vzip build {tiny_bundle}"):
-        VisionEncoder.open(tiny_bundle, backend="tensorrt")
-
-
-def test_a_damaged_engine_that_fits_is_an_error_even_for_auto(
-    tiny_bundle: Path, trt: FakeTensorRt
-) -> None:
-    path = tiny_bundle / "engines" / "orin.plan"
+def test_a_damaged_engine_that_fits_is_an_error_even_for_auto(rig: Rig) -> None:
+    path = rig.folder / "engines" / "orin.plan"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     with refused(BundleError, got=("'orin'", "SHA-256")):
-        VisionEncoder.open(tiny_bundle)
-    assert trt.calls == []  # TensorRT saw nothing of it
-    assert nothing_is_left(trt)
+        rig.open()
+    assert rig.trt.calls == []  # TensorRT saw nothing of it
 
 
-def test_an_engine_of_another_graph_is_refused(tiny_bundle: Path, install: Install) -> None:
-    install("10")
-    bundle = with_engine(tiny_bundle, "10")
-    record = dataclasses.replace(bundle.manifest.engines["orin"], model_sha256="0" * 64)
-    manifest = dataclasses.replace(bundle.manifest, engines={"orin": record})
-    (tiny_bundle / "manifest.json").write_bytes(manifest.to_bytes())
+def test_an_engine_of_another_graph_is_refused(rig: Rig) -> None:
+    manifest = read_bundle(rig.folder).manifest
+    record = dataclasses.replace(manifest.engines["orin"], model_sha256="0" * 64)
+    manifest = dataclasses.replace(manifest, engines={"orin": record})
+    (rig.folder / "manifest.json").write_bytes(manifest.to_bytes())
     with refused(BackendError, got="SHA-256 000000000000…", expected="model.onnx"):
-        VisionEncoder.open(read_bundle(tiny_bundle), backend="tensorrt")
+        rig.open(backend="tensorrt")
 
 
 def test_a_library_that_is_missing_is_named(
-    tiny_bundle: Path, install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install("10")
-    with_engine(tiny_bundle, "10")
-    (tmp_path / "tensorrt.py").write_text(
-        "raise ImportError('libcudnn.so.8: cannot open shared object file')"
-    )
+    said = "raise ImportError('libcudnn.so.8: cannot open shared object file')"
+    (tmp_path / "tensorrt.py").write_text(said)
     monkeypatch.delitem(sys.modules, "tensorrt")
     monkeypatch.syspath_prepend(tmp_path)
     with refused(MissingDependencyError, got="libcudnn.so.8"):
-        VisionEncoder.open(tiny_bundle, backend="tensorrt")
+        rig.open(backend="tensorrt")
+
+
+def resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

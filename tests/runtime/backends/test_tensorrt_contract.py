@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.contract import test_backends
 from tests.places import GOLDEN
-from tests.runtime.fake_gpu import Install, with_engine
+from tests.runtime.fake_gpu import DEVICE, HOST, Install, with_engine
 
 
 @pytest.fixture(params=["8.6", "10", "rtx"], autouse=True)
-def generation(request: pytest.FixtureRequest, install: Install) -> str:
-    install(request.param)
-    return str(request.param)
+def generation(request: pytest.FixtureRequest, install: Install) -> Iterator[str]:
+    trt = install(request.param)
+    yield request.param
+    gc.collect()
+    assert not trt.faults
+    assert (trt.lib.fake_blocks(HOST | DEVICE), trt.lib.fake_handles()) == (0, 0)
 
 
 @pytest.fixture
