@@ -1,7 +1,7 @@
 """A module that looks like TensorRT's Python bindings, for what only a GPU can run.
 
 It has the names that the real ones have, and no others: `tests/golden/trt_names.json` was written
-from the wheels of 8.6.0 and TensorRT-RTX 1.7.1, and `test_trt_api.py` holds this file to it. For 10
+from the wheels of 8.6.0 and TensorRT-RTX 1.7.1, and `test_api.py` holds this file to it. For 10
 and 11, which can't be had here, the names follow NVIDIA's documentation: 10 has what 8.6 and RTX
 both have and the flags of both; 11 has what RTX has, and timing caches.
 
@@ -16,7 +16,10 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+
+from vzip.runtime.bundle.reader import read_bundle
 
 Version = Literal["8.6", "10.3", "10.13", "11.4"]
 
@@ -336,3 +339,18 @@ def install(monkeypatch: Any, module: Any) -> Any:
     """Let `import tensorrt` give a fake module."""
     monkeypatch.setitem(sys.modules, "tensorrt", module)
     return module
+
+
+def install_for(path: Path, monkeypatch: Any, version: Version, **options: Any) -> Any:
+    """Install a fake whose parsed networks have the tensors of a bundle; `options` as of `make`."""
+    names = {"uint8": "UINT8", "float32": "FLOAT", "float16": "HALF"}
+    names["int64"] = "INT32" if version == "8.6" else "INT64"
+    manifest = read_bundle(path).manifest
+    inputs, outputs = (
+        [
+            (each.name, names[each.dtype], tuple(-1 if d == "batch" else d for d in each.shape))
+            for each in tensors
+        ]
+        for tensors in (manifest.inputs, manifest.outputs)
+    )
+    return install(monkeypatch, make(version, inputs=inputs, outputs=outputs, **options))

@@ -13,19 +13,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.references import with_reference
 from tests.refusals import refused
 from vzip.export.engines.published import BuiltEngine
 from vzip.export.engines.tensorrt.publish import build_engine
 from vzip.export.engines.tensorrt.request import BuildRequest
 from vzip.runtime.bundle.reader import read_bundle
-from vzip.runtime.bundle.writer import bundle_writer
 from vzip.runtime.cli.main import main
 from vzip.runtime.errors import ParityError
 
 pytestmark = pytest.mark.gpu
 
 Arrays = Mapping[str, NDArray[Any]]
-PATCHES = 16
 
 
 @pytest.fixture(params=["tiny_bundle", "tiny_static_bundle"])
@@ -34,23 +33,8 @@ def proven(request: pytest.FixtureRequest, golden: Arrays) -> Callable[..., Path
     path: Path = request.getfixturevalue(request.param)
 
     def give(offset: float = 0.0) -> Path:
-        manifest = read_bundle(path).manifest
-        scores = np.ones((len(golden["kept"]), PATCHES), np.float32)
-        for row, kept in zip(scores, golden["kept"], strict=True):
-            row[kept[1:] - 1] = 10.0
-        name = "images" if manifest.input.name == "image" else "pixel_values"
-        with bundle_writer(path) as writer:
-            for file in ("model.onnx", "model.onnx.data"):
-                (writer.folder / file).write_bytes((path / file).read_bytes())
-            np.savez(
-                writer.folder / "reference.npz",
-                input=golden[name],
-                kept=golden["kept"],
-                scores=scores,
-                embeds=(golden["embeds"] + offset).astype(np.float32),
-            )
-            writer.publish(manifest)
-        return path
+        embeds = (golden["embeds"] + offset).astype(np.float32)
+        return with_reference(path, golden, embeds=embeds).path
 
     return give
 

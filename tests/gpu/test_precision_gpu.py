@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.precisions import add_precision, golden_precisions
+from tests.references import with_reference
 from tests.refusals import refused
 from vzip.export.engines.tensorrt.auto import build_best
 from vzip.export.engines.tensorrt.publish import build_engine
@@ -21,32 +22,15 @@ from vzip.export.engines.tensorrt.request import BuildRequest, this_machine
 from vzip.runtime import VisionEncoder
 from vzip.runtime.bundle.precision_record import FP8_SM, Quantised
 from vzip.runtime.bundle.reader import read_bundle
-from vzip.runtime.bundle.writer import bundle_writer
 from vzip.runtime.errors import BackendError
 
 pytestmark = pytest.mark.gpu
-
-PATCHES = 16
 
 
 @pytest.fixture
 def proven(tiny_bundle: Path, golden: Mapping[str, NDArray[Any]]) -> Path:
     """The golden bundle, with the reference that it must compute."""
-    manifest = read_bundle(tiny_bundle).manifest
-    scores = np.ones((len(golden["kept"]), PATCHES), np.float32)
-    for row, kept in zip(scores, golden["kept"], strict=True):
-        row[kept[1:] - 1] = 10.0
-    with bundle_writer(tiny_bundle) as writer:
-        for name in manifest.files:
-            (writer.folder / name).write_bytes((tiny_bundle / name).read_bytes())
-        np.savez(
-            writer.folder / "reference.npz",
-            input=golden["images"],
-            kept=golden["kept"],
-            scores=scores,
-            embeds=golden["embeds"].astype(np.float32),
-        )
-        writer.publish(manifest)
+    with_reference(tiny_bundle, golden)
     return tiny_bundle
 
 

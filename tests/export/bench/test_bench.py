@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.pages import HOSTILE, assert_shut
+from tests.references import with_reference
 from tests.refusals import refused
 from tests.runtime.fake_gpu import with_engine
 from vzip.export.bench import measure as encoder
@@ -39,25 +39,6 @@ def one_thread_and_no_network(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the tiny bundle's model is nowhere
 
 
-def write_reference(folder: Path, golden: dict[str, np.ndarray], **spoiled: np.ndarray) -> Path:
-    """Put a reference.npz into a golden bundle."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    rows, columns = manifest["tower"]["grid"]
-    arrays = {
-        "input": golden["images"],
-        "kept": golden["kept"],
-        "scores": np.ones((len(golden["images"]), rows * columns), np.float32),
-        "embeds": golden["embeds"].astype(np.float32),
-        **spoiled,
-    }
-    np.savez(folder / "reference.npz", **arrays)
-    data = (folder / "reference.npz").read_bytes()
-    entry = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    manifest["files"]["reference.npz"] = entry
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
-
-
 def measure(folder: Path, **wanted: Any) -> dict[str, Any]:
     found = Wanted(**{"only": ("onnxruntime:fp32",), "rounds": 2, **wanted})
     return bench({"tiny": read_bundle(folder)}, found, command="vzip bench", say=lambda _: None)
@@ -68,7 +49,7 @@ def measure(folder: Path, **wanted: Any) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_what_is_timed_was_proven(tiny_bundle, golden):
-    result = measure(write_reference(tiny_bundle, golden), batches=(1, 3, 8))
+    result = measure(with_reference(tiny_bundle, golden).path, batches=(1, 3, 8))
     rows = {(row["stack"], row["batch"]): row for row in result["rows"]}
     for batch in (1, 3):
         row = rows["onnxruntime:fp32", batch]
@@ -101,7 +82,7 @@ def test_what_is_timed_was_proven(tiny_bundle, golden):
 
 def test_a_stack_whose_tokens_differ_is_not_timed(tiny_bundle, golden):
     spoiled = np.roll(golden["embeds"].astype(np.float32), 1, axis=1)
-    result = measure(write_reference(tiny_bundle, golden, embeds=spoiled))
+    result = measure(with_reference(tiny_bundle, golden, embeds=spoiled).path)
     assert not [row for row in result["rows"] if row["kind"] == "ours"]
     (why,) = (each["why"] for each in result["empty"] if each["cell"] == "tiny, onnxruntime:fp32")
     assert why.startswith("the tokens differ from the reference: images 5")
@@ -314,7 +295,7 @@ class Machine:
 
 @pytest.fixture
 def tiny(tiny_bundle, golden):
-    path = write_reference(tiny_bundle, golden)
+    path = with_reference(tiny_bundle, golden).path
     build_cpu(path, "fastest", say=lambda _: None)
     return path
 

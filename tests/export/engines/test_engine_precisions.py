@@ -13,6 +13,7 @@ import pytest
 
 from tests.export import fake_tensorrt
 from tests.precisions import add_precision, golden_precisions
+from tests.references import answers, with_reference
 from tests.refusals import refused
 from vzip.export.engines.published import BuiltEngine
 from vzip.export.engines.tensorrt import auto as engine_auto
@@ -29,7 +30,6 @@ from vzip.runtime.backends.tensorrt.engine_file import read_engine
 from vzip.runtime.bundle.engine_record import EngineRecord
 from vzip.runtime.bundle.precision_record import Quantised
 from vzip.runtime.bundle.reader import Bundle, read_bundle
-from vzip.runtime.bundle.writer import bundle_writer
 from vzip.runtime.cli.main import main
 from vzip.runtime.errors import BackendError, InvalidInputError, ParityError
 
@@ -196,15 +196,7 @@ class Board:
         self.monkeypatch.setattr(engine_auto, "this_machine", lambda: machine)
 
     def install(self, version: Any, **options: Any) -> Any:
-        manifest = read_bundle(self.path).manifest
-        names = {"uint8": "UINT8", "float32": "FLOAT", "float16": "HALF"}
-        names["int64"] = "INT32" if version == "8.6" else "INT64"
-        inputs, outputs = (
-            [(t.name, names[t.dtype], (-1, *t.shape[1:])) for t in tensors]
-            for tensors in (manifest.inputs, manifest.outputs)
-        )
-        module = fake_tensorrt.make(version, inputs=inputs, outputs=outputs, **options)
-        return fake_tensorrt.install(self.monkeypatch, module)
+        return fake_tensorrt.install_for(self.path, self.monkeypatch, version, **options)
 
     def build(self, **request: Any) -> BuiltEngine:
         return build_engine(self.path, BuildRequest(**request), say=self.said.append)
@@ -226,18 +218,7 @@ class Board:
 
 @pytest.fixture
 def board(tiny_bundle: Path, golden: Any, monkeypatch: pytest.MonkeyPatch) -> Board:
-    manifest = read_bundle(tiny_bundle).manifest
-    with bundle_writer(tiny_bundle) as writer:
-        for name in manifest.files:
-            (writer.folder / name).write_bytes((tiny_bundle / name).read_bytes())
-        np.savez(
-            writer.folder / "reference.npz",
-            input=golden["images"],
-            kept=golden["kept"],
-            scores=np.ones((5, 16), np.float32),
-            embeds=golden["embeds"].astype(np.float32),
-        )
-        writer.publish(manifest)
+    with_reference(tiny_bundle, golden)
     return Board(monkeypatch, tiny_bundle)
 
 
@@ -304,11 +285,7 @@ def test_the_proof_runs_the_engine_at_its_precision(
             assert read_engine(candidate, engine) == bytes(plan)
 
         def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-            (array,) = feeds.values()
-            images = golden["images"]
-            places = [[np.array_equal(x, image) for x in images].index(True) for image in array]
-            embeds = golden_precisions()["int8"][places].astype(np.float32)
-            return {"image_embeds": embeds, "kept_indices": golden["kept"][places]}
+            return answers(golden, feeds, golden_precisions()["int8"])
 
         def close(self) -> None:
             pass
