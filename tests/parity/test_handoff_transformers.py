@@ -101,9 +101,7 @@ def llava():
     tokenizer = make_tokenizer()
     model = make_model(len(tokenizer))
     return types.SimpleNamespace(
-        model=model,
-        tokenizer=tokenizer,
-        llm=TransformersLLM(model, tokenizer, template=None),
+        model=model, tokenizer=tokenizer, llm=TransformersLLM(model, tokenizer, template=None)
     )
 
 

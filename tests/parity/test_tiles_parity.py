@@ -114,13 +114,13 @@ def assert_equal_to_reference(family: str, side: int, image: Image.Image) -> Non
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
-def test_published_tiles(size: tuple[int, int], family: str) -> None:
+def test_published_tiles(size, family):
     assert_equal_to_reference(family, TILE[family], noise(*size))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", [(801, 600), (333, 999), (336, 336)])
-def test_published_pixel_values(size: tuple[int, int], family: str) -> None:
+def test_published_pixel_values(size, family):
     image, (prep, tiling) = noise(*size), ours(family, TILE[family])
     (expected,) = upstream(family, TILE[family])(image)["pixel_values"]
     result = pixel_values(cut(image, prep, tiling).images, prep)
@@ -136,7 +136,7 @@ def test_published_pixel_values(size: tuple[int, int], family: str) -> None:
     family=st.sampled_from(FAMILIES),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_any_size(*, width: int, height: int, side: int, family: str, seed: int) -> None:
+def test_any_size(*, width, height, side, family, seed):
     assert_equal_to_reference(family, side, noise(width, height, seed))
 
 
@@ -177,9 +177,7 @@ def packed(
     patches=st.sampled_from([3, 4, 24, 27]),
     family=st.sampled_from(FAMILIES),
 )
-def test_rows_of_an_image_that_keeps_everything_are_upstreams(
-    *, width: int, height: int, patches: int, family: str
-) -> None:
+def test_rows_of_an_image_that_keeps_everything_are_upstreams(*, width, height, patches, family):
     size, side = (height, width), patches * PATCH
     grid = get_anyres_image_grid_shape(size, [list(p) for p in pinpoints(family, side)], side)
     tiles = math.prod(grid)

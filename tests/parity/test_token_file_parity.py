@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,7 +39,7 @@ def images(dtype: type) -> list[ImageTokens]:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_the_package_reads_what_we_write(tmp_path: Path, dtype: type) -> None:
+def test_the_package_reads_what_we_write(tmp_path, dtype):
     path = tmp_path / "t.safetensors"
     path.write_bytes(to_bytes(ORIGIN, images(dtype)))
     found = load_file(path)
@@ -57,11 +56,11 @@ def test_the_package_reads_what_we_write(tmp_path: Path, dtype: type) -> None:
     ]
 
 
-def test_the_package_reads_a_file_without_images() -> None:
+def test_the_package_reads_a_file_without_images():
     assert load(to_bytes(ORIGIN, [])) == {}
 
 
-def test_we_read_what_the_package_writes(tmp_path: Path) -> None:
+def test_we_read_what_the_package_writes(tmp_path):
     ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
     ours.write_bytes(to_bytes(ORIGIN, images(np.float32)))
     with safe_open(ours, framework="numpy") as file:
@@ -72,7 +71,7 @@ def test_we_read_what_the_package_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 40])
-def test_the_package_refuses_what_we_refuse(tmp_path: Path, cut: int) -> None:
+def test_the_package_refuses_what_we_refuse(tmp_path, cut):
     data = to_bytes(ORIGIN, images(np.float32))[:-cut]
     path = tmp_path / "t.safetensors"
     path.write_bytes(data)
@@ -82,7 +81,7 @@ def test_the_package_refuses_what_we_refuse(tmp_path: Path, cut: int) -> None:
         load(data)
 
 
-def test_the_largest_header_is_the_packages() -> None:
+def test_the_largest_header_is_the_packages():
     for size, refused in ((LARGEST_HEADER, False), (LARGEST_HEADER + 1, True)):
         data = size.to_bytes(8, "little") + b"{}" + b" " * (size - 2)
         if refused:
@@ -92,7 +91,7 @@ def test_the_largest_header_is_the_packages() -> None:
             assert load(data) == {}
 
 
-def test_numpy_reads_an_array() -> None:
+def test_numpy_reads_an_array():
     tokens, kept = np.full((2, 5), 3, np.float16), np.zeros((1, 2), np.int64)
     both = [ImageTokens(name, "s", tokens, kept) for name in "ab"]
     file = io.BytesIO()
@@ -104,7 +103,7 @@ def test_numpy_reads_an_array() -> None:
     np.testing.assert_array_equal(found, np.stack([each.tokens for each in both]))
 
 
-def test_headers_of_many_images_stay_within_what_is_reckoned() -> None:
+def test_headers_of_many_images_stay_within_what_is_reckoned():
     """`outputs_of` refuses by a bound: it must not be below what a header really takes."""
     from vzip.runtime.tokens.job import _HEADER_PER_IMAGE
 

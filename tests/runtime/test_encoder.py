@@ -25,12 +25,7 @@ from vzip.runtime.backends.protocol import BackendUnavailableError
 from vzip.runtime.bundle.manifest import Manifest, Tiling
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.bundle.writer import bundle_writer, update_manifest
-from vzip.runtime.errors import (
-    BackendError,
-    BundleError,
-    InvalidInputError,
-    MissingDependencyError,
-)
+from vzip.runtime.errors import BackendError, BundleError, InvalidInputError, MissingDependencyError
 from vzip.runtime.pictures.tiles import arrange, arrange_rows, cut
 
 Arrays = dict[str, np.ndarray]
@@ -87,14 +82,14 @@ def png(array: np.ndarray) -> bytes:
 # Opening
 
 
-def test_opens_a_folder_a_text_or_a_bundle(tiny_bundle: Path) -> None:
+def test_opens_a_folder_a_text_or_a_bundle(tiny_bundle):
     for source in (tiny_bundle, str(tiny_bundle), read_bundle(tiny_bundle)):
         with VisionEncoder.open(source, backend="onnxruntime") as encoder:
             assert encoder.bundle == read_bundle(tiny_bundle)
             assert encoder.manifest is encoder.bundle.manifest
 
 
-def test_opening_verifies_the_digests(tiny_bundle: Path) -> None:
+def test_opening_verifies_the_digests(tiny_bundle):
     read_before = read_bundle(tiny_bundle)
     data = bytearray((tiny_bundle / "model.onnx.data").read_bytes())
     data[5] ^= 1
@@ -104,9 +99,7 @@ def test_opening_verifies_the_digests(tiny_bundle: Path) -> None:
             VisionEncoder.open(source, backend="onnxruntime")
 
 
-def test_groups_are_not_taken_from_a_bundle_that_was_replaced(
-    tiny_bundle: Path, golden: Arrays
-) -> None:
+def test_groups_are_not_taken_from_a_bundle_that_was_replaced(tiny_bundle, golden):
     with VisionEncoder.open(tiny_bundle, backend="onnxruntime") as encoder:
         tokens = encoder.run(golden["images"][:1])
         path = tiny_bundle / "model.onnx"
@@ -115,14 +108,14 @@ def test_groups_are_not_taken_from_a_bundle_that_was_replaced(
             _ = tokens.groups
 
 
-def test_parity_numbers_may_change_while_it_is_open(tiny_bundle: Path, golden: Arrays) -> None:
+def test_parity_numbers_may_change_while_it_is_open(tiny_bundle, golden):
     with VisionEncoder.open(tiny_bundle, backend="onnxruntime") as encoder:
         tokens = encoder.run(golden["images"][:1])
         update_manifest(encoder.bundle, parity={"passed": True})
         assert np.array_equal(tokens.groups, golden["groups"][:1])
 
 
-def test_refuses_a_backend_that_does_not_exist(tiny_bundle: Path) -> None:
+def test_refuses_a_backend_that_does_not_exist(tiny_bundle):
     with refused(InvalidInputError, got="'onnx'", expected=("auto", "tensorrt", "pytorch")):
         VisionEncoder.open(tiny_bundle, backend="onnx")
 
@@ -130,9 +123,7 @@ def test_refuses_a_backend_that_does_not_exist(tiny_bundle: Path) -> None:
 # Choosing a backend
 
 
-def test_auto_takes_the_first_that_can_be_used(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_takes_the_first_that_can_be_used(tiny_bundle, monkeypatch):
     tried: list[str] = []
 
     def load(name: str) -> Callable[..., object]:
@@ -151,10 +142,7 @@ def test_auto_takes_the_first_that_can_be_used(
     assert tried == ["tensorrt", "onnxruntime-cuda", "onnxruntime", "pytorch"]
 
 
-def test_auto_does_not_hide_the_failure_of_a_backend_that_is_there(
-    tiny_bundle: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_auto_does_not_hide_the_failure_of_a_backend_that_is_there(tiny_bundle, monkeypatch):
     def load(name: str) -> Callable[..., object]:
         def make(bundle: Bundle, extra: tuple[str, ...]) -> object:
             raise BackendError(f"{name} is broken")
@@ -166,9 +154,7 @@ def test_auto_does_not_hide_the_failure_of_a_backend_that_is_there(
         open_backend("auto", read_bundle(tiny_bundle))
 
 
-def test_without_any_package_the_error_names_every_reason(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_any_package_the_error_names_every_reason(tiny_bundle, monkeypatch):
     for package in ("onnxruntime", "torch", "onnx"):
         monkeypatch.setitem(sys.modules, package, None)
     reasons = ("onnxruntime-cuda: ", "pytorch: ", "vzip[gpu]", "vzip[cpu]", "vzip[export]")
@@ -179,7 +165,7 @@ def test_without_any_package_the_error_names_every_reason(
             VisionEncoder.open(tiny_bundle, backend=name)
 
 
-def test_auto_says_which_backend_it_took(tiny_bundle: Path) -> None:
+def test_auto_says_which_backend_it_took(tiny_bundle):
     with VisionEncoder.open(tiny_bundle) as encoder:
         assert encoder.backend in {"onnxruntime", "onnxruntime-cuda"}
 
@@ -201,9 +187,7 @@ def fake_onnxruntime(monkeypatch: pytest.MonkeyPatch, built: list[str], active: 
     )
 
 
-def test_asking_for_cuda_never_gives_the_cpu(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_asking_for_cuda_never_gives_the_cpu(tiny_bundle, monkeypatch):
     cpu, both = ["CPUExecutionProvider"], ["CUDAExecutionProvider", "CPUExecutionProvider"]
     fake_onnxruntime(monkeypatch, cpu, cpu)
     with refused(BackendUnavailableError, expected="CUDAExecutionProvider", cure="vzip[gpu]"):
@@ -213,7 +197,7 @@ def test_asking_for_cuda_never_gives_the_cpu(
         VisionEncoder.open(tiny_bundle, backend="onnxruntime-cuda")
 
 
-def test_onnxruntime_is_imported_without_its_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnxruntime_is_imported_without_its_telemetry(monkeypatch):
     monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
     import_onnxruntime("a test", "cpu")
     assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
@@ -225,9 +209,7 @@ def test_onnxruntime_is_imported_without_its_telemetry(monkeypatch: pytest.Monke
 # What goes in
 
 
-def test_takes_every_kind_of_image_alone_or_in_a_list(
-    tiny_bundle: Path, tmp_path: Path, golden: Arrays
-) -> None:
+def test_takes_every_kind_of_image_alone_or_in_a_list(tiny_bundle, tmp_path, golden):
     array = golden["images"][0]
     file = tmp_path / "image.png"
     file.write_bytes(png(array))
@@ -241,9 +223,7 @@ def test_takes_every_kind_of_image_alone_or_in_a_list(
             assert all(np.array_equal(each, array) for each in fed)
 
 
-def test_feeds_pixel_values_where_the_graph_takes_them(
-    tiny_static_bundle: Path, golden: Arrays
-) -> None:
+def test_feeds_pixel_values_where_the_graph_takes_them(tiny_static_bundle, golden):
     with opened(tiny_static_bundle) as encoder:
         encoder.encode(list(golden["images"][:2]))
         (fed,) = fake_of(encoder).fed
@@ -252,8 +232,8 @@ def test_feeds_pixel_values_where_the_graph_takes_them(
 
 
 def test_splits_into_chunks_and_fills_a_static_batch_with_copies(
-    tiny_bundle: Path, tiny_static_bundle: Path, golden: Arrays
-) -> None:
+    tiny_bundle, tiny_static_bundle, golden
+):
     images = list(golden["images"])
     with opened(tiny_bundle) as encoder:
         assert encoder.encode(images).kept.shape == (5, 4)
@@ -267,14 +247,14 @@ def test_splits_into_chunks_and_fills_a_static_batch_with_copies(
 
 
 @pytest.mark.parametrize("nothing", [[], ()])
-def test_refuses_no_image(tiny_bundle: Path, nothing: Any) -> None:
+def test_refuses_no_image(tiny_bundle, nothing):
     with opened(tiny_bundle) as encoder:
         with refused(InvalidInputError, got="empty"):
             encoder.encode(nothing)
         assert not fake_of(encoder).fed
 
 
-def test_refuses_what_is_no_image_before_anything_runs(tiny_bundle: Path, golden: Arrays) -> None:
+def test_refuses_what_is_no_image_before_anything_runs(tiny_bundle, golden):
     good = golden["images"][0]
     bad: list[Any] = [b"GIF8 but no more", good.astype(np.float32), None, (n for n in "generator")]
     with opened(tiny_bundle) as encoder:
@@ -301,16 +281,14 @@ def test_refuses_what_is_no_image_before_anything_runs(tiny_bundle: Path, golden
         (None, "NoneType", "image uint8"),
     ],
 )
-def test_run_refuses_what_is_not_the_graphs_input(
-    tiny_bundle: Path, array: Any, got: str, expected: str
-) -> None:
+def test_run_refuses_what_is_not_the_graphs_input(tiny_bundle, array, got, expected):
     with opened(tiny_bundle) as encoder:
         with refused(InvalidInputError, got=got, expected=expected):
             encoder.run(array)
         assert not fake_of(encoder).fed
 
 
-def test_run_refuses_other_batches_of_a_static_graph(tiny_static_bundle: Path) -> None:
+def test_run_refuses_other_batches_of_a_static_graph(tiny_static_bundle):
     with opened(tiny_static_bundle) as encoder:
         for count in (0, 1, 3):
             with refused(InvalidInputError, got=f"batch of {count}", expected="exactly 2"):
@@ -322,7 +300,7 @@ def test_run_refuses_other_batches_of_a_static_graph(tiny_static_bundle: Path) -
         assert encoder.run(np.zeros((2, 3, 16, 16), np.float32)).kept.shape == (2, 4)
 
 
-def test_run_hands_on_contiguous_memory(tiny_bundle: Path, golden: Arrays) -> None:
+def test_run_hands_on_contiguous_memory(tiny_bundle, golden):
     with opened(tiny_bundle) as encoder:
         encoder.run(np.asfortranarray(golden["images"][:2]))
         assert np.array_equal(fake_of(encoder).fed[0], golden["images"][:2])
@@ -364,8 +342,8 @@ def set_kept(row: list[int]) -> Callable[[Arrays], object]:
     ],
 )
 def test_refuses_outputs_that_the_manifest_does_not_promise(
-    tiny_bundle: Path, golden: Arrays, spoil: Callable[[Arrays], object], got: str, expected: str
-) -> None:
+    tiny_bundle, golden, spoil, got, expected
+):
     with opened(tiny_bundle, spoil) as encoder:
         with refused(BackendError, got=("fake", got), expected=expected):
             encoder.run(golden["images"][:1])
@@ -381,9 +359,7 @@ def without_cls(folder: Path, spoil: Callable[[Arrays], object]) -> VisionEncode
     return VisionEncoder(bundle, "fake", Fake(bundle, spoil))
 
 
-def test_a_cls_token_that_is_dropped_is_neither_kept_nor_merged(
-    tiny_bundle: Path, golden: Arrays, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cls_token_that_is_dropped_is_neither_kept_nor_merged(tiny_bundle, golden, monkeypatch):
     def good(outputs: Arrays) -> None:
         outputs["kept_indices"] = np.array([[1, 2, 3, 4]])
         outputs["token_weights"][:, 4, 4] = 0
@@ -408,13 +384,7 @@ def test_a_cls_token_that_is_dropped_is_neither_kept_nor_merged(
         (set_kept([0, 1, 2, 16]), ("other tokens", "same")),
     ],
 )
-def test_refuses_groups_that_make_no_sense(
-    tiny_bundle: Path,
-    golden: Arrays,
-    monkeypatch: pytest.MonkeyPatch,
-    spoil: Callable[[Arrays], object],
-    said: tuple[str, str],
-) -> None:
+def test_refuses_groups_that_make_no_sense(tiny_bundle, golden, monkeypatch, spoil, said):
     with opened(tiny_bundle) as encoder:
         second = Fake(encoder.bundle, spoil)
         monkeypatch.setattr("vzip.runtime.encoder.open_backend", lambda *_, **__: ("fake", second))
@@ -423,9 +393,7 @@ def test_refuses_groups_that_make_no_sense(
             _ = tokens.groups
 
 
-def test_groups_cost_nothing_until_they_are_asked_for(
-    tiny_bundle: Path, golden: Arrays, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_groups_cost_nothing_until_they_are_asked_for(tiny_bundle, golden, monkeypatch):
     calls: list[dict[str, Any]] = []
     encoder = opened(tiny_bundle)
     second = Fake(encoder.bundle)
@@ -448,7 +416,7 @@ def test_groups_cost_nothing_until_they_are_asked_for(
     assert (fake.closed, second.closed) == (1, 1)
 
 
-def test_tokens_have_a_short_description() -> None:
+def test_tokens_have_a_short_description():
     tokens = CompressedTokens(
         np.zeros((1, 2, 3), np.float32), np.zeros((1, 1), np.int64), lambda: np.zeros((1, 4))
     )
@@ -530,12 +498,8 @@ def marked(
 
 @pytest.mark.parametrize(("change", "tokens"), [(patches_alone, 16), (pooled, 4)])
 def test_patches_are_counted_from_0_where_there_is_no_cls_token(
-    tiny_bundle: Path,
-    golden: Arrays,
-    monkeypatch: pytest.MonkeyPatch,
-    change: Callable[[Manifest], Manifest],
-    tokens: int,
-) -> None:
+    tiny_bundle, golden, monkeypatch, change, tokens
+):
     with marked(tiny_bundle, change) as encoder:
         again = fake_of(encoder)
         monkeypatch.setattr("vzip.runtime.encoder.open_backend", lambda *_, **__: ("fake", again))
@@ -555,8 +519,8 @@ def test_patches_are_counted_from_0_where_there_is_no_cls_token(
 
 
 def test_a_token_without_a_group_is_noticed_where_there_is_no_cls_token(
-    tiny_bundle: Path, golden: Arrays, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_bundle, golden, monkeypatch
+):
     def drop(outputs: Arrays) -> None:
         outputs["token_weights"][:, 2, :] = 0
 
@@ -604,7 +568,7 @@ def picture(width: int, height: int) -> np.ndarray:
     return np.random.default_rng(7).integers(0, 256, (height, width, 3), np.uint8)
 
 
-def test_an_image_without_tiles_is_what_encode_gives(tiny_bundle: Path, golden: Arrays) -> None:
+def test_an_image_without_tiles_is_what_encode_gives(tiny_bundle, golden):
     with VisionEncoder.open(tiny_bundle, backend="onnxruntime") as encoder:
         embeds, kept = encoder.image_tokens(golden["images"][1])
         assert embeds.shape == (7, 6)
@@ -615,8 +579,8 @@ def test_an_image_without_tiles_is_what_encode_gives(tiny_bundle: Path, golden: 
 @pytest.mark.parametrize("order", ["reference", "newline"])
 @pytest.mark.parametrize("size", [(40, 33), (90, 20), (20, 90), (5, 8)])
 def test_an_image_with_tiles_is_the_base_tile_and_the_others_in_order(
-    tmp_path: Path, tiny_bundle: Path, size: tuple[int, int], order: str
-) -> None:
+    tmp_path, tiny_bundle, size, order
+):
     image = picture(*size)
     bundle = with_newline(tmp_path / "tiled", tiny_bundle, tiled(order))
     with VisionEncoder.open(bundle, backend="onnxruntime") as encoder:
@@ -641,7 +605,7 @@ def test_an_image_with_tiles_is_the_base_tile_and_the_others_in_order(
 
 
 @pytest.mark.parametrize("order", ["reference", "newline"])
-def test_tiles_of_a_tower_without_cls(tmp_path: Path, tiny_bundle: Path, order: str) -> None:
+def test_tiles_of_a_tower_without_cls(tmp_path, tiny_bundle, order):
     image = picture(40, 33)
     folder = with_newline(
         tmp_path / "tiled", tiny_bundle, lambda manifest: tiled(order)(patches_alone(manifest))
@@ -661,9 +625,7 @@ def test_tiles_of_a_tower_without_cls(tmp_path: Path, tiny_bundle: Path, order: 
     assert np.array_equal(result, np.stack([*tokens.embeds[0], *rows, *contextual]))
 
 
-def test_all_tiles_go_through_as_few_calls_as_the_batch_allows(
-    tiny_bundle: Path, tiny_static_bundle: Path
-) -> None:
+def test_all_tiles_go_through_as_few_calls_as_the_batch_allows(tiny_bundle, tiny_static_bundle):
     with marked(tiny_bundle, tiled("reference")) as encoder:
         assert encoder.image_embeds(picture(40, 33)).shape == (5 * 7, 6)
         assert [len(fed) for fed in fake_of(encoder).fed] == [3, 2]
@@ -675,7 +637,7 @@ def test_all_tiles_go_through_as_few_calls_as_the_batch_allows(
         assert [fed.shape for fed in fake_of(encoder).fed] == [(2, 3, 16, 16)] * 3
 
 
-def test_a_video_is_its_frames_in_time_order(tiny_bundle: Path, golden: Arrays) -> None:
+def test_a_video_is_its_frames_in_time_order(tiny_bundle, golden):
     with VisionEncoder.open(tiny_bundle, backend="onnxruntime") as encoder:
         for frames in (list(golden["images"]), tuple(Image.fromarray(i) for i in golden["images"])):
             embeds = encoder.video_embeds(frames)
@@ -685,9 +647,7 @@ def test_a_video_is_its_frames_in_time_order(tiny_bundle: Path, golden: Arrays) 
         assert encoder.video_embeds([golden["images"][0]]).shape == (7, 6)
 
 
-def test_a_newline_ends_a_video_of_pooled_tokens(
-    tmp_path: Path, tiny_bundle: Path, tiny_static_bundle: Path, golden: Arrays
-) -> None:
+def test_a_newline_ends_a_video_of_pooled_tokens(tmp_path, tiny_bundle, tiny_static_bundle, golden):
     for source, dtype in ((tiny_bundle, np.float32), (tiny_static_bundle, np.float16)):
         folder = with_newline(tmp_path / "pooled", source, pooled)
         with marked(folder, as_it_is) as encoder:
@@ -698,7 +658,7 @@ def test_a_newline_ends_a_video_of_pooled_tokens(
             assert np.array_equal(embeds[15:], NEWLINE.astype(dtype)[None])
 
 
-def test_refuses_media_that_the_bundle_was_not_made_for(tiny_bundle: Path, golden: Arrays) -> None:
+def test_refuses_media_that_the_bundle_was_not_made_for(tiny_bundle, golden):
     frames = list(golden["images"][:2])
 
     def takes(*media: Any) -> Callable[[Manifest], Manifest]:
@@ -716,7 +676,7 @@ def test_refuses_media_that_the_bundle_was_not_made_for(tiny_bundle: Path, golde
         assert encoder.video_embeds(frames).shape == (14, 6)
 
 
-def test_refuses_what_is_no_list_of_frames(tiny_bundle: Path, golden: Arrays) -> None:
+def test_refuses_what_is_no_list_of_frames(tiny_bundle, golden):
     array = golden["images"][0]
     with marked(tiny_bundle, as_it_is) as encoder:
         nothing: list[Any] = ["clip.mp4", b"clip", array, golden["images"], iter([array]), None]
@@ -732,7 +692,7 @@ def test_refuses_what_is_no_list_of_frames(tiny_bundle: Path, golden: Arrays) ->
         assert not fake_of(encoder).fed
 
 
-def test_a_damaged_newline_is_found_before_anything_runs(tmp_path: Path, tiny_bundle: Path) -> None:
+def test_a_damaged_newline_is_found_before_anything_runs(tmp_path, tiny_bundle):
     def spoil(folder: Path) -> None:
         path = folder / "image_newline.npy"
         path.write_bytes(path.read_bytes()[:-1] + b"x")
@@ -750,7 +710,7 @@ def test_a_damaged_newline_is_found_before_anything_runs(tmp_path: Path, tiny_bu
         assert not fake_of(videos).fed
 
 
-def test_a_closed_encoder_encodes_neither_images_nor_videos(tiny_bundle: Path) -> None:
+def test_a_closed_encoder_encodes_neither_images_nor_videos(tiny_bundle):
     encoder = marked(tiny_bundle, tiled("reference"))
     encoder.close()
     for call in (encoder.image_embeds, encoder.video_embeds):
@@ -768,7 +728,7 @@ def run_python(code: str) -> str:
     return done.stdout.strip()
 
 
-def test_importing_the_runtime_loads_numpy_and_pillow_at_most() -> None:
+def test_importing_the_runtime_loads_numpy_and_pillow_at_most():
     code = """
 import sys
 before = set(sys.modules)
@@ -784,7 +744,7 @@ print(sorted(loaded - set(sys.stdlib_module_names)))
     assert "vzip" in loaded
 
 
-def test_importing_the_runtime_is_fast() -> None:
+def test_importing_the_runtime_is_fast():
     code = """
 import time
 start = time.perf_counter()
@@ -802,7 +762,7 @@ print(empty - start, time.process_time() - others)
     assert min(run[1] for run in runs) < 0.150
 
 
-def test_names_that_the_runtime_has_not_are_an_error() -> None:
+def test_names_that_the_runtime_has_not_are_an_error():
     import vzip.runtime
 
     with pytest.raises(AttributeError, match=r"module 'vzip\.runtime' has no attribute 'Decoder'"):
@@ -810,7 +770,7 @@ def test_names_that_the_runtime_has_not_are_an_error() -> None:
     assert "VisionEncoder" in dir(vzip.runtime)
 
 
-def test_every_half_is_finite_or_not() -> None:
+def test_every_half_is_finite_or_not():
     halves = np.arange(2**16, dtype=np.uint32).astype(np.uint16).view(np.float16)
     for half in halves.reshape(-1, 1, 1, 1)[::7]:
         assert encoder._finite(half) == bool(np.isfinite(half).all())

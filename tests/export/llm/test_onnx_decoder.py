@@ -84,14 +84,12 @@ def refused_command(capsys: pytest.CaptureFixture[str], *arguments: str | Path) 
 # ── refused before any work ─────────────────────────────────────────────────────────────────────
 
 
-def test_random_weights_answer_nothing(tmp_path: Path, capsys: Any) -> None:
+def test_random_weights_answer_nothing(tmp_path, capsys):
     arguments = ("--model", "demo", "--weights", "random", "--with-llm", "-o", tmp_path / "x")
     assert "random" in refused_command(capsys, *arguments)
 
 
-def test_a_model_without_room_is_refused(
-    checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_without_room_is_refused(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sensors, "memory", lambda: types.SimpleNamespace(available=1))  # MiB
     text = refused_command(capsys, "--model", checkpoint, *QUICK, "-o", tmp_path / "x")
     assert "--with-llm: the LLM has 0.00 billion parameters" in text
@@ -118,15 +116,13 @@ def test_a_model_without_room_is_refused(
         ),
     ],
 )
-def test_an_llm_of_another_kind_is_refused(
-    settings: Callable[..., Path], change: dict[str, Any], text: str, tmp_path: Path, capsys: Any
-) -> None:
+def test_an_llm_of_another_kind_is_refused(settings, change, text, tmp_path, capsys):
     line = refused_command(capsys, "--model", settings(**change), *QUICK, "-o", tmp_path / "x")
     assert text in line
     assert "leave out --with-llm" in line
 
 
-def test_the_original_layout_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_original_layout_is_refused(checkpoint, tmp_path):
     folder = Path(shutil.copytree(checkpoint, tmp_path / "original"))
     config = json.loads((folder / "config.json").read_text())
     config |= {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava_llama"}
@@ -153,9 +149,7 @@ def add(checkpoint: Path, output: Path, precision: Literal["fp32", "fp16"] = "fp
 
 
 @pytest.mark.slow
-def test_a_graph_that_differs_is_not_published(
-    checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_graph_that_differs_is_not_published(checkpoint, tmp_path, capsys, monkeypatch):
     trace = llm_graph.trace
 
     def spoiled(decoder: llm_graph.Decoder) -> Any:
@@ -170,9 +164,7 @@ def test_a_graph_that_differs_is_not_published(
 
 
 @pytest.mark.slow
-def test_in_fp16_more_may_differ(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_in_fp16_more_may_differ(checkpoint, tmp_path, monkeypatch):
     made = add(checkpoint, tmp_path / "half", "fp16")
     assert Settings.of(made).dtype == "float16"
     trial = llm.Trial(TransformersLLM.open(checkpoint, device="cpu", dtype="float32"))
@@ -185,9 +177,7 @@ def test_in_fp16_more_may_differ(
         trial.compare(made)
 
 
-def test_a_graph_that_forgets_its_cache_is_not_published(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_graph_that_forgets_its_cache_is_not_published(checkpoint, tmp_path, monkeypatch):
     def forget(self: Any, keys: Any, values: Any, layer: int, *_: Any, **__: Any) -> Any:
         both = self.parts[2 * layer : 2 * layer + 2]
         new = (keys, values)
@@ -201,9 +191,7 @@ def test_a_graph_that_forgets_its_cache_is_not_published(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tokenizer_that_differs_is_not_published(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tokenizer_that_differs_is_not_published(checkpoint, tmp_path, monkeypatch):
     tokenizer = llm._tokenizer
 
     def other(of: TransformersLLM) -> str:
@@ -217,7 +205,7 @@ def test_a_tokenizer_that_differs_is_not_published(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_beyond_fp16_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_weights_beyond_fp16_are_refused(checkpoint, tmp_path):
     model = TransformersLLM.open(checkpoint, device="cpu", dtype="float32")
     with torch.no_grad():
         model.model.get_decoder().layers[0].mlp.up_proj.weight[0, 0] = 7e4
@@ -225,7 +213,7 @@ def test_weights_beyond_fp16_are_refused(checkpoint: Path, tmp_path: Path) -> No
         llm.write(model, tmp_path, precision="fp16")
 
 
-def test_a_tokenizer_without_a_file_of_its_own_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_without_a_file_of_its_own_is_refused(checkpoint, tmp_path):
     model = TransformersLLM.open(checkpoint, device="cpu", dtype="float32")
     model.tokenizer = types.SimpleNamespace()
     with refused(CheckpointError, got="SimpleNamespace", cure="--with-llm"):
@@ -235,7 +223,7 @@ def test_a_tokenizer_without_a_file_of_its_own_is_refused(checkpoint: Path, tmp_
 # ── what is written ─────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_tokenizers_file_has_no_state_of_earlier_calls(checkpoint: Path) -> None:
+def test_the_tokenizers_file_has_no_state_of_earlier_calls(checkpoint):
     model = TransformersLLM.open(checkpoint, device="cpu", dtype="float32")
     fresh = llm._tokenizer(model)
     model.tokenizer(["a", "b c d"], padding=True, truncation=True, max_length=2)
@@ -244,7 +232,7 @@ def test_the_tokenizers_file_has_no_state_of_earlier_calls(checkpoint: Path) -> 
     assert json.loads(fresh)["padding"] is None
 
 
-def test_attention_that_slides_serves_its_window(tmp_path: Path) -> None:
+def test_attention_that_slides_serves_its_window(tmp_path):
     """Within the window it is the same; beyond it the context ends."""
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
@@ -283,7 +271,7 @@ def test_attention_that_slides_serves_its_window(tmp_path: Path) -> None:
     torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-5)
 
 
-def test_a_bundle_with_an_llm_is_a_bundle(capsys: Any, tmp_path: Path) -> None:
+def test_a_bundle_with_an_llm_is_a_bundle(capsys, tmp_path):
     """`vzip check` and an encoder take it; `check` leaves the LLM as it was."""
     folder = Path(shutil.copytree(demo_with_llm(), tmp_path / "copy"))
     bundle = read_bundle(folder)
@@ -301,13 +289,13 @@ def test_a_bundle_with_an_llm_is_a_bundle(capsys: Any, tmp_path: Path) -> None:
     assert Settings.of(checked).layers == 4
 
 
-def test_the_graph_carries_no_path_of_this_machine() -> None:
+def test_the_graph_carries_no_path_of_this_machine():
     data = (demo_with_llm() / "llm.onnx").read_bytes()
     for text in (b"/work", b"site-packages", os.fsencode(Path.home()) + b"/", b".py"):
         assert text not in data
 
 
-def test_the_table_is_the_models(checkpoint: Path) -> None:
+def test_the_table_is_the_models(checkpoint):
     table = np.load(demo_with_llm() / "llm_embeddings.npy", mmap_mode="r", allow_pickle=False)
     model = TransformersLLM.open("demo", device="cpu", dtype="float32").model
     assert np.array_equal(table, model.get_input_embeddings().weight.detach().numpy())
@@ -330,7 +318,7 @@ main(sys.argv[2:])
 
 
 @pytest.mark.slow
-def test_killed_behind_the_last_file_of_the_llm(checkpoint: Path, tmp_path: Path) -> None:
+def test_killed_behind_the_last_file_of_the_llm(checkpoint, tmp_path):
     """The old bundle stays, and the next writer removes what was left."""
     output = tmp_path / "bundle"
     shutil.copytree(demo_with_llm(), output)

@@ -68,7 +68,7 @@ def publish(
 # Reading
 
 
-def test_reads_a_bundle(tiny_bundle: Path) -> None:
+def test_reads_a_bundle(tiny_bundle):
     bundle = read_bundle(str(tiny_bundle))
     assert bundle.path == tiny_bundle
     assert bundle.manifest.selection.dominant == 4
@@ -76,26 +76,26 @@ def test_reads_a_bundle(tiny_bundle: Path) -> None:
     assert bundle.read_model() == (tiny_bundle / "model.onnx").read_bytes()
 
 
-def test_a_relative_path_stays_valid(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_path_stays_valid(tiny_bundle, monkeypatch):
     monkeypatch.chdir(tiny_bundle.parent)
     bundle = read_bundle(tiny_bundle.name)
     monkeypatch.chdir("/")
     assert bundle.read_model()
 
 
-def test_what_lies_beside_the_listed_files_is_not_read(tiny_bundle: Path) -> None:
+def test_what_lies_beside_the_listed_files_is_not_read(tiny_bundle):
     (tiny_bundle / "overlay.png").write_bytes(b"")
     assert read_bundle(tiny_bundle)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_refuses_a_missing_file(tiny_bundle: Path, name: str) -> None:
+def test_refuses_a_missing_file(tiny_bundle, name):
     (tiny_bundle / name).unlink()
     with refused(BundleError, got=name, cause="incomplete"):
         read_bundle(tiny_bundle)
 
 
-def test_refuses_what_is_no_folder(tiny_bundle: Path) -> None:
+def test_refuses_what_is_no_folder(tiny_bundle):
     with refused(BundleError, got="a file", expected="vzip export -o"):
         read_bundle(tiny_bundle / "model.onnx")
     with refused(BundleError, got=("absent", "nothing"), expected="vzip export -o"):
@@ -104,7 +104,7 @@ def test_refuses_what_is_no_folder(tiny_bundle: Path) -> None:
 
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
-def test_refuses_another_size(tiny_bundle: Path, name: str, verify: bool) -> None:
+def test_refuses_another_size(tiny_bundle, name, verify):
     path = tiny_bundle / name
     data = path.read_bytes()
     for spoilt in (b"", data[:-1], data + b"\0"):
@@ -114,7 +114,7 @@ def test_refuses_another_size(tiny_bundle: Path, name: str, verify: bool) -> Non
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
-def test_refuses_any_flipped_bit(tiny_bundle: Path, name: str) -> None:
+def test_refuses_any_flipped_bit(tiny_bundle, name):
     path = tiny_bundle / name
     good = path.read_bytes()
     for place in (0, len(good) // 2, len(good) - 1):
@@ -127,7 +127,7 @@ def test_refuses_any_flipped_bit(tiny_bundle: Path, name: str) -> None:
     assert read_bundle(tiny_bundle)
 
 
-def test_verify_false_trusts_the_content_of_the_weights_alone(tiny_bundle: Path) -> None:
+def test_verify_false_trusts_the_content_of_the_weights_alone(tiny_bundle):
     path = tiny_bundle / "model.onnx.data"
     path.write_bytes(b"\1" * path.stat().st_size)
     bundle = read_bundle(tiny_bundle, verify=False)
@@ -135,19 +135,19 @@ def test_verify_false_trusts_the_content_of_the_weights_alone(tiny_bundle: Path)
         bundle.read_model()
 
 
-def test_refuses_a_manifest_that_was_tampered_with(tiny_bundle: Path) -> None:
+def test_refuses_a_manifest_that_was_tampered_with(tiny_bundle):
     rewrite(tiny_bundle, lambda parsed: parsed.update(token_order="reversed"))
     with refused(BundleError, got=(f"{tiny_bundle}: manifest.json: 'token_order'", "'reversed'")):
         read_bundle(tiny_bundle)
 
 
-def test_refuses_a_manifest_without_the_graph(tiny_bundle: Path) -> None:
+def test_refuses_a_manifest_without_the_graph(tiny_bundle):
     rewrite(tiny_bundle, lambda parsed: parsed.update(files={}))
     with refused(BundleError, got="lacks model.onnx"):
         read_bundle(tiny_bundle)
 
 
-def test_reads_no_more_than_a_manifest_can_have(tiny_bundle: Path) -> None:
+def test_reads_no_more_than_a_manifest_can_have(tiny_bundle):
     with (tiny_bundle / "manifest.json").open("ab") as file:
         file.write(b" " * LARGEST_MANIFEST)
     with refused(BundleError, got="1048576 bytes"):
@@ -156,7 +156,7 @@ def test_reads_no_more_than_a_manifest_can_have(tiny_bundle: Path) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("kind", ["symlink", "hard link", "fifo", "folder", "socket", "device"])
-def test_refuses_everything_but_plain_files(tiny_bundle: Path, name: str, kind: str) -> None:
+def test_refuses_everything_but_plain_files(tiny_bundle, name, kind):
     path, aside = tiny_bundle / name, tiny_bundle / "aside"
     path.rename(aside)
     if kind == "symlink":
@@ -187,7 +187,7 @@ def test_refuses_everything_but_plain_files(tiny_bundle: Path, name: str, kind: 
         "*/_ORT_MEM_ADDR_/*",  # ONNX Runtime takes what follows as an address in memory
     ],
 )
-def test_refuses_external_data_elsewhere(tiny_bundle: Path, location: str) -> None:
+def test_refuses_external_data_elsewhere(tiny_bundle, location):
     path = tiny_bundle / "model.onnx"
     path.write_bytes(with_location(path.read_bytes(), location))
     sign(tiny_bundle)
@@ -196,7 +196,7 @@ def test_refuses_external_data_elsewhere(tiny_bundle: Path, location: str) -> No
 
 
 @pytest.mark.parametrize(("offset", "length"), [(0, 10**6), (10**6, 1), (3868, 1), (0, 10**18)])
-def test_refuses_external_data_out_of_range(tiny_bundle: Path, offset: int, length: int) -> None:
+def test_refuses_external_data_out_of_range(tiny_bundle, offset, length):
     path = tiny_bundle / "model.onnx"
     path.write_bytes(with_location(path.read_bytes(), "model.onnx.data", offset, length))
     sign(tiny_bundle)
@@ -204,7 +204,7 @@ def test_refuses_external_data_out_of_range(tiny_bundle: Path, offset: int, leng
         read_bundle(tiny_bundle)
 
 
-def test_refuses_external_data_that_the_manifest_does_not_list(tiny_bundle: Path) -> None:
+def test_refuses_external_data_that_the_manifest_does_not_list(tiny_bundle):
     rewrite(tiny_bundle, lambda parsed: parsed["files"].pop("model.onnx.data"))  # type: ignore[attr-defined]
     with refused(BundleError, got="model.onnx.data"):
         read_bundle(tiny_bundle)
@@ -229,7 +229,7 @@ def with_location(model: bytes, location: str, offset: int = 0, length: int = 4)
 # Writing
 
 
-def test_publishes_what_can_be_read(tmp_path: Path, tiny_bundle: Path) -> None:
+def test_publishes_what_can_be_read(tmp_path, tiny_bundle):
     target = tmp_path / "new"
     with bundle_writer(str(target)) as writer:
         assert writer.folder.parent == tmp_path  # the same file system: a rename must do
@@ -241,9 +241,7 @@ def test_publishes_what_can_be_read(tmp_path: Path, tiny_bundle: Path) -> None:
     assert names(tmp_path) == ["new", "tiny_bundle"]
 
 
-def test_staging_gives_a_bundle_that_can_be_checked_first(
-    tmp_path: Path, tiny_bundle: Path
-) -> None:
+def test_staging_gives_a_bundle_that_can_be_checked_first(tmp_path, tiny_bundle):
     with bundle_writer(tmp_path / "new") as writer:
         manifest = fill(writer, tiny_bundle)
         staged = writer.stage(manifest)
@@ -253,9 +251,7 @@ def test_staging_gives_a_bundle_that_can_be_checked_first(
     assert read_bundle(tmp_path / "new").manifest.parity == {"passed": True}
 
 
-def test_a_parity_gate_that_fails_leaves_the_old_bundle(
-    tiny_bundle: Path, tiny_static_bundle: Path
-) -> None:
+def test_a_parity_gate_that_fails_leaves_the_old_bundle(tiny_bundle, tiny_static_bundle):
     before = read_bundle(tiny_bundle)
 
     def gate(writer: BundleWriter) -> None:
@@ -268,15 +264,13 @@ def test_a_parity_gate_that_fails_leaves_the_old_bundle(
     assert names(tiny_bundle.parent) == ["tiny_bundle", "tiny_static_bundle"]
 
 
-def test_replaces_a_bundle(tiny_bundle: Path, tiny_static_bundle: Path) -> None:
+def test_replaces_a_bundle(tiny_bundle, tiny_static_bundle):
     publish(tiny_bundle, tiny_static_bundle)
     assert read_bundle(tiny_bundle).manifest == read_bundle(tiny_static_bundle).manifest
     assert names(tiny_bundle.parent) == ["tiny_bundle", "tiny_static_bundle"]
 
 
-def test_replaces_a_damaged_bundle_and_one_of_another_version(
-    tiny_bundle: Path, tiny_static_bundle: Path
-) -> None:
+def test_replaces_a_damaged_bundle_and_one_of_another_version(tiny_bundle, tiny_static_bundle):
     rewrite(tiny_bundle, lambda parsed: parsed.update(schema_version=0))
     shutil.copyfile(tiny_static_bundle / "manifest.json", tiny_static_bundle / "copy")
     text = (tiny_static_bundle / "copy").read_text()
@@ -286,13 +280,13 @@ def test_replaces_a_damaged_bundle_and_one_of_another_version(
     assert read_bundle(tiny_bundle)
 
 
-def test_fills_an_empty_folder(tmp_path: Path, tiny_bundle: Path) -> None:
+def test_fills_an_empty_folder(tmp_path, tiny_bundle):
     (tmp_path / "new").mkdir()
     publish(tmp_path / "new", tiny_bundle)
     assert read_bundle(tmp_path / "new")
 
 
-def test_files_have_the_mode_of_the_umask(tmp_path: Path, tiny_bundle: Path) -> None:
+def test_files_have_the_mode_of_the_umask(tmp_path, tiny_bundle):
     before = os.umask(0o027)
     try:
         with bundle_writer(tmp_path / "new") as writer:
@@ -306,9 +300,7 @@ def test_files_have_the_mode_of_the_umask(tmp_path: Path, tiny_bundle: Path) -> 
         assert (tmp_path / "new" / name).stat().st_mode & 0o777 == 0o640
 
 
-def test_every_file_and_folder_is_flushed_before_it_is_renamed(
-    tmp_path: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_file_and_folder_is_flushed_before_it_is_renamed(tmp_path, tiny_bundle, monkeypatch):
     flushed: list[str] = []
     fsync = os.fsync
 
@@ -333,9 +325,7 @@ def test_every_file_and_folder_is_flushed_before_it_is_renamed(
 
 
 @pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt(), SystemExit(1)])
-def test_an_exception_leaves_nothing_behind(
-    tmp_path: Path, tiny_bundle: Path, error: BaseException
-) -> None:
+def test_an_exception_leaves_nothing_behind(tmp_path, tiny_bundle, error):
     def fail(writer: BundleWriter) -> None:
         raise error
 
@@ -344,13 +334,13 @@ def test_an_exception_leaves_nothing_behind(
     assert names(tmp_path) == ["tiny_bundle"]
 
 
-def test_a_writer_that_publishes_nothing_says_so(tmp_path: Path) -> None:
+def test_a_writer_that_publishes_nothing_says_so(tmp_path):
     with refused(BundleError, expected="publish()"), bundle_writer(tmp_path / "new"):
         pass
     assert names(tmp_path) == []
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, tiny_bundle: Path) -> None:
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, tiny_bundle):
     def fill_up(writer: BundleWriter) -> None:
         with Path("/dev/full").open("wb", buffering=0) as file:  # the kernel's own ENOSPC
             file.write(b"x")
@@ -362,11 +352,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, tiny_bundle:
 
 @pytest.mark.parametrize("when", range(6))
 def test_a_disk_that_fills_while_flushing_leaves_the_old_bundle(
-    tiny_bundle: Path,
-    tiny_static_bundle: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    when: int,
-) -> None:
+    tiny_bundle, tiny_static_bundle, monkeypatch, when
+):
     before = read_bundle(tiny_bundle)
     with refused(BundleError, got="No space", cure="free some space"):
         publish(tiny_bundle, tiny_static_bundle, lambda writer: fill_disk(monkeypatch, after=when))
@@ -374,7 +361,7 @@ def test_a_disk_that_fills_while_flushing_leaves_the_old_bundle(
     assert names(tiny_bundle.parent) == ["tiny_bundle", "tiny_static_bundle"]
 
 
-def test_a_read_only_folder_is_one_line(tmp_path: Path, tiny_bundle: Path) -> None:
+def test_a_read_only_folder_is_one_line(tmp_path, tiny_bundle):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)
     user = os.geteuid()
@@ -394,7 +381,7 @@ def test_a_read_only_folder_is_one_line(tmp_path: Path, tiny_bundle: Path) -> No
     assert names(closed) == []
 
 
-def test_a_missing_parent_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_parent_is_one_line(tmp_path):
     with (
         refused(BundleError, cause=f"{tmp_path / 'a'} is no folder", cure="-o"),
         bundle_writer(tmp_path / "a" / "new"),
@@ -403,14 +390,14 @@ def test_a_missing_parent_is_one_line(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_other_errors_of_the_system_are_not_explained_away(tmp_path: Path) -> None:
+def test_other_errors_of_the_system_are_not_explained_away(tmp_path):
     with pytest.raises(FileNotFoundError), bundle_writer(tmp_path / "new"):
         (tmp_path / "weights of the user").read_bytes()
     assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", ["file", "symlink", "folder", "more files", "no bundle"])
-def test_replaces_nothing_but_a_bundle(tmp_path: Path, tiny_bundle: Path, kind: str) -> None:
+def test_replaces_nothing_but_a_bundle(tmp_path, tiny_bundle, kind):
     target = tmp_path / "precious"
     if kind == "file":
         target.write_text("thesis")
@@ -432,7 +419,7 @@ def test_replaces_nothing_but_a_bundle(tmp_path: Path, tiny_bundle: Path, kind: 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_does_not_replace_what_appeared_meanwhile(tmp_path: Path, tiny_bundle: Path) -> None:
+def test_does_not_replace_what_appeared_meanwhile(tmp_path, tiny_bundle):
     target = tmp_path / "new"
 
     def appear(writer: BundleWriter) -> None:
@@ -445,9 +432,7 @@ def test_does_not_replace_what_appeared_meanwhile(tmp_path: Path, tiny_bundle: P
 
 
 @pytest.mark.parametrize("extra", ["notes.txt", "model.onnx.data2"])
-def test_publishes_no_file_that_a_reader_does_not_know(
-    tmp_path: Path, tiny_bundle: Path, extra: str
-) -> None:
+def test_publishes_no_file_that_a_reader_does_not_know(tmp_path, tiny_bundle, extra):
     with refused(BundleError, got=extra, expected="model.onnx"):
         publish(
             tmp_path / "new", tiny_bundle, lambda writer: (writer.folder / extra).write_bytes(b"x")
@@ -455,7 +440,7 @@ def test_publishes_no_file_that_a_reader_does_not_know(
     assert names(tmp_path) == ["tiny_bundle"]
 
 
-def test_publishes_nothing_that_a_reader_would_refuse(tmp_path: Path, tiny_bundle: Path) -> None:
+def test_publishes_nothing_that_a_reader_would_refuse(tmp_path, tiny_bundle):
     def lead_out(writer: BundleWriter) -> None:
         model = writer.folder / "model.onnx"
         model.write_bytes(with_location(model.read_bytes(), "weights.bin"))
@@ -471,8 +456,8 @@ def test_publishes_nothing_that_a_reader_would_refuse(tmp_path: Path, tiny_bundl
 
 
 def test_two_builders_of_one_bundle_do_not_disturb_each_other(
-    tmp_path: Path, tiny_bundle: Path, tiny_static_bundle: Path
-) -> None:
+    tmp_path, tiny_bundle, tiny_static_bundle
+):
     target = tmp_path / "new"
     with bundle_writer(target) as one, bundle_writer(target) as other:
         first = one.publish(fill(one, tiny_bundle))
@@ -485,7 +470,7 @@ def test_two_builders_of_one_bundle_do_not_disturb_each_other(
 # Parity numbers
 
 
-def test_update_manifest_changes_the_parity_alone(tiny_bundle: Path) -> None:
+def test_update_manifest_changes_the_parity_alone(tiny_bundle):
     before = read_bundle(tiny_bundle)
     after = update_manifest(before, parity={"passed": False, "cosine_min": 0.5})
     assert read_bundle(tiny_bundle) == after
@@ -494,7 +479,7 @@ def test_update_manifest_changes_the_parity_alone(tiny_bundle: Path) -> None:
     assert names(tiny_bundle) == FILES
 
 
-def test_update_manifest_refuses_a_bundle_that_was_replaced(tiny_bundle: Path) -> None:
+def test_update_manifest_refuses_a_bundle_that_was_replaced(tiny_bundle):
     bundle = read_bundle(tiny_bundle)
     update_manifest(bundle, parity={"passed": True})
     with refused(BundleError, got="manifest.json", cure="open the bundle again"):
@@ -502,9 +487,7 @@ def test_update_manifest_refuses_a_bundle_that_was_replaced(tiny_bundle: Path) -
     assert read_bundle(tiny_bundle).manifest.parity == {"passed": True}
 
 
-def test_update_manifest_leaves_the_old_one_when_the_disk_is_full(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_update_manifest_leaves_the_old_one_when_the_disk_is_full(tiny_bundle, monkeypatch):
     bundle = read_bundle(tiny_bundle)
 
     fill_disk(monkeypatch)
@@ -533,7 +516,7 @@ def with_newline(target: Path, source: Path, data: bytes) -> Bundle:
     )
 
 
-def test_reads_the_newline_embedding(tmp_path: Path, tiny_bundle: Path) -> None:
+def test_reads_the_newline_embedding(tmp_path, tiny_bundle):
     bundle = with_newline(tmp_path / "new", tiny_bundle, npy(NEWLINE))
     assert sorted(bundle.manifest.files) == ["image_newline.npy", *FILES[1:]]
     newline = bundle.newline()
@@ -545,14 +528,12 @@ def test_reads_the_newline_embedding(tmp_path: Path, tiny_bundle: Path) -> None:
     assert names(publish(bundle.path, tiny_bundle).path) == FILES
 
 
-def test_a_bundle_without_newline_says_so(tiny_bundle: Path) -> None:
+def test_a_bundle_without_newline_says_so(tiny_bundle):
     with refused(BundleError, got="lacks image_newline.npy"):
         read_bundle(tiny_bundle).newline()
 
 
-def test_the_newlines_digest_is_checked_whenever_it_is_read(
-    tmp_path: Path, tiny_bundle: Path
-) -> None:
+def test_the_newlines_digest_is_checked_whenever_it_is_read(tmp_path, tiny_bundle):
     bundle = with_newline(tmp_path / "new", tiny_bundle, npy(NEWLINE))
     (bundle.path / "image_newline.npy").write_bytes(npy(-NEWLINE))
     with refused(BundleError, got=("image_newline.npy", "SHA-256")):
@@ -591,9 +572,7 @@ def test_the_newlines_digest_is_checked_whenever_it_is_read(
         (npy(np.zeros(4000, np.float32)), "16128 bytes", "10024 for float32 [6]"),
     ],
 )
-def test_refuses_a_newline_that_is_not_the_manifests(
-    tmp_path: Path, tiny_bundle: Path, data: bytes, got: str, expected: str
-) -> None:
+def test_refuses_a_newline_that_is_not_the_manifests(tmp_path, tiny_bundle, data, got, expected):
     bundle = with_newline(tmp_path / "new", tiny_bundle, data)
     with refused(BundleError, got=(f"{bundle.path}: image_newline.npy ", got), expected=expected):
         bundle.newline()
@@ -620,14 +599,11 @@ def pooled(manifest: Manifest) -> Manifest:
 
 @pytest.mark.parametrize(
     ("change", "why"),
-    [
-        (newline_rows, "'tiling.order' is 'newline'"),
-        (pooled, "'tower.pool' is 2"),
-    ],
+    [(newline_rows, "'tiling.order' is 'newline'"), (pooled, "'tower.pool' is 2")],
 )
 def test_refuses_a_bundle_that_lacks_the_newline_that_its_tokens_take(
-    tmp_path: Path, tiny_bundle: Path, change: Callable[[Manifest], Manifest], why: str
-) -> None:
+    tmp_path, tiny_bundle, change, why
+):
     target = tmp_path / "new"
     lacking = refused(BundleError, got="lacks image_newline.npy", expected=why)
     with lacking, bundle_writer(target) as writer:

@@ -51,7 +51,7 @@ def read(bundle: Bundle, name: str = "orin") -> bytes:
         return file.read()
 
 
-def test_adds_an_engine_and_reads_it(tiny_bundle: Path) -> None:
+def test_adds_an_engine_and_reads_it(tiny_bundle):
     before = read_bundle(tiny_bundle)
     after = add(before, OLD)
     assert read_bundle(tiny_bundle) == after
@@ -60,7 +60,7 @@ def test_adds_an_engine_and_reads_it(tiny_bundle: Path) -> None:
     assert names(tiny_bundle / "engines") == ["orin.plan"]
 
 
-def test_adds_a_second_and_replaces_the_first(tiny_bundle: Path) -> None:
+def test_adds_a_second_and_replaces_the_first(tiny_bundle):
     bundle = add(add(read_bundle(tiny_bundle), OLD), memoryview(NEW), name="thor")  # type: ignore[arg-type]
     bundle = add(bundle, NEW)
     assert read(bundle) == read(bundle, "thor") == NEW
@@ -68,7 +68,7 @@ def test_adds_a_second_and_replaces_the_first(tiny_bundle: Path) -> None:
     assert names(tiny_bundle / "engines") == ["orin.plan", "thor.plan"]
 
 
-def test_a_name_that_begins_another_leaves_its_file_alone(tiny_bundle: Path) -> None:
+def test_a_name_that_begins_another_leaves_its_file_alone(tiny_bundle):
     bundle = add(read_bundle(tiny_bundle), OLD, name="x.y")
     folder = tiny_bundle / "engines"
     # As a writer leaves it that is killed between the manifest and the last rename.
@@ -78,9 +78,7 @@ def test_a_name_that_begins_another_leaves_its_file_alone(tiny_bundle: Path) -> 
     assert (read(bundle, "x"), read(bundle, "x.y")) == (NEW, OLD)
 
 
-def test_an_engine_that_is_renamed_while_it_is_opened(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_that_is_renamed_while_it_is_opened(tiny_bundle, monkeypatch):
     bundle = add(read_bundle(tiny_bundle), OLD)
     final = tiny_bundle / "engines" / "orin.plan"
     waiting = final.with_name(f".orin.{bundle.manifest.engines['orin'].sha256[:16]}.plan")
@@ -96,12 +94,12 @@ def test_an_engine_that_is_renamed_while_it_is_opened(
     assert read(bundle) == OLD
 
 
-def test_parity_numbers_leave_engines_alone(tiny_bundle: Path) -> None:
+def test_parity_numbers_leave_engines_alone(tiny_bundle):
     bundle = add(read_bundle(tiny_bundle), OLD)
     assert update_manifest(bundle, parity={"passed": True}).manifest.engines
 
 
-def test_a_missing_or_damaged_engine_leaves_the_graph_usable(tiny_bundle: Path) -> None:
+def test_a_missing_or_damaged_engine_leaves_the_graph_usable(tiny_bundle):
     add(read_bundle(tiny_bundle), OLD)
     path = tiny_bundle / "engines" / "orin.plan"
     path.write_bytes(b"")
@@ -113,7 +111,7 @@ def test_a_missing_or_damaged_engine_leaves_the_graph_usable(tiny_bundle: Path) 
 
 
 @pytest.mark.parametrize("kind", ["symlink", "hard link", "fifo", "folder", "linked folder"])
-def test_opens_nothing_but_a_plain_file(tiny_bundle: Path, kind: str) -> None:
+def test_opens_nothing_but_a_plain_file(tiny_bundle, kind):
     bundle = add(read_bundle(tiny_bundle), OLD)
     folder = tiny_bundle / "engines"
     path, aside = folder / "orin.plan", tiny_bundle / "aside"
@@ -134,7 +132,7 @@ def test_opens_nothing_but_a_plain_file(tiny_bundle: Path, kind: str) -> None:
         read(bundle)
 
 
-def test_refuses_a_record_that_is_not_the_engines(tiny_bundle: Path) -> None:
+def test_refuses_a_record_that_is_not_the_engines(tiny_bundle):
     bundle = read_bundle(tiny_bundle)
     with refused(BundleError, got=("140 bytes", "280"), cause="a defect"):
         add_engine(bundle, "orin", record_of(bundle, OLD), NEW)
@@ -146,7 +144,7 @@ def test_refuses_a_record_that_is_not_the_engines(tiny_bundle: Path) -> None:
     assert names(tiny_bundle) == ["manifest.json", "model.onnx", "model.onnx.data"]
 
 
-def test_refuses_a_bundle_that_was_replaced(tiny_bundle: Path, tiny_static_bundle: Path) -> None:
+def test_refuses_a_bundle_that_was_replaced(tiny_bundle, tiny_static_bundle):
     bundle = read_bundle(tiny_bundle)
     update_manifest(bundle, parity={"passed": True})
     with refused(BundleError, cure="open the bundle again"):
@@ -155,9 +153,7 @@ def test_refuses_a_bundle_that_was_replaced(tiny_bundle: Path, tiny_static_bundl
 
 
 @pytest.mark.parametrize("when", range(6))
-def test_a_full_disk_leaves_the_old_engine(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, when: int
-) -> None:
+def test_a_full_disk_leaves_the_old_engine(tiny_bundle, monkeypatch, when):
     before = add(read_bundle(tiny_bundle), OLD)
     fill_disk(monkeypatch, after=when)
     if when == 5:  # as many as there are
@@ -175,7 +171,7 @@ def test_a_full_disk_leaves_the_old_engine(
         assert names(tiny_bundle / "engines") == ["orin.plan"]
 
 
-def test_sigkill_at_any_step_leaves_the_old_engine_or_the_new(tiny_bundle: Path) -> None:
+def test_sigkill_at_any_step_leaves_the_old_engine_or_the_new(tiny_bundle):
     found = []
     for steps in range(100):
         shutil.rmtree(tiny_bundle / "engines", ignore_errors=True)
@@ -199,9 +195,7 @@ def test_sigkill_at_any_step_leaves_the_old_engine_or_the_new(tiny_bundle: Path)
     assert found == [OLD] * found.count(OLD) + [NEW] * found.count(NEW)
 
 
-def test_an_export_replaces_a_bundle_and_its_engines(
-    tiny_bundle: Path, tiny_static_bundle: Path
-) -> None:
+def test_an_export_replaces_a_bundle_and_its_engines(tiny_bundle, tiny_static_bundle):
     add(read_bundle(tiny_bundle), OLD)
     for name in ("timing.cache", ".lock", ".orin.0123456789abcdef.plan", ".x.0123.vzip-tmp"):
         (tiny_bundle / "engines" / name).write_bytes(b"x")
@@ -215,7 +209,7 @@ def test_an_export_replaces_a_bundle_and_its_engines(
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "foreign"])
-def test_an_export_replaces_no_folder_that_is_not_of_engines(tiny_bundle: Path, kind: str) -> None:
+def test_an_export_replaces_no_folder_that_is_not_of_engines(tiny_bundle, kind):
     folder = tiny_bundle / "engines"
     if kind == "file":
         folder.write_text("thesis")
@@ -225,15 +219,12 @@ def test_an_export_replaces_no_folder_that_is_not_of_engines(tiny_bundle: Path, 
         folder.mkdir()
         (folder / "thesis.txt").write_text("thesis")
     before = names(tiny_bundle)
-    with (
-        refused(BundleError, got="['engines", cure="-o"),
-        bundle_writer(tiny_bundle),
-    ):
+    with refused(BundleError, got="['engines", cure="-o"), bundle_writer(tiny_bundle):
         pytest.fail("it was about to be replaced")
     assert names(tiny_bundle) == before
 
 
-def test_publishes_reference_answers(tmp_path: Path, tiny_bundle: Path) -> None:
+def test_publishes_reference_answers(tmp_path, tiny_bundle):
     manifest = read_bundle(tiny_bundle).manifest
     with bundle_writer(tmp_path / "new") as writer:
         for name in ("model.onnx", "model.onnx.data"):

@@ -22,7 +22,6 @@ from vzip.runtime.backends.tensorrt.engine_file import Machine, rebuild_command,
 from vzip.runtime.bundle.engine_record import EngineBatch, EngineRecord
 from vzip.runtime.bundle.fingerprint import fingerprint
 from vzip.runtime.bundle.manifest import Manifest
-from vzip.runtime.bundle.precision_record import Quantised
 from vzip.runtime.bundle.precision_writer import precision_writer
 from vzip.runtime.bundle.reader import Bundle, read_bundle, waiting_folder
 from vzip.runtime.bundle.writer import add_engine, bundle_writer
@@ -56,9 +55,7 @@ class TestGoldenGraphs:
     BACKENDS = tuple(name for name in BACKENDS if name != EXPORTED_ALONE)
 
     @pytest.mark.parametrize("precision", ["int8", "fp8"])
-    def test_runs_the_graph_of_a_precision(
-        self, tiny_bundle: Path, golden: Golden, backend: str, precision: Quantised
-    ) -> None:
+    def test_runs_the_graph_of_a_precision(self, tiny_bundle, golden, backend, precision):
         add_precision(tiny_bundle, precision)
         if backend == "tensorrt":
             from vzip.export.engines.tensorrt.publish import build_engine
@@ -78,9 +75,7 @@ class TestGoldenGraphs:
 
 
 @pytest.mark.parametrize("precision", [None, "fp32"])
-def test_the_bundles_own_graph_is_what_it_was(
-    tiny_bundle: Path, golden: Golden, precision: str | None
-) -> None:
+def test_the_bundles_own_graph_is_what_it_was(tiny_bundle, golden, precision):
     add_precision(tiny_bundle)
     with VisionEncoder.open(tiny_bundle, "onnxruntime", precision=precision) as encoder:
         assert encoder.precision == "fp32"
@@ -88,7 +83,7 @@ def test_the_bundles_own_graph_is_what_it_was(
     np.testing.assert_allclose(embeds, golden["embeds"], rtol=0, atol=1e-5)
 
 
-def test_a_precision_that_is_not_there(tiny_bundle: Path) -> None:
+def test_a_precision_that_is_not_there(tiny_bundle):
     for precision, there, cure in [
         ("int8", "fp32", f"vzip calibrate {tiny_bundle} --images FOLDER --precision int8"),
         ("fp8", "fp32, int8", f"vzip calibrate {tiny_bundle} --images FOLDER --precision fp8"),
@@ -102,7 +97,7 @@ def test_a_precision_that_is_not_there(tiny_bundle: Path) -> None:
 # The manifest
 
 
-def test_a_bundle_as_exported_has_no_such_key(tiny_bundle: Path) -> None:
+def test_a_bundle_as_exported_has_no_such_key(tiny_bundle):
     before = (tiny_bundle / "manifest.json").read_bytes()
     assert b"precisions" not in before
     manifest = read_bundle(tiny_bundle).manifest
@@ -110,7 +105,7 @@ def test_a_bundle_as_exported_has_no_such_key(tiny_bundle: Path) -> None:
     assert manifest.to_bytes() == before
 
 
-def test_the_manifest_says_what_was_added(tiny_bundle: Path) -> None:
+def test_the_manifest_says_what_was_added(tiny_bundle):
     added = add_precision(tiny_bundle)
     read = read_bundle(tiny_bundle)
     assert (added.path, added.manifest, added.quantised) == (tiny_bundle, read.manifest, "int8")
@@ -126,7 +121,7 @@ def test_the_manifest_says_what_was_added(tiny_bundle: Path) -> None:
     assert len(both.files) == 8
 
 
-def test_the_weights_may_be_in_the_graph(tiny_bundle: Path) -> None:
+def test_the_weights_may_be_in_the_graph(tiny_bundle):
     add_precision(tiny_bundle)
     value = read_bundle(tiny_bundle).manifest.to_json()
     del value["files"]["model.int8.onnx.data"]
@@ -150,7 +145,7 @@ def publish(
 
 
 @pytest.mark.parametrize("name", INT8)
-def test_a_damaged_file_spoils_its_precision_alone(tiny_bundle: Path, name: str) -> None:
+def test_a_damaged_file_spoils_its_precision_alone(tiny_bundle, name):
     add_precision(tiny_bundle)
     data = bytearray((tiny_bundle / name).read_bytes())
     data[-1] ^= 1
@@ -166,7 +161,7 @@ def test_a_damaged_file_spoils_its_precision_alone(tiny_bundle: Path, name: str)
         VisionEncoder.open(tiny_bundle, "onnxruntime")
 
 
-def test_a_damaged_own_graph_leaves_the_quantised_one_usable(tiny_bundle: Path) -> None:
+def test_a_damaged_own_graph_leaves_the_quantised_one_usable(tiny_bundle):
     bundle = add_precision(tiny_bundle)
     data = bytearray((tiny_bundle / "model.onnx.data").read_bytes())
     data[0] ^= 1
@@ -177,7 +172,7 @@ def test_a_damaged_own_graph_leaves_the_quantised_one_usable(tiny_bundle: Path) 
 
 
 @pytest.mark.parametrize("where", ["file", "waiting folder"])
-def test_opens_no_link(tiny_bundle: Path, where: str) -> None:
+def test_opens_no_link(tiny_bundle, where):
     bundle = add_precision(tiny_bundle)
     path = tiny_bundle / "model.int8.onnx.data"
     aside = tiny_bundle.parent / "aside"
@@ -192,7 +187,7 @@ def test_opens_no_link(tiny_bundle: Path, where: str) -> None:
         read_bundle(tiny_bundle)
 
 
-def test_a_graph_that_reads_the_other_graphs_weights(tiny_bundle: Path) -> None:
+def test_a_graph_that_reads_the_other_graphs_weights(tiny_bundle):
     bundle = read_bundle(tiny_bundle)
 
     def write(folder: Path) -> None:
@@ -208,7 +203,7 @@ def test_a_graph_that_reads_the_other_graphs_weights(tiny_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["none", "half", "foreign", "unpublished", "failed"])
-def test_what_is_not_published_leaves_nothing(tiny_bundle: Path, fault: str) -> None:
+def test_what_is_not_published_leaves_nothing(tiny_bundle, fault):
     before = read_bundle(tiny_bundle)
     fields = {
         "none": {"got": "[]", "expected": "['calibration.int8.json', 'model.int8.onnx']"},
@@ -234,7 +229,7 @@ def test_what_is_not_published_leaves_nothing(tiny_bundle: Path, fault: str) -> 
     assert names(tiny_bundle) == OWN
 
 
-def test_a_staged_graph_runs_before_anybody_sees_it(tiny_bundle: Path, golden: Golden) -> None:
+def test_a_staged_graph_runs_before_anybody_sees_it(tiny_bundle, golden):
     before = read_bundle(tiny_bundle)
     with precision_writer(before, "int8") as writer:
         fill(writer.folder, "int8")
@@ -247,7 +242,7 @@ def test_a_staged_graph_runs_before_anybody_sees_it(tiny_bundle: Path, golden: G
     assert names(tiny_bundle) == sorted([*OWN, *INT8])
 
 
-def test_a_new_graph_takes_the_place_of_the_old(tiny_bundle: Path) -> None:
+def test_a_new_graph_takes_the_place_of_the_old(tiny_bundle):
     add_precision(tiny_bundle, report="old")
     add_precision(tiny_bundle, "fp8")
     bundle = add_precision(tiny_bundle, report="new")
@@ -261,7 +256,7 @@ def test_a_new_graph_takes_the_place_of_the_old(tiny_bundle: Path) -> None:
     assert len(names(tiny_bundle)) == 9
 
 
-def test_weights_that_are_no_longer_beside_the_graph_are_removed(tiny_bundle: Path) -> None:
+def test_weights_that_are_no_longer_beside_the_graph_are_removed(tiny_bundle):
     add_precision(tiny_bundle)
 
     def write(folder: Path) -> None:
@@ -272,7 +267,7 @@ def test_weights_that_are_no_longer_beside_the_graph_are_removed(tiny_bundle: Pa
     assert names(tiny_bundle) == sorted([*OWN, *INT8[:2]])
 
 
-def test_refuses_a_bundle_that_was_changed_meanwhile(tiny_bundle: Path) -> None:
+def test_refuses_a_bundle_that_was_changed_meanwhile(tiny_bundle):
     first = read_bundle(tiny_bundle)
     add_precision(tiny_bundle, report="theirs")
     with refused(BundleError, cure="open the bundle again"):
@@ -282,9 +277,7 @@ def test_refuses_a_bundle_that_was_changed_meanwhile(tiny_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("when", range(12))
-def test_a_full_disk_leaves_the_old_graph_or_the_new(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, when: int
-) -> None:
+def test_a_full_disk_leaves_the_old_graph_or_the_new(tiny_bundle, monkeypatch, when):
     add_precision(tiny_bundle, report="old")
     calls = fill_disk(monkeypatch, after=when)
     failed = False
@@ -304,9 +297,7 @@ def test_a_full_disk_leaves_the_old_graph_or_the_new(
     assert names(tiny_bundle) == sorted([*OWN, *INT8])
 
 
-def test_sigkill_at_any_step_leaves_the_old_graph_or_the_new(
-    tiny_bundle: Path, golden: Golden
-) -> None:
+def test_sigkill_at_any_step_leaves_the_old_graph_or_the_new(tiny_bundle, golden):
     start, found = tiny_bundle.parent / "start", []
     add_precision(tiny_bundle, report="old")
     shutil.copytree(tiny_bundle, start)
@@ -346,9 +337,7 @@ def waits(path: Path, report: str) -> Bundle:
 
 
 @pytest.mark.parametrize("moved", range(4))
-def test_files_that_wait_are_run_from_where_they_wait(
-    tiny_bundle: Path, golden: Golden, moved: int
-) -> None:
+def test_files_that_wait_are_run_from_where_they_wait(tiny_bundle, golden, moved):
     bundle = waits(tiny_bundle, "waits")
     waiting = waiting_folder(tiny_bundle, bundle.manifest, "int8")
     for name in INT8[:moved]:
@@ -359,9 +348,7 @@ def test_files_that_wait_are_run_from_where_they_wait(
     np.testing.assert_allclose(embeds, golden_precisions()["int8"][:3], rtol=0, atol=1e-5)
 
 
-def test_a_file_that_takes_its_place_while_it_is_opened(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_takes_its_place_while_it_is_opened(tiny_bundle, monkeypatch):
     bundle = waits(tiny_bundle, "waits")
     waiting = waiting_folder(tiny_bundle, bundle.manifest, "int8")
     opened = os.open
@@ -377,7 +364,7 @@ def test_a_file_that_takes_its_place_while_it_is_opened(
     assert bundle.read_model()
 
 
-def test_an_export_drops_quantised_graphs(tiny_bundle: Path, tiny_static_bundle: Path) -> None:
+def test_an_export_drops_quantised_graphs(tiny_bundle, tiny_static_bundle):
     other = add_precision(tiny_static_bundle).manifest
     add_precision(tiny_bundle, "fp8")
     waits(tiny_bundle, "waits")
@@ -390,7 +377,7 @@ def test_an_export_drops_quantised_graphs(tiny_bundle: Path, tiny_static_bundle:
     assert read_bundle(tiny_bundle).manifest.precisions == {}
 
 
-def test_an_export_writes_no_quantised_graph(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_an_export_writes_no_quantised_graph(tiny_bundle, tmp_path):
     manifest = add_precision(tiny_bundle).manifest
 
     def export() -> None:
@@ -435,7 +422,7 @@ def with_engines(path: Path) -> Bundle:
     return dataclasses.replace(own, manifest=manifest)
 
 
-def test_an_engine_fits_the_graph_it_was_built_from(tiny_bundle: Path) -> None:
+def test_an_engine_fits_the_graph_it_was_built_from(tiny_bundle):
     own = with_engines(tiny_bundle)
     int8, machine = own.at("int8"), Machine("tensorrt", "10.3.0.30", "Orin", "87")
     assert unfit(own, "own", machine) is None
@@ -449,7 +436,7 @@ def test_an_engine_fits_the_graph_it_was_built_from(tiny_bundle: Path) -> None:
         says(fault, got=(f"'{name}'", other), expected=opened, cure=f"--precision {other}")
 
 
-def test_an_engine_of_an_older_calibration_is_refused(tiny_bundle: Path) -> None:
+def test_an_engine_of_an_older_calibration_is_refused(tiny_bundle):
     bundle = with_engines(tiny_bundle).at("int8")
     record = dataclasses.replace(bundle.manifest.engines["small"], model_sha256="d" * 64)
     manifest = dataclasses.replace(bundle.manifest, engines={"small": record})
@@ -467,7 +454,7 @@ def test_an_engine_of_an_older_calibration_is_refused(tiny_bundle: Path) -> None
     )
 
 
-def test_an_engine_is_added_to_the_graph_it_was_built_from(tiny_bundle: Path) -> None:
+def test_an_engine_is_added_to_the_graph_it_was_built_from(tiny_bundle):
     bundle, plan = add_precision(tiny_bundle), b"a plan"
     record = dataclasses.replace(
         an_engine(bundle), sha256=hashlib.sha256(plan).hexdigest(), bytes=len(plan)
@@ -482,7 +469,7 @@ def test_an_engine_is_added_to_the_graph_it_was_built_from(tiny_bundle: Path) ->
 # What tokens are compared by
 
 
-def test_the_fingerprint_differs_by_precision(tiny_bundle: Path) -> None:
+def test_the_fingerprint_differs_by_precision(tiny_bundle):
     before = fingerprint(read_bundle(tiny_bundle).manifest)
     manifest = add_precision(tiny_bundle, "fp8").manifest
     manifest = add_precision(tiny_bundle).manifest
@@ -501,7 +488,7 @@ def test_the_fingerprint_differs_by_precision(tiny_bundle: Path) -> None:
     assert fingerprint(changed) == before
 
 
-def test_a_cache_keeps_precisions_apart(tiny_bundle: Path, golden: Golden, tmp_path: Path) -> None:
+def test_a_cache_keeps_precisions_apart(tiny_bundle, golden, tmp_path):
     add_precision(tiny_bundle)
     cache, image = TokenCache(tmp_path / "cache"), golden["images"][0]
     embeds = {}
@@ -512,9 +499,7 @@ def test_a_cache_keeps_precisions_apart(tiny_bundle: Path, golden: Golden, tmp_p
     assert not np.array_equal(embeds[None], embeds["int8"])
 
 
-def test_the_command_line_takes_a_precision(
-    tiny_bundle: Path, golden: Golden, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_takes_a_precision(tiny_bundle, golden, tmp_path, capsys):
     from PIL import Image
 
     add_precision(tiny_bundle)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 import pytest
 
@@ -66,20 +65,20 @@ def node(attribute: bytes) -> bytes:
         pytest.param(model() + model(message(5, tensor())), id="graph-in-two-parts"),
     ],
 )
-def test_finds_external_tensors_wherever_they_stand(data: bytes) -> None:
+def test_finds_external_tensors_wherever_they_stand(data):
     assert external_tensors(data) == [FOUND]
 
 
-def test_ignores_tensors_that_hold_their_data() -> None:
+def test_ignores_tensors_that_hold_their_data():
     assert external_tensors(model(message(5, message(8, b"w") + message(9, b"1234")))) == []
 
 
-def test_keeps_the_order_of_the_file() -> None:
+def test_keeps_the_order_of_the_file():
     data = model(message(5, tensor("a")) + node(message(5, tensor("b"))) + message(5, tensor("c")))
     assert [each.location for each in external_tensors(data)] == ["a", "b", "c"]
 
 
-def test_reads_the_golden_bundle(tiny_bundle: Path) -> None:
+def test_reads_the_golden_bundle(tiny_bundle):
     found = external_tensors((tiny_bundle / "model.onnx").read_bytes())
     size = (tiny_bundle / "model.onnx.data").stat().st_size
     assert sum(each.length for each in found) == size
@@ -94,19 +93,19 @@ def test_reads_the_golden_bundle(tiny_bundle: Path) -> None:
         pytest.param(entry("offset", "8"), id="offset-twice"),
     ],
 )
-def test_refuses_ambiguous_descriptions(more: bytes) -> None:
+def test_refuses_ambiguous_descriptions(more):
     with refused(BundleError, got="'w'", expected=("location", "offset", "length")):
         external_tensors(model(message(5, tensor("model.onnx.data", more))))
 
 
 @pytest.mark.parametrize("number", ["-1", "0x10", "", " 8", "1e3", "٣", "9" * 20])
-def test_refuses_offsets_that_are_no_plain_numbers(number: str) -> None:
+def test_refuses_offsets_that_are_no_plain_numbers(number):
     where = entry("location", "model.onnx.data") + entry("offset", number) + entry("length", "4")
     with refused(BundleError, got=repr(("offset", number)), expected="digits"):
         external_tensors(model(message(5, where)))
 
 
-def test_refuses_an_external_tensor_without_a_place() -> None:
+def test_refuses_an_external_tensor_without_a_place():
     with refused(BundleError, got=("'w'", "[]"), expected="location"):
         external_tensors(model(message(5, message(8, b"w") + varint(14 << 3) + b"\x01")))
 
@@ -128,12 +127,12 @@ def test_refuses_an_external_tensor_without_a_place() -> None:
         (b"not an ONNX file, just text", "wire type 6"),
     ],
 )
-def test_refuses_what_is_no_model(data: bytes, what: str) -> None:
+def test_refuses_what_is_no_model(data, what):
     with refused(BundleError, got=("llm.onnx", what), expected="ModelProto", cure="export"):
         external_tensors(data, file="llm.onnx")
 
 
-def test_refuses_graphs_nested_too_deeply() -> None:
+def test_refuses_graphs_nested_too_deeply():
     graph = b""
     for _ in range(100):
         graph = node(message(6, graph))
@@ -141,7 +140,7 @@ def test_refuses_graphs_nested_too_deeply() -> None:
         external_tensors(model(graph))
 
 
-def test_every_truncation_is_refused_or_harmless(tiny_bundle: Path) -> None:
+def test_every_truncation_is_refused_or_harmless(tiny_bundle):
     whole = (tiny_bundle / "model.onnx").read_bytes()
     expected = external_tensors(whole)
     for end in range(0, len(whole), 7):
@@ -152,7 +151,7 @@ def test_every_truncation_is_refused_or_harmless(tiny_bundle: Path) -> None:
         assert found == expected  # only what follows the graph was cut off
 
 
-def test_no_flipped_bit_raises_anything_but_a_bundle_error(tiny_bundle: Path) -> None:
+def test_no_flipped_bit_raises_anything_but_a_bundle_error(tiny_bundle):
     whole = (tiny_bundle / "model.onnx").read_bytes()
     refused = 0
     for place, bit in itertools.product(range(0, len(whole), 5), range(0, 8, 3)):
@@ -173,7 +172,7 @@ def checked(data: bytes, operators: frozenset[str] | None, data_bytes: int | Non
     check_graph(data, file="m.onnx", data_file="m.data", data_bytes=data_bytes, operators=operators)
 
 
-def test_operators_are_those_that_are_listed() -> None:
+def test_operators_are_those_that_are_listed():
     within = message(1, message(4, b"Add") + message(5, message(6, operator("Evil"))))
     for graph, found in (
         (operator("Evil"), "Evil"),
@@ -189,13 +188,13 @@ def test_operators_are_those_that_are_listed() -> None:
     checked(model(operator("MatMulNBits", "com.microsoft")), graph_check.CPU_ENGINE)
 
 
-def test_a_function_can_not_stand_for_an_operator() -> None:
+def test_a_function_can_not_stand_for_an_operator():
     function = message(25, message(7, operator("Add")))
     with refused(BundleError, got="local::f"):
         checked(model(operator("f", "local")) + function, graph_check.OWN)
 
 
-def test_a_decoder_has_any_of_onnx_s_operators_and_no_graph_inside() -> None:
+def test_a_decoder_has_any_of_onnx_s_operators_and_no_graph_inside():
     checked(model(operator("Attention") + operator("Gather")), graph_check.LLM)
     for graph, found in (
         (operator("Loop"), "Loop"),
@@ -205,7 +204,7 @@ def test_a_decoder_has_any_of_onnx_s_operators_and_no_graph_inside() -> None:
             checked(model(graph), graph_check.LLM)
 
 
-def test_external_data_is_in_one_file_and_within_it() -> None:
+def test_external_data_is_in_one_file_and_within_it():
     checked(model(message(5, tensor("m.data"))), graph_check.OWN)
     with refused(BundleError, got=("'w'", "'../m.data'"), expected="'m.data'", cure="don't use"):
         checked(model(message(5, tensor("../m.data"))), graph_check.OWN)
@@ -215,6 +214,6 @@ def test_external_data_is_in_one_file_and_within_it() -> None:
         checked(model(message(5, tensor("m.data"))), graph_check.OWN, 11)
 
 
-def test_the_specification_lists_the_operators() -> None:
+def test_the_specification_lists_the_operators():
     said = (ROOT / "docs" / "bundle.md").read_text("utf-8")
     assert [name for name in graph_check.QUANTISED if f"`{name}`" not in said] == []

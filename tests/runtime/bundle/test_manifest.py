@@ -70,12 +70,12 @@ def changed(path: str, value: object) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["tiny_bundle", "tiny_static_bundle"])
-def test_reads_and_writes_the_same_bytes(name: str) -> None:
+def test_reads_and_writes_the_same_bytes(name):
     data = (GOLDEN / name / "manifest.json").read_bytes()
     assert Manifest.from_bytes(data).to_bytes() == data
 
 
-def test_reads_and_writes_the_same_json_in_the_same_order() -> None:
+def test_reads_and_writes_the_same_json_in_the_same_order():
     manifest = Manifest.from_json(full())
     assert json.dumps(manifest.to_json()) == json.dumps(full())
     assert Manifest.from_bytes(manifest.to_bytes()) == manifest
@@ -113,7 +113,7 @@ def test_keys_are_those_of_the_specification() -> None:
     assert list(values()["files"]["model.onnx"]) == ["sha256", "bytes"]
 
 
-def test_fields_hold_what_the_file_says() -> None:
+def test_fields_hold_what_the_file_says():
     manifest = Manifest.from_json(values())
     assert manifest.selection.tokens == 7
     assert manifest.tower.grid == (4, 4)
@@ -124,7 +124,7 @@ def test_fields_hold_what_the_file_says() -> None:
     assert manifest.parity is None
 
 
-def test_what_may_be_otherwise() -> None:
+def test_what_may_be_otherwise():
     tiling = {"pinpoints": [[16, 32], [32, 16]], "order": "newline"}
     manifest = Manifest.from_json(changed("tiling", tiling))
     assert manifest.tiling == Tiling(((16, 32), (32, 16)), "newline")
@@ -313,14 +313,14 @@ DAMAGED: list[tuple[str, object, str, str]] = [
 
 
 @pytest.mark.parametrize(("path", "value", "got", "expected"), DAMAGED)
-def test_refuses_damaged_values(path: str, value: object, got: str, expected: str) -> None:
+def test_refuses_damaged_values(path, value, got, expected):
     with refused(BundleError, got=("manifest.json: ", got), expected=expected) as raised:
         Manifest.from_json(changed(path, value))
     says(raised.value, cause="edited", cure="export the bundle again")
     assert "\n" not in str(raised.value)
 
 
-def test_refuses_every_missing_key() -> None:
+def test_refuses_every_missing_key():
     def places(value: object, *way: str) -> list[tuple[str, ...]]:
         if not isinstance(value, dict) or way[-1:] in {("settings",), ("recipe",), ("versions",)}:
             return []
@@ -360,7 +360,7 @@ def test_refuses_every_missing_key() -> None:
         ("schema_version", 1.0, {"got": "is 1.0", "expected": "1"}),
     ],
 )
-def test_refuses_other_formats_and_versions(path: str, value: object, field: Any) -> None:
+def test_refuses_other_formats_and_versions(path, value, field):
     with refused(BundleError, **field):
         Manifest.from_json(changed(path, value) | {"unknown": 1})  # of a later version, perhaps
 
@@ -380,19 +380,19 @@ def test_refuses_other_formats_and_versions(path: str, value: object, field: Any
         (b'{"format": ' + b"9" * 5000 + b"}", "malformed"),
     ],
 )
-def test_refuses_what_is_no_strict_json(data: bytes, got: str) -> None:
+def test_refuses_what_is_no_strict_json(data, got):
     with refused(BundleError, got=("manifest.json", got)):
         Manifest.from_bytes(data)
 
 
-def test_every_truncation_is_refused() -> None:
+def test_every_truncation_is_refused():
     data = (GOLDEN / "tiny_bundle" / "manifest.json").read_bytes().rstrip()
     for end in range(len(data)):
         with pytest.raises(BundleError):
             Manifest.from_bytes(data[:end])
 
 
-def test_checks_what_is_made_in_python_too() -> None:
+def test_checks_what_is_made_in_python_too():
     manifest = Manifest.from_json(full())
     engine = manifest.engines["orin-fp16"]
     larger = Selection("visionzip", 5, 3, "average", cls_token=True)

@@ -118,8 +118,8 @@ def killed(tmp_path: Path, old: Path, new: Path, case: str) -> list[tuple[str, d
     ("case", "first"), [("replace", "old"), ("fresh", "absent"), ("update", "old")]
 )
 def test_a_killed_writer_leaves_the_old_or_the_new_bundle(
-    tmp_path: Path, tiny_bundle: Path, tiny_static_bundle: Path, case: str, first: str
-) -> None:
+    tmp_path, tiny_bundle, tiny_static_bundle, case, first
+):
     seen = killed(tmp_path, tiny_bundle, tiny_static_bundle, case)
     states = [target for target, _ in seen]
     change = states.index("new")
@@ -131,9 +131,7 @@ def test_a_killed_writer_leaves_the_old_or_the_new_bundle(
         assert "mixed" not in hidden.values()
 
 
-def test_without_exchange_the_old_bundle_is_never_lost(
-    tmp_path: Path, tiny_bundle: Path, tiny_static_bundle: Path
-) -> None:
+def test_without_exchange_the_old_bundle_is_never_lost(tmp_path, tiny_bundle, tiny_static_bundle):
     seen = killed(tmp_path, tiny_bundle, tiny_static_bundle, "no exchange")
     for target, hidden in seen:
         assert target in {"old", "absent", "new"}
@@ -144,7 +142,7 @@ def test_without_exchange_the_old_bundle_is_never_lost(
     assert seen[-1][0] == "new"
 
 
-def test_sweeps_the_dead_and_spares_the_living(tmp_path: Path) -> None:
+def test_sweeps_the_dead_and_spares_the_living(tmp_path):
     target = tmp_path / "a[1]*"
     living = StagedFolder(target)
     dead = tmp_path / ".a[1]*.00000000.vzip-tmp"
@@ -163,9 +161,7 @@ def test_sweeps_the_dead_and_spares_the_living(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == sorted(others)
 
 
-def test_without_exchange_a_rename_that_fails_is_taken_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_exchange_a_rename_that_fails_is_taken_back(tmp_path, monkeypatch):
     target = tmp_path / "target"
     target.mkdir()
     (target / "old").touch()
@@ -190,9 +186,7 @@ def test_without_exchange_a_rename_that_fails_is_taken_back(
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_an_exchange_that_fails_for_another_reason_is_not_worked_around(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_exchange_that_fails_for_another_reason_is_not_worked_around(tmp_path, monkeypatch):
     (tmp_path / "target").mkdir()
     staged = StagedFolder(tmp_path / "target")
 
@@ -206,7 +200,7 @@ def test_an_exchange_that_fails_for_another_reason_is_not_worked_around(
     assert list(tmp_path.iterdir()) == [tmp_path / "target"]
 
 
-def test_replace_file_never_writes_into_the_old_file(tmp_path: Path) -> None:
+def test_replace_file_never_writes_into_the_old_file(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"old")
     with path.open("rb") as reader:
@@ -215,9 +209,7 @@ def test_replace_file_never_writes_into_the_old_file(tmp_path: Path) -> None:
     assert path.read_bytes() == b"new"
 
 
-def test_replace_file_leaves_the_old_file_on_any_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replace_file_leaves_the_old_file_on_any_error(tmp_path, monkeypatch):
     path = tmp_path / "a"
     path.write_bytes(b"old")
 

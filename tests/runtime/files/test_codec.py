@@ -39,7 +39,7 @@ GOOD: dict[str, Any] = {
 }
 
 
-def test_a_record_survives_json_with_every_type() -> None:
+def test_a_record_survives_json_with_every_type():
     outer = codec.read(Outer, GOOD)
     assert outer.kinds == {"b": (Inner(1, 2.0),)}
     assert outer.pair == (1, "x")
@@ -72,7 +72,7 @@ def test_a_record_survives_json_with_every_type() -> None:
         ({"more": 1}, "it has the unknown ['more']", "exactly"),
     ],
 )
-def test_says_where_a_value_stands(change: dict[str, Any], got: str, expected: str) -> None:
+def test_says_where_a_value_stands(change, got, expected):
     with refused(MisfitError, got=f"Outer: {got}", expected=expected):
         codec.read(Outer, GOOD | change)
     reading = codec.reading("a.json", kind=CheckpointError, cause="damage", cure="make it again")
@@ -90,6 +90,6 @@ def test_says_where_a_value_stands(change: dict[str, Any], got: str, expected: s
         (b"[" * 100_000, "nested"),
     ],
 )
-def test_json_is_strict(data: bytes, said: str) -> None:
+def test_json_is_strict(data, said):
     with pytest.raises(ValueError, match=said):
         codec.parse(data)

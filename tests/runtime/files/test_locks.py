@@ -36,9 +36,7 @@ def held(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[subprocess.
         process.kill()
 
 
-def test_one_holds_it_and_sigkill_leaves_none(
-    held: subprocess.Popen[str], tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_one_holds_it_and_sigkill_leaves_none(held, tmp_path, request):
     name = request.node.callspec.params["held"]
     with getattr(locks, name)(tmp_path / "lock") as lock:
         assert lock.taken is False
@@ -52,7 +50,7 @@ def test_one_holds_it_and_sigkill_leaves_none(
 
 
 @pytest.mark.parametrize("held", ["on_file"], indirect=True)
-def test_who_waits_gets_it_when_it_is_free(held: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_who_waits_gets_it_when_it_is_free(held, tmp_path):
     said = []
 
     def waiting() -> None:
@@ -63,7 +61,7 @@ def test_who_waits_gets_it_when_it_is_free(held: subprocess.Popen[str], tmp_path
         assert (lock.taken, said) == (True, ["waiting"])
 
 
-def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
     def without(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -72,9 +70,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert (folder.taken, file.taken) == (None, None)
 
 
-def test_a_folder_that_was_removed_before_it_was_locked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_was_removed_before_it_was_locked(tmp_path, monkeypatch):
     path, flock = tmp_path / "folder", fcntl.flock
     calls = []
 
@@ -91,7 +87,7 @@ def test_a_folder_that_was_removed_before_it_was_locked(
     assert len(calls) == 2
 
 
-def test_a_link_is_no_file_to_lock(tmp_path: Path) -> None:
+def test_a_link_is_no_file_to_lock(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="symbolic"):
         locks.on_file(tmp_path / "link")

@@ -73,9 +73,7 @@ def expected(questions: dict[str, list[str]]) -> dict[str, list[str]]:
     return answers
 
 
-def test_a_question_is_answered(
-    questions: dict[str, list[str]], expected: dict[str, list[str]]
-) -> None:
+def test_a_question_is_answered(questions, expected):
     name = next(iter(questions))
     picture = demo.pictures() / name
     out, loaded = edge("ask", demo_with_llm(), picture, questions[name][0])
@@ -84,16 +82,14 @@ def test_a_question_is_answered(
     assert not set(ABSENT) & set(loaded)
 
 
-def test_a_conversation_goes_on(
-    questions: dict[str, list[str]], expected: dict[str, list[str]]
-) -> None:
+def test_a_conversation_goes_on(questions, expected):
     for name, asked in questions.items():
         picture = demo.pictures() / name
         out, _ = edge("chat", demo_with_llm(), picture, stdin="\n".join(asked))
         assert out.splitlines() == expected[name]
 
 
-def test_several_images(questions: dict[str, list[str]]) -> None:
+def test_several_images(questions):
     pictures = [demo.pictures() / name for name in questions][:2]
     question = next(iter(questions.values()))[0]
     out, _ = edge("ask", demo_with_llm(), *pictures, question)

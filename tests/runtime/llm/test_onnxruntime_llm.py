@@ -16,13 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.parity.test_handoff_families import (
-    CHAT_ML,
-    FAMILIES,
-    WIDTH,
-    WITH_VIDEO,
-    make_model,
-)
+from tests.parity.test_handoff_families import CHAT_ML, FAMILIES, WIDTH, WITH_VIDEO, make_model
 from tests.parity.tiny_llm import IMAGE, make_tokenizer
 from tests.places import GOLDEN
 from tests.refusals import refused
@@ -86,12 +80,7 @@ def shown(bundle: Bundle, held_out: accuracy.HeldOut) -> list[np.ndarray]:
 
 @pytest.mark.slow
 @pytest.mark.local_llm
-def test_held_out_questions_get_the_answers_that_transformers_gives(
-    ours: OnnxRuntimeLLM,
-    theirs: TransformersLLM,
-    shown: list[np.ndarray],
-    held_out: accuracy.HeldOut,
-) -> None:
+def test_held_out_questions_get_the_answers_that_transformers_gives(ours, theirs, shown, held_out):
     asked = right = 0
     for embeds, questions in zip(shown, held_out.questions, strict=True):
         for question in questions:
@@ -103,12 +92,7 @@ def test_held_out_questions_get_the_answers_that_transformers_gives(
 
 
 @pytest.mark.local_llm
-def test_three_turns_equal_and_later_ones_feed_only_what_is_new(
-    ours: OnnxRuntimeLLM,
-    theirs: TransformersLLM,
-    shown: list[np.ndarray],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_three_turns_equal_and_later_ones_feed_only_what_is_new(ours, theirs, shown, monkeypatch):
     fed: list[tuple[int, bool]] = []
     logits = ours.logits
 
@@ -136,9 +120,7 @@ def test_three_turns_equal_and_later_ones_feed_only_what_is_new(
 
 
 @pytest.mark.local_llm
-def test_conversations_keep_caches_of_their_own(
-    ours: OnnxRuntimeLLM, shown: list[np.ndarray]
-) -> None:
+def test_conversations_keep_caches_of_their_own(ours, shown):
     alone = [ours.conversation(embeds) for embeds in shown[:2]]
     expected = [[each.ask(question) for question in TURNS] for each in alone]
     assert expected[0] != expected[1]
@@ -148,9 +130,7 @@ def test_conversations_keep_caches_of_their_own(
 
 
 @pytest.mark.local_llm
-def test_an_answer_comes_in_pieces(
-    ours: OnnxRuntimeLLM, theirs: TransformersLLM, shown: list[np.ndarray]
-) -> None:
+def test_an_answer_comes_in_pieces(ours, theirs, shown):
     long = [list(llm.stream(shown[1], "Where is the digit?")) for llm in (ours, theirs)]
     assert long[0] == long[1]
     assert "".join(long[0]) == ours.ask(shown[1], "Where is the digit?")
@@ -159,9 +139,7 @@ def test_an_answer_comes_in_pieces(
 
 
 @pytest.mark.local_llm
-def test_several_images_and_the_frames_of_a_video(
-    ours: OnnxRuntimeLLM, theirs: TransformersLLM, bundle: Bundle, shown: list[np.ndarray]
-) -> None:
+def test_several_images_and_the_frames_of_a_video(ours, theirs, bundle, shown):
     for question in TURNS:
         assert ours.ask(shown[:3], question) == theirs.ask(shown[:3], question)
     rng = np.random.default_rng(5)
@@ -177,7 +155,7 @@ def test_several_images_and_the_frames_of_a_video(
 
 
 @pytest.mark.local_llm
-def test_the_context_is_a_limit(ours: OnnxRuntimeLLM, shown: list[np.ndarray]) -> None:
+def test_the_context_is_a_limit(ours, shown):
     with refused(InvalidInputError, expected="1024"):
         ours.conversation(shown[0]).ask("What digit is there?", max_new_tokens=1000)
     with refused(InvalidInputError, got="[42, 128]"):
@@ -185,9 +163,7 @@ def test_the_context_is_a_limit(ours: OnnxRuntimeLLM, shown: list[np.ndarray]) -
 
 
 @pytest.mark.local_llm
-def test_the_bundles_own_llm_is_the_default(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_bundles_own_llm_is_the_default(bundle, monkeypatch, capsys):
     assert opening.own(bundle) == opening.LlmChoice("onnxruntime", str(bundle.path))
     monkeypatch.setitem(sys.modules, "transformers", None)
     picture, asked = next(
@@ -201,9 +177,7 @@ def test_the_bundles_own_llm_is_the_default(
 
 
 @pytest.mark.local_llm
-def test_another_bundles_llm_can_be_named(
-    bundle: Bundle, shown: list[np.ndarray], tiny_bundle: Path, tmp_path: Path
-) -> None:
+def test_another_bundles_llm_can_be_named(bundle, shown, tiny_bundle, tmp_path):
     plain = tmp_path / "plain"
     with bundle_writer(plain) as writer:
         for name in ("model.onnx", "model.onnx.data"):
@@ -219,15 +193,14 @@ def test_another_bundles_llm_can_be_named(
     with pytest.raises(BundleError, match="found nothing, expected the folder"):
         open_for(str(tmp_path / "nowhere"), without)
     other = dataclasses.replace(
-        without.manifest,
-        llm=dataclasses.replace(without.manifest.llm, image_token_id=7),
+        without.manifest, llm=dataclasses.replace(without.manifest.llm, image_token_id=7)
     )
     with refused(InvalidInputError, got="image token id", expected="7"):
         open_for(str(bundle.path), Bundle(without.path, other))
 
 
 @pytest.mark.local_llm
-def test_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_runs(capsys):
     picture = demo.pictures() / "scene-1.jpg"
     replaced = {"llava-64": str(demo_with_llm()), "photo.jpg": str(picture)}
     names = run_snippets("llm/onnxruntime.md", replaced)
@@ -281,7 +254,7 @@ def full(llm: TransformersLLM, ids: list[int], rows: np.ndarray) -> np.ndarray:
 @pytest.mark.slow
 @pytest.mark.local_llm
 @pytest.mark.parametrize("kind", ["image", "video"])
-def test_logits_equal_a_full_recompute(tiny: types.SimpleNamespace, kind: str) -> None:
+def test_logits_equal_a_full_recompute(tiny, kind):
     if kind == "video" and not tiny.family.videos:
         pytest.skip("its LLM has no placeholder of a video")
     llm, rows = OnnxRuntimeLLM(tiny.bundle), embeds_of(9)
@@ -304,7 +277,7 @@ def test_logits_equal_a_full_recompute(tiny: types.SimpleNamespace, kind: str) -
 
 
 @pytest.mark.local_llm
-def test_conversations_equal_transformers(tiny: types.SimpleNamespace) -> None:
+def test_conversations_equal_transformers(tiny):
     llm = OnnxRuntimeLLM(tiny.bundle)
     for embeds, frames in ((embeds_of(7), None), ([embeds_of(5), embeds_of(3)], None)) + (
         ((embeds_of(8), 2),) if tiny.family.videos else ()
@@ -320,9 +293,7 @@ def test_conversations_equal_transformers(tiny: types.SimpleNamespace) -> None:
 
 @pytest.mark.slow
 @pytest.mark.local_llm
-def test_in_fp16_weights_and_cache_are_half_as_wide(
-    tiny: types.SimpleNamespace, tmp_path: Path
-) -> None:
+def test_in_fp16_weights_and_cache_are_half_as_wide(tiny, tmp_path):
     half = put(tmp_path / "half", tiny.again(), "fp16")
     sizes = [
         sum(each.manifest.files[name].bytes for name in ("llm.onnx.data", "llm_embeddings.npy"))
@@ -354,7 +325,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.mark.local_llm
-def test_of_equal_logits_the_lower_id_is_said(plain: Bundle, monkeypatch: Any) -> None:
+def test_of_equal_logits_the_lower_id_is_said(plain, monkeypatch):
     llm = OnnxRuntimeLLM(plain)
     logits = np.zeros(300, np.float32)
     logits[[41, 40, 200]] = 5
@@ -367,7 +338,7 @@ def test_of_equal_logits_the_lower_id_is_said(plain: Bundle, monkeypatch: Any) -
 
 
 @pytest.mark.local_llm
-def test_a_graph_that_fails_breaks_its_conversation_alone(plain: Bundle, monkeypatch: Any) -> None:
+def test_a_graph_that_fails_breaks_its_conversation_alone(plain, monkeypatch):
     llm = OnnxRuntimeLLM(plain)
     expected = llm.ask(embeds_of(3), QUESTIONS[0], max_new_tokens=4)
     conversation = llm.conversation(embeds_of(3))
@@ -387,7 +358,7 @@ def test_a_graph_that_fails_breaks_its_conversation_alone(plain: Bundle, monkeyp
 
 
 @pytest.mark.local_llm
-def test_a_token_without_an_embedding(plain: Bundle) -> None:
+def test_a_token_without_an_embedding(plain):
     llm = OnnxRuntimeLLM(plain)
     rows = llm.settings.vocabulary
     with refused(InvalidInputError, got=f"id {rows}", expected=str(rows)):
@@ -395,7 +366,7 @@ def test_a_token_without_an_embedding(plain: Bundle) -> None:
 
 
 @pytest.mark.local_llm
-def test_a_placeholder_needs_no_embedding(tmp_path: Path) -> None:
+def test_a_placeholder_needs_no_embedding(tmp_path):
     """LLaVA-NeXT's 32000 is one past a vocabulary of 32000 that nobody extended."""
     tokenizer = make_tokenizer()
     vocabulary = len(tokenizer)
@@ -427,9 +398,7 @@ def rewritten(bundle: Bundle, folder: Path, change: Callable[[Path], None]) -> B
 
 @pytest.mark.parametrize("name", LLM_FILES)
 @pytest.mark.parametrize("damage", ["flipped", "short", "absent", "link"])
-def test_a_damaged_file_is_refused_before_it_runs(
-    plain: Bundle, name: str, damage: str, tmp_path: Path
-) -> None:
+def test_a_damaged_file_is_refused_before_it_runs(plain, name, damage, tmp_path):
     folder = Path(shutil.copytree(plain.path, tmp_path / "copy"))
     file = folder / name
     data = bytearray(file.read_bytes())
@@ -460,7 +429,7 @@ def test_a_damaged_file_is_refused_before_it_runs(
         VisionEncoder.open(folder).close()
 
 
-def test_a_part_of_an_llm_is_no_llm(plain: Bundle, tmp_path: Path) -> None:
+def test_a_part_of_an_llm_is_no_llm(plain, tmp_path):
     for lost in ("llm.onnx", "llm.json", "llm_embeddings.npy", "llm_tokenizer.json"):
         folder = tmp_path / lost
         with pytest.raises(BundleError, match=f"but lacks {lost}, expected the whole language"):
@@ -470,7 +439,7 @@ def test_a_part_of_an_llm_is_no_llm(plain: Bundle, tmp_path: Path) -> None:
         rewritten(plain, tmp_path / "x", lambda staged: (staged / "llm.onnx.data").unlink())
 
 
-def test_a_graph_reads_its_own_weights_alone(plain: Bundle, tmp_path: Path) -> None:
+def test_a_graph_reads_its_own_weights_alone(plain, tmp_path):
     def elsewhere(staged: Path) -> None:
         data = (staged / "llm.onnx").read_bytes()
         (staged / "llm.onnx").write_bytes(data.replace(b"llm.onnx.data", b"../../etc/pass"[:13]))
@@ -529,9 +498,7 @@ def edited(**values: Any) -> Callable[[Path], None]:
         ),
     ],
 )
-def test_settings_of_another_kind_are_refused(
-    plain: Bundle, change: Callable[[Path], None], got: str, tmp_path: Path
-) -> None:
+def test_settings_of_another_kind_are_refused(plain, change, got, tmp_path):
     bundle = rewritten(plain, tmp_path / "x", change)
     with refused(BundleError, got=(str(bundle.path), got)) as raised:
         OnnxRuntimeLLM(bundle)
@@ -539,15 +506,13 @@ def test_settings_of_another_kind_are_refused(
 
 
 @pytest.mark.parametrize("change", [{"layers": 1}, {"kv_heads": 2}, {"head_size": 16}])
-def test_a_graph_of_another_model_is_refused(
-    plain: Bundle, change: dict[str, int], tmp_path: Path
-) -> None:
+def test_a_graph_of_another_model_is_refused(plain, change, tmp_path):
     bundle = rewritten(plain, tmp_path / "x", edited(**change))
     with refused(BundleError, got=("onnxruntime: ", str(bundle.path)), expected="llm.json"):
         OnnxRuntimeLLM(bundle)
 
 
-def test_a_tokenizer_of_another_kind_is_refused(plain: Bundle, tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_kind_is_refused(plain, tmp_path):
     def write(text: str) -> Callable[[Path], None]:
         return lambda staged: (staged / "llm_tokenizer.json").write_text(text) and None
 
@@ -563,20 +528,20 @@ def test_a_tokenizer_of_another_kind_is_refused(plain: Bundle, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("package", ["onnxruntime", "tokenizers"])
-def test_a_package_that_is_absent(plain: Bundle, package: str, monkeypatch: Any) -> None:
+def test_a_package_that_is_absent(plain, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with refused(MissingDependencyError, got=("'onnxruntime'", repr(package)), cure="llm-cpu"):
         OnnxRuntimeLLM(plain)
 
 
-def test_settings_survive_their_file(plain: Bundle) -> None:
+def test_settings_survive_their_file(plain):
     settings = Settings.of(plain)
     assert Settings.from_bytes(settings.to_bytes()) == settings
     assert settings.words.later is not None
     assert settings.context == 512
 
 
-def test_a_bundle_with_an_llm_is_replaced_by_one_without(plain: Bundle, tmp_path: Path) -> None:
+def test_a_bundle_with_an_llm_is_replaced_by_one_without(plain, tmp_path):
     target = rewritten(plain, tmp_path / "x", lambda staged: None).path
     bundle = rewritten(
         plain, target, lambda staged: [(staged / name).unlink() for name in LLM_FILES] and None
@@ -610,7 +575,7 @@ def pair(kind: str) -> tuple[HubTokenizer, JsonTokenizer]:
 
 
 @pytest.mark.parametrize("kind", ["bytes", "llama", "first"])
-def test_the_tokenizers_file_gives_what_transformers_gives(kind: str) -> None:
+def test_the_tokenizers_file_gives_what_transformers_gives(kind):
     theirs, ours = pair(kind)
     assert (ours.bos, ours.eos, ours.eos_id) == (theirs.bos, theirs.eos, theirs.eos_id)
     for text in TEXTS:
@@ -628,13 +593,10 @@ def test_the_tokenizers_file_gives_what_transformers_gives(kind: str) -> None:
 
 
 @pytest.mark.local_llm
-def test_a_character_of_several_tokens_comes_in_one_piece(plain: Bundle, monkeypatch: Any) -> None:
+def test_a_character_of_several_tokens_comes_in_one_piece(plain, monkeypatch):
     llm = OnnxRuntimeLLM(plain)
     ids = iter(
-        [
-            *llm.text.prompts.tokenizer.encode("a 大きさ 🙂!", special=False),
-            llm.text.prompts.eos_id,
-        ]
+        [*llm.text.prompts.tokenizer.encode("a 大きさ 🙂!", special=False), llm.text.prompts.eos_id]
     )
     monkeypatch.setattr(llm, "step", lambda new, cache, rows: next(ids))
     pieces = list(llm.stream(embeds_of(2), "what?"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,7 +124,7 @@ def test_embeddings_are_those_of_the_llm(sglang, reference, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_the_table_is_read_from_any_checkpoint(tmp_path: Path, dtype, sharded):
+def test_the_table_is_read_from_any_checkpoint(tmp_path, dtype, sharded):
     folder = checkpoint_of(tmp_path / "llava")
     tensors = load_file(demo.checkpoint() / "model.safetensors")
     (name,) = (each for each in tensors if each.endswith("embed_tokens.weight"))
@@ -141,7 +140,7 @@ def test_the_table_is_read_from_any_checkpoint(tmp_path: Path, dtype, sharded):
     np.testing.assert_array_equal(table.rows(ids), tensors[name][ids].float().numpy())
 
 
-def test_a_checkpoint_that_is_not_whole(tmp_path: Path):
+def test_a_checkpoint_that_is_not_whole(tmp_path):
     gone = str(tmp_path / "gone")
     with refused(CheckpointError, got=("sglang: ", gone), expected="tokenizer"):
         open_for("http://127.0.0.1:1", bundle_of(gone))
@@ -199,7 +198,7 @@ def test_a_failed_answer_is_taken_back():
             assert conversation.ids == ()
 
 
-def test_the_page_writes_the_llm_alone(tmp_path: Path, reference):
+def test_the_page_writes_the_llm_alone(tmp_path, reference):
     """The page's recipe on the demo: what SGLang serves has the LLaVA's own LLM."""
     import transformers
 

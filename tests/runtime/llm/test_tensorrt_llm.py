@@ -23,12 +23,7 @@ from tests.runtime.llm.llm_server_stubs import (
 )
 from vzip.runtime.errors import CheckpointError, InvalidInputError, MissingDependencyError
 from vzip.runtime.llm import TokenSpec
-from vzip.runtime.llm.experimental.tensorrt_llm import (
-    TrtllmServer,
-    open_for,
-    prompt_table,
-    request,
-)
+from vzip.runtime.llm.experimental.tensorrt_llm import TrtllmServer, open_for, prompt_table, request
 from vzip.runtime.llm.local.transformers import TransformersLLM
 from vzip.runtime.llm.text_side import TextCheckpoint
 

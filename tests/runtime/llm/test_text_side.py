@@ -74,7 +74,7 @@ def test_both_readers_say_the_same_of_the_demo():
         assert getattr(ours, name) == getattr(theirs, name)
 
 
-def test_what_is_no_text_side_of_a_llava(tmp_path: Path):
+def test_what_is_no_text_side_of_a_llava(tmp_path):
     folder = checkpoint_of(tmp_path / "text")
     path = folder / "config.json"
     config = json.loads(path.read_text())

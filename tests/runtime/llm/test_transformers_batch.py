@@ -54,12 +54,7 @@ def test_generate_of_a_batch_gives_what_each_question_alone_does(llava, images, 
         conversation.ask(question, max_new_tokens=8)
         prompt = first_ids(llava.tokenizer, len(embeds), question)
         expected.append(conversation._history[len(prompt) :])
-        _, logits = generate(
-            llava.model,
-            prompt,
-            8,
-            mm_encoder_outputs=single(embeds),
-        )
+        _, logits = generate(llava.model, prompt, 8, mm_encoder_outputs=single(embeds))
         rows.append(logits)
     inputs = llava.llm.generation_inputs(images, QUESTIONS, form=form)
     longest = max(

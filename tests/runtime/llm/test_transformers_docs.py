@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tests.snippets import run_snippets
@@ -13,7 +11,7 @@ from vzip.runtime.cli.main import main
 pytestmark = pytest.mark.local_llm
 
 
-def test_the_page_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_runs(tmp_path, capsys):
     bundle = tmp_path / "bundle"
     assert main(["export", "--model", "demo", "--no-check", "-o", str(bundle)]) == 0
     picture = sorted(demo.pictures().glob("*.jpg"))[0]

@@ -68,7 +68,7 @@ def changed(manifest: Manifest, record: str, **values: Any) -> Manifest:
     return dataclasses.replace(manifest, **{record: replaced})
 
 
-def test_the_fingerprint_is_the_bundles_content(tiny_bundle: Path) -> None:
+def test_the_fingerprint_is_the_bundles_content(tiny_bundle):
     bundle = read_bundle(tiny_bundle)
     before = fingerprint(bundle.manifest)
     assert len(before) == 64
@@ -76,7 +76,7 @@ def test_the_fingerprint_is_the_bundles_content(tiny_bundle: Path) -> None:
     assert fingerprint(read_bundle(tiny_bundle.rename(tiny_bundle.parent / "x")).manifest) == before
 
 
-def test_the_fingerprint_stays_the_same_from_version_to_version(tiny_bundle: Path) -> None:
+def test_the_fingerprint_stays_the_same_from_version_to_version(tiny_bundle):
     """Files that people wrote carry it: another value needs another VERSION."""
     found = fingerprint(read_bundle(tiny_bundle).manifest)
     assert found == "9335347d2bc0fc3e9d0594de3832b72a5d66e9c54f5220e3d880b4849b1ccf96"
@@ -102,17 +102,13 @@ OTHERS: list[Callable[[Manifest], Manifest]] = [
 
 
 @pytest.mark.parametrize("change", SAME)
-def test_what_changes_no_token_changes_no_fingerprint(
-    tiny_bundle: Path, change: Callable[[Manifest], Manifest]
-) -> None:
+def test_what_changes_no_token_changes_no_fingerprint(tiny_bundle, change):
     manifest = read_bundle(tiny_bundle).manifest
     assert fingerprint(change(manifest)) == fingerprint(manifest)
 
 
 @pytest.mark.parametrize("change", OTHERS)
-def test_what_changes_tokens_changes_the_fingerprint(
-    tiny_bundle: Path, change: Callable[[Manifest], Manifest]
-) -> None:
+def test_what_changes_tokens_changes_the_fingerprint(tiny_bundle, change):
     manifest = read_bundle(tiny_bundle).manifest
     assert fingerprint(change(manifest)) != fingerprint(manifest)
 
@@ -120,7 +116,7 @@ def test_what_changes_tokens_changes_the_fingerprint(
 # The folder
 
 
-def test_gives_back_what_was_put(tmp_path: Path) -> None:
+def test_gives_back_what_was_put(tmp_path):
     cache = TokenCache(tmp_path / "cache")
     assert get(cache, 1) is None
     cache.put(ORIGIN, entry(1))
@@ -138,7 +134,7 @@ def test_gives_back_what_was_put(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "empty", "image", "bundle"])
-def test_a_damaged_entry_is_removed_and_counts_as_absent(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_entry_is_removed_and_counts_as_absent(tmp_path, damage):
     cache = TokenCache(tmp_path)
     cache.put(ORIGIN, entry(1))
     (path,) = tmp_path.iterdir()
@@ -158,7 +154,7 @@ def test_a_damaged_entry_is_removed_and_counts_as_absent(tmp_path: Path, damage:
     assert names(tmp_path) == []
 
 
-def test_the_entries_used_longest_ago_make_room(tmp_path: Path) -> None:
+def test_the_entries_used_longest_ago_make_room(tmp_path):
     cache = TokenCache(tmp_path)
     cache.put(ORIGIN, entry(0))
     size = next(tmp_path.iterdir()).stat().st_size
@@ -185,7 +181,7 @@ def test_the_entries_used_longest_ago_make_room(tmp_path: Path) -> None:
     ]
 
 
-def test_what_a_killed_writer_left_is_removed_in_time(tmp_path: Path) -> None:
+def test_what_a_killed_writer_left_is_removed_in_time(tmp_path):
     old, new = tmp_path / ".a.1234.vzip-tmp", tmp_path / ".b.1234.vzip-tmp"
     for path in (old, new):
         path.write_bytes(b"x")
@@ -194,7 +190,7 @@ def test_what_a_killed_writer_left_is_removed_in_time(tmp_path: Path) -> None:
     assert (old.exists(), new.exists()) == (False, True)
 
 
-def test_refuses_what_is_no_digest_or_no_folder(tmp_path: Path) -> None:
+def test_refuses_what_is_no_digest_or_no_folder(tmp_path):
     cache = TokenCache(tmp_path)
     with refused(InvalidInputError, got="../../etc", cure="image_digest"):
         cache.get("../../etc", ORIGIN.fingerprint)
@@ -206,7 +202,7 @@ def test_refuses_what_is_no_digest_or_no_folder(tmp_path: Path) -> None:
         TokenCache(tmp_path, limit=-1)
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     fill_disk(monkeypatch)
     with refused(InvalidInputError, got="No space left", cure="free some space"):
         TokenCache(tmp_path).put(ORIGIN, entry(1))
@@ -235,14 +231,11 @@ print(hits)
 def storm(folder: Path, seed: int, steps: int) -> subprocess.Popen[str]:
     arguments = [str(folder), str(8 * 1000), str(seed), str(steps)]
     return subprocess.Popen(
-        [sys.executable, "-c", STORM, *arguments],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
+        [sys.executable, "-c", STORM, *arguments], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
 
 
-def test_several_processes_share_a_folder_and_may_be_killed(tmp_path: Path) -> None:
+def test_several_processes_share_a_folder_and_may_be_killed(tmp_path):
     endless = storm(tmp_path, 0, 10**9)
     others = [storm(tmp_path, seed, 200) for seed in (1, 2)]
     assert endless.stdout is not None
@@ -277,7 +270,7 @@ class Counting:
         return self._encoder.image_tokens(image)
 
 
-def test_an_image_is_encoded_once(tmp_path: Path, tiny_bundle: Path) -> None:
+def test_an_image_is_encoded_once(tmp_path, tiny_bundle):
     data = png()
     path = tmp_path / "a.png"
     path.write_bytes(data)
@@ -307,7 +300,7 @@ def test_an_image_is_encoded_once(tmp_path: Path, tiny_bundle: Path) -> None:
             cached_image_embeds(encoder, "https://a/b.png", cache)
 
 
-def test_an_image_goes_by_its_content() -> None:
+def test_an_image_goes_by_its_content():
     data = png()
     assert image_digest(data) == hashlib.sha256(data).hexdigest()
     tall, wide = np.zeros((2, 3, 3), np.uint8), np.zeros((3, 2, 3), np.uint8)
@@ -315,7 +308,7 @@ def test_an_image_goes_by_its_content() -> None:
     assert image_digest(tall) == image_digest(Image.fromarray(tall))
 
 
-def test_files_that_are_no_images_are_not_read(tmp_path: Path) -> None:
+def test_files_that_are_no_images_are_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with refused(InvalidInputError, got="pipe'"):
         read_image(tmp_path / "pipe")
@@ -325,7 +318,7 @@ def test_files_that_are_no_images_are_not_read(tmp_path: Path) -> None:
         read_image(tmp_path / "large")
 
 
-def test_origin_is_the_manifests(tiny_bundle: Path) -> None:
+def test_origin_is_the_manifests(tiny_bundle):
     manifest = read_bundle(tiny_bundle).manifest
     assert origin_of(manifest) == Origin(
         fingerprint(manifest), "tests/tiny", manifest.token_order, 6, 7

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,7 @@ def join(header: dict[str, Any] | bytes, body: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + body
 
 
-def test_the_bytes_of_a_small_file() -> None:
+def test_the_bytes_of_a_small_file():
     tokens = np.array([[1, 2]], np.float32)
     data = to_bytes(
         Origin("f", "m", "o", 2, 7), [ImageTokens("a", "s", tokens, np.array([[5]], np.int64))]
@@ -61,7 +60,7 @@ def test_the_bytes_of_a_small_file() -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_what_was_written_is_read(tmp_path: Path, dtype: type) -> None:
+def test_what_was_written_is_read(tmp_path, dtype):
     tiles = ImageTokens("ü/b c.jpg", "2" * 64, np.ones((5, 6), dtype), np.zeros((3, 4), np.int64))
     bare = ImageTokens("none", "3" * 64, np.zeros((0, 6), dtype), np.zeros((1, 0), np.int64))
     images = [image("a", 2, dtype), tiles, bare]
@@ -81,7 +80,7 @@ def test_what_was_written_is_read(tmp_path: Path, dtype: type) -> None:
             file.read("b")
 
 
-def test_arrays_in_any_memory_order_are_written_in_one(tmp_path: Path) -> None:
+def test_arrays_in_any_memory_order_are_written_in_one(tmp_path):
     tokens = np.arange(12, dtype=np.float32).reshape(6, 2).T
     kept = np.arange(12, dtype=np.int64).reshape(4, 3).T
     data = to_bytes(ORIGIN, [ImageTokens("a", "s", tokens, kept)])
@@ -99,19 +98,19 @@ def test_arrays_in_any_memory_order_are_written_in_one(tmp_path: Path) -> None:
         (np.zeros((2, 6), np.float32), np.zeros((1, 1, 3), np.int64)),
     ],
 )
-def test_refuses_other_arrays(tokens: Any, kept: Any) -> None:
+def test_refuses_other_arrays(tokens, kept):
     with refused(InvalidInputError, got=(str(tokens.dtype), str(kept.dtype)), expected="[n, L]"):
         to_bytes(ORIGIN, [ImageTokens("a", "s", tokens, kept)])
 
 
-def test_refuses_names_that_collide_or_are_no_text() -> None:
+def test_refuses_names_that_collide_or_are_no_text():
     with refused(InvalidInputError, got="'a/b'"):
         to_bytes(ORIGIN, [image("a/b"), image("a/b", seed=1)])
     with refused(InvalidInputError, got=repr("\udcff"), expected="Unicode"):
         to_bytes(ORIGIN, [image("\udcff")])
 
 
-def test_refuses_a_header_that_readers_would(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_a_header_that_readers_would(monkeypatch):
     monkeypatch.setattr("vzip.runtime.tokens.file.LARGEST_HEADER", 300)
     with refused(InvalidInputError, got="1 images", expected="300", cure="--shard-size"):
         to_bytes(ORIGIN, [image("a")])
@@ -187,9 +186,7 @@ def without_kept(data: bytes) -> bytes:
         (tensor(data_offsets=[32]), "'tokens/a' can't"),
     ],
 )
-def test_refuses_what_is_no_file_of_tokens(
-    tmp_path: Path, change: Callable[[bytes], bytes], got: str
-) -> None:
+def test_refuses_what_is_no_file_of_tokens(tmp_path, change, got):
     path = tmp_path / "t.safetensors"
     path.write_bytes(change(to_bytes(ORIGIN, [image("a")])))
     with refused(InvalidInputError, got=(f"{path}: ", got), cure="encode") as raised:
@@ -198,7 +195,7 @@ def test_refuses_what_is_no_file_of_tokens(
 
 
 @pytest.mark.parametrize("place", [-1, -80])
-def test_refuses_tokens_and_kept_indices_that_changed(tmp_path: Path, place: int) -> None:
+def test_refuses_tokens_and_kept_indices_that_changed(tmp_path, place):
     data = bytearray(to_bytes(ORIGIN, [image("a")]))
     data[place] ^= 1
     path = tmp_path / "t.safetensors"
@@ -210,6 +207,6 @@ def test_refuses_tokens_and_kept_indices_that_changed(tmp_path: Path, place: int
         file.read("a")
 
 
-def test_no_file(tmp_path: Path) -> None:
+def test_no_file(tmp_path):
     with refused(InvalidInputError, got="No such file"):
         TokenFile.open(tmp_path / "t.safetensors")

@@ -81,7 +81,7 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["tiny_bundle", "tiny_static_bundle"])
-def test_a_folder_becomes_a_file(tmp_path: Path, folder: Path, name: str, capsys: Any) -> None:
+def test_a_folder_becomes_a_file(tmp_path, folder, name, capsys):
     bundle, output = GOLDEN / name, tmp_path / "t.safetensors"
     assert encode(bundle, folder, "-o", output) == 0
     assert capsys.readouterr() == (f"{output}\n", "")
@@ -100,9 +100,7 @@ def test_a_folder_becomes_a_file(tmp_path: Path, folder: Path, name: str, capsys
     assert names(tmp_path) == ["images", "t.safetensors"]
 
 
-def test_batches_are_filled_across_shards(
-    tmp_path: Path, folder: Path, encoded: list[int], capsys: Any
-) -> None:
+def test_batches_are_filled_across_shards(tmp_path, folder, encoded, capsys):
     for seed in range(10, 13):
         draw(folder / f"{seed}.png", seed)
     bundle = GOLDEN / "tiny_bundle"
@@ -124,18 +122,14 @@ def test_batches_are_filled_across_shards(
             np.testing.assert_array_equal(tokens, one[image][0])
 
 
-def test_files_go_by_their_last_name_in_the_order_given(
-    tmp_path: Path, folder: Path, encoded: list[int]
-) -> None:
+def test_files_go_by_their_last_name_in_the_order_given(tmp_path, folder, encoded):
     paths = [folder / "sub" / "a.png", folder / "c.jpg", folder / "sub" / "a.png"]
     assert encode(GOLDEN / "tiny_bundle", *paths, "-o", tmp_path / "t.safetensors") == 0
     assert list(contents(tmp_path / "t.safetensors")) == ["a.png", "c.jpg"]
     assert encoded == [2]
 
 
-def test_one_picture_under_two_names_is_encoded_once(
-    tmp_path: Path, folder: Path, encoded: list[int]
-) -> None:
+def test_one_picture_under_two_names_is_encoded_once(tmp_path, folder, encoded):
     shutil.copyfile(folder / "a.png", folder / "a-twin.png")
     output = tmp_path / "t.safetensors"
     assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 0
@@ -149,7 +143,7 @@ def test_one_picture_under_two_names_is_encoded_once(
 
 
 @pytest.mark.parametrize("order", ["reference", "newline"])
-def test_tiles_are_those_of_image_embeds(tmp_path: Path, tiny_bundle: Path, order: str) -> None:
+def test_tiles_are_those_of_image_embeds(tmp_path, tiny_bundle, order):
     bundle = with_newline(tmp_path / "tiled", tiny_bundle, tiled(order))
     images = [draw(tmp_path / f"{side}.png", side, (side, 90)) for side in (20, 60, 200)]
     output = tmp_path / "t.safetensors"
@@ -164,7 +158,7 @@ def test_tiles_are_those_of_image_embeds(tmp_path: Path, tiny_bundle: Path, orde
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_arrays(tmp_path: Path, folder: Path, whole: bool) -> None:
+def test_arrays(tmp_path, folder, whole):
     output = tmp_path / "t.npy"
     assert encode(GOLDEN / "tiny_bundle", folder if whole else folder / "a.png", "-o", output) == 0
     found = np.load(output, allow_pickle=False)
@@ -176,8 +170,8 @@ def test_arrays(tmp_path: Path, folder: Path, whole: bool) -> None:
 
 
 def test_arrays_of_unequal_lengths_are_refused_and_the_cure_costs_nothing(
-    tmp_path: Path, tiny_bundle: Path, encoded: list[int], capsys: Any
-) -> None:
+    tmp_path, tiny_bundle, encoded, capsys
+):
     bundle = with_newline(tmp_path / "tiled", tiny_bundle, tiled("reference"))
     images = [draw(tmp_path / f"{side}.png", side, (side, 90)) for side in (20, 90)]
     assert encode(bundle, *images, "-o", tmp_path / "t.npy") == 2
@@ -191,9 +185,7 @@ def test_arrays_of_unequal_lengths_are_refused_and_the_cure_costs_nothing(
 # What is left out
 
 
-def test_what_is_no_image_is_named_and_the_others_go_on(
-    tmp_path: Path, folder: Path, capsys: Any
-) -> None:
+def test_what_is_no_image_is_named_and_the_others_go_on(tmp_path, folder, capsys):
     (folder / "notes.txt").write_text("no picture")
     (folder / ".hidden").write_text("x")
     (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:300])
@@ -219,14 +211,14 @@ def test_what_is_no_image_is_named_and_the_others_go_on(
     np.testing.assert_allclose(contents(output)["c.jpg"][0], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_without_a_single_image_nothing_is_written(tmp_path: Path, capsys: Any) -> None:
+def test_without_a_single_image_nothing_is_written(tmp_path, capsys):
     (tmp_path / "a.png").write_bytes(b"no")
     assert encode(GOLDEN / "tiny_bundle", tmp_path / "a.png", "-o", tmp_path / "t.safetensors") == 1
     assert capsys.readouterr().out == ""
     assert names(tmp_path) == ["a.png"]
 
 
-def test_shards_keep_their_numbers_when_images_are_left_out(tmp_path: Path, folder: Path) -> None:
+def test_shards_keep_their_numbers_when_images_are_left_out(tmp_path, folder):
     (folder / "a.png").write_bytes(b"no")
     output = tmp_path / "t.safetensors"
     assert encode(GOLDEN / "tiny_bundle", folder, "-o", output, "--shard-size", 1) == 1
@@ -234,9 +226,7 @@ def test_shards_keep_their_numbers_when_images_are_left_out(tmp_path: Path, fold
     assert [list(contents(path)) for path in shards] == [[], ["b.png"], ["c.jpg"], ["sub/a.png"]]
 
 
-def test_an_array_is_written_whole_or_not_at_all(
-    tmp_path: Path, folder: Path, encoded: list[int], capsys: Any
-) -> None:
+def test_an_array_is_written_whole_or_not_at_all(tmp_path, folder, encoded, capsys):
     good = (folder / "a.png").read_bytes()
     (folder / "a.png").write_bytes(b"no")
     output = tmp_path / "t.npy"
@@ -266,13 +256,7 @@ def test_an_array_is_written_whole_or_not_at_all(
         (["images", "images/a.png", "-o", "t.npy", "--backend", "x"], "'x'"),
     ],
 )
-def test_what_is_refused(
-    folder: Path,
-    arguments: list[str],
-    text: str,
-    capsys: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_is_refused(folder, arguments, text, capsys, monkeypatch):
     monkeypatch.chdir(folder.parent)
     Path("empty").mkdir()
     assert main(["encode", str(GOLDEN / "tiny_bundle"), *arguments]) == 2
@@ -282,9 +266,7 @@ def test_what_is_refused(
     assert names(Path()) == ["empty", "images"]
 
 
-def test_a_bundle_for_videos_takes_no_images(
-    tmp_path: Path, tiny_bundle: Path, folder: Path, capsys: Any
-) -> None:
+def test_a_bundle_for_videos_takes_no_images(tmp_path, tiny_bundle, folder, capsys):
     path = tiny_bundle / "manifest.json"
     text = path.read_text().replace('"image",\n    "video"', '"video"')
     path.write_text(text)
@@ -296,9 +278,7 @@ def test_a_bundle_for_videos_takes_no_images(
 # Going on
 
 
-def test_a_second_run_encodes_nothing(
-    tmp_path: Path, folder: Path, encoded: list[int], capsys: Any
-) -> None:
+def test_a_second_run_encodes_nothing(tmp_path, folder, encoded, capsys):
     output = tmp_path / "t.safetensors"
     for options in ([], ["--shard-size", 3]):
         encode(GOLDEN / "tiny_bundle", folder, "-o", output, *options)
@@ -310,9 +290,7 @@ def test_a_second_run_encodes_nothing(
 
 
 @pytest.mark.parametrize("options", [[], ["--shard-size", 2]])
-def test_only_images_that_changed_are_encoded_again(
-    tmp_path: Path, folder: Path, encoded: list[int], options: list[Any]
-) -> None:
+def test_only_images_that_changed_are_encoded_again(tmp_path, folder, encoded, options):
     output = tmp_path / "t.safetensors"
     encode(GOLDEN / "tiny_bundle", folder, "-o", output, *options)
     encoded.clear()
@@ -329,7 +307,7 @@ def test_only_images_that_changed_are_encoded_again(
     assert len(found) == 4
 
 
-def test_a_file_that_is_open_elsewhere_stays_what_it_was(tmp_path: Path, folder: Path) -> None:
+def test_a_file_that_is_open_elsewhere_stays_what_it_was(tmp_path, folder):
     output, link = tmp_path / "t.safetensors", tmp_path / "link"
     encode(GOLDEN / "tiny_bundle", folder, "-o", output)
     before = output.read_bytes()
@@ -339,7 +317,7 @@ def test_a_file_that_is_open_elsewhere_stays_what_it_was(tmp_path: Path, folder:
     assert link.read_bytes() == before != output.read_bytes()
 
 
-def test_images_come_and_go_in_one_file(tmp_path: Path, folder: Path, encoded: list[int]) -> None:
+def test_images_come_and_go_in_one_file(tmp_path, folder, encoded):
     output = folder / "t.safetensors"  # in the folder itself: it is no image of it
     assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 0
     encoded.clear()
@@ -350,7 +328,7 @@ def test_images_come_and_go_in_one_file(tmp_path: Path, folder: Path, encoded: l
     assert list(contents(output)) == ["0.png", "a.png", "b.png", "sub/a.png"]
 
 
-def test_shards_of_another_number_of_images(tmp_path: Path, folder: Path, capsys: Any) -> None:
+def test_shards_of_another_number_of_images(tmp_path, folder, capsys):
     output = tmp_path / "t.safetensors"
     encode(GOLDEN / "tiny_bundle", folder, "-o", output, "--shard-size", 2)
     before = names(tmp_path)
@@ -368,9 +346,7 @@ def test_shards_of_another_number_of_images(tmp_path: Path, folder: Path, capsys
 
 
 @pytest.mark.parametrize("options", [[], ["--shard-size", 2]])
-def test_what_another_bundle_made_is_refused(
-    tmp_path: Path, folder: Path, options: list[Any], capsys: Any
-) -> None:
+def test_what_another_bundle_made_is_refused(tmp_path, folder, options, capsys):
     output = tmp_path / "t.safetensors"
     encode(GOLDEN / "tiny_bundle", folder, "-o", output, *options)
     before = {path: path.read_bytes() for path in tmp_path.glob("t*")}
@@ -380,7 +356,7 @@ def test_what_another_bundle_made_is_refused(
     assert {path: path.read_bytes() for path in tmp_path.glob("t*")} == before
 
 
-def test_a_file_of_somebody_else_is_not_replaced(tmp_path: Path, folder: Path, capsys: Any) -> None:
+def test_a_file_of_somebody_else_is_not_replaced(tmp_path, folder, capsys):
     output = tmp_path / "t.safetensors"
     output.write_bytes(b"a model of weeks of training")
     assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 2
@@ -388,7 +364,7 @@ def test_a_file_of_somebody_else_is_not_replaced(tmp_path: Path, folder: Path, c
     assert output.read_bytes() == b"a model of weeks of training"
 
 
-def test_two_at_once_don_t_mix(tmp_path: Path, folder: Path, capsys: Any) -> None:
+def test_two_at_once_don_t_mix(tmp_path, folder, capsys):
     output = tmp_path / "t.safetensors"
     origin = origin_of(read_bundle(GOLDEN / "tiny_bundle").manifest)
     with work_store(output, origin):
@@ -397,9 +373,7 @@ def test_two_at_once_don_t_mix(tmp_path: Path, folder: Path, capsys: Any) -> Non
     assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 0
 
 
-def test_so_many_images_that_a_header_can_t_name_them(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_so_many_images_that_a_header_can_t_name_them(tmp_path, folder, monkeypatch, capsys):
     monkeypatch.setattr(encode_job, "LARGEST_HEADER", 1800)
     output = tmp_path / "t.safetensors"
     assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 2
@@ -437,8 +411,8 @@ def child(step: int, kind: str, *arguments: object) -> int:
 
 @pytest.mark.parametrize("options", [[], ["--shard-size", 2]])
 def test_sigkill_at_any_step_leaves_whole_files_and_the_next_run_goes_on(
-    tmp_path: Path, folder: Path, encoded: list[int], options: list[Any]
-) -> None:
+    tmp_path, folder, encoded, options
+):
     bundle = GOLDEN / "tiny_static_bundle"
     (tmp_path / "good").mkdir()
     encode(bundle, folder, "-o", tmp_path / "good" / "t.safetensors", *options)
@@ -465,9 +439,7 @@ def test_sigkill_at_any_step_leaves_whole_files_and_the_next_run_goes_on(
     assert len(set(again)) >= 4
 
 
-def test_an_interrupt_ends_with_its_status_and_loses_nothing(
-    tmp_path: Path, folder: Path, encoded: list[int]
-) -> None:
+def test_an_interrupt_ends_with_its_status_and_loses_nothing(tmp_path, folder, encoded):
     arguments = (GOLDEN / "tiny_static_bundle", folder, "-o", tmp_path / "t.safetensors")
     assert child(7, "SIGINT", *arguments) == 130
     assert not (tmp_path / "t.safetensors").exists()
@@ -476,9 +448,7 @@ def test_an_interrupt_ends_with_its_status_and_loses_nothing(
     assert names(tmp_path) == ["images", "t.safetensors"]
 
 
-def test_a_run_that_another_bundle_began_is_refused(
-    tmp_path: Path, folder: Path, capsys: Any
-) -> None:
+def test_a_run_that_another_bundle_began_is_refused(tmp_path, folder, capsys):
     output = tmp_path / "t.safetensors"
     assert child(7, "SIGKILL", GOLDEN / "tiny_static_bundle", folder, "-o", output) < 0
     assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 2
