@@ -17,14 +17,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.bundles import NEWLINE, Change, as_it_is, patches_alone, pooled, tiled, with_newline
 from tests.refusals import refused
 from vzip.runtime import CompressedTokens, VisionEncoder, backends, encoder
 from vzip.runtime.backends import open_backend
 from vzip.runtime.backends.onnxruntime import import_onnxruntime
 from vzip.runtime.backends.protocol import BackendUnavailableError
-from vzip.runtime.bundle.manifest import Manifest, Tiling
+from vzip.runtime.bundle.manifest import Manifest
 from vzip.runtime.bundle.reader import Bundle, read_bundle
-from vzip.runtime.bundle.writer import bundle_writer, update_manifest
+from vzip.runtime.bundle.writer import update_manifest
 from vzip.runtime.errors import BackendError, BundleError, InvalidInputError, MissingDependencyError
 from vzip.runtime.pictures.tiles import arrange, arrange_rows, cut
 
@@ -62,15 +63,47 @@ class Fake:
         self.closed += 1
 
 
-def opened(folder: Path, spoil: Callable[[Arrays], object] = lambda _: None) -> VisionEncoder:
-    bundle = read_bundle(folder)
-    return VisionEncoder(bundle, "fake", Fake(bundle, spoil))
+def opened(
+    folder: Path,
+    spoil: Callable[[Arrays], object] = lambda _: None,
+    *,
+    change: Change = as_it_is,
+    kind: type[Fake] = Fake,
+) -> VisionEncoder:
+    """Open a bundle, under another manifest perhaps, with a backend that only seems to run it."""
+    bundle = Bundle(folder, change(read_bundle(folder).manifest))
+    return VisionEncoder(bundle, "fake", kind(bundle, spoil))
+
+
+def marked(folder: Path, change: Change = as_it_is) -> VisionEncoder:
+    return opened(folder, change=change, kind=Marked)
 
 
 def fake_of(encoder: VisionEncoder) -> Fake:
     fake = encoder._opened
     assert isinstance(fake, Fake)
     return fake
+
+
+def set_kept(row: list[int]) -> Callable[[Arrays], object]:
+    return lambda outputs: outputs.update(kept_indices=np.array([row]))
+
+
+@pytest.fixture
+def again(monkeypatch: pytest.MonkeyPatch) -> Callable[[Fake], list[dict[str, Any]]]:
+    """Let a backend be what is opened for groups; return what it is opened with, which grows."""
+
+    def take(backend: Fake) -> list[dict[str, Any]]:
+        calls: list[dict[str, Any]] = []
+
+        def open_second(name: str, *_: object, **options: Any) -> tuple[str, Fake]:
+            calls.append({"name": name, **options})
+            return name, backend
+
+        monkeypatch.setattr("vzip.runtime.encoder.open_backend", open_second)
+        return calls
+
+    return take
 
 
 def png(array: np.ndarray) -> bytes:
@@ -84,7 +117,8 @@ def png(array: np.ndarray) -> bytes:
 
 def test_opens_a_folder_a_text_or_a_bundle(tiny_bundle):
     for source in (tiny_bundle, str(tiny_bundle), read_bundle(tiny_bundle)):
-        with VisionEncoder.open(source, backend="onnxruntime") as encoder:
+        with VisionEncoder.open(source) as encoder:
+            assert encoder.backend in {"onnxruntime", "onnxruntime-cuda"}, "which one auto took"
             assert encoder.bundle == read_bundle(tiny_bundle)
             assert encoder.manifest is encoder.bundle.manifest
 
@@ -123,16 +157,19 @@ def test_refuses_a_backend_that_does_not_exist(tiny_bundle):
 # Choosing a backend
 
 
-def test_auto_takes_the_first_that_can_be_used(tiny_bundle, monkeypatch):
+def test_auto_takes_the_first_that_can_be_used_and_hides_no_failure(tiny_bundle, monkeypatch):
     tried: list[str] = []
+    outcomes: dict[str, Exception] = {
+        "tensorrt": BackendUnavailableError("no GPU"),
+        "onnxruntime-cuda": BackendUnavailableError("no GPU"),
+        "onnxruntime": MissingDependencyError("no package"),
+    }
 
     def load(name: str) -> Callable[..., object]:
         def make(bundle: Bundle, extra: tuple[str, ...]) -> object:
             tried.append(name)
-            if name in {"tensorrt", "onnxruntime-cuda"}:
-                raise BackendUnavailableError("no GPU")
-            if name == "onnxruntime":
-                raise MissingDependencyError("no package")
+            if name in outcomes:
+                raise outcomes[name]
             return name
 
         return make
@@ -140,17 +177,8 @@ def test_auto_takes_the_first_that_can_be_used(tiny_bundle, monkeypatch):
     monkeypatch.setattr(backends, "_load", load)
     assert open_backend("auto", read_bundle(tiny_bundle)) == ("pytorch", "pytorch")
     assert tried == ["tensorrt", "onnxruntime-cuda", "onnxruntime", "pytorch"]
-
-
-def test_auto_does_not_hide_the_failure_of_a_backend_that_is_there(tiny_bundle, monkeypatch):
-    def load(name: str) -> Callable[..., object]:
-        def make(bundle: Bundle, extra: tuple[str, ...]) -> object:
-            raise BackendError(f"{name} is broken")
-
-        return make
-
-    monkeypatch.setattr(backends, "_load", load)
-    with refused(BackendError, got="tensorrt"):
+    outcomes["onnxruntime-cuda"] = BackendError("onnxruntime-cuda is broken")
+    with refused(BackendError, got="onnxruntime-cuda"):
         open_backend("auto", read_bundle(tiny_bundle))
 
 
@@ -163,11 +191,6 @@ def test_without_any_package_the_error_names_every_reason(tiny_bundle, monkeypat
     for name, extra in (("onnxruntime", "vzip[cpu]"), ("pytorch", "vzip[export]")):
         with refused(MissingDependencyError, got=name, cure=extra):
             VisionEncoder.open(tiny_bundle, backend=name)
-
-
-def test_auto_says_which_backend_it_took(tiny_bundle):
-    with VisionEncoder.open(tiny_bundle) as encoder:
-        assert encoder.backend in {"onnxruntime", "onnxruntime-cuda"}
 
 
 def fake_onnxruntime(monkeypatch: pytest.MonkeyPatch, built: list[str], active: list[str]) -> None:
@@ -246,18 +269,13 @@ def test_splits_into_chunks_and_fills_a_static_batch_with_copies(
         assert np.array_equal(fed[2][1], fed[2][0])
 
 
-@pytest.mark.parametrize("nothing", [[], ()])
-def test_refuses_no_image(tiny_bundle, nothing):
-    with opened(tiny_bundle) as encoder:
-        with refused(InvalidInputError, got="empty"):
-            encoder.encode(nothing)
-        assert not fake_of(encoder).fed
-
-
 def test_refuses_what_is_no_image_before_anything_runs(tiny_bundle, golden):
     good = golden["images"][0]
     bad: list[Any] = [b"GIF8 but no more", good.astype(np.float32), None, (n for n in "generator")]
     with opened(tiny_bundle) as encoder:
+        for nothing in ([], ()):
+            with refused(InvalidInputError, got="empty"):
+                encoder.encode(nothing)
         for source in bad:
             with refused(InvalidInputError):
                 encoder.encode([good, good, good, source])
@@ -309,10 +327,6 @@ def test_run_hands_on_contiguous_memory(tiny_bundle, golden):
 # What comes out
 
 
-def set_kept(row: list[int]) -> Callable[[Arrays], object]:
-    return lambda outputs: outputs.update(kept_indices=np.array([row]))
-
-
 @pytest.mark.parametrize(
     ("spoil", "got", "expected"),
     [
@@ -351,29 +365,22 @@ def test_refuses_outputs_that_the_manifest_does_not_promise(
         assert encoder.run(golden["images"][:1]).kept.tolist() == [[0, 1, 2, 3]]
 
 
-def without_cls(folder: Path, spoil: Callable[[Arrays], object]) -> VisionEncoder:
-    """Open a bundle of a tower with CLS that keeps patches only."""
-    bundle = read_bundle(folder)
-    selection = dataclasses.replace(bundle.manifest.selection, cls_token=False)
-    bundle = Bundle(folder, dataclasses.replace(bundle.manifest, selection=selection))
-    return VisionEncoder(bundle, "fake", Fake(bundle, spoil))
+def test_a_cls_token_that_is_dropped_is_neither_kept_nor_merged(tiny_bundle, golden, again):
+    def without_cls(manifest: Manifest) -> Manifest:
+        selection = dataclasses.replace(manifest.selection, cls_token=False)
+        return dataclasses.replace(manifest, selection=selection)
 
-
-def test_a_cls_token_that_is_dropped_is_neither_kept_nor_merged(tiny_bundle, golden, monkeypatch):
     def good(outputs: Arrays) -> None:
         outputs["kept_indices"] = np.array([[1, 2, 3, 4]])
         outputs["token_weights"][:, 4, 4] = 0
 
-    with without_cls(tiny_bundle, good) as encoder:
-        again = fake_of(encoder)
-        monkeypatch.setattr("vzip.runtime.encoder.open_backend", lambda *_, **__: ("fake", again))
+    with opened(tiny_bundle, good, change=without_cls) as encoder:
+        again(fake_of(encoder))
         tokens = encoder.run(golden["images"][:1])
         assert tokens.groups.tolist() == [[-1] * 5 + [0] * 3 + [1] * 4 + [2] * 5]
-    with (
-        without_cls(tiny_bundle, lambda _: None) as encoder,
-        refused(BackendError, expected="1 … 16"),
-    ):
-        encoder.run(golden["images"][:1])
+        fake_of(encoder).spoil = set_kept([0, 1, 2, 3])
+        with refused(BackendError, expected="1 … 16"):
+            encoder.run(golden["images"][:1])
 
 
 @pytest.mark.parametrize(
@@ -384,25 +391,18 @@ def test_a_cls_token_that_is_dropped_is_neither_kept_nor_merged(tiny_bundle, gol
         (set_kept([0, 1, 2, 16]), ("other tokens", "same")),
     ],
 )
-def test_refuses_groups_that_make_no_sense(tiny_bundle, golden, monkeypatch, spoil, said):
+def test_refuses_groups_that_make_no_sense(tiny_bundle, golden, again, spoil, said):
     with opened(tiny_bundle) as encoder:
-        second = Fake(encoder.bundle, spoil)
-        monkeypatch.setattr("vzip.runtime.encoder.open_backend", lambda *_, **__: ("fake", second))
+        again(Fake(encoder.bundle, spoil))
         tokens = encoder.run(golden["images"][:1])
         with refused(BackendError, got=said[0], expected=said[1]):
             _ = tokens.groups
 
 
-def test_groups_cost_nothing_until_they_are_asked_for(tiny_bundle, golden, monkeypatch):
-    calls: list[dict[str, Any]] = []
+def test_groups_cost_nothing_until_they_are_asked_for(tiny_bundle, golden, again):
     encoder = opened(tiny_bundle)
     second = Fake(encoder.bundle)
-
-    def open_second(name: str, *_: object, **options: Any) -> tuple[str, Fake]:
-        calls.append({"name": name, **options})
-        return name, second
-
-    monkeypatch.setattr("vzip.runtime.encoder.open_backend", open_second)
+    calls = again(second)
     tokens = encoder.encode(list(golden["images"]))
     assert not calls
     assert tokens.groups.shape == (5, 17)
@@ -424,37 +424,6 @@ def test_tokens_have_a_short_description():
 
 
 # Towers without CLS, and pooled ones
-
-
-def patches_alone(manifest: Manifest) -> Manifest:
-    """Return the manifest of a tower without CLS: 16 patches, 4 + 3 of them."""
-    return dataclasses.replace(
-        manifest,
-        tower=dataclasses.replace(manifest.tower, tokens=16, cls_token=False),
-        selection=dataclasses.replace(manifest.selection, cls_token=False),
-    )
-
-
-def pooled(manifest: Manifest) -> Manifest:
-    """Return the manifest of a tower whose 16 patches are pooled to 4 tokens: 2 + 1 of them."""
-    embeds, kept = manifest.outputs
-    extent = embeds.shape[0]
-    return dataclasses.replace(
-        manifest,
-        tower=dataclasses.replace(manifest.tower, tokens=4, grid=(2, 2), cls_token=False, pool=2),
-        selection=dataclasses.replace(
-            manifest.selection, dominant=2, contextual=1, cls_token=False
-        ),
-        media=("video",),
-        outputs=(
-            dataclasses.replace(embeds, shape=(extent, 3, 6)),
-            dataclasses.replace(kept, shape=(extent, 2)),
-        ),
-    )
-
-
-def as_it_is(manifest: Manifest) -> Manifest:
-    return manifest
 
 
 class Marked(Fake):
@@ -486,82 +455,34 @@ class Marked(Fake):
         return outputs
 
 
-def marked(
-    folder: Path,
-    change: Callable[[Manifest], Manifest],
-    spoil: Callable[[Arrays], object] = lambda _: None,
-) -> VisionEncoder:
-    """Open a bundle under another manifest."""
-    bundle = Bundle(folder, change(read_bundle(folder).manifest))
-    return VisionEncoder(bundle, "fake", Marked(bundle, spoil))
-
-
 @pytest.mark.parametrize(("change", "tokens"), [(patches_alone, 16), (pooled, 4)])
 def test_patches_are_counted_from_0_where_there_is_no_cls_token(
-    tiny_bundle, golden, monkeypatch, change, tokens
+    tiny_bundle, golden, again, change, tokens
 ):
     with marked(tiny_bundle, change) as encoder:
-        again = fake_of(encoder)
-        monkeypatch.setattr("vzip.runtime.encoder.open_backend", lambda *_, **__: ("fake", again))
+        again(fake_of(encoder))
         result = encoder.encode(list(golden["images"]))
         assert result.groups.shape == (5, tokens)
         for kept, groups in zip(result.kept, result.groups, strict=True):
             assert [j for j in range(tokens) if groups[j] == -1] == kept.tolist()
             assert set(groups.tolist()) == {-1, 0}
-    first = result.kept.shape[1]
-    for bad in ([*range(first - 1), tokens], [-1, *range(first - 1)], [0] * first):
-        spoil = set_kept(bad)
-        with (
-            marked(tiny_bundle, change, spoil) as encoder,
-            refused(BackendError, expected=f"0 … {tokens - 1}"),
-        ):
-            encoder.encode(golden["images"][0])
+        first = result.kept.shape[1]
+        for bad in ([*range(first - 1), tokens], [-1, *range(first - 1)], [0] * first):
+            fake_of(encoder).spoil = set_kept(bad)
+            with refused(BackendError, expected=f"0 … {tokens - 1}"):
+                encoder.encode(golden["images"][0])
 
 
-def test_a_token_without_a_group_is_noticed_where_there_is_no_cls_token(
-    tiny_bundle, golden, monkeypatch
-):
-    def drop(outputs: Arrays) -> None:
-        outputs["token_weights"][:, 2, :] = 0
-
-    with marked(tiny_bundle, pooled, drop) as encoder:
-        again = fake_of(encoder)
-        monkeypatch.setattr("vzip.runtime.encoder.open_backend", lambda *_, **__: ("fake", again))
+def test_a_token_without_a_group_is_noticed_where_there_is_no_cls_token(tiny_bundle, golden, again):
+    with marked(tiny_bundle, pooled) as encoder:
+        again(fake_of(encoder))
+        fake_of(encoder).spoil = lambda outputs: outputs["token_weights"][:, 2, :].fill(0)
         tokens = encoder.encode(golden["images"][0])
         with refused(BackendError, got="token_weights", expected="each of the 2 "):
             _ = tokens.groups
 
 
 # All that the language model gets
-
-NEWLINE = np.linspace(-3, 3, 6, dtype=np.float32)
-PINPOINTS = ((16, 32), (32, 16), (32, 32), (48, 16), (16, 48))
-
-
-def tiled(order: Any) -> Callable[[Manifest], Manifest]:
-    """Return how a manifest becomes that of a bundle with tiles."""
-
-    def change(manifest: Manifest) -> Manifest:
-        return dataclasses.replace(
-            manifest,
-            preprocessing=dataclasses.replace(manifest.preprocessing, mode="stretch"),
-            tiling=Tiling(PINPOINTS, order),
-        )
-
-    return change
-
-
-def with_newline(
-    target: Path, source: Path, change: Callable[[Manifest], Manifest], newline: Any = NEWLINE
-) -> Path:
-    """Publish a bundle under another manifest, with a newline embedding."""
-    bundle = read_bundle(source)
-    with bundle_writer(target) as writer:
-        for name in bundle.manifest.files:
-            (writer.folder / name).write_bytes((source / name).read_bytes())
-        np.save(writer.folder / "image_newline.npy", newline)
-        writer.publish(change(dataclasses.replace(bundle.manifest, files={})))
-    return target
 
 
 def picture(width: int, height: int) -> np.ndarray:
@@ -610,7 +531,7 @@ def test_tiles_of_a_tower_without_cls(tmp_path, tiny_bundle, order):
     folder = with_newline(
         tmp_path / "tiled", tiny_bundle, lambda manifest: tiled(order)(patches_alone(manifest))
     )
-    with marked(folder, as_it_is) as encoder:
+    with marked(folder) as encoder:
         result = encoder.image_embeds(image)
         images = np.concatenate(fake_of(encoder).fed)
         tokens = encoder.encode(list(images))
@@ -650,7 +571,7 @@ def test_a_video_is_its_frames_in_time_order(tiny_bundle, golden):
 def test_a_newline_ends_a_video_of_pooled_tokens(tmp_path, tiny_bundle, tiny_static_bundle, golden):
     for source, dtype in ((tiny_bundle, np.float32), (tiny_static_bundle, np.float16)):
         folder = with_newline(tmp_path / "pooled", source, pooled)
-        with marked(folder, as_it_is) as encoder:
+        with marked(folder) as encoder:
             frames = list(golden["images"])
             embeds = encoder.video_embeds(frames)
             assert embeds.dtype == dtype
@@ -678,7 +599,7 @@ def test_refuses_media_that_the_bundle_was_not_made_for(tiny_bundle, golden):
 
 def test_refuses_what_is_no_list_of_frames(tiny_bundle, golden):
     array = golden["images"][0]
-    with marked(tiny_bundle, as_it_is) as encoder:
+    with marked(tiny_bundle) as encoder:
         nothing: list[Any] = ["clip.mp4", b"clip", array, golden["images"], iter([array]), None]
         for frames in nothing:
             with refused(InvalidInputError, expected="a list of frames", cure="sample_frames"):
@@ -693,15 +614,12 @@ def test_refuses_what_is_no_list_of_frames(tiny_bundle, golden):
 
 
 def test_a_damaged_newline_is_found_before_anything_runs(tmp_path, tiny_bundle):
-    def spoil(folder: Path) -> None:
-        path = folder / "image_newline.npy"
-        path.write_bytes(path.read_bytes()[:-1] + b"x")
-
     tiles = with_newline(tmp_path / "tiled", tiny_bundle, tiled("newline"))
     frames = with_newline(tmp_path / "pooled", tiny_bundle, pooled)
-    with marked(tiles, as_it_is) as images, marked(frames, as_it_is) as videos:
-        spoil(tiles)
-        spoil(frames)
+    with marked(tiles) as images, marked(frames) as videos:
+        for folder in (tiles, frames):
+            path = folder / "image_newline.npy"
+            path.write_bytes(path.read_bytes()[:-1] + b"x")
         with refused(BundleError, got="image_newline.npy has SHA-256"):
             images.image_embeds(picture(40, 33))
         with refused(BundleError, got="image_newline.npy has SHA-256"):

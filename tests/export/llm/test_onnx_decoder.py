@@ -19,6 +19,7 @@ import pytest
 import torch
 import transformers
 
+from tests.bundles import copy_files
 from tests.parity.tiny_llm import IMAGE, make_tokenizer
 from tests.refusals import refused
 from tests.runtime.llm.demo_llm import demo_with_llm
@@ -142,8 +143,7 @@ def add(checkpoint: Path, output: Path, precision: Literal["fp32", "fp16"] = "fp
         outputs = (dataclasses.replace(manifest.embeds, dtype="float16"), manifest.kept)
         manifest = dataclasses.replace(manifest, precision="fp16", outputs=outputs)
     with bundle_writer(output) as writer:
-        for name in ("model.onnx", "model.onnx.data"):
-            shutil.copyfile(vision.path / name, writer.folder / name)
+        copy_files(vision.path, writer.folder)
         llm.add_llm(writer, manifest, model=str(checkpoint), revision=None, step=lambda text: None)
         return writer.publish(manifest)
 
@@ -338,7 +338,6 @@ def test_killed_behind_the_last_file_of_the_llm(checkpoint, tmp_path):
     assert set(LLM_FILES) < {path.name for path in hidden[0].iterdir()}
     assert read_bundle(output).manifest == before
     with bundle_writer(output) as writer:
-        for name in before.files:
-            shutil.copyfile(demo_with_llm() / name, writer.folder / name)
+        copy_files(demo_with_llm(), writer.folder, before.files)
         writer.publish(before)
     assert [path for path in tmp_path.iterdir() if path != output] == []

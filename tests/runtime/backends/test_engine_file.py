@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.bundles import engine_record
 from tests.refusals import refused, says
 from vzip.runtime.backends.tensorrt.bindings import TITLES
 from vzip.runtime.backends.tensorrt.engine_file import (
@@ -17,7 +17,6 @@ from vzip.runtime.backends.tensorrt.engine_file import (
     unfit,
     versions_agree,
 )
-from vzip.runtime.bundle.engine_record import EngineBatch, EngineRecord
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.bundle.writer import add_engine
 from vzip.runtime.errors import BundleError
@@ -36,23 +35,7 @@ ORIN = Machine("tensorrt", "10.3.0.30", "Orin", "87")
 def with_plan(folder: Path, plan: bytes, **changes: Any) -> Bundle:
     """Put an engine into a bundle, whatever it is."""
     bundle = read_bundle(folder)
-    record = EngineRecord(
-        sha256=sha256(plan).hexdigest(),
-        bytes=len(plan),
-        stack="tensorrt",
-        version="10.3.0.30",
-        gpu="Orin",
-        sm=("87",),
-        jetpack="6.2",
-        precision="fp16",
-        batch=EngineBatch(1, 1, 1),
-        model_sha256=bundle.manifest.files["model.onnx"].sha256,
-        settings={},
-        seconds=1.0,
-        fused_attention=None,
-        proof={"passed": True},
-    )
-    return add_engine(bundle, "e", dataclasses.replace(record, **changes), plan)
+    return add_engine(bundle, "e", engine_record(bundle, plan, **changes), plan)
 
 
 RTX = {"stack": "tensorrt_rtx", "version": "1.7.1.116", "gpu": None, "sm": ("86", "89")}

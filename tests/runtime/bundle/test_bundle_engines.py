@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.bundles import OWN, copy_files, engine_record, names, put_in_the_place_of
 from tests.faults import fill_disk, killed
 from tests.refusals import refused
-from vzip.runtime.bundle.engine_record import EngineBatch, EngineRecord
 from vzip.runtime.bundle.reader import Bundle, open_engine, read_bundle
 from vzip.runtime.bundle.writer import add_engine, bundle_writer, update_manifest
 from vzip.runtime.errors import BundleError
@@ -19,31 +19,8 @@ from vzip.runtime.files.codec import MisfitError
 OLD, NEW = b"the old engine" * 10, b"another engine" * 20
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(str(entry.relative_to(folder)) for entry in folder.rglob("*"))
-
-
-def record_of(bundle: Bundle, plan: bytes) -> EngineRecord:
-    return EngineRecord(
-        sha256=sha256(plan).hexdigest(),
-        bytes=len(plan),
-        stack="tensorrt",
-        version="10.3.0.30",
-        gpu="Orin",
-        sm=("87",),
-        jetpack="6.2",
-        precision="fp16",
-        batch=EngineBatch(1, 1, 1),
-        model_sha256=bundle.manifest.files["model.onnx"].sha256,
-        settings={"workspace_mib": 1024},
-        seconds=1.5,
-        fused_attention=None,
-        proof={"passed": True},
-    )
-
-
 def add(bundle: Bundle, plan: bytes, name: str = "orin") -> Bundle:
-    return add_engine(bundle, name, record_of(bundle, plan), plan)
+    return add_engine(bundle, name, engine_record(bundle, plan), plan)
 
 
 def read(bundle: Bundle, name: str = "orin") -> bytes:
@@ -57,6 +34,8 @@ def test_adds_an_engine_and_reads_it(tiny_bundle):
     assert read_bundle(tiny_bundle) == after
     assert dataclasses.replace(after.manifest, engines={}) == before.manifest
     assert (tiny_bundle / "engines" / "orin.plan").read_bytes() == OLD == read(after)
+    judged = update_manifest(after, parity={"passed": True})
+    assert judged.manifest.engines == after.manifest.engines
     assert names(tiny_bundle / "engines") == ["orin.plan"]
 
 
@@ -94,11 +73,6 @@ def test_an_engine_that_is_renamed_while_it_is_opened(tiny_bundle, monkeypatch):
     assert read(bundle) == OLD
 
 
-def test_parity_numbers_leave_engines_alone(tiny_bundle):
-    bundle = add(read_bundle(tiny_bundle), OLD)
-    assert update_manifest(bundle, parity={"passed": True}).manifest.engines
-
-
 def test_a_missing_or_damaged_engine_leaves_the_graph_usable(tiny_bundle):
     add(read_bundle(tiny_bundle), OLD)
     path = tiny_bundle / "engines" / "orin.plan"
@@ -114,20 +88,11 @@ def test_a_missing_or_damaged_engine_leaves_the_graph_usable(tiny_bundle):
 def test_opens_nothing_but_a_plain_file(tiny_bundle, kind):
     bundle = add(read_bundle(tiny_bundle), OLD)
     folder = tiny_bundle / "engines"
-    path, aside = folder / "orin.plan", tiny_bundle / "aside"
-    path.rename(aside)
-    if kind == "symlink":
-        path.symlink_to(aside)
-    elif kind == "hard link":
-        path.hardlink_to(aside)
-    elif kind == "fifo":
-        os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    else:
-        aside.rename(path)
+    if kind == "linked folder":
         folder.rename(tiny_bundle.parent / "elsewhere")
         folder.symlink_to(tiny_bundle.parent / "elsewhere")
+    else:
+        put_in_the_place_of(folder / "orin.plan", kind)
     with refused(BundleError, expected="a plain file"):
         read(bundle)
 
@@ -135,13 +100,13 @@ def test_opens_nothing_but_a_plain_file(tiny_bundle, kind):
 def test_refuses_a_record_that_is_not_the_engines(tiny_bundle):
     bundle = read_bundle(tiny_bundle)
     with refused(BundleError, got=("140 bytes", "280"), cause="a defect"):
-        add_engine(bundle, "orin", record_of(bundle, OLD), NEW)
-    record = dataclasses.replace(record_of(bundle, OLD), model_sha256="0" * 64)
+        add_engine(bundle, "orin", engine_record(bundle, OLD), NEW)
+    record = dataclasses.replace(engine_record(bundle, OLD), model_sha256="0" * 64)
     with refused(BundleError, got="000000000000…", cure="build the engine again"):
         add_engine(bundle, "orin", record, OLD)
     with refused(MisfitError, got="'../orin'", expected="letters, digits"):
-        add_engine(bundle, "../orin", record_of(bundle, OLD), OLD)
-    assert names(tiny_bundle) == ["manifest.json", "model.onnx", "model.onnx.data"]
+        add_engine(bundle, "../orin", engine_record(bundle, OLD), OLD)
+    assert names(tiny_bundle) == OWN
 
 
 def test_refuses_a_bundle_that_was_replaced(tiny_bundle, tiny_static_bundle):
@@ -201,11 +166,10 @@ def test_an_export_replaces_a_bundle_and_its_engines(tiny_bundle, tiny_static_bu
         (tiny_bundle / "engines" / name).write_bytes(b"x")
     manifest = add(read_bundle(tiny_static_bundle), OLD).manifest
     with bundle_writer(tiny_bundle) as writer:
-        for name in ("model.onnx", "model.onnx.data"):
-            shutil.copyfile(tiny_static_bundle / name, writer.folder / name)
+        copy_files(tiny_static_bundle, writer.folder)
         writer.publish(manifest)
     assert read_bundle(tiny_bundle).manifest == dataclasses.replace(manifest, engines={})
-    assert names(tiny_bundle) == ["manifest.json", "model.onnx", "model.onnx.data"]
+    assert names(tiny_bundle) == OWN
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "foreign"])
@@ -227,8 +191,7 @@ def test_an_export_replaces_no_folder_that_is_not_of_engines(tiny_bundle, kind):
 def test_publishes_reference_answers(tmp_path, tiny_bundle):
     manifest = read_bundle(tiny_bundle).manifest
     with bundle_writer(tmp_path / "new") as writer:
-        for name in ("model.onnx", "model.onnx.data"):
-            shutil.copyfile(tiny_bundle / name, writer.folder / name)
+        copy_files(tiny_bundle, writer.folder)
         (writer.folder / "reference.npz").write_bytes(b"arrays")
         writer.publish(manifest)
     assert read_bundle(tmp_path / "new").manifest.files["reference.npz"].bytes == 6

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -13,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.bundles import OWN, copy_files, engine_record, names
 from tests.conftest import BACKENDS, EXPORTED_ALONE
 from tests.faults import fill_disk, killed
 from tests.precisions import a_record, add_precision, fill, golden_precisions
 from tests.refusals import refused, says
 from vzip.runtime import VisionEncoder
 from vzip.runtime.backends.tensorrt.engine_file import Machine, rebuild_command, unfit
-from vzip.runtime.bundle.engine_record import EngineBatch, EngineRecord
 from vzip.runtime.bundle.fingerprint import fingerprint
 from vzip.runtime.bundle.manifest import Manifest
 from vzip.runtime.bundle.precision_writer import precision_writer
@@ -32,12 +31,7 @@ from vzip.runtime.tokens.file import TokenFile
 
 Golden = dict[str, np.ndarray]
 
-OWN = ["manifest.json", "model.onnx", "model.onnx.data"]
 INT8 = ["calibration.int8.json", "model.int8.onnx", "model.int8.onnx.data"]
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(str(entry.relative_to(folder)) for entry in folder.rglob("*"))
 
 
 def report(path: Path) -> str:
@@ -370,8 +364,7 @@ def test_an_export_drops_quantised_graphs(tiny_bundle, tiny_static_bundle):
     waits(tiny_bundle, "waits")
     (tiny_bundle / ".fp8.0123.vzip-tmp").mkdir()
     with bundle_writer(tiny_bundle) as writer:
-        for name in OWN[1:]:
-            shutil.copyfile(tiny_static_bundle / name, writer.folder / name)
+        copy_files(tiny_static_bundle, writer.folder)
         writer.publish(other)
     assert names(tiny_bundle) == OWN
     assert read_bundle(tiny_bundle).manifest.precisions == {}
@@ -382,8 +375,7 @@ def test_an_export_writes_no_quantised_graph(tiny_bundle, tmp_path):
 
     def export() -> None:
         with bundle_writer(tmp_path / "new") as writer:
-            for name in manifest.files:
-                shutil.copyfile(tiny_bundle / name, writer.folder / name)
+            copy_files(tiny_bundle, writer.folder, manifest.files)
             writer.publish(manifest)
 
     with refused(BundleError, got="model.int8.onnx", expected="model.onnx and"):
@@ -393,31 +385,16 @@ def test_an_export_writes_no_quantised_graph(tiny_bundle, tmp_path):
 # Engines
 
 
-def an_engine(bundle: Bundle) -> EngineRecord:
-    return EngineRecord(
-        sha256="0" * 64,
-        bytes=1,
-        stack="tensorrt",
-        version="10.3.0.30",
-        gpu="Orin",
-        sm=("87",),
-        jetpack=None,
-        precision=bundle.precision,
-        batch=EngineBatch(1, 1, 3),
-        model_sha256=bundle.manifest.files[bundle.graph_file].sha256,
-        settings={},
-        seconds=1.0,
-        fused_attention=None,
-        proof=None,
-    )
-
-
 def with_engines(path: Path) -> Bundle:
     """Return a bundle with an engine from its own graph and one from its INT8 graph."""
     quantised = add_precision(path)
     own = quantised.at(None)
     manifest = dataclasses.replace(
-        own.manifest, engines={"own": an_engine(own), "small": an_engine(quantised)}
+        own.manifest,
+        engines={
+            "own": engine_record(own),
+            "small": engine_record(quantised),
+        },
     )
     return dataclasses.replace(own, manifest=manifest)
 
@@ -456,9 +433,7 @@ def test_an_engine_of_an_older_calibration_is_refused(tiny_bundle):
 
 def test_an_engine_is_added_to_the_graph_it_was_built_from(tiny_bundle):
     bundle, plan = add_precision(tiny_bundle), b"a plan"
-    record = dataclasses.replace(
-        an_engine(bundle), sha256=hashlib.sha256(plan).hexdigest(), bytes=len(plan)
-    )
+    record = engine_record(bundle, plan)
     with refused(BundleError, got="SHA-256", cure="build the engine again"):
         add_engine(bundle.at(None), "small", record, plan)
     after = add_engine(bundle, "small", record, plan)

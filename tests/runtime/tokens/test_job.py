@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.bundles import tiled, with_newline
 from tests.places import GOLDEN
-from tests.runtime.test_encoder import tiled, with_newline
 from vzip.runtime import VisionEncoder
 from vzip.runtime.bundle.fingerprint import fingerprint
 from vzip.runtime.bundle.reader import read_bundle
