@@ -263,7 +263,7 @@ def test_another_first_token_in_another_round_is_no_measurement(monkeypatch):
         speak(monkeypatch, Fake(words=tuple(range(7, 7 + 11))))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_engines_of_this_process_say_the_same_first_token(tmp_path):
     pytest.importorskip("llama_cpp")
     model = Model("small", 1, (PATCHES, 64))
@@ -280,7 +280,7 @@ def test_the_engines_of_this_process_say_the_same_first_token(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_encoder_keeps_what_the_uncompressed_one_gives():
     job = {"llm": "tiny", "tiles": 1, "budgets": [PATCHES, 64], "seconds": 0}
     result = end_to_end_worker.encode(**job)

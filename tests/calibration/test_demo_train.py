@@ -47,7 +47,7 @@ def test_the_demo_s_checkpoint_is_the_same_to_the_bit() -> None:
     assert found == DEMO_FILES
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_second_sitting_gives_the_same_bits(tmp_path: Path) -> None:
     work = ("--work", str(tmp_path / "work"))
     whole = train(tmp_path / "whole", *work)

@@ -352,7 +352,7 @@ def export(checkpoint: Path, folder: Path, **change: Any) -> Bundle:
     return export_bundle(WeightSource(str(checkpoint)), folder / "bundle", **{**options, **change})
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     "change",
     [

@@ -134,14 +134,14 @@ def test_the_demo_model(variant: Variant, tmp_path: Path) -> None:
     demo(variant, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("variant", [each for each in EVERY if each not in FEW[:2]], ids=str)
 def test_the_demo_model_all_others(variant: Variant, tmp_path: Path) -> None:
     demo(variant, tmp_path)
 
 
 # Every pair of options at full size; all combinations would take hours.
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("variant", FEW, ids=str)
 def test_full_size(variant: Variant, tmp_path: Path) -> None:
     check(*build("llava-1.5-7b", SIZES["llava-1.5-7b"], variant, tmp_path), variant)

@@ -15,7 +15,7 @@ from vzip.export.engines.tensorrt.publish import build_engine
 from vzip.export.engines.tensorrt.request import BuildRequest
 from vzip.runtime.bundle.reader import read_bundle
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 # Model, media, (S, K, L), inputs of a call. The others differ from one of these in L alone;
 # bakllava has the graph of llava-1.5-7b, which test_aot_matrix.py and test_full_size.py build.
