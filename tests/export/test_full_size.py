@@ -21,7 +21,7 @@ def export(folder: Path, precision: str) -> Bundle:
     """Export llava-1.5-7b with the check on vzip's own images: two photographs and two scenes."""
     arguments = [
         *("--model", "llava-1.5-7b", "--weights", "random", "--tokens", "64"),
-        *("--precision", precision, "-o", str(folder)),
+        *("--dtype", precision, "-o", str(folder)),
     ]
     code = "import sys; from vzip.export.cli.export import vzip_export; sys.exit(vzip_export())"
     done = subprocess.run(
