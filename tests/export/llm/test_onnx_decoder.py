@@ -305,7 +305,7 @@ def test_the_table_is_the_models(checkpoint):
 
 KILLED = """
 import os, signal, sys
-from vzip.export import llm
+from vzip.export.llm import onnx_decoder as llm
 from vzip.runtime.cli.main import main
 name = sys.argv[1]
 real = getattr(llm, name)

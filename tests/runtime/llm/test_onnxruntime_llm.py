@@ -258,13 +258,13 @@ def test_logits_equal_a_full_recompute(tiny, kind):
     if kind == "video" and not tiny.family.videos:
         pytest.skip("its LLM has no placeholder of a video")
     llm, rows = OnnxRuntimeLLM(tiny.bundle), embeds_of(9)
-    assert llm.text.prompts.placeholders == tiny.theirs.prompts.placeholders
+    assert llm.text.prompts.placeholders == tiny.theirs.text.prompts.placeholders
     first = llm.text.prompts.first(QUESTIONS[0], kind)
-    assert first == tiny.theirs.prompts.first(QUESTIONS[0], kind)
+    assert first == tiny.theirs.text.prompts.first(QUESTIONS[0], kind)
     place = llm.text.prompts.placeholders[kind]
     ids = [token for each in first for token in [each] * (9 if each == place else 1)]
     later = [2, *llm.text.prompts.later(QUESTIONS[1])]
-    assert later[1:] == tiny.theirs.prompts.later(QUESTIONS[1])
+    assert later[1:] == tiny.theirs.text.prompts.later(QUESTIONS[1])
     cache, seen = llm.new_cache(), []
     for call, new in enumerate([ids, [300], [17], [IMAGE], later, [40], [41, 42]]):
         logits = llm.logits(new, cache, None if call else rows)
