@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import enum
-import hashlib
 import itertools
 import json
 import subprocess
@@ -22,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from tests.bundles import engine_record
 from vzip.runtime.backends import open_backend
-from vzip.runtime.bundle.engine_record import EngineBatch, EngineRecord
+from vzip.runtime.bundle.engine_record import EngineBatch
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.bundle.writer import add_engine
 
@@ -80,23 +80,14 @@ def with_engine(
     most = bundle.manifest.batch
     batch = batch or EngineBatch(1 if most.dynamic else most.max, most.max, most.max)
     plan = plan_of(bundle, generation, batch=batch, shares_profile=shares_profile)
-    values: dict[str, Any] = {
-        "sha256": hashlib.sha256(plan).hexdigest(),
-        "bytes": len(plan),
+    values = {
         "stack": STACKS[generation],
         "version": VERSIONS[generation],
         "gpu": "Fake Orin",
-        "sm": ("87",),
-        "jetpack": None,
-        "precision": bundle.manifest.precision,
         "batch": batch,
-        "model_sha256": bundle.manifest.files["model.onnx"].sha256,
-        "settings": {},
-        "seconds": 1.0,
-        "fused_attention": None,
-        "proof": {"passed": True},
+        **other,
     }
-    return add_engine(bundle, name, EngineRecord(**{**values, **other}), plan)
+    return add_engine(bundle, name, engine_record(bundle, plan, **values), plan)
 
 
 class DataType(enum.Enum):
@@ -228,14 +219,12 @@ class Engine:
         self.num_io_tensors = len(tensors)
         self.shares_profile = payload["shares_profile"]
         self.contexts: weakref.WeakSet[_Context] = weakref.WeakSet()
-        scratch = 1000
         if trt.generation == "8.6":
-            self.device_memory_size = scratch
-        else:
-            self.device_memory_size_v2 = scratch
-            self.create_execution_context = self._create
-        if trt.generation == "8.6":
+            self.device_memory_size = 1000
             self.create_execution_context_without_device_memory = lambda: self._create(None)
+        else:
+            self.device_memory_size_v2 = 1000
+            self.create_execution_context = self._create
 
     def get_tensor_name(self, place: int) -> str:
         return list(self.tensors)[place]
