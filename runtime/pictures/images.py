@@ -121,7 +121,7 @@ def load_image(source: ImageSource, *, draft: int | None = None) -> Image.Image:
 def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
     """Return the RGB image of a uint8 array [H, W, 3] or [H, W]; raises InvalidInputError."""
     got = f"got an image array of dtype {array.dtype} and shape {list(array.shape)}"
-    expected = "expected uint8 [H, W, 3] (RGB) or [H, W] (grey)"
+    expected = "uint8 [H, W, 3] (RGB) or [H, W] (grey)"
     if array.dtype != np.uint8:
         cure = (
             "pixels from 0 to 1 become uint8 with (array * 255).round().astype('uint8')"
@@ -129,13 +129,15 @@ def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
             else "scale it to 0 … 255 and use .astype('uint8')"
         )
         raise InvalidInputError(
-            f"{got}",
-            cause=f"{expected}; {cure}",
+            got,
+            expected=expected,
+            cure=cure,
         )
     if array.ndim == 4:
         raise InvalidInputError(
-            f"{got}",
-            cause=f"{expected}; for a batch give a list of images",
+            got,
+            expected=expected,
+            cure="for a batch give a list of images",
         )
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
         cure = "check the order of its axes"
@@ -146,8 +148,9 @@ def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
         elif array.ndim == 3 and array.shape[0] == 3:
             cure = "channels come last here: array.transpose(1, 2, 0)"
         raise InvalidInputError(
-            f"{got}",
-            cause=f"{expected}; {cure}",
+            got,
+            expected=expected,
+            cure=cure,
         )
     _check_size(array.shape[1], array.shape[0], "the image array")
     return Image.fromarray(array).convert("RGB") if array.ndim == 2 else Image.fromarray(array)
