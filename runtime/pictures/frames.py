@@ -44,7 +44,7 @@ def check_frame_size(width: int, height: int, name: str) -> None:
         raise InvalidInputError(
             f"{name} has frames of {width}×{height} = {width * height} pixels",
             expected=f"at most {MAX_PIXELS}: a larger one is most likely a decompression bomb",
-            cause="if it is a video, shrink it first",
+            cure="if it is a video, shrink it first",
         )
 
 
@@ -84,6 +84,7 @@ def without_picture(name: str) -> InvalidInputError:
     """Return the error for a file that has sound, or nothing, to give."""
     return InvalidInputError(
         f"{name} has no moving picture",
-        expected="a video: it holds sound alone, or is cut off before anything is shown",
+        expected="a video",
+        cause="it holds sound alone, or is cut off before anything is shown",
         cure="give a file that shows something, or copy it again",
     )

@@ -364,7 +364,7 @@ def _check_size(width: int, height: int, name: str) -> None:
         raise InvalidInputError(
             f"{name} is {width}×{height} = {width * height} pixels",
             expected=f"at most {MAX_PIXELS}: a larger one is most likely a decompression bomb",
-            cause="if it is a picture, shrink it first",
+            cure="if it is a picture, shrink it first",
         )
 
 

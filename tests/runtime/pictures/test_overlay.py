@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from tests.refusals import refused
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.pictures.overlay import MIN_SIDE, overlay
 from vzip.runtime.pictures.preprocess import Preprocessing, tower_image
@@ -217,72 +218,54 @@ def test_legend(
     assert legend[:, -20:].max() < 40  # and is not cut off
 
 
-def refused(**changes: Any) -> str:
+ROWS = groups_of_sixteen()[1]
+
+
+CLS_TARGET = [0] * 5 + [1] + [0] * 4 + [2] + [0] * 6
+
+
+def with_value(token: int, value: int) -> dict[str, Any]:
+    """The change that a token stands in another group."""
+    groups = ROWS.copy()
+    groups[token] = value
+    return {"groups": groups}
+
+
+@pytest.mark.parametrize(
+    ("change", "got", "expected"),
+    [
+        ({"grid": (0, 4)}, "0×4", "1 to 32"),
+        ({"grid": (4, 0)}, "4×0", "1 to 32"),
+        ({"grid": (33, 4)}, "33×4", "1 to 32"),
+        ({"grid": (-1, 4)}, "-1×4", "1 to 32"),
+        ({"kept": np.array([0, 1], np.int32)}, "int32 and shape [2]", "int64 [dominant]"),
+        ({"kept": np.array([[0, 1]])}, "int64 and shape [1, 2]", "int64 [dominant]"),
+        ({"kept": indices(0, 17)}, "from 0 to 17", "from 0 to 16"),
+        ({"kept": indices(-1, 3)}, "from -1 to 3", "ascending"),
+        ({"kept": indices(3, 1)}, "from 1 to 3", "ascending"),
+        ({"kept": indices(3, 3)}, "from 3 to 3", "ascending"),
+        ({"groups": ROWS.astype(np.int32)}, "int32 and shape [17]", "int64 [17]"),
+        ({"groups": ROWS[1:]}, "int64 and shape [16]", "int64 [17]"),
+        (with_value(6, 0), "groups from", "−1 for kept tokens"),  # a kept token in a group
+        (with_value(0, 0), "groups from", "CLS"),  # CLS in a group
+        (with_value(2, -2), "groups from -2", "−1"),
+        (with_value(7, 2), "groups from", "target"),  # a target in another group
+        (with_value(3, 3), "groups from -1 to 3", "target"),  # a group without a target
+        (with_value(3, 2**40), f"to {2**40}", "target"),  # more groups than tokens
+        # The last token was merged, so it can't have been kept.
+        ({"kept": indices(0, 1, 6, 16)}, "groups from", "−1 for kept tokens"),
+        # CLS is no patch: it can't be a target.
+        ({"kept": indices(), "groups": np.array(CLS_TARGET)}, "groups from 0 to 2", "CLS"),
+    ],
+)
+def test_what_does_not_fit_together(change: dict[str, Any], got: str, expected: str) -> None:
     kept, groups = groups_of_sixteen()
-    arguments: dict[str, Any] = {
+    right = {
         "kept": kept,
         "grid": (4, 4),
         "cls_token": True,
         "prep": preprocessing(32),
         "groups": groups,
     }
-    with pytest.raises(InvalidInputError) as caught:
-        overlay(noise(32, 32), **(arguments | changes))
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("grid", [(0, 4), (4, 0), (33, 4), (-1, 4)])
-def test_impossible_grids(grid: tuple[int, int]) -> None:
-    assert f"got a grid of {grid[0]}×{grid[1]} patches, expected 1 to 32" in refused(grid=grid)
-
-
-@pytest.mark.parametrize(
-    ("kept", "text"),
-    [
-        (
-            np.array([0, 1], np.int32),
-            "got kept of dtype int32 and shape [2], expected int64 [dominant]",
-        ),
-        (np.array([[0, 1]]), "got kept of dtype int64 and shape [1, 2]"),
-        (
-            indices(0, 17),
-            "got kept from 0 to 17, expected ascending, different indices from 0 to 16",
-        ),
-        (indices(-1, 3), "got kept from -1 to 3"),
-        (indices(3, 1), "got kept from 1 to 3"),
-        (indices(3, 3), "got kept from 3 to 3"),
-    ],
-)
-def test_impossible_kept(kept: Array, text: str) -> None:
-    assert text in refused(kept=kept)
-
-
-def test_impossible_groups() -> None:
-    _, groups = groups_of_sixteen()
-    assert "got groups of dtype int32 and shape [17], expected int64 [17]" in refused(
-        groups=groups.astype(np.int32)
-    )
-    assert "shape [16], expected int64 [17]" in refused(groups=groups[1:])
-    changed = {
-        "a kept token in a group": (6, 0),
-        "CLS in a group": (0, 0),
-        "below −1": (2, -2),
-        "a target in another group": (7, 2),
-        "a group without a target": (3, 3),
-        "more groups than tokens": (3, 2**40),
-    }
-    for token, value in changed.values():
-        wrong = groups.copy()
-        wrong[token] = value
-        assert "don't fit the kept tokens" in refused(groups=wrong)
-
-
-def test_groups_whose_targets_fit_but_whose_tokens_do_not() -> None:
-    _, groups = groups_of_sixteen()
-    # The last token was merged, so it can't have been kept.
-    assert "don't fit the kept tokens" in refused(kept=indices(0, 1, 6, 16))
-    # CLS is no patch: it can't be a target.
-    groups = np.zeros(17, np.int64)
-    groups[[5, 10]] = 1, 2
-    assert "don't fit the kept tokens" in refused(kept=indices(), groups=groups)
+    with refused(InvalidInputError, got=got, expected=expected):
+        overlay(noise(32, 32), **(right | change))
