@@ -5,13 +5,22 @@ from __future__ import annotations
 import dataclasses
 import re
 import types
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers
 
-from tests.parity.tiny_llm import IMAGE, SPECIAL, make_tokenizer
+from tests.parity.tiny_llm import (
+    IMAGE,
+    PATCHES,
+    SIDE,
+    SPECIAL,
+    WIDTH,
+    embeds_of,
+    make_tokenizer,
+    tiny_llava,
+)
 from tests.places import GOLDEN
 from tests.refusals import refused
 from vzip.runtime.bundle.manifest import Tiling
@@ -19,14 +28,13 @@ from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.errors import CheckpointError, InvalidInputError
 from vzip.runtime.llm import TokenSpec
 from vzip.runtime.llm.chat_template import make_prompts
-from vzip.runtime.llm.local.transformers import CLASSES, TransformersLLM
+from vzip.runtime.llm.local.transformers import TransformersLLM
 
 pytestmark = pytest.mark.local_llm
 
 TINY_BUNDLE = GOLDEN / "tiny_bundle"
 WITH_VIDEO = (*SPECIAL, "<video>")
 VIDEO = WITH_VIDEO.index("<video>")
-WIDTH, SIDE, PATCHES = 64, 56, 16
 QUESTIONS = ("what is it?", "is it red?")
 
 # As Qwen's published templates: nothing before the first turn, and an end after each.
@@ -37,11 +45,6 @@ CHAT_ML = (
     "{% for c in m['content'] if c['type'] == 'text' %}{{ '\n' + c['text'] }}{% endfor %}"
     "{{ '</s>\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
 )
-LLMS = {
-    "llama": transformers.LlamaConfig,
-    "mistral": transformers.MistralConfig,
-    "qwen2": transformers.Qwen2Config,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Family:
 
     Attributes:
         model_type: The class, by its configuration.
-        tower: "clip" or "siglip".
+        tower: A key of `TOWERS`.
         llm: A key of `LLMS`.
         extra: Settings of the configuration that only this family has.
         template: Its chat template; None where LLaVA-1.5's words serve.
@@ -78,48 +81,12 @@ FAMILIES = {
 }
 
 
-def make_model(family: Family, vocabulary: int, **placeholders: int):
-    torch.manual_seed(7)
-    text = LLMS[family.llm](
-        hidden_size=WIDTH,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=vocabulary,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=3,
-    )
-    tower = {"clip": transformers.CLIPVisionConfig, "siglip": transformers.SiglipVisionConfig}
-    vision = tower[family.tower](
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=SIDE,
-        patch_size=14,
-    )
-    placeholders = {"image_token_index": IMAGE, **placeholders}
-    if family.videos:
-        placeholders = {"video_token_index": VIDEO, **placeholders}
-    made = getattr(transformers, CLASSES[family.model_type])
-    config = made.config_class(
-        vision_config=vision,
-        text_config=text,
-        image_seq_length=PATCHES,
-        tie_word_embeddings=False,
-        **family.extra,
-        **placeholders,
-    )
-    model = made(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and "vision_tower" not in name:
-                parameter.mul_(6)  # at the usual scale every answer is one token repeated
-        model.lm_head.weight[list(range(len(WITH_VIDEO)))] = 0  # ordinary tokens win
-    return model
+def make_model(family: Family, vocabulary: int, **settings: Any) -> Any:
+    """The tiny model of a family, in which ordinary tokens win."""
+    several = family.extra | ({"video_token_index": VIDEO} if family.videos else {}) | settings
+    text = {"vocab_size": vocabulary}
+    silent = len(WITH_VIDEO)
+    return tiny_llava(family.model_type, family.llm, family.tower, text, silent, **several)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -131,10 +98,10 @@ def tiny(request):
     return types.SimpleNamespace(family=family, model=model, tokenizer=tokenizer, llm=llm)
 
 
-def watched(tiny) -> list[torch.Tensor]:
+def watched(model) -> list[torch.Tensor]:
     """The logits of each call of the LLM from now on."""
     rows: list[torch.Tensor] = []
-    tiny.model.lm_head.register_forward_hook(
+    model.lm_head.register_forward_hook(
         lambda module, arguments, output: rows.append(output[0, -1].clone())
     )
     return rows
@@ -142,10 +109,6 @@ def watched(tiny) -> list[torch.Tensor]:
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def embeds_of(count: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((count, WIDTH)).astype(np.float32)
 
 
 def prompt(tiny, places: str, question: str = QUESTIONS[0]) -> list[int]:
@@ -187,6 +150,15 @@ def rows_of(features) -> np.ndarray:
     return rows.detach().reshape(-1, WIDTH).numpy()
 
 
+def assert_said(llm, embeds, expected, logits, *, frames=None):
+    """An LLM says these ids, by these logits, about an image or a video."""
+    rows = watched(llm.model)
+    answer = llm.ask(embeds, QUESTIONS[0], frames=frames, max_new_tokens=10)
+    assert [int(row.argmax()) for row in rows] == expected
+    torch.testing.assert_close(torch.stack(rows), logits, rtol=0, atol=1e-4)
+    assert answer == llm.tokenizer.decode(expected, skip_special_tokens=True).strip()
+
+
 def test_uncompressed_features_give_the_untouched_models_answer(tiny):
     inputs = picture(tiny.family)
     with torch.no_grad():
@@ -195,11 +167,7 @@ def test_uncompressed_features_give_the_untouched_models_answer(tiny):
     expected, logits = answers(tiny, prompt(tiny, len(embeds) * "<image>"), 10, **inputs)
     blind, _ = answers(tiny, prompt(tiny, ""), 10)
     assert blind != expected, "the test wants an answer that depends on the image"
-    rows = watched(tiny)
-    answer = tiny.llm.ask(embeds, QUESTIONS[0], max_new_tokens=10)
-    assert [int(row.argmax()) for row in rows] == expected
-    torch.testing.assert_close(torch.stack(rows), logits, rtol=0, atol=1e-4)
-    assert answer == tiny.tokenizer.decode(expected, skip_special_tokens=True).strip()
+    assert_said(tiny.llm, embeds, expected, logits)
 
 
 @pytest.mark.parametrize("tiny", ["video-llava", "onevision"], indirect=True)
@@ -217,11 +185,7 @@ def test_an_uncompressed_video_gives_the_untouched_models_answer(tiny):
     assert promise.rows(frames) == len(embeds)
     expected, logits = answers(tiny, prompt(tiny, len(embeds) * "<video>"), 10, **inputs)
     llm = TransformersLLM(tiny.model, tiny.tokenizer, template=tiny.family.template, tokens=promise)
-    rows = watched(tiny)
-    answer = llm.ask(embeds, QUESTIONS[0], frames=frames, max_new_tokens=10)
-    assert [int(row.argmax()) for row in rows] == expected
-    torch.testing.assert_close(torch.stack(rows), logits, rtol=0, atol=1e-4)
-    assert answer == tiny.tokenizer.decode(expected, skip_special_tokens=True).strip()
+    assert_said(llm, embeds, expected, logits, frames=frames)
     with refused(InvalidInputError, expected=("a video's 2 frames", ", 64]")):
         llm.conversation(embeds, frames=2)
 
@@ -236,7 +200,7 @@ def test_turns_equal_a_forward_pass_of_embeddings_made_by_hand(tiny, frames):
         ids = prompt(tiny, 12 * "<video>")
     else:
         ids = prompt(tiny, "\n".join(3 * [4 * "<image>"]))
-    rows = watched(tiny)
+    rows = watched(tiny.model)
     conversation = tiny.llm.conversation(embeds, frames=frames)
     for turn, question in enumerate(QUESTIONS):
         if turn:
@@ -279,22 +243,12 @@ def test_generate_of_a_batch_gives_what_each_question_alone_does(tiny, frames, f
     made = tiny.model.generate(**inputs, max_new_tokens=6, do_sample=False)
     assert made[:, -6:].tolist() == expected
     assert expected[0] != expected[1], "the test wants two answers"
-    made = tiny.model.generate(  # beams repeat the features of each question
-        **tiny.llm.generation_inputs(embeds, QUESTIONS, frames=frames, form=form),
-        max_new_tokens=4,
-        do_sample=False,
-        num_beams=2,
-    )
-    one = [
-        tiny.model.generate(
-            **tiny.llm.generation_inputs([each], [question], frames=frames),
-            max_new_tokens=4,
-            do_sample=False,
-            num_beams=2,
-        )
-        for each, question in zip(embeds, QUESTIONS, strict=True)
-    ]
-    assert made[:, -4:].tolist() == [row[0, -4:].tolist() for row in one]
+    beams = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
+    inputs = tiny.llm.generation_inputs(embeds, QUESTIONS, frames=frames, form=form)
+    made = tiny.model.generate(**inputs, **beams)  # beams repeat the features of each question
+    for each, question, row in zip(embeds, QUESTIONS, made, strict=True):
+        alone = tiny.llm.generation_inputs([each], [question], frames=frames)
+        assert row[-4:].tolist() == tiny.model.generate(**alone, **beams)[0, -4:].tolist()
 
 
 @pytest.mark.parametrize("tiny", ["vip-llava", "video-llava"], indirect=True)
@@ -408,9 +362,10 @@ def test_a_template_without_a_place_for_videos_is_refused(tiny):
         prompts.first("why?", "video")
 
 
-def test_a_tokenizer_without_the_videos_placeholder_is_refused():
-    with refused(CheckpointError, got="9999"):
-        make_prompts("tests", make_tokenizer(), {"image": IMAGE, "video": 9999}, None)
+def test_a_tokenizer_without_a_placeholder_is_refused():
+    for places in ({"image": 9999}, {"image": IMAGE, "video": 9999}):
+        with refused(CheckpointError, got="9999"):
+            make_prompts("tests", make_tokenizer(), places, None)
 
 
 @pytest.mark.parametrize("frames", [0, -1, 2.0, True])
@@ -420,26 +375,12 @@ def test_a_number_of_frames_that_makes_no_sense_is_refused(tiny, frames):
         tiny.llm.conversation(embeds_of(4), frames=frames)
 
 
-@pytest.mark.parametrize("tiny", ["video-llava"], indirect=True)
-def test_an_llm_with_another_video_token_is_refused(tiny):
-    with refused(InvalidInputError, got="video token id", expected="6"):
-        TransformersLLM(
-            tiny.model,
-            tiny.tokenizer,
-            template=None,
-            tokens=TokenSpec(4, WIDTH, IMAGE, video_token_id=6),
-        )
-
-
-@pytest.mark.parametrize("tiny", ["llava"], indirect=True)
-def test_an_llm_without_a_video_token_is_refused_by_a_bundle_that_has_one(tiny):
-    with refused(InvalidInputError, got=("video token id", "'given' is None"), expected="6"):
-        TransformersLLM(
-            tiny.model,
-            tiny.tokenizer,
-            template=None,
-            tokens=TokenSpec(4, WIDTH, IMAGE, video_token_id=6),
-        )
+@pytest.mark.parametrize("tiny", ["video-llava", "llava"], indirect=True)
+def test_an_llm_with_another_video_token_or_none_is_refused(tiny):
+    tokens = TokenSpec(4, WIDTH, IMAGE, video_token_id=6)
+    got = ("video token id", f"is {VIDEO if tiny.family.videos else None}")
+    with refused(InvalidInputError, got=got, expected="6"):
+        TransformersLLM(tiny.model, tiny.tokenizer, template=None, tokens=tokens)
 
 
 @pytest.mark.parametrize("tiny", ["llava"], indirect=True)
@@ -505,9 +446,5 @@ def test_what_a_bundle_says_about_its_tokens():
         tower=types.SimpleNamespace(pool=2),
     )
     assert TokenSpec.of(pooled).rows(8) == 8 * count + 1
-
-
-def test_rows_are_any_without_a_bundle():
     anything = TokenSpec(None, WIDTH, IMAGE)
-    assert anything.rows(None) is None
-    assert anything.rows(8) is None
+    assert [anything.rows(frames) for frames in (None, 8)] == [None, None]

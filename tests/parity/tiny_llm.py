@@ -1,7 +1,11 @@
-"""A tokenizer for tiny LLaVAs, trained on two sentences, in the three kinds that matter."""
+"""Tiny LLaVAs with random weights, and a tokenizer, trained on two sentences, of three kinds."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import torch
 import transformers
 from tokenizers import (
     AddedToken,
@@ -13,6 +17,8 @@ from tokenizers import (
     processors,
     trainers,
 )
+
+from vzip.runtime.llm.local.transformers import CLASSES
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 IMAGE = SPECIAL.index("<image>")
@@ -66,3 +72,66 @@ def make_tokenizer(
         pad_token="<pad>",
         extra_special_tokens={"image_token": "<image>"},
     )
+
+
+WIDTH, SIDE, PATCHES = 64, 56, 16
+LLMS = {
+    "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
+    "qwen2": transformers.Qwen2Config,
+}
+TOWERS = {"clip": transformers.CLIPVisionConfig, "siglip": transformers.SiglipVisionConfig}
+TEXT = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 3,
+}
+
+
+def tiny_llava(
+    model_type: str, llm: str, tower: str, text: dict[str, Any], silent: int = 0, **settings: Any
+) -> Any:
+    """A LLaVA of any family with random weights, the same whenever it is made.
+
+    Args:
+        model_type: The family's class, by its configuration.
+        llm: A key of `LLMS`.
+        tower: A key of `TOWERS`.
+        text: Settings of the LLM, beyond `TEXT`.
+        silent: How many tokens, from 0 on, are never said: special ones.
+        settings: Other settings of the configuration.
+    """
+    torch.manual_seed(7)
+    vision = TOWERS[tower](
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=SIDE,
+        patch_size=14,
+    )
+    made = getattr(transformers, CLASSES[model_type])
+    several = {"image_token_index": IMAGE, "image_seq_length": PATCHES} | settings
+    several.setdefault("tie_word_embeddings", False)
+    config = made.config_class(
+        vision_config=vision, text_config=LLMS[llm](**{**TEXT, **text}), **several
+    )
+    model = made(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "vision_tower" not in name:
+                parameter.mul_(6)  # at the usual scale every answer is one token repeated
+        model.lm_head.weight[:silent] = 0
+    return model
+
+
+def embeds_of(count: int, seed: int = 0, width: int = WIDTH) -> np.ndarray:
+    """Tokens of an image, float32 [count, width]."""
+    generator = np.random.default_rng(seed)
+    return generator.standard_normal((count, width)).astype(np.float32)

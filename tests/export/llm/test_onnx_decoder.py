@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from tests.bundles import copy_files
-from tests.parity.tiny_llm import IMAGE, make_tokenizer
+from tests.parity.tiny_llm import make_tokenizer, tiny_llava
 from tests.refusals import refused
 from tests.runtime.llm.demo_llm import demo_with_llm
 from vzip.export.llm import decoder_graph as llm_graph
@@ -235,27 +235,8 @@ def test_the_tokenizers_file_has_no_state_of_earlier_calls(checkpoint):
 def test_attention_that_slides_serves_its_window(tmp_path):
     """Within the window it is the same; beyond it the context ends."""
     tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    text = transformers.MistralConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=512,
-        sliding_window=24,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-        image_size=28, patch_size=14,
-    )  # fmt: skip
-    config = transformers.LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=4
-    )
-    model = transformers.LlavaForConditionalGeneration(config).eval()
+    text = {"vocab_size": len(tokenizer), "num_hidden_layers": 1, "sliding_window": 24}
+    model = tiny_llava("llava", "mistral", "clip", text)
     untouched = TransformersLLM(model, tokenizer, template=None)
     made = llm._settings(untouched, "fp32")
     assert made.context == 24

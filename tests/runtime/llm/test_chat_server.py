@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from vzip.runtime.llm import TokenSpec
 from vzip.runtime.llm.server import http_client
 from vzip.runtime.llm.server.chat_server import ServerLLM
 
+Broken, Invalid = BackendError, InvalidInputError
 KEY = "TINY_API_KEY"
 TOKENS = TokenSpec(count=2, hidden_size=4, image_token_id=3)
 EMBEDS = np.arange(8, dtype=np.float32).reshape(2, 4)
@@ -47,6 +49,11 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
     monkeypatch.delenv(KEY, raising=False)
     with fake_server() as server:
         yield server
+
+
+@pytest.fixture
+def conversation(fake: FakeServer) -> Any:
+    return TinyServer(fake.url, TOKENS).conversation(EMBEDS)
 
 
 def ask(fake: FakeServer, question: str = "What is it?") -> str:
@@ -100,8 +107,7 @@ class TestRequest:
         assert uuid(EMBEDS) != uuid(EMBEDS.astype(np.float16))
         assert uuid(EMBEDS) != uuid(EMBEDS[::-1])
 
-    def test_later_turns_carry_all_before(self, fake):
-        conversation = TinyServer(fake.url, TOKENS).conversation(EMBEDS)
+    def test_later_turns_carry_all_before(self, fake, conversation):
         assert conversation.ask("What is it?") == "An answer."
         assert conversation.ask("And why?") == "An answer."
         first, second = (body["messages"] for body in fake.asked)
@@ -189,8 +195,7 @@ class TestChecks:
             ("What?", 0, "0 new tokens"),
         ],
     )
-    def test_questions_before_the_call(self, fake, question, limit, got):
-        conversation = TinyServer(fake.url, TOKENS).conversation(EMBEDS)
+    def test_questions_before_the_call(self, fake, conversation, question, limit, got):
         with refused(InvalidInputError, got=got):
             conversation.stream(question, max_new_tokens=limit)
         assert fake.asked == []
@@ -246,14 +251,13 @@ class TestStream:
         assert list(pieces) == [" two"]
 
     @pytest.mark.parametrize("size", [1, 2, 3, 7, 10_000])
-    def test_bytes_divided_anywhere(self, fake, size):
+    def test_bytes_divided_anywhere(self, fake, conversation, size):
         # A character of two, three and four bytes, and every way to end a line.
         text = answer("  é", " 水", "🎉 \n", "\n", "x ", " ").replace(b"\n\n", b"\r\n\r\n", 2)
         text = b": keep-alive\n\nid: 1\nevent: message\nretry: 5\n" + text
         fake.reply = lambda handler, _: stream(
             handler, [text[at : at + size] for at in range(0, len(text), size)]
         )
-        conversation = TinyServer(fake.url, TOKENS).conversation(EMBEDS)
         # White space goes out with what follows it.
         assert list(conversation.stream("?")) == ["é", " 水", "🎉", " \n\nx"]
         assert conversation.messages[-1] == {"role": "assistant", "content": "é 水🎉 \n\nx"}
@@ -275,9 +279,8 @@ class TestStream:
         )  # no [DONE]: why it ended was said
         assert ask(fake) == "x"
 
-    def test_empty_answer(self, fake):
+    def test_empty_answer(self, fake, conversation):
         fake.reply = lambda handler, _: stream(handler, [answer(" ", "\n")])
-        conversation = TinyServer(fake.url, TOKENS).conversation(EMBEDS)
         assert conversation.ask("?") == ""
         conversation.ask("On?")
         assert fake.asked[1]["messages"][1] == {"role": "assistant", "content": ""}
@@ -288,9 +291,8 @@ class TestStream:
 
 
 class TestTurns:
-    def test_an_answer_left_unread_counts_as_far_as_it_came(self, fake):
+    def test_an_answer_left_unread_counts_as_far_as_it_came(self, fake, conversation):
         fake.reply = lambda handler, _: stream(handler, [answer("One", " two", " three")])
-        conversation = TinyServer(fake.url, TOKENS).conversation(EMBEDS)
         left = conversation.stream("Count")
         assert next(left) == "One"
         assert conversation.ask("On?") == "One two three"
@@ -299,8 +301,9 @@ class TestTurns:
             next(left)
         assert len(conversation.messages) == 4
 
-    def test_closed_early(self, fake):
-        closed = threading.Event()
+    @pytest.mark.parametrize("how", ["closed", "another question"])
+    def test_the_server_hears_that_nobody_listens(self, fake, conversation, how):
+        closed, whole = threading.Event(), fake.reply
 
         def reply(handler, body):
             try:
@@ -309,33 +312,17 @@ class TestTurns:
                 closed.set()
 
         fake.reply = reply
-        conversation = TinyServer(fake.url, TOKENS).conversation(EMBEDS)
         pieces = conversation.stream("Count")
-        next(pieces)
-        pieces.close()
-        assert closed.wait(10), "the server sees that nobody listens"
-        assert conversation.messages[-1] == {"role": "assistant", "content": "One"}
-
-    def test_a_later_question_ends_what_is_left_unread(self, fake):
-        closed = threading.Event()
-        whole = fake.reply
-
-        def reply(handler, body):
-            try:
-                stream(handler, [piece("One"), *([piece("!" * 9_000)] * 10_000)])
-            finally:
-                closed.set()
-
-        fake.reply = reply
-        conversation = TinyServer(fake.url, TOKENS).conversation(EMBEDS)
-        left = conversation.stream("Count")
-        assert next(left) == "One"
-        fake.reply = whole
-        assert conversation.ask("On?") == "An answer."
+        assert next(pieces) == "One"
+        if how == "closed":
+            pieces.close()
+        else:
+            fake.reply = whole
+            assert conversation.ask("On?") == "An answer."
         assert closed.wait(10)
+        assert conversation.messages[1] == {"role": "assistant", "content": "One"}
 
-    def test_an_answer_never_read_was_never_asked_for(self, fake):
-        conversation = TinyServer(fake.url, TOKENS).conversation(EMBEDS)
+    def test_an_answer_never_read_was_never_asked_for(self, fake, conversation):
         unread = conversation.stream("Never")
         assert conversation.ask("First?") == "An answer."
         assert [body["messages"][0]["content"][1]["text"] for body in fake.asked] == ["First?"]
@@ -344,8 +331,7 @@ class TestTurns:
         assert len(fake.asked) == 1
 
     @pytest.mark.parametrize("turns", [0, 1])
-    def test_a_turn_that_failed_is_taken_back(self, fake, turns):
-        conversation = TinyServer(fake.url, TOKENS).conversation(EMBEDS)
+    def test_a_turn_that_failed_is_taken_back(self, fake, conversation, turns):
         for _ in range(turns):
             conversation.ask("Before?")
         whole = fake.reply
@@ -360,8 +346,7 @@ class TestTurns:
         failed, again = fake.asked[-2:]
         assert failed == again
 
-    def test_refused_question_is_taken_back(self, fake):
-        conversation = TinyServer(fake.url, TOKENS).conversation(EMBEDS)
+    def test_refused_question_is_taken_back(self, fake, conversation):
         whole = fake.reply
         fake.reply = lambda handler, _: send(handler, b'{"error": {"message": "too long"}}', 400)
         with refused(InvalidInputError, got="HTTP 400 Bad Request: too long"):
@@ -371,46 +356,21 @@ class TestTurns:
         assert conversation.ask("What?") == "An answer."
 
 
+STATUSES = [
+    (401, {"error": "Unauthorized"}, Broken, {"cause": (KEY, "not set"), "cure": KEY}),
+    (404, {"error": {"message": "The model x."}}, Broken, {"got": "model x", "cure": "log"}),
+    (404, {"detail": "Not Found"}, Broken, {"cause": "/v1/chat/completions", "cure": "tiny"}),
+    (422, {"detail": [{"loc": ["body"], "msg": "Required"}]}, Invalid, {"got": ": Required"}),
+    (400, {"object": "error", "message": "At most 1.\nSo."}, Invalid, {"got": "At most 1. So"}),
+    (500, "<html><h1>Oops</h1></html>", Broken, {"got": "HTTP 500", "cure": "log"}),
+    (502, "no upstream", Broken, {"got": "HTTP 502 Bad Gateway: no upstream"}),
+    (503, "", Broken, {"cause": "busy", "cure": "later"}),
+    (500, {"error": {"code": 3}}, Broken, {"got": '{"code": 3}'}),
+]
+
+
 class TestErrors:
-    @pytest.mark.parametrize(
-        ("status", "page", "error", "fields"),
-        [
-            (
-                401,
-                {"error": "Unauthorized"},
-                BackendError,
-                {"cause": (KEY, "not set"), "cure": KEY},
-            ),
-            (
-                404,
-                {"error": {"message": "The model `x` does not exist.", "code": 404}},
-                BackendError,
-                {"got": "The model `x` does not exist", "cure": "log"},
-            ),
-            (
-                404,
-                {"detail": "Not Found"},
-                BackendError,
-                {"cause": "/v1/chat/completions", "cure": "tiny"},
-            ),
-            (
-                422,
-                {"detail": [{"loc": ["body"], "msg": "Field required"}]},
-                InvalidInputError,
-                {"got": ": Field required"},
-            ),
-            (
-                400,
-                {"object": "error", "message": "At most 1 image(s).\nSee there."},
-                InvalidInputError,
-                {"got": "At most 1 image(s). See there"},
-            ),
-            (500, "<html><h1>Oops</h1></html>", BackendError, {"got": "HTTP 500", "cure": "log"}),
-            (502, "no upstream", BackendError, {"got": "HTTP 502 Bad Gateway: no upstream"}),
-            (503, "", BackendError, {"cause": "busy", "cure": "later"}),
-            (500, {"error": {"code": 3}}, BackendError, {"got": '{"code": 3}'}),
-        ],
-    )
+    @pytest.mark.parametrize(("status", "page", "error", "fields"), STATUSES)
     def test_http_status(self, fake, status, page, error, fields):
         data = (page if isinstance(page, str) else json.dumps(page)).encode()
         fake.reply = lambda handler, _: send(handler, data, status, "text/html")

@@ -11,9 +11,9 @@ import torch
 from tests.parity.test_handoff_transformers import (
     IMAGE,
     WIDTH,
+    embeds_of,
     first_ids,
     generate,
-    image_embeds,
     make_model,
 )
 from tests.parity.tiny_llm import make_tokenizer
@@ -38,7 +38,7 @@ def llava():
 
 @pytest.fixture
 def images() -> list[np.ndarray]:
-    return [image_embeds(count, seed) for seed, count in enumerate(COUNTS)]
+    return [embeds_of(count, seed) for seed, count in enumerate(COUNTS)]
 
 
 def new_ids(result: torch.Tensor, form: str, prompt: int) -> list[list[int]]:
@@ -104,7 +104,7 @@ def test_an_answer_of_a_batch_ends_where_it_ends(llava, images):
 
 @pytest.mark.parametrize("counts", [(5, 5), (4, 7, 2)])
 def test_several_images_stand_in_one_prompt_in_order(llava, counts):
-    images = [image_embeds(count, seed) for seed, count in enumerate(counts)]
+    images = [embeds_of(count, seed) for seed, count in enumerate(counts)]
     text = "\n".join(count * "<image>" for count in counts)
     ids = llava.tokenizer(f"USER: {text}\n{QUESTIONS[0]} ASSISTANT:").input_ids
     expected, _ = generate(llava.model, ids, 8, mm_encoder_outputs=single(*images))
@@ -130,12 +130,12 @@ def test_a_batch_may_mix_one_image_and_several(llava, images):
     ("embeds", "questions", "got"),
     [
         ([], [], "0 images' tokens and 0 questions"),
-        ([image_embeds(5)], ["a?", "b?"], "1 images' tokens and 2 questions"),
-        ([image_embeds(5)] * 2, ["a?", " "], "question 1: the question is empty"),
-        ([image_embeds(5), image_embeds(4)], ["a?", "b?"], "question 1: got tokens of shape [4,"),
-        ([[image_embeds(5), image_embeds(5)[:, 1:]]], ["a?"], "image 1: got tokens of shape [5,"),
+        ([embeds_of(5)], ["a?", "b?"], "1 images' tokens and 2 questions"),
+        ([embeds_of(5)] * 2, ["a?", " "], "question 1: the question is empty"),
+        ([embeds_of(5), embeds_of(4)], ["a?", "b?"], "question 1: got tokens of shape [4,"),
+        ([[embeds_of(5), embeds_of(5)[:, 1:]]], ["a?"], "image 1: got tokens of shape [5,"),
         ([[]], ["a?"], "an empty list of images"),
-        ([image_embeds(5)], ["is <image> red?"], "'<image>'"),
+        ([embeds_of(5)], ["is <image> red?"], "'<image>'"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_a_batch_is_named(llava, embeds, questions, got):

@@ -18,6 +18,8 @@ from tokenizers import (
     trainers,
 )
 
+from tests.parity.tiny_llm import tiny_llava
+
 MARK = "\u2581"
 CORPUS = [
     "USER: what is the shape? ASSISTANT: it is a red circle",
@@ -165,20 +167,12 @@ def save_checkpoint(
         shards: Largest size of a file.
         text: Other settings of the LLM.
     """
-    torch.manual_seed(7)
-    configs = {
-        "llama": transformers.LlamaConfig,
-        "mistral": transformers.MistralConfig,
-        "qwen2": transformers.Qwen2Config,
-    }
     settings = {
         "hidden_size": width,
         "intermediate_size": 72,
-        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "vocab_size": len(tokenizer) + padding,
-        "max_position_embeddings": 512,
         "rms_norm_eps": 3e-5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
         "bos_token_id": tokenizer.bos_token_id,
@@ -186,41 +180,16 @@ def save_checkpoint(
         "pad_token_id": tokenizer.pad_token_id,
         **text,
     }
-    places = {
-        f"{kind}_token_index": tokenizer.convert_tokens_to_ids(f"<{kind}>")
-        for kind in (("image", "video") if llm == "qwen2" else ("image",))
-    }
-    video = llm == "qwen2"
-    tower = (transformers.SiglipVisionConfig if video else transformers.CLIPVisionConfig)(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=56,
-        patch_size=14,
-    )
-    made = (
-        transformers.LlavaOnevisionForConditionalGeneration
-        if video
-        else transformers.LlavaForConditionalGeneration
-    )
-    config = made.config_class(
-        vision_config=tower,
-        text_config=configs[llm](**settings),
-        tie_word_embeddings=bool(text.get("tie_word_embeddings", False)),
-        **places,
-    )
-    model = made(config).eval()
+    kinds = ("image", "video") if llm == "qwen2" else ("image",)
+    places = {f"{it}_token_index": tokenizer.convert_tokens_to_ids(f"<{it}>") for it in kinds}
+    kind, tower = ("llava_onevision", "siglip") if llm == "qwen2" else ("llava", "clip")
+    tied = bool(text.get("tie_word_embeddings", False))
+    model = tiny_llava(kind, llm, tower, settings, tie_word_embeddings=tied, **places)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "vision_tower" in name:
-                continue
-            if parameter.ndim > 1:
-                parameter.mul_(6)  # at the usual scale every answer is one token repeated
-            elif "norm" in name:
-                parameter.add_(0.3 * torch.randn_like(parameter))  # ones would hide a mix-up
-            else:
-                parameter.add_(0.5 * torch.randn_like(parameter))
+            if parameter.ndim == 1 and "vision_tower" not in name:  # ones would hide a mix-up
+                scale = 0.3 if "norm" in name else 0.5
+                parameter.add_(scale * torch.randn_like(parameter))
     model = model.to(dtype)
     model.save_pretrained(folder, max_shard_size=shards)
     tokenizer.save_pretrained(folder)
