@@ -146,8 +146,7 @@ def test_the_demo_has_its_tensors(of_demo):
 
 def test_float32_stays_and_gqa_is_paired_by_its_own_heads(tmp_path):
     model = save_checkpoint(tmp_path / "llava", sentencepiece())
-    convert(tmp_path / "llava", tmp_path / "out.gguf")
-    values, tensors, types = read(tmp_path / "out.gguf")
+    values, tensors, types = converted(tmp_path / "llava")
     assert values["general.file_type"] == 0
     assert {kind.name for kind in types.values()} == {"F32"}
     assert values["llama.attention.head_count_kv"] == 2
@@ -162,8 +161,7 @@ def test_float32_stays_and_gqa_is_paired_by_its_own_heads(tmp_path):
 
 def test_bfloat16_stays(tmp_path):
     model = save_checkpoint(tmp_path / "llava", sentencepiece(), dtype=torch.bfloat16)
-    convert(tmp_path / "llava", tmp_path / "out.gguf")
-    values, tensors, types = read(tmp_path / "out.gguf")
+    values, tensors, types = converted(tmp_path / "llava")
     assert values["general.file_type"] == 32
     assert types["blk.0.ffn_up.weight"].name == "BF16"
     assert types["blk.0.ffn_norm.weight"].name == "F32"
@@ -182,8 +180,7 @@ def test_qwen2_with_tied_embeddings_and_padded_rows(tmp_path):
         tmp_path / "llava", tokenizer, "qwen2", template=CHAT_ML, padding=3,
         tie_word_embeddings=True,
     )  # fmt: skip
-    convert(tmp_path / "llava", tmp_path / "out.gguf")
-    values, tensors, _ = read(tmp_path / "out.gguf")
+    values, tensors, _ = converted(tmp_path / "llava")
     assert values["general.architecture"] == "qwen2"
     assert values["tokenizer.ggml.pre"] == "qwen2"
     assert values["vzip.normalizer"] == "NFC"
@@ -204,8 +201,7 @@ def test_qwen2_with_tied_embeddings_and_padded_rows(tmp_path):
 
 def test_within_a_sliding_window_it_needs_none(tmp_path):
     save_checkpoint(tmp_path / "llava", sentencepiece(), "mistral", sliding_window=300)
-    convert(tmp_path / "llava", tmp_path / "out.gguf")
-    values, _, _ = read(tmp_path / "out.gguf")
+    values, _, _ = converted(tmp_path / "llava")
     assert values["general.architecture"] == "llama"
     assert values["llama.context_length"] == 300
 
@@ -217,8 +213,7 @@ def test_within_a_sliding_window_it_needs_none(tmp_path):
 def test_sentencepiece(form, prefix, adds, tmp_path):
     tokenizer = sentencepiece(form)
     save_checkpoint(tmp_path / "llava", tokenizer)
-    convert(tmp_path / "llava", tmp_path / "out.gguf")
-    values, _, _ = read(tmp_path / "out.gguf")
+    values, _, _ = converted(tmp_path / "llava")
     assert values["tokenizer.ggml.model"] == "llama"
     assert values["vzip.space_prefix"] == prefix
     assert values["tokenizer.ggml.add_space_prefix"] is adds
@@ -267,30 +262,23 @@ def drop_byte(pipeline):
     pipeline["model"]["vocab"]["filler"] = 203
 
 
-def other_split(pipeline):
-    pipeline["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": r"\p{N}{1,3}"}
-
-
-def eos_behind(pipeline):
-    pipeline["post_processor"]["single"].append({"SpecialToken": {"id": "<s>", "type_id": 0}})
-
-
-def greedy(pipeline):
-    pipeline["added_tokens"][-1]["lstrip"] = True
+S, Q = sentencepiece, qwen2
+BOS = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+DIGITS = {"pattern": {"Regex": r"\p{N}{1,3}"}}
 
 
 @pytest.mark.parametrize(
     ("make", "change", "got"),
     [
-        (sentencepiece, drop_byte, "SentencePiece without 1 of the 256 bytes"),
-        (sentencepiece, eos_behind, "not one bos in front"),
-        (sentencepiece, greedy, "'<pad>' (lstrip)"),
-        (sentencepiece, lambda p: p.update(normalizer={"type": "NFKC"}), "['NFKC']"),
-        (sentencepiece, lambda p: p["model"].update(byte_fallback=False), "['Prepend', 'Replace"),
-        (sentencepiece, lambda p: p["model"].update(dropout=0.1), "dropout"),
-        (qwen2, other_split, "['Split', 'ByteLevel']"),
-        (qwen2, lambda p: p["model"].update(merges=[]), "without merges"),
-        (qwen2, lambda p: p["model"].update(end_of_word_suffix="@"), "suffix"),
+        (S, drop_byte, "SentencePiece without 1 of the 256 bytes"),
+        (S, lambda p: p["post_processor"]["single"].append(BOS), "not one bos in front"),
+        (S, lambda p: p["added_tokens"][-1].update(lstrip=True), "'<pad>' (lstrip)"),
+        (S, lambda p: p.update(normalizer={"type": "NFKC"}), "['NFKC']"),
+        (S, lambda p: p["model"].update(byte_fallback=False), "['Prepend', 'Replace"),
+        (S, lambda p: p["model"].update(dropout=0.1), "dropout"),
+        (Q, lambda p: p["pre_tokenizer"]["pretokenizers"][0].update(DIGITS), "['Split', 'ByteL"),
+        (Q, lambda p: p["model"].update(merges=[]), "without merges"),
+        (Q, lambda p: p["model"].update(end_of_word_suffix="@"), "suffix"),
     ],
 )
 def test_a_tokenizer_that_llama_cpp_runs_differently_is_refused(make, change, got):
@@ -304,6 +292,11 @@ def test_tokens_beyond_the_embeddings_are_left_out():
     vocabulary = read_vocabulary(tokenizer, len(tokenizer) - 1)
     assert len(vocabulary.tokens) == len(vocabulary.types) == len(tokenizer) - 1
     assert "pad" not in vocabulary.special.special_token_ids
+
+
+def converted(folder: Path) -> tuple[dict, dict[str, np.ndarray], dict[str, object]]:
+    convert(folder, folder.parent / "out.gguf")
+    return read(folder.parent / "out.gguf")
 
 
 def refuses(folder: Path, expectation: AbstractContextManager) -> None:
@@ -321,12 +314,6 @@ def llava(tmp_path):
     folder = tmp_path / "llava"
     save_checkpoint(folder, sentencepiece())
     return folder
-
-
-def change_config(folder: Path, **text) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"].update(text)
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def test_only_shards_with_llm_tensors_are_read(tmp_path):
@@ -347,8 +334,7 @@ def test_only_shards_with_llm_tensors_are_read(tmp_path):
     weight_map = {k: name for name, part in parts.items() for k in part}
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    convert(folder, tmp_path / "out.gguf")
-    _, tensors, _ = read(tmp_path / "out.gguf")
+    _, tensors, _ = converted(folder)
     up = state["language_model.model.layers.0.mlp.up_proj.weight"]
     np.testing.assert_array_equal(tensors["blk.0.ffn_up.weight"], up.numpy())
     (folder / "b.safetensors").unlink()
@@ -365,33 +351,10 @@ def test_transformers_5_names_are_read(llava):
     }
     assert not set(new) & {k for k in state if "language_model" in k}
     save_file(new, llava / "model.safetensors", metadata={"format": "pt"})
-    convert(llava, llava.parent / "out.gguf")
-    assert len(read(llava.parent / "out.gguf")[1]) == 2 * 9 + 3
+    assert len(converted(llava)[1]) == 2 * 9 + 3
 
 
-def test_a_checkpoint_that_lacks_a_tensor_is_refused(llava):
-    state = load_file(llava / "model.safetensors")
-    del state["language_model.model.layers.1.mlp.up_proj.weight"]
-    save_file(state, llava / "model.safetensors", metadata={"format": "pt"})
-    name = "decoder.layers.1.mlp.up_proj.weight"
-    refuses(llava, refused(CheckpointError, got=name))
-
-
-def test_a_tensor_of_another_shape_is_refused(llava):
-    change_config(llava, intermediate_size=80)
-    refuses(llava, refused(CheckpointError, got=("mlp.", "72"), expected="80"))
-
-
-def test_a_quantised_checkpoint_is_refused(llava):
-    state = load_file(llava / "model.safetensors")
-    name = "language_model.model.layers.1.mlp.up_proj.weight"
-    save_file(
-        {**state, name: state[name].to(torch.float8_e4m3fn)},
-        llava / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    wanted = {"got": (name, "float8_e4m3fn"), "expected": "float16", "cure": "llama-quantize"}
-    refuses(llava, refused(CheckpointError, **wanted))
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -400,34 +363,49 @@ def test_a_quantised_checkpoint_is_refused(llava):
         ({"model_type": "gemma"}, "'gemma'", "llama"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'", "'silu'"),
         ({"attention_bias": True}, "attention_bias is True", "False"),
-        (
-            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
-            "rope_type is 'linear'",
-            "'default'",
-        ),
+        ({"rope_parameters": LINEAR}, "rope_type is 'linear'", "'default'"),
+        ({"intermediate_size": 80}, ("mlp.", "72"), "80"),
     ],
 )
 def test_an_llm_that_llama_cpp_runs_differently_is_refused(llava, text, got, expected):
     if "model_type" in text:  # transformers needs the words to get that far
         (llava / "chat_template.jinja").write_text(CHAT_ML)
-    change_config(llava, **text)
+    config = json.loads((llava / "config.json").read_text())
+    config["text_config"].update(text)
+    (llava / "config.json").write_text(json.dumps(config))
     refuses(llava, refused(CheckpointError, got=got, expected=expected))
 
 
-def test_original_llavas_layout_is_refused(llava):
-    config = {
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "model_type": "llava",
-        "mm_vision_tower": "openai/clip",
-        "mm_projector_type": "mlp2x_gelu",
-    }
+def test_a_tensor_that_is_not_there_or_quantised_is_refused(llava):
+    name = "layers.1.mlp.up_proj.weight"
+    state = load_file(llava / "model.safetensors")
+    tensor = state.pop(f"language_model.model.{name}")
+    save_file(state, llava / "model.safetensors", metadata={"format": "pt"})
+    refuses(llava, refused(CheckpointError, got=f"decoder.{name}"))
+    state[f"language_model.model.{name}"] = tensor.to(torch.float8_e4m3fn)
+    save_file(state, llava / "model.safetensors", metadata={"format": "pt"})
+    wanted = {"got": (name, "float8_e4m3fn"), "expected": "float16", "cure": "llama-quantize"}
+    refuses(llava, refused(CheckpointError, **wanted))
+
+
+ORIGINAL = {
+    "architectures": ["LlavaLlamaForCausalLM"],
+    "model_type": "llava",
+    "mm_vision_tower": "openai/clip",
+    "mm_projector_type": "mlp2x_gelu",
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        (ORIGINAL, {"got": "original LLaVA", "cure": "llava-hf"}),
+        ({"model_type": "llama"}, {"got": "'llama'"}),
+    ],
+)
+def test_a_model_of_another_kind_is_refused(llava, config, fields):
     (llava / "config.json").write_text(json.dumps(config))
-    refuses(llava, refused(CheckpointError, got="original LLaVA", cure="llava-hf"))
-
-
-def test_a_model_that_no_family_knows_is_refused(llava):
-    (llava / "config.json").write_text('{"model_type": "llama"}')
-    refuses(llava, pytest.raises(CheckpointError, match="'llama'"))
+    refuses(llava, refused(CheckpointError, **fields))
 
 
 def test_an_interrupted_write_leaves_what_was_there(llava, monkeypatch):
@@ -505,20 +483,18 @@ def test_the_command_writes_a_file(llava, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
-    [("out.bin", "out.bin"), ("none/out.gguf", "/none'"), ("folder.gguf", "folder.gguf")],
+    ("model", "name", "said"),
+    [
+        ("demo", "out.bin", "out.bin"),
+        ("demo", "none/out.gguf", "/none'"),
+        ("demo", "folder.gguf", "folder.gguf"),
+        ("demmo", "a.gguf", "'demmo'"),
+    ],
 )
-def test_a_bad_target_is_refused_before_any_work(tmp_path, capsys, name, said):
+def test_a_bad_target_or_model_is_refused_before_any_work(tmp_path, capsys, model, name, said):
     (tmp_path / "folder.gguf").mkdir()
-    assert main(["convert", "--model", "demo", "--to", "gguf", "-o", str(tmp_path / name)]) == 2
+    assert main(["convert", "--model", model, "--to", "gguf", "-o", str(tmp_path / name)]) == 2
     assert said in capsys.readouterr().err
-
-
-def test_a_model_that_is_not_there_is_refused(tmp_path, capsys):
-    assert (
-        main(["convert", "--model", "demmo", "--to", "gguf", "-o", str(tmp_path / "a.gguf")]) == 2
-    )
-    assert "unknown model 'demmo'" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_one_line(tmp_path, capsys, monkeypatch):

@@ -55,6 +55,14 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
+TINY, STATIC = GOLDEN / "tiny_bundle", GOLDEN / "tiny_static_bundle"
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "t.safetensors"
+
+
 def encode(bundle: Path, *arguments: object) -> int:
     return main(["encode", str(bundle), *map(str, arguments), "--backend", "onnxruntime"])
 
@@ -77,34 +85,40 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def assert_encodes(bundle: Path, found: dict[str, Any], folder: Path) -> None:
+    """Every image's tokens are those that an encoder gives it alone."""
+    with VisionEncoder.open(bundle, "onnxruntime") as encoder:
+        for name, (tokens, kept) in found.items():
+            expected = encoder.encode([folder / name])
+            assert tokens.dtype == np.dtype(encoder.manifest.embeds.dtype)
+            rtol, atol = (1e-3, 1e-3) if tokens.dtype == np.float16 else (1e-4, 1e-5)
+            np.testing.assert_allclose(tokens, expected.embeds[0], rtol=rtol, atol=atol)
+            np.testing.assert_array_equal(kept, expected.kept)  # [1, dominant]
+
+
 # What is written
 
 
 @pytest.mark.parametrize("name", ["tiny_bundle", "tiny_static_bundle"])
-def test_a_folder_becomes_a_file(tmp_path, folder, name, capsys):
-    bundle, output = GOLDEN / name, tmp_path / "t.safetensors"
+def test_a_folder_becomes_a_file(tmp_path, output, folder, name, capsys):
+    bundle = GOLDEN / name
     assert encode(bundle, folder, "-o", output) == 0
     assert capsys.readouterr() == (f"{output}\n", "")
     found = contents(output)
     assert list(found) == ["a.png", "b.png", "c.jpg", "sub/a.png"]
-    with VisionEncoder.open(bundle, "onnxruntime") as encoder:
-        manifest = encoder.manifest
-        for image, (tokens, kept) in found.items():
-            expected = encoder.encode([folder / image])
-            assert tokens.dtype == np.dtype(manifest.embeds.dtype)
-            np.testing.assert_allclose(tokens, expected.embeds[0], rtol=1e-3, atol=1e-3)
-            np.testing.assert_array_equal(kept, expected.kept)  # [1, dominant]
+    assert_encodes(bundle, found, folder)
+    manifest = read_bundle(bundle).manifest
     with TokenFile.open(output) as file:
         assert file.origin == origin_of(manifest)
         assert file.origin.fingerprint == fingerprint(manifest)
     assert names(tmp_path) == ["images", "t.safetensors"]
 
 
-def test_batches_are_filled_across_shards(tmp_path, folder, encoded, capsys):
+def test_batches_are_filled_across_shards(tmp_path, output, folder, encoded, capsys):
     for seed in range(10, 13):
         draw(folder / f"{seed}.png", seed)
-    bundle = GOLDEN / "tiny_bundle"
-    assert encode(bundle, folder, "-o", tmp_path / "t.safetensors", "--shard-size", 2) == 0
+    bundle = TINY
+    assert encode(bundle, folder, "-o", output, "--shard-size", 2) == 0
     assert encoded == [3, 3, 1]
     shards = [f"t-0000{number}-of-00004.safetensors" for number in (1, 2, 3, 4)]
     assert capsys.readouterr().out.split() == [str(tmp_path / name) for name in shards]
@@ -122,31 +136,29 @@ def test_batches_are_filled_across_shards(tmp_path, folder, encoded, capsys):
             np.testing.assert_array_equal(tokens, one[image][0])
 
 
-def test_files_go_by_their_last_name_in_the_order_given(tmp_path, folder, encoded):
+def test_files_go_by_their_last_name_in_the_order_given(output, folder, encoded):
     paths = [folder / "sub" / "a.png", folder / "c.jpg", folder / "sub" / "a.png"]
-    assert encode(GOLDEN / "tiny_bundle", *paths, "-o", tmp_path / "t.safetensors") == 0
-    assert list(contents(tmp_path / "t.safetensors")) == ["a.png", "c.jpg"]
+    assert encode(TINY, *paths, "-o", output) == 0
+    assert list(contents(output)) == ["a.png", "c.jpg"]
     assert encoded == [2]
 
 
-def test_one_picture_under_two_names_is_encoded_once(tmp_path, folder, encoded):
+def test_one_picture_under_two_names_is_encoded_once(tmp_path, output, folder, encoded):
     shutil.copyfile(folder / "a.png", folder / "a-twin.png")
-    output = tmp_path / "t.safetensors"
-    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 0
+    assert encode(TINY, folder, "-o", output) == 0
     assert encoded == [3, 1]
     tokens = contents(output)["a.png"][0]
     np.testing.assert_array_equal(contents(output)["a-twin.png"][0], tokens)
-    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output, "--shard-size", 1) == 0
+    assert encode(TINY, folder, "-o", output, "--shard-size", 1) == 0
     for number, name in ((1, "a-twin.png"), (2, "a.png")):
         found = contents(tmp_path / f"t-0000{number}-of-00005.safetensors")[name][0]
         np.testing.assert_allclose(found, tokens, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("order", ["reference", "newline"])
-def test_tiles_are_those_of_image_embeds(tmp_path, tiny_bundle, order):
+def test_tiles_are_those_of_image_embeds(tmp_path, output, tiny_bundle, order):
     bundle = with_newline(tmp_path / "tiled", tiny_bundle, tiled(order))
     images = [draw(tmp_path / f"{side}.png", side, (side, 90)) for side in (20, 60, 200)]
-    output = tmp_path / "t.safetensors"
     assert encode(bundle, *images, "-o", output) == 0
     found = contents(output)
     with VisionEncoder.open(bundle, "onnxruntime") as encoder:
@@ -160,17 +172,17 @@ def test_tiles_are_those_of_image_embeds(tmp_path, tiny_bundle, order):
 @pytest.mark.parametrize("whole", [True, False])
 def test_arrays(tmp_path, folder, whole):
     output = tmp_path / "t.npy"
-    assert encode(GOLDEN / "tiny_bundle", folder if whole else folder / "a.png", "-o", output) == 0
+    assert encode(TINY, folder if whole else folder / "a.png", "-o", output) == 0
     found = np.load(output, allow_pickle=False)
     images = sorted(folder.rglob("*.*")) if whole else [folder / "a.png"]
-    with VisionEncoder.open(GOLDEN / "tiny_bundle", "onnxruntime") as encoder:
+    with VisionEncoder.open(TINY, "onnxruntime") as encoder:
         expected = encoder.encode(images).embeds
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_arrays_of_unequal_lengths_are_refused_and_the_cure_costs_nothing(
-    tmp_path, tiny_bundle, encoded, capsys
+    tmp_path, output, tiny_bundle, encoded, capsys
 ):
     bundle = with_newline(tmp_path / "tiled", tiny_bundle, tiled("reference"))
     images = [draw(tmp_path / f"{side}.png", side, (side, 90)) for side in (20, 90)]
@@ -178,21 +190,20 @@ def test_arrays_of_unequal_lengths_are_refused_and_the_cure_costs_nothing(
     assert ".safetensors" in stderr(capsys)
     assert not (tmp_path / "t.npy").exists()
     encoded.clear()
-    assert encode(bundle, *images, "-o", tmp_path / "t.safetensors") == 0
+    assert encode(bundle, *images, "-o", output) == 0
     assert encoded == []
 
 
 # What is left out
 
 
-def test_what_is_no_image_is_named_and_the_others_go_on(tmp_path, folder, capsys):
+def test_what_is_no_image_is_named_and_the_others_go_on(tmp_path, output, folder, capsys):
     (folder / "notes.txt").write_text("no picture")
     (folder / ".hidden").write_text("x")
     (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:300])
     os.mkfifo(folder / "pipe")
     (folder / "link").symlink_to(tmp_path)
-    output = tmp_path / "t.safetensors"
-    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 1
+    assert encode(TINY, folder, "-o", output) == 1
     out, err = capsys.readouterr()
     assert out == f"{output}\n"
     assert list(contents(output)) == ["a.png", "b.png", "c.jpg", "sub/a.png"]
@@ -206,22 +217,19 @@ def test_what_is_no_image_is_named_and_the_others_go_on(tmp_path, folder, capsys
     ]
     for line, start in zip(sorted(lines[:-1]), starts, strict=True):
         assert line.startswith(start)
-    with VisionEncoder.open(GOLDEN / "tiny_bundle", "onnxruntime") as encoder:
-        expected = encoder.encode([folder / "c.jpg"]).embeds[0]
-    np.testing.assert_allclose(contents(output)["c.jpg"][0], expected, rtol=1e-4, atol=1e-5)
+    assert_encodes(TINY, contents(output), folder)
 
 
-def test_without_a_single_image_nothing_is_written(tmp_path, capsys):
+def test_without_a_single_image_nothing_is_written(tmp_path, output, capsys):
     (tmp_path / "a.png").write_bytes(b"no")
-    assert encode(GOLDEN / "tiny_bundle", tmp_path / "a.png", "-o", tmp_path / "t.safetensors") == 1
+    assert encode(TINY, tmp_path / "a.png", "-o", output) == 1
     assert capsys.readouterr().out == ""
     assert names(tmp_path) == ["a.png"]
 
 
-def test_shards_keep_their_numbers_when_images_are_left_out(tmp_path, folder):
+def test_shards_keep_their_numbers_when_images_are_left_out(tmp_path, output, folder):
     (folder / "a.png").write_bytes(b"no")
-    output = tmp_path / "t.safetensors"
-    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output, "--shard-size", 1) == 1
+    assert encode(TINY, folder, "-o", output, "--shard-size", 1) == 1
     shards = sorted(tmp_path.glob("t-*"))
     assert [list(contents(path)) for path in shards] == [[], ["b.png"], ["c.jpg"], ["sub/a.png"]]
 
@@ -230,14 +238,14 @@ def test_an_array_is_written_whole_or_not_at_all(tmp_path, folder, encoded, caps
     good = (folder / "a.png").read_bytes()
     (folder / "a.png").write_bytes(b"no")
     output = tmp_path / "t.npy"
-    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 2
+    assert encode(TINY, folder, "-o", output) == 2
     err = stderr(capsys).splitlines()
     assert err[0].startswith("encode: left out 'a.png': ")
     assert err[-1].startswith("vzip: error: encode: nothing was written")
     assert not output.exists()
     (folder / "a.png").write_bytes(good)
     encoded.clear()
-    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 0
+    assert encode(TINY, folder, "-o", output) == 0
     assert encoded == [1]
     assert names(tmp_path) == ["images", "t.npy"]
 
@@ -259,126 +267,116 @@ def test_an_array_is_written_whole_or_not_at_all(tmp_path, folder, encoded, caps
 def test_what_is_refused(folder, arguments, text, capsys, monkeypatch):
     monkeypatch.chdir(folder.parent)
     Path("empty").mkdir()
-    assert main(["encode", str(GOLDEN / "tiny_bundle"), *arguments]) == 2
+    assert main(["encode", str(TINY), *arguments]) == 2
     err = stderr(capsys)
     assert text in err
     assert err.count("\n") == 1
     assert names(Path()) == ["empty", "images"]
 
 
-def test_a_bundle_for_videos_takes_no_images(tmp_path, tiny_bundle, folder, capsys):
+def test_a_bundle_for_videos_takes_no_images(output, tiny_bundle, folder, capsys):
     path = tiny_bundle / "manifest.json"
     text = path.read_text().replace('"image",\n    "video"', '"video"')
     path.write_text(text)
     assert read_bundle(tiny_bundle).manifest.media == ("video",)
-    assert encode(tiny_bundle, folder, "-o", tmp_path / "t.safetensors") == 2
+    assert encode(tiny_bundle, folder, "-o", output) == 2
     assert "video" in stderr(capsys)
 
 
 # Going on
 
 
-def test_a_second_run_encodes_nothing(tmp_path, folder, encoded, capsys):
-    output = tmp_path / "t.safetensors"
+def test_a_second_run_encodes_nothing(tmp_path, output, folder, encoded, capsys):
     for options in ([], ["--shard-size", 3]):
-        encode(GOLDEN / "tiny_bundle", folder, "-o", output, *options)
+        encode(TINY, folder, "-o", output, *options)
         first, before = encoded[:], {path: path.stat() for path in tmp_path.glob("t*")}
         encoded.clear()
-        assert encode(GOLDEN / "tiny_bundle", folder, "-o", output, *options) == 0
+        assert encode(TINY, folder, "-o", output, *options) == 0
         assert (first, encoded) == ([3, 1], [])
         assert {path: path.stat() for path in tmp_path.glob("t*")} == before
 
 
 @pytest.mark.parametrize("options", [[], ["--shard-size", 2]])
-def test_only_images_that_changed_are_encoded_again(tmp_path, folder, encoded, options):
-    output = tmp_path / "t.safetensors"
-    encode(GOLDEN / "tiny_bundle", folder, "-o", output, *options)
+def test_only_images_that_changed_are_encoded_again(tmp_path, output, folder, encoded, options):
+    encode(TINY, folder, "-o", output, *options)
     encoded.clear()
     draw(folder / "b.png", 99)
-    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output, *options) == 0
+    assert encode(TINY, folder, "-o", output, *options) == 0
     assert encoded == [1]
     found: dict[str, Any] = {}
     for path in sorted(tmp_path.glob("t*")):
         found |= contents(path)
-    with VisionEncoder.open(GOLDEN / "tiny_bundle", "onnxruntime") as encoder:
-        for name, (tokens, _) in found.items():
-            expected = encoder.encode([folder / name]).embeds[0]
-            np.testing.assert_allclose(tokens, expected, rtol=1e-4, atol=1e-5)
+    assert_encodes(TINY, found, folder)
     assert len(found) == 4
 
 
-def test_a_file_that_is_open_elsewhere_stays_what_it_was(tmp_path, folder):
-    output, link = tmp_path / "t.safetensors", tmp_path / "link"
-    encode(GOLDEN / "tiny_bundle", folder, "-o", output)
+def test_a_file_that_is_open_elsewhere_stays_what_it_was(tmp_path, output, folder):
+    link = tmp_path / "link"
+    encode(TINY, folder, "-o", output)
     before = output.read_bytes()
     link.hardlink_to(output)
     draw(folder / "b.png", 99)
-    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 0
+    assert encode(TINY, folder, "-o", output) == 0
     assert link.read_bytes() == before != output.read_bytes()
 
 
 def test_images_come_and_go_in_one_file(tmp_path, folder, encoded):
     output = folder / "t.safetensors"  # in the folder itself: it is no image of it
-    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 0
+    assert encode(TINY, folder, "-o", output) == 0
     encoded.clear()
     (folder / "c.jpg").unlink()
     draw(folder / "0.png", 50)
-    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 0
+    assert encode(TINY, folder, "-o", output) == 0
     assert encoded == [1]
     assert list(contents(output)) == ["0.png", "a.png", "b.png", "sub/a.png"]
 
 
-def test_shards_of_another_number_of_images(tmp_path, folder, capsys):
-    output = tmp_path / "t.safetensors"
-    encode(GOLDEN / "tiny_bundle", folder, "-o", output, "--shard-size", 2)
+def test_shards_of_another_number_of_images(tmp_path, output, folder, capsys):
+    encode(TINY, folder, "-o", output, "--shard-size", 2)
     before = names(tmp_path)
     # As many files, but not with the same images.
-    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output, "--shard-size", 3) == 0
+    assert encode(TINY, folder, "-o", output, "--shard-size", 3) == 0
     assert names(tmp_path) == before
     assert [list(contents(path)) for path in sorted(tmp_path.glob("t-*"))] == [
         ["a.png", "b.png", "c.jpg"],
         ["sub/a.png"],
     ]
     capsys.readouterr()
-    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output, "--shard-size", 1) == 2
+    assert encode(TINY, folder, "-o", output, "--shard-size", 1) == 2
     assert "of-00002" in stderr(capsys)
     assert names(tmp_path) == before
 
 
 @pytest.mark.parametrize("options", [[], ["--shard-size", 2]])
-def test_what_another_bundle_made_is_refused(tmp_path, folder, options, capsys):
-    output = tmp_path / "t.safetensors"
-    encode(GOLDEN / "tiny_bundle", folder, "-o", output, *options)
+def test_what_another_bundle_made_is_refused(tmp_path, output, folder, options, capsys):
+    encode(TINY, folder, "-o", output, *options)
     before = {path: path.read_bytes() for path in tmp_path.glob("t*")}
     capsys.readouterr()
-    assert encode(GOLDEN / "tiny_static_bundle", folder, "-o", output, *options) == 2
+    assert encode(STATIC, folder, "-o", output, *options) == 2
     assert fingerprint_of("tiny_bundle")[:12] in stderr(capsys)
     assert {path: path.read_bytes() for path in tmp_path.glob("t*")} == before
 
 
-def test_a_file_of_somebody_else_is_not_replaced(tmp_path, folder, capsys):
-    output = tmp_path / "t.safetensors"
+def test_a_file_of_somebody_else_is_not_replaced(output, folder, capsys):
     output.write_bytes(b"a model of weeks of training")
-    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 2
+    assert encode(TINY, folder, "-o", output) == 2
     assert str(output) in stderr(capsys)
     assert output.read_bytes() == b"a model of weeks of training"
 
 
-def test_two_at_once_don_t_mix(tmp_path, folder, capsys):
-    output = tmp_path / "t.safetensors"
-    origin = origin_of(read_bundle(GOLDEN / "tiny_bundle").manifest)
+def test_two_at_once_don_t_mix(output, folder, capsys):
+    origin = origin_of(read_bundle(TINY).manifest)
     with work_store(output, origin):
-        assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 2
+        assert encode(TINY, folder, "-o", output) == 2
         assert f"{output}: another process" in stderr(capsys)
-    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 0
+    assert encode(TINY, folder, "-o", output) == 0
 
 
-def test_so_many_images_that_a_header_can_t_name_them(tmp_path, folder, monkeypatch, capsys):
+def test_so_many_images_that_a_header_can_t_name_them(output, folder, monkeypatch, capsys):
     monkeypatch.setattr(encode_job, "LARGEST_HEADER", 1800)
-    output = tmp_path / "t.safetensors"
-    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 2
+    assert encode(TINY, folder, "-o", output) == 2
     assert "--shard-size" in stderr(capsys)
-    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output, "--shard-size", 2) == 0
+    assert encode(TINY, folder, "-o", output, "--shard-size", 2) == 0
 
 
 # Killed
@@ -413,7 +411,7 @@ def child(step: int, kind: str, *arguments: object) -> int:
 def test_sigkill_at_any_step_leaves_whole_files_and_the_next_run_goes_on(
     tmp_path, folder, encoded, options
 ):
-    bundle = GOLDEN / "tiny_static_bundle"
+    bundle = STATIC
     (tmp_path / "good").mkdir()
     encode(bundle, folder, "-o", tmp_path / "good" / "t.safetensors", *options)
     good = {path.name: path.read_bytes() for path in (tmp_path / "good").iterdir()}
@@ -439,18 +437,17 @@ def test_sigkill_at_any_step_leaves_whole_files_and_the_next_run_goes_on(
     assert len(set(again)) >= 4
 
 
-def test_an_interrupt_ends_with_its_status_and_loses_nothing(tmp_path, folder, encoded):
-    arguments = (GOLDEN / "tiny_static_bundle", folder, "-o", tmp_path / "t.safetensors")
+def test_an_interrupt_ends_with_its_status_and_loses_nothing(tmp_path, output, folder, encoded):
+    arguments = (STATIC, folder, "-o", output)
     assert child(7, "SIGINT", *arguments) == 130
-    assert not (tmp_path / "t.safetensors").exists()
+    assert not (output).exists()
     assert encode(*arguments) == 0
     assert 0 < sum(encoded) < 4
     assert names(tmp_path) == ["images", "t.safetensors"]
 
 
-def test_a_run_that_another_bundle_began_is_refused(tmp_path, folder, capsys):
-    output = tmp_path / "t.safetensors"
-    assert child(7, "SIGKILL", GOLDEN / "tiny_static_bundle", folder, "-o", output) < 0
-    assert encode(GOLDEN / "tiny_bundle", folder, "-o", output) == 2
+def test_a_run_that_another_bundle_began_is_refused(output, folder, capsys):
+    assert child(7, "SIGKILL", STATIC, folder, "-o", output) < 0
+    assert encode(TINY, folder, "-o", output) == 2
     assert fingerprint_of("tiny_static_bundle")[:12] in stderr(capsys)
-    assert encode(GOLDEN / "tiny_static_bundle", folder, "-o", output) == 0
+    assert encode(STATIC, folder, "-o", output) == 0
