@@ -158,7 +158,7 @@ class HubFolder:
         except (_http_error(), OSError) as error:
             raise CheckpointError(
                 f"downloading {name} of {self.repo_id} from {_endpoint()} failed: {_reason(error)}",
-                cause=(
+                cure=(
                     f"try again, or fetch it elsewhere with `hf download {self.repo_id} {name}`; "
                     f"finished files are kept in {_cache()}"
                 ),
@@ -193,27 +193,34 @@ def _refuse(repo_id: str, revision: str | None, name: str, error: Exception) -> 
     from huggingface_hub import errors
 
     meanings = {
-        errors.GatedRepoError: (
-            f"{repo_id} is gated: ask for access at {_endpoint()}/{repo_id}, then `hf auth login` "
-            "(or set HF_TOKEN) and try again"
+        errors.GatedRepoError: CheckpointError(
+            f"{repo_id} is gated",
+            cure=(
+                f"ask for access at {_endpoint()}/{repo_id}, then `hf auth login` (or set "
+                "HF_TOKEN) and try again"
+            ),
         ),
-        errors.RepositoryNotFoundError: (
+        errors.RepositoryNotFoundError: CheckpointError(
             f"the hub at {_endpoint()} has no repository '{repo_id}', or it is private, and there "
-            f"is no local folder of that name; {suggestion(repo_id.rpartition('/')[2])}the aliases "
-            f"are {', '.join(ALIASES)}; `hf auth login` opens private ones"
+            "is no local folder of that name",
+            cause=f"{suggestion(repo_id.rpartition('/')[2])}the aliases are {', '.join(ALIASES)}",
+            cure="`hf auth login` opens private ones",
         ),
-        errors.RevisionNotFoundError: (
-            f"{repo_id} has no revision '{revision or 'main'}', expected a branch, tag or commit; "
-            f"see {_endpoint()}/{repo_id}/commits/main"
+        errors.RevisionNotFoundError: CheckpointError(
+            f"{repo_id} has no revision '{revision or 'main'}'",
+            expected="a branch, tag or commit",
+            cure=f"see {_endpoint()}/{repo_id}/commits/main",
         ),
-        errors.EntryNotFoundError: (
-            f"{repo_id} has no {name}, expected in a checkpoint; choose a repository in Hugging "
-            "Face's or original LLaVA's layout"
+        errors.EntryNotFoundError: CheckpointError(
+            f"{repo_id} has no {name}",
+            expected="in a checkpoint",
+            cure="choose a repository in Hugging Face's or original LLaVA's layout",
         ),
-        errors.HFValidationError: f"'{repo_id}' is no hub id (owner/name): {_reason(error)}",
+        errors.HFValidationError: CheckpointError(
+            f"'{repo_id}' is no hub id (owner/name): {_reason(error)}"
+        ),
     }
-    meaning = next(text for kind, text in meanings.items() if isinstance(error, kind))
-    raise CheckpointError(meaning) from error
+    raise next(text for kind, text in meanings.items() if isinstance(error, kind)) from error
 
 
 def _http_error() -> type[Exception]:

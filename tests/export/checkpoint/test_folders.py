@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import constants, errors
 
 from tests.export.layouts import TOWER_FOLDER, write_layout
+from tests.refusals import Said, refused
 from vzip.export.checkpoint.reader import Checkpoint, read_vision
 from vzip.runtime.errors import CheckpointError
 
@@ -96,43 +97,48 @@ def fill_cache(folder: Path, files: Path, *, skip: tuple[str, ...] = ()) -> None
         (snapshot / name).unlink()
 
 
-def fault(model: str = REPO, revision: str | None = None) -> str:
-    with pytest.raises(CheckpointError) as caught:
+def fault(model: str = REPO, revision: str | None = None, **said: Said) -> None:
+    with refused(CheckpointError, **said):
         read_vision(Checkpoint.open(model, revision=revision))
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a checkpoint on the hub holds; its folder is `served`."""
+    return write_layout("llava-hf", tmp_path / "served", llm="written")
+
+
+@pytest.fixture
+def downloads(
+    served: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[str, str, str | None]]:
+    """A hub that serves it, under its own name and that of an alias."""
+    entry = (COMMIT, tmp_path / "served")
+    return fake_hub(monkeypatch, {REPO: entry, "llava-hf/llava-1.5-7b-hf": entry})
 
 
 # Online
 
 
 def test_only_the_needed_files_are_downloaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    served: dict[str, Any], downloads: list[tuple[str, str, str | None]]
 ) -> None:
-    expected = write_layout("llava-hf", tmp_path / "served", llm="written")
-    downloads = fake_hub(monkeypatch, {REPO: (COMMIT, tmp_path / "served")})
     checkpoint = Checkpoint.open(REPO)
     assert {name for _, name, _ in downloads} == {"config.json"}
     tensors = read_vision(checkpoint).tensors
     assert {name for _, name, _ in downloads} == NEEDED
     assert {revision for *_, revision in downloads} == {COMMIT}  # one commit for all files
     assert (checkpoint.model_id, checkpoint.revision) == (REPO, COMMIT)
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in served.items())
 
 
-def test_an_alias_asks_for_its_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_layout("llava-hf", tmp_path / "served")
-    fake_hub(monkeypatch, {"llava-hf/llava-1.5-7b-hf": (COMMIT, tmp_path / "served")})
-    checkpoint = Checkpoint.open("llava-1.5-7b")
-    assert checkpoint.model_id == "llava-hf/llava-1.5-7b-hf"
+def test_an_alias_asks_for_its_repository(downloads: object) -> None:
+    assert Checkpoint.open("llava-1.5-7b").model_id == "llava-hf/llava-1.5-7b-hf"
 
 
 def test_the_revision_is_what_the_hub_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    downloads: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_layout("llava-hf", tmp_path / "served")
-    fake_hub(monkeypatch, {REPO: (COMMIT, tmp_path / "served")})
     answer, asked = huggingface_hub.get_hf_file_metadata, []
 
     def metadata(url: str, **options: Any) -> Any:
@@ -168,13 +174,10 @@ def test_the_tower_of_original_llava_comes_from_its_own_repository(
     }
 
 
-def test_a_file_that_the_repository_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_layout("llava-hf", tmp_path / "served")
-    (tmp_path / "served" / "model-00003-of-00004.safetensors").unlink()
-    fake_hub(monkeypatch, {REPO: (COMMIT, tmp_path / "served")})
-    text = fault()
-    assert "the hub's owner/llava at 0123456789ab has no model-00003-of-00004.safetensors" in text
-    assert "it is no complete checkpoint" in text
+def test_a_file_that_the_repository_lacks(downloads: object, tmp_path: Path) -> None:
+    shard = "model-00003-of-00004.safetensors"
+    (tmp_path / "served" / shard).unlink()
+    fault(got=(REPO, COMMIT[:12], shard), cause="complete checkpoint")
 
 
 @pytest.mark.parametrize(
@@ -182,35 +185,37 @@ def test_a_file_that_the_repository_lacks(tmp_path: Path, monkeypatch: pytest.Mo
     [OSError(28, "No space left on device"), errors.LocalEntryNotFoundError("reset by peer")],
 )
 def test_a_download_that_fails(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, downloads: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_hub(monkeypatch, {REPO: (COMMIT, tmp_path)})
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", raising(error))
-    text = fault()
-    assert "downloading config.json of owner/llava from https://" in text
-    assert f"failed: {error}; try again, or fetch it elsewhere with `hf download" in text
+    fault(got=("config.json", REPO, "https://", f"{error}"), cure="hf download")
 
 
 # Refusals of the hub
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"),
+    ("kind", "said"),
     [
-        (errors.GatedRepoError, "owner/llava is gated: ask for access at https://"),
-        (errors.RepositoryNotFoundError, "has no repository 'owner/llava', or it is private, and there is no local folder of that name; did you mean 'bakllava'? the aliases are demo"),  # noqa: E501 - the message
-        (errors.RevisionNotFoundError, "owner/llava has no revision 'v9', expected a branch, tag"),
-        (errors.RemoteEntryNotFoundError, "owner/llava has no config.json, expected in a checkp"),
+        (errors.GatedRepoError, {"got": (REPO, "gated"), "cure": ("https://", "HF_TOKEN")}),
+        (
+            errors.RepositoryNotFoundError,
+            {"got": (repr(REPO), "private"), "cause": ("'bakllava'", "are demo")},
+        ),
+        (errors.RevisionNotFoundError, {"got": (REPO, "'v9'"), "expected": "branch, tag"}),
+        (errors.RemoteEntryNotFoundError, {"got": (REPO, "config.json")}),
     ],
-)  # fmt: skip
+)
 def test_refusals_say_what_to_do(
-    kind: Any, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: Any,
+    said: dict[str, Said],
+    served: object,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    write_layout("llava-hf", tmp_path / "served")
     fill_cache(tmp_path, tmp_path / "served")  # an old copy doesn't hide a refusal
     hub_answers(monkeypatch, kind("4xx", response=RESPONSE))
-    text = fault(revision="v9")
-    assert expected in text
+    fault(revision="v9", **said)
 
 
 # Offline
@@ -228,61 +233,52 @@ OFFLINE = {
 def test_without_hub_and_cache(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     error = OFFLINE[reason]()
     hub_answers(monkeypatch, error)
-    text = fault()
-    assert text.startswith("looked for config.json of owner/llava (for the model; no local folder")
-    assert f"asking the hub at {constants.ENDPOINT} failed ({error})" in text
-    assert f"local cache {constants.HF_HUB_CACHE} does not hold it" in text
-    for cure in ("hf download owner/llava --include '*.json'", "HF_HOME", "HF_ENDPOINT", "--weights random", "a local folder"):  # fmt: skip  # noqa: E501 - a list of words
-        assert cure in text
+    fault(
+        got=("config.json", REPO, constants.ENDPOINT, f"({error})", constants.HF_HUB_CACHE),
+        cure=(
+            *("hf download owner/llava --include '*.json'", "HF_HOME", "HF_ENDPOINT"),
+            *("--weights random", "a local folder"),
+        ),
+    )
 
 
 @pytest.mark.parametrize("reason", OFFLINE)
 @pytest.mark.parametrize("revision", [None, "main", COMMIT])
 def test_the_cache_serves_without_the_hub(
-    reason: str, revision: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reason: str,
+    revision: str | None,
+    served: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    expected = write_layout("llava-hf", tmp_path / "served")
     fill_cache(tmp_path, tmp_path / "served")
     hub_answers(monkeypatch, OFFLINE[reason]())
     checkpoint = Checkpoint.open(REPO, revision=revision)
     assert (checkpoint.model_id, checkpoint.revision) == (REPO, COMMIT)
     tensors = read_vision(checkpoint).tensors
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in served.items())
 
 
-def test_another_revision_is_not_in_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_the_cache_lacks_is_named_with_its_command(
+    served: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_layout("llava-hf", tmp_path / "served")
-    fill_cache(tmp_path, tmp_path / "served")
-    hub_answers(monkeypatch, OFFLINE["no route"]())
-    assert "does not hold it" in fault(revision="v2")
-
-
-def test_a_shard_that_the_cache_lacks_is_named_with_its_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_layout("llava-hf", tmp_path / "served")
     shard = "model-00002-of-00004.safetensors"
     fill_cache(tmp_path, tmp_path / "served", skip=(shard,))
     hub_answers(monkeypatch, OFFLINE["no route"]())
-    text = fault()
-    assert f"looked for {shard} of owner/llava (for " in text
-    assert f"`hf download owner/llava {shard}`" in text
+    fault(got=(shard, REPO), cure=f"`hf download {REPO} {shard}`")
+    fault(revision="v2", got=("config.json", "does not hold it"))
 
 
 def test_a_tower_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_layout("original", tmp_path / "mine")
     shutil.rmtree(tmp_path / "mine" / "openai")
     hub_answers(monkeypatch, OFFLINE["no route"]())
-    text = fault(str(tmp_path / "mine"))
-    assert f"the tower '{TOWER_FOLDER}' that {tmp_path / 'mine'} names in mm_vision_tower:" in text
-    assert f"looked for config.json of {TOWER_FOLDER}" in text
-    assert "may also hold it in a folder of that name" in text
+    mine = str(tmp_path / "mine")
+    fault(mine, got=(TOWER_FOLDER, mine, "mm_vision_tower", "config.json"), cause="folder")
 
 
 def test_a_repository_named_like_an_alias_gets_a_suggestion(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hub_answers(monkeypatch, errors.RepositoryNotFoundError("401", response=RESPONSE))
-    assert "did you mean 'llava-1.5-7b' or" in fault("llava-hf/llava-1.5-7b")
+    fault("llava-hf/llava-1.5-7b", cause="'llava-1.5-7b' or")
