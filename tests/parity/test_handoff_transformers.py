@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import shutil
@@ -192,19 +191,12 @@ def test_conversations_do_not_share_a_cache(llava):
     assert "".join(llava.llm.stream(embeds_of(5, 1), QUESTIONS[0], max_new_tokens=8)) == different
 
 
-def test_embeds_are_copied(llava):
-    embeds = embeds_of(5)
-    conversation = llava.llm.conversation(embeds)
-    expected = llava.llm.ask(embeds, QUESTIONS[0], max_new_tokens=8)
-    embeds[:] = 0
+def test_tokens_are_copied_and_cast_to_the_llms_dtype(llava):
+    half = embeds_of(5).astype(np.float16)
+    conversation = llava.llm.conversation(half)
+    expected = llava.llm.ask(half.astype(np.float32), QUESTIONS[0], max_new_tokens=8)
+    half[:] = 0
     assert conversation.ask(QUESTIONS[0], max_new_tokens=8) == expected
-
-
-def test_float16_tokens_are_cast_to_the_llms_dtype(llava):
-    embeds = embeds_of(5).astype(np.float16)
-    assert llava.llm.ask(embeds, QUESTIONS[0], max_new_tokens=8) == llava.llm.ask(
-        embeds.astype(np.float32), QUESTIONS[0], max_new_tokens=8
-    )
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -241,24 +233,23 @@ def test_a_templates_white_space_after_the_end_of_a_turn_is_kept():
     assert make_prompts("tests", tokenizer, {"image": IMAGE}, template).later("red?") == expected
 
 
+LAST = "{{ messages[-1]['content'][-1]['text'] }}"
+
+
 @pytest.mark.parametrize(
-    ("template", "text"),
+    ("template", "call", "got", "cure"),
     [
-        ("{{ messages[-1]['content'][-1]['text'] }}", "has no place for images"),
-        ("<image><image>{{ messages[-1]['content'][-1]['text'] }}", "has no place for images"),
-        ("<image>", "writes a question 0 times"),
-        (2 * "{{ messages[-1]['content'][-1]['text'] }}", "writes a question 2 times"),
+        (LAST, "first", "has no place for images", ""),
+        ("<image><image>" + LAST, "first", "has no place for images", ""),
+        ("<image>", "first", "writes a question 0 times", ""),
+        (2 * LAST, "first", "writes a question 2 times", ""),
+        (f"USER: <image>\n{LAST} ASSISTANT:", "later", "the assistant's turns", "vzip ask"),
     ],
 )
-def test_a_template_without_one_place_for_image_and_question_is_refused(template, text):
-    with refused(CheckpointError, got=text):
-        make_prompts("tests", make_tokenizer(), {"image": IMAGE}, template).first("what?")
-
-
-def test_a_template_that_drops_answers_is_refused():
-    template = "USER: <image>\n{{ messages[-1]['content'][-1]['text'] }} ASSISTANT:"
-    with refused(CheckpointError, got="the assistant's turns", cure="vzip ask"):
-        make_prompts("tests", make_tokenizer(), {"image": IMAGE}, template).later("what?")
+def test_a_template_without_one_place_for_each_part_is_refused(template, call, got, cure):
+    with refused(CheckpointError, got=got, cure=cure):
+        prompts = make_prompts("tests", make_tokenizer(), {"image": IMAGE}, template)
+        getattr(prompts, call)("what?")
 
 
 def scripted(llava, monkeypatch, text: str) -> None:
@@ -287,6 +278,8 @@ def test_bytes_that_never_become_a_character_are_shown_at_the_end(llava, monkeyp
 def test_max_new_tokens_is_the_limit(llava, watch):
     llava.llm.ask(embeds_of(3), QUESTIONS[0], max_new_tokens=3)
     assert len(watch.fed) == 3
+    with refused(InvalidInputError, got="0 new tokens", expected="1 or more"):
+        llava.llm.ask(embeds_of(3), QUESTIONS[0], max_new_tokens=0)
 
 
 def test_an_answer_left_unread_is_closed_before_the_next_question(llava):
@@ -412,26 +405,13 @@ def test_the_context_counts_image_prompt_and_answer(llava):
         llava.llm.conversation(embeds_of(5)).stream(QUESTIONS[0], max_new_tokens=512 - prompt + 1)
 
 
-def test_a_limit_below_one_is_refused(llava):
-    with refused(InvalidInputError, got="0 new tokens", expected="1 or more"):
-        llava.llm.ask(embeds_of(5), QUESTIONS[0], max_new_tokens=0)
-
-
-@dataclasses.dataclass
-class Saved:
-    folder: object
-    model: transformers.LlavaForConditionalGeneration
-    tokenizer: transformers.PreTrainedTokenizerFast
-
-
 @pytest.fixture
 def saved(tmp_path):
     tokenizer = make_tokenizer()
     model = make_model(len(tokenizer)).half()
-    folder = tmp_path / "llava"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return Saved(folder, model, tokenizer)
+    for each in (model, tokenizer):
+        each.save_pretrained(tmp_path / "llava")
+    return types.SimpleNamespace(folder=tmp_path / "llava", model=model, tokenizer=tokenizer)
 
 
 def test_open_reads_a_folder_and_runs_float16_in_float32_on_a_cpu(saved):
@@ -440,16 +420,11 @@ def test_open_reads_a_folder_and_runs_float16_in_float32_on_a_cpu(saved):
     assert llm.model.dtype == torch.float32
     assert llm.text.context == 512
     expected = TransformersLLM(saved.model.float(), saved.tokenizer, template=None)
-    embeds = embeds_of(5)
-    assert llm.ask(embeds, QUESTIONS[0], max_new_tokens=8) == expected.ask(
-        embeds, QUESTIONS[0], max_new_tokens=8
-    )
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_open_takes_a_dtype(saved, dtype):
-    llm = TransformersLLM.open(saved.folder, device="cpu", dtype=dtype)
-    assert llm.model.dtype == getattr(torch, dtype)
+    answers = [each.ask(embeds_of(5), QUESTIONS[0], max_new_tokens=8) for each in (llm, expected)]
+    assert answers[0] == answers[1]
+    for dtype in ("float16", "bfloat16"):
+        llm = TransformersLLM.open(saved.folder, device="cpu", dtype=dtype)
+        assert llm.model.dtype == getattr(torch, dtype)
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import gc
 import io
+import itertools
 import os
 import shutil
 import sys
 import threading
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -190,13 +192,6 @@ def test_later_turns_are_those_of_transformers(llms, reference, asked):
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
 
 
-def test_pieces_join_to_the_answer(llm, asked):
-    each = asked[0]
-    pieces = list(llm.stream(each.embeds, each.questions[0]))
-    assert "".join(pieces) == llm.ask(each.embeds, each.questions[0])
-    assert len(list(llm.stream(each.embeds, "What is there?", max_new_tokens=8))) >= 1
-
-
 def test_conversations_do_not_disturb_each_other(llms, asked):
     llm = llms["fp32"]
     pairs = [(each.embeds, each.questions[:3]) for each in asked[:4]]
@@ -209,16 +204,9 @@ def test_conversations_do_not_disturb_each_other(llms, asked):
     answers: list[list[str]] = [[] for _ in pairs]
     for turn in range(3):
         streams = [c.stream(pairs[i][1][turn]) for i, c in enumerate(together)]
-        parts: list[list[str]] = [[] for _ in pairs]
-        waiting = set(range(len(pairs)))
-        while waiting:
-            for index in sorted(waiting):
-                piece = next(streams[index], None)
-                if piece is None:
-                    waiting.discard(index)
-                else:
-                    parts[index].append(piece)
-        for index, pieces in enumerate(parts):
+        # A piece of each, and again.
+        rounds = itertools.zip_longest(*streams, fillvalue="")
+        for index, pieces in enumerate(zip(*rounds, strict=True)):
             answers[index].append("".join(pieces))
     assert answers == alone
     assert len({tuple(each) for each in answers}) > 1
@@ -239,21 +227,16 @@ def test_threads_take_turns(llm, asked):
     assert [got[index] for index in range(4)] == expected
 
 
-def test_several_images_and_frames(llms, reference, asked):
+def test_several_images_frames_and_float16(llms, reference, asked):
+    llm, question = llms["fp32"], asked[0].questions[0]
     images = [each.embeds for each in asked[:3]]
-    question = asked[0].questions[0]
-    assert llms["fp32"].ask(images, question) == reference.ask(images, question)
-    clip = np.concatenate(images)
-    got = llms["fp32"].conversation(clip, frames=3)
-    expected = reference.conversation(clip, frames=3)
-    assert got.ask(question) == expected.ask(question)
-    assert got.ids == expected.ids
-
-
-def test_float16_tokens_are_taken(llms, reference, asked):
-    half = asked[0].embeds.astype(np.float16)
-    question = asked[0].questions[1]
-    assert llms["fp32"].ask(half, question) == reference.ask(half, question)
+    half = images[0].astype(np.float16)
+    for embeds, frames in ((images, None), (np.concatenate(images), 3), (half, None)):
+        got = llm.conversation(embeds, frames=frames)
+        expected = reference.conversation(embeds, frames=frames)
+        pieces = list(got.stream(question))
+        assert "".join(pieces) == expected.ask(question)
+        assert got.ids == expected.ids
 
 
 def test_a_dropped_conversation_makes_room(llm, asked):
@@ -305,19 +288,13 @@ def test_more_tokens_than_a_batch_are_split(llms, reference):
     np.testing.assert_allclose(got, logits_of(reference, ids, many), rtol=0, atol=1e-4)
 
 
-def test_what_is_not_finite_is_an_error(files):
-    """In FP16 an activation of 1e20 has no number."""
-    llm = LlamaCppLLM(files["fp16"], tokens=None)
-    cache = llm.new_cache()
-    llm._pool.decode = lambda *_: np.array([0, np.nan, 3], np.float32)
-    with refused(BackendError, got=(str(files["fp16"]), "not finite"), cure="float32"):
-        llm.step([5], cache, None)
-
-
-def test_of_equals_the_lower_id_is_taken(files):
+def test_of_equals_the_lower_id_is_taken_and_what_is_not_finite_is_an_error(files):
     llm = LlamaCppLLM(files["fp16"], tokens=None)
     llm._pool.decode = lambda *_: np.array([0, 3, 1, 3], np.float32)
     assert llm.step([5], llm.new_cache(), None) == 1
+    llm._pool.decode = lambda *_: np.array([0, np.nan, 3], np.float32)  # as 1e20 is in FP16
+    with refused(BackendError, got=(str(files["fp16"]), "not finite"), cure="float32"):
+        llm.step([5], llm.new_cache(), None)
 
 
 def test_a_failure_of_llama_cpp_is_one_line(files, monkeypatch, asked):
@@ -500,10 +477,13 @@ def test_a_text_gguf_serves_a_bundle_of_original_llava(own):
     assert llm.ask(noise(7), "what?", max_new_tokens=4)
 
 
-@pytest.mark.parametrize("family", ["llava-next", "vip-llava", None])
-def test_words_that_nobody_knows_are_not_guessed(own, family):
-    with refused(CheckpointError, got=str(own.path), expected="'vzip.words'", cure="vzip convert"):
-        LlamaCppLLM(own.path, tokens=own.tokens, family=family)
+def test_words_that_nobody_knows_are_not_guessed(own):
+    fields = {"got": str(own.path), "expected": "'vzip.words'", "cure": "vzip convert"}
+    for family in ("llava-next", "vip-llava", None):
+        with refused(CheckpointError, **fields):
+            LlamaCppLLM(own.path, tokens=own.tokens, family=family)
+    with refused(CheckpointError, **fields):
+        LlamaCppLLM(own.path, tokens=None)
 
 
 def test_a_placeholder_that_is_another_word_is_refused(own):
@@ -523,26 +503,37 @@ def test_another_llm_is_refused(files, tokens):
             LlamaCppLLM(files["fp16"], tokens=wrong)
 
 
-def test_what_is_no_gguf_is_refused(tmp_path, tokens):
-    path = tmp_path / "a.gguf"
-    for content in (b"", b"GG", b"{}" * 9):
-        path.write_bytes(content)
-        with refused(CheckpointError, got=str(path), expected="b'GGUF'", cure="vzip convert"):
-            LlamaCppLLM(path, tokens=tokens)
+def cut(share: float) -> Callable[[bytes], bytes]:
+    return lambda data: data[: int(share * len(data))]
+
+
+NO_GGUF = {"expected": "b'GGUF'", "cure": "vzip convert"}
+
+
+@pytest.mark.parametrize(
+    ("change", "fields"),
+    [
+        (lambda data: b"", NO_GGUF),
+        (lambda data: b"GG", NO_GGUF),
+        (lambda data: b"{}" * 9, NO_GGUF),
+        *((cut(share), {"cause": "truncated"}) for share in (0.001, 0.01, 0.2, 0.99)),
+        (lambda data: data.replace(b'"later"', b'"latex"'), {"cure": "vzip convert"}),
+    ],
+)
+def test_what_is_no_whole_gguf_of_ours_is_refused(files, tmp_path, change, fields, capfd):
+    path, data = tmp_path / "a.gguf", files["fp16"].read_bytes()
+    path.write_bytes(change(data))
+    assert path.read_bytes() != data
+    with refused(CheckpointError, got=str(path), **fields) as caught:
+        LlamaCppLLM(path, tokens=None)
+    assert "gives no reason" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_gguf_that_is_not_there_is_refused(tmp_path, tokens):
     for absent in (tmp_path / "none.gguf", tmp_path):
         with refused(CheckpointError, got=(str(absent), "can't be read"), cure="vzip convert"):
             LlamaCppLLM(absent, tokens=tokens)
-
-
-@pytest.mark.parametrize("share", [0.001, 0.01, 0.2, 0.99])
-def test_a_truncated_gguf_is_refused(files, tokens, tmp_path, share, capfd):
-    data = files["fp16"].read_bytes()
-    path = tmp_path / "cut.gguf"
-    path.write_bytes(data[: int(share * len(data))])
-    with refused(CheckpointError, got=str(path), cause="truncated") as caught:
-        LlamaCppLLM(path, tokens=tokens)
-    assert "gives no reason" not in str(caught.value)
-    assert capfd.readouterr() == ("", "")
 
 
 def test_another_kind_of_gguf_is_refused(tmp_path, tokens):
@@ -556,20 +547,6 @@ def test_another_kind_of_gguf_is_refused(tmp_path, tokens):
     writer.close()
     with refused(CheckpointError, got=str(path)):
         LlamaCppLLM(path, tokens=tokens)
-
-
-def test_words_that_were_changed_are_refused(files, tokens, tmp_path):
-    data = files["fp16"].read_bytes()
-    assert data.count(b'"later"') == 1
-    path = tmp_path / "changed.gguf"
-    path.write_bytes(data.replace(b'"later"', b'"latex"'))
-    with refused(CheckpointError, got=str(path), cure="vzip convert"):
-        LlamaCppLLM(path, tokens=tokens)
-
-
-def test_without_a_bundle_the_gguf_must_know_its_words(own):
-    with refused(CheckpointError, got=str(own.path), expected="'vzip.words'"):
-        LlamaCppLLM(own.path, tokens=None)
 
 
 def test_a_missing_package_is_one_line(files, tokens, monkeypatch):
