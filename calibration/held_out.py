@@ -16,6 +16,7 @@ from vzip.calibration.demo import accuracy, dialogue
 from vzip.export.algorithm import visionzip
 from vzip.export.algorithm.budget import Budget
 from vzip.runtime import demo
+from vzip.runtime.console import loading_quietly
 from vzip.runtime.errors import missing
 
 SEED: Final = 90210
@@ -63,9 +64,10 @@ class DemoQuestions:
         import transformers
 
         folder = demo.checkpoint()
-        self._model = transformers.AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=torch.float32
-        ).eval()
+        with loading_quietly():
+            self._model = transformers.AutoModelForImageTextToText.from_pretrained(
+                folder, dtype=torch.float32
+            ).eval()
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         self._test = accuracy.held_out(seed, scenes, self._model.config.vision_config.image_size)
         self.seed = seed

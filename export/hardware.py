@@ -480,8 +480,8 @@ def table() -> str:
 
 _LEGEND: Final = (
     "opset: what --target exports with, the newest that every TensorRT of the target reads.",
-    "precision: --target exports fp16 unless told otherwise; int8, bf16 and fp8 are what the",
-    "hardware could do, an export makes none of them.",
+    "precisions: what the hardware can do. An export with --target is fp16 unless --dtype says",
+    "fp32; 'vzip calibrate' makes int8 and fp8.",
     "batch (recommended / largest that fits) and workspace (MiB): estimates for CLIP ViT-L/14-336",
     "in FP16 that no hardware has confirmed.",
 )

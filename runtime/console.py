@@ -17,7 +17,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from vzip.runtime.errors import InvalidInputError, VzipError
 
@@ -69,7 +69,7 @@ def run_command(command: Callable[[], int], *, prog: str) -> int:
         except KeyboardInterrupt:
             return INTERRUPTED
         except BrokenPipeError:
-            _drop_output()
+            _drop(sys.stdout)
             return PIPE_CLOSED
         return status
 
@@ -179,9 +179,18 @@ def say(text: str, *, end: str = "\n") -> None:
 
 
 def complain(text: str, *, end: str = "\n") -> None:
-    """Tell the user about an error or a verdict that says no, on standard error."""
-    if sys.stderr is not None:  # print would take standard output in its place
+    """Tell the user about an error or a verdict that says no, on standard error.
+
+    Where standard error can't be written, nobody is told, and the command goes on.
+    """
+    if sys.stderr is None:  # print would take standard output in its place
+        return
+    try:
         print(text, end=end, file=sys.stderr, flush=True)  # noqa: T201  what a command line is for
+    except BrokenPipeError:
+        raise
+    except OSError:  # a log on a full disk: the result is still to be had
+        _drop(sys.stderr)
 
 
 def flush() -> None:
@@ -203,21 +212,36 @@ def _writing() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        _drop_output()
+        _drop(sys.stdout)
         raise InvalidInputError(
             f"standard output can't be written ({error.strerror})",
             cure="free some space or send the output elsewhere",
         ) from error
 
 
-def _drop_output() -> None:
+def _drop(stream: TextIO) -> None:
     """Send what is still unwritten nowhere: the interpreter flushes once more as it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def watched() -> bool:
     """Return whether somebody looks at standard error, so that a progress bar is of use."""
     return _verbosity > Verbosity.QUIET and sys.stderr is not None and sys.stderr.isatty()
+
+
+@contextlib.contextmanager
+def loading_quietly() -> Iterator[None]:
+    """Keep transformers' progress bars away while a model is loaded, unless somebody watches."""
+    from transformers.utils import logging as theirs
+
+    if watched() or not theirs.is_progress_bar_enabled():
+        yield
+        return
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        theirs.enable_progress_bar()
 
 
 def progress(

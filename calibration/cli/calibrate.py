@@ -130,7 +130,7 @@ def _parser(prog: str) -> Parser:
         type=int,
         metavar="N",
         help="how many of the images, chosen at random but always the same; one in five is held "
-        "apart to judge by, and 80 will mostly do (default: all)",
+        "apart to judge by, and 80 are mostly enough (default: all)",
     )
     parser.add_argument(
         "--method",

@@ -14,9 +14,9 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     """Measure a bundle and write its report, and print the path."""
     parser = Parser(
         prog,
-        "Write one HTML page about a bundle that opens without a network: its facts, parity, what "
-        "each precision and layer costs, what is kept of some images, latency here, accuracy for "
-        "the demo model, and what the language model is saved.",
+        "Write one HTML page about a bundle. It opens without a network and shows the bundle's "
+        "facts, parity, the loss in each precision and layer, the kept patches of some images, "
+        "latency here, the demo model's accuracy, and the language model's savings.",
     )
     add_bundle(parser)
     add_images(parser, default=" (default: vzip's two photographs; demo for the demo model)")

@@ -1,4 +1,4 @@
-"""`vzip sweep`: what budgets cost and keep."""
+"""`vzip sweep`: cost and agreement of several budgets."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def main(argv: Sequence[str], *, prog: str) -> int:
 def _parser(prog: str) -> Parser:
     parser = Parser(
         prog,
-        "Measure what budgets and merges of a model cost and keep, side by side, and "
-        "recommend one for a limit. Exit status 1 if none meets the limits.",
+        "Measure several budgets and merges of a model side by side: cost and agreement. With "
+        "limits, recommend one. Exit status 1 if none meets the limits.",
         table=True,
         renamed=RENAMED,
     )

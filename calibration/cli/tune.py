@@ -65,8 +65,8 @@ def _parser(prog: str) -> Parser:
         ("--num-train-epochs", 1, "how often every record is seen"),
         ("--per-device-train-batch-size", 16, "records that a process runs at once"),
         ("--gradient-accumulation-steps", 1, "batches that make a step"),
-        ("--learning-rate", 2e-5, "the highest"),
-        ("--warmup-ratio", 0.03, "share of the steps in which the rate rises to it"),
+        ("--learning-rate", 2e-5, "the highest rate of the run"),
+        ("--warmup-ratio", 0.03, "share of the steps in which the rate rises to its highest"),
         ("--weight-decay", 0.0, "of matrices"),
         ("--max-grad-norm", 1.0, "largest norm of a step's gradient"),
         ("--save-steps", 100, "steps between two states on disk"),
@@ -85,7 +85,9 @@ def _parser(prog: str) -> Parser:
         help="of the LLM (default: bf16 on a GPU that has it, else fp32)",
     )
     parser.add_argument(
-        "--device", default="auto", help="torch's name (default: cuda where there is a GPU)"
+        "--device",
+        default="auto",
+        help="PyTorch's name of the device, such as cuda:1 (default: cuda where there is a GPU)",
     )
     parser.add_argument(
         "--features",

@@ -61,7 +61,7 @@ def sweep(
     revision: str | None = None,
     say: Callable[[str], None] = console.say,
 ) -> Swept:
-    """Measure what budgets and merges of a model cost and keep, side by side, and recommend one.
+    """Measure several budgets and merges of a model side by side, and recommend one.
 
     Args:
         model: An alias, a hub id, or a local folder.
@@ -94,12 +94,18 @@ def sweep(
     model_id = locate(model).model_id
     if min_accuracy is not None and model_id != DEMO:
         raise InvalidInputError(
-            f"--min-accuracy {min_accuracy:g} was given for '{model}', but only the model "
-            f"'{DEMO}' comes with questions to answer",
-            cure="give --min-agreement",
+            f"min_accuracy (--min-accuracy) is {min_accuracy:g} for '{model}'",
+            cause=f"only the model '{DEMO}' comes with questions to answer",
+            cure="give min_agreement (--min-agreement) instead",
         )
+    if not tokens:
+        raise InvalidInputError("got no tokens", expected="one budget or more (--tokens)")
+    if not merges:
+        raise InvalidInputError("got no merges", expected="average, sum or both (--merges)")
     if text_tokens < 0:
-        raise InvalidInputError(f"got --text-tokens {text_tokens}", expected="0 or more")
+        raise InvalidInputError(
+            f"text_tokens (--text-tokens) is {text_tokens}", expected="0 or more"
+        )
     folder = None if output is None else outputs.check_folder(output)
     require(*EXPORT_PACKAGES, needed_for="'vzip sweep'", extra="export")
     from vzip.calibration.sweeping.measure import measure

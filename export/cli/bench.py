@@ -112,9 +112,9 @@ def _batches(text: str) -> tuple[int, ...]:
 def _parser(prog: str) -> Parser:
     parser = Parser(
         prog,
-        "Time every backend, engine and precision of bundles on this machine, each in "
-        "a process of its own and in turns, after its tokens were compared with the reference in "
-        "the bundle; beside the matrix multiplications alone, and beside peers. Exit status 1 if "
+        "Time every backend, engine and precision of bundles on this machine, each in a process "
+        "of its own, in turns. Tokens are compared with the bundle's reference first. The "
+        "matrix multiplications alone are timed too, and peers with --peers. Exit status 1 if "
         "nothing could be timed.",
         table=True,
     )

@@ -68,8 +68,8 @@ def _parser(prog: str) -> Parser:
     parser.add_argument(
         "--low-memory",
         action="store_true",
-        help="for modules with 4 or 8 GB: a small workspace, level 2, neither cuBLAS nor cuDNN; "
-        "refuses to start what can't fit",
+        help="for modules with 4 or 8 GB: a small workspace, optimisation level 2, neither cuBLAS "
+        "nor cuDNN; a build that can't fit is not started",
     )
     parser.add_argument(
         "--safer",

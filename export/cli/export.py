@@ -77,8 +77,8 @@ def _parser(prog: str) -> Parser:
     parser.add_argument(
         "--media",
         choices=("image", "video"),
-        help="for models that see images and video in different ways, which of them (default: the "
-        "model's own choice; 'vzip models' says it)",
+        help="what the graph is made for, where a model sees images and video in different ways "
+        "(default: the model's own choice; 'vzip models' says it)",
     )
     parser.add_argument(
         "--tiles",
@@ -90,7 +90,7 @@ def _parser(prog: str) -> Parser:
     parser.add_argument(
         "--target",
         metavar="NAME",
-        help="the machine it is for; 'vzip targets' lists them (sets opset and precision)",
+        help="the machine it is for; 'vzip targets' lists them (sets opset and dtype)",
     )
     parser.add_argument(
         "--dtype",
@@ -102,8 +102,8 @@ def _parser(prog: str) -> Parser:
         "--batch",
         type=int,
         metavar="N",
-        help="static batch (default: 1; for tiles and video open, up to those of one input, 10 at "
-        "most)",
+        help="static batch (default: 1; for tiles and video an open batch, as large as one input "
+        "needs, at most 10)",
     )
     batch.add_argument(
         "--max-batch", type=int, metavar="N", help="leave the batch axis open, up to N"
@@ -125,7 +125,7 @@ def _parser(prog: str) -> Parser:
     parser.add_argument(
         "--with-llm",
         action="store_true",
-        help="put the language model into the bundle too, in the same precision: 'vzip ask' then "
+        help="put the language model into the bundle too, in the same dtype: 'vzip ask' then "
         "runs it with ONNX Runtime on the CPU, without torch (for small models)",
     )
     parser.add_argument(

@@ -14,7 +14,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     parser = Parser(
         prog,
         "Print what a bundle's graph consists of: operators, datatypes, work, weights and the "
-        "parts that stay FP32; or, with --engine, what TensorRT made of it.",
+        "parts that stay FP32; or, with --engine, what an engine consists of.",
         table=True,
     )
     add_bundle(parser)

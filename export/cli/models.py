@@ -50,7 +50,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     parser = Parser(
         prog,
         "Print the models that 'vzip export --model' knows by name. A local folder or a hub id "
-        "with a model of one of these families does as well.",
+        "with a model of one of these families can be exported too.",
         table=True,
     )
     arguments = parser.read(argv)

@@ -14,7 +14,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     """Print the table of targets."""
     parser = Parser(
         prog,
-        "Print the machines that 'vzip export --target' knows, and what it takes from them.",
+        "Print the machines that 'vzip export --target' knows, and the defaults it sets for each.",
         table=True,
     )
     arguments = parser.read(argv)

@@ -66,13 +66,13 @@ def build(
     """
     if cpu:
         given = {
-            "precision": precision,
-            "workspace_mib": workspace_mib,
-            "builder_optimization_level": builder_optimization_level,
-            "opt_batch": opt_batch,
-            "low_memory": low_memory or None,
-            "safer": safer or None,
-            "rtx": rtx,
+            "precision (--precision)": precision,
+            "workspace_mib (--workspace)": workspace_mib,
+            "builder_optimization_level (--builder-optimization-level)": builder_optimization_level,
+            "opt_batch (--opt-batch)": opt_batch,
+            "low_memory (--low-memory)": low_memory or None,
+            "safer (--safer)": safer or None,
+            "rtx (--rtx)": rtx,
         }
         return _build_cpu(bundle, name, [each for each in given if given[each] is not None], say)
     from vzip.export.engines.tensorrt.auto import AUTO, build_best
@@ -113,9 +113,9 @@ def _build_cpu(
     """Make a CPU engine; `others` are the options for GPUs that were given."""
     if others:
         raise InvalidInputError(
-            f"got cpu with {', '.join(others)}",
-            expected="name alone beside it",
-            cause="the other options are TensorRT's",
+            f"got cpu (--cpu) together with {', '.join(others)}",
+            expected="no other option than name (--name)",
+            cause="only TensorRT has the others",
             cure="leave them out",
         )
     from vzip.export.engines.cpu.making import build_cpu

@@ -2,8 +2,8 @@
 
 It is written for the graph, not taken from transformers: attention as MatMul → Softmax → MatMul
 with the scale once on the queries (what TensorRT fuses), scores and keys in an FP32 side branch of
-the selected layer alone, and no layer behind it. `parity.py` compares the result with the untouched
-upstream model.
+the selected layer alone, and no layer behind it. `vzip.export.parity` compares the result with the
+untouched upstream model.
 """
 
 from __future__ import annotations

@@ -80,9 +80,10 @@ def describe_engine(path: str | os.PathLike[str], name: str) -> Iterator[str]:
     if name not in bundle.manifest.engines:
         raise InvalidInputError(
             f"{bundle.path} has no engine {name!r}",
-            expected=(
-                f"one of {', '.join(bundle.manifest.engines) or 'none: build one with vzip build'}"
-            ),
+            expected=f"one of {', '.join(bundle.manifest.engines)}"
+            if bundle.manifest.engines
+            else "an engine in the bundle",
+            cure=f"build one with: vzip build {bundle.path}",
         )
     record = bundle.manifest.engines[name]
     if record.cpu is not None:
@@ -184,11 +185,11 @@ def _engines(bundle: Bundle) -> Iterator[str]:
     if not bundle.manifest.engines:
         yield "engines: none; 'vzip build' makes one"
     for name, record in bundle.manifest.engines.items():
-        where = record.gpu or "ahead of time"
-        yield (
-            f"engine {name}: {record.stack} {record.version}, {where}, "
-            f"SM {', '.join(record.sm)}, {_verdict(record)}"
-        )
+        if record.cpu is not None:
+            where = f"{record.cpu.processor}, form {record.cpu.form}"
+        else:
+            where = f"{record.gpu or 'ahead of time'}, SM {', '.join(record.sm)}"
+        yield f"engine {name}: {record.stack} {record.version}, {where}, {_verdict(record)}"
 
 
 def _record(record: EngineRecord) -> Iterator[str]:

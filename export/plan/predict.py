@@ -3,8 +3,8 @@
 A prediction is work over speed. Time of the encoder and of the prefill is that of their arithmetic
 at the device's ceiling, or that of reading the weights once, whichever is longer; a token of the
 answer takes as long as reading all weights and the cache. Of each ceiling a share is taken to be
-reached, and each kernel takes a moment to start (`Pace`). An engine's own overhead, such as Python
-between kernels, is not in it. Nothing here measures or imports anything heavy.
+reached, and each kernel takes a moment to start (`Pace`). An LLM program's own overhead, such as
+Python between kernels, is not in it. Nothing here measures or imports anything heavy.
 """
 
 from __future__ import annotations

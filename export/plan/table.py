@@ -84,8 +84,8 @@ def _row(plan: Estimator, row: Prediction) -> tuple[str, ...]:
 
 
 def _legend(plan: Estimator) -> Iterator[str]:
-    yield f"TTFT: time to first token, encoder ({plan.precision}) and prefill; preprocessing and an"
-    yield "  engine's own overhead come on top. answer: tokens a second, one question at a time."
+    yield f"TTFT: time to first token, encoder ({plan.precision}) and prefill; preprocessing and"
+    yield "  the LLM program's overhead come on top. answer: tokens a second, for one question."
     yield "prompt: tokens of text and image together; the cache is of these."
     yield "memory: weights of both and the cache; (!) is more than the device has to give."
     yield "cost: the paper's T(4nd² + 2n²d + 2ndm) of the prefill, as a share of all tokens'."

@@ -93,10 +93,15 @@ def _needed(name: str, bundle: Bundle, engine: str | None) -> str | None:
     """Return the backend that alone runs the engine that is asked for; None if none is."""
     if engine is None:
         return ONNXRUNTIME if bundle.cpu_engine == "must" else None
-    record = bundle.manifest.engines.get(engine)
-    if record is None:  # the backend says which there are
-        return ONNXRUNTIME if name == ONNXRUNTIME else TENSORRT
-    return ONNXRUNTIME if record.cpu is not None else TENSORRT
+    engines = bundle.manifest.engines
+    if engine not in engines:
+        cpu = " --cpu" if name == ONNXRUNTIME else ""
+        raise InvalidInputError(
+            f"{bundle.path} has no engine {engine!r}",
+            expected=f"one of {', '.join(sorted(engines))}" if engines else "an engine in it",
+            cure=f"build one here with: vzip build {bundle.path}{cpu}",
+        )
+    return ONNXRUNTIME if engines[engine].cpu is not None else TENSORRT
 
 
 def _open_engine(

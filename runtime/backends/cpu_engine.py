@@ -73,10 +73,10 @@ def choose(bundle: Bundle, engine: str | None, version: str) -> str | None:
             cure=cure,
         )
     for name in fitting:
-        form = _target(records[name]).form
+        form, own = _target(records[name]).form, bundle.manifest.precision
         _say(
             f"{bundle.path}: the CPU engine {name!r} (form {form}) runs; "
-            f"--precision {bundle.manifest.precision} runs the bundle's own graph"
+            f"precision={own!r} (--precision {own}) runs the bundle's own graph"
         )
         return name
     for fault in found:

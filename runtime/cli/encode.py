@@ -20,10 +20,10 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     """Run ``vzip encode``: write tokens, and print the path of each file that holds them."""
     parser = Parser(
         prog,
-        "Write the compressed tokens of images to a file. Started again after it was "
-        "interrupted, it goes on where it was.",
-        epilog="Exit status 1: files that are no images, or damaged ones, were left out; they are "
-        "named on standard error.",
+        "Write the compressed tokens of images to a file. After an interruption, the "
+        "same command goes on where it stopped.",
+        epilog="Files that are no images, and damaged images, are left out and named on standard "
+        "error; the exit status is 1 then.",
     )
     add_bundle(parser)
     parser.add_argument(
@@ -31,7 +31,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         metavar="IMAGES",
         type=Path,
         nargs="+",
-        help="image files, and folders that are searched for images with all below them",
+        help="image files, and folders, which are searched with all folders below them",
     )
     add_output(parser, "FILE", "the file to write: .safetensors; or .npy, the tokens alone")
     parser.add_argument(

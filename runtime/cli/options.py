@@ -90,7 +90,8 @@ class Parser(argparse.ArgumentParser):
                     f"'{self.prog}' has no option {name} any more",
                     cure=f"write {self._renamed[name]}",
                 )
-            close = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            known = self._option_string_actions.keys() - {"-h", "--help"}  # are close to --lr
+            close = difflib.get_close_matches(name, sorted(known), n=1)
             raise InvalidInputError(
                 f"unrecognized arguments: {name}",
                 cure=f"did you mean '{close[0]}'?" if close else self._help(),

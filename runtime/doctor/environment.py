@@ -26,7 +26,7 @@ from vzip.runtime.machine.record import Record, machine
 IMPORT_LIMIT_S: Final = 90.0  # a first `import torch` from a Jetson's SD card takes half a minute
 
 # Distributions that commands need beside those of the machine's record.
-PACKAGES: Final = ("onnx", "onnxscript", "safetensors", "polygraphy")
+PACKAGES: Final = ("onnx", "onnx-ir", "onnxscript", "safetensors", "polygraphy")
 
 
 def environment(root: Path = sensors.ROOT, *, folder: Path | None = None) -> Record:

@@ -18,6 +18,8 @@ SMALLEST_SM: Final = 75  # TensorRT 10's and PyTorch's oldest in common: Turing
 
 # What `vzip export` needs beyond torch and onnxruntime.
 EXPORT_PACKAGES: Final = ("transformers", "onnx", "onnxscript", "safetensors")
+# What `vzip build --cpu` needs beyond onnxruntime.
+CPU_BUILD_PACKAGES: Final = ("onnx", "onnx-ir")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def backends(record: Record) -> list[Verdict]:
 
 def commands(record: Record) -> list[Verdict]:
     """Return a verdict on every command that needs more than a backend."""
-    return [_build(record), _build_rtx(record), _export(record), _ask(record)]
+    return [_build(record), _build_cpu(record), _build_rtx(record), _export(record), _ask(record)]
 
 
 def _tensorrt(record: Record) -> Verdict:
@@ -123,6 +125,15 @@ def _pytorch(record: Record) -> Verdict:
 def _build(record: Record) -> Verdict:
     judged = _tensorrt(record)
     return Verdict("vzip build", judged.detail, judged.needs)
+
+
+def _build_cpu(record: Record) -> Verdict:
+    cure = "pip install 'vzip[cpu-build]'"
+    needs = _package_needs(record, "onnxruntime", cure)
+    if absent := [name for name in CPU_BUILD_PACKAGES if name not in record["packages"]]:
+        needs.append(Need(f"the packages {', '.join(absent)}", cure))
+    version = (record["onnxruntime"] or {}).get("version", "")
+    return Verdict("vzip build --cpu", f"ONNX Runtime {version}", tuple(needs))
 
 
 def _build_rtx(record: Record) -> Verdict:

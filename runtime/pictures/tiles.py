@@ -107,7 +107,7 @@ def arrange(
     across tiles, not tile by tile. Then, where CLS is kept, the CLS token of each tile; then the
     contextual tokens, tile by tile. The base tile's tokens come before all of this, as they are.
 
-    Source: `dvlab-research/VisionZip`, commit 3151f6d, as `shared/spec/visionzip.md` describes it.
+    Source: `dvlab-research/VisionZip`, commit 3151f6d.
 
     Args:
         embeds: float [rows·columns, K, L]: of each tile the kept tokens by ascending index, then

@@ -14,6 +14,7 @@ import torch
 
 from tests.export.layouts import write_layout
 from tests.refusals import refused
+from vzip.calibration import sweep
 from vzip.calibration.held_out import Accuracy, DemoQuestions
 from vzip.calibration.sweeping import shared_tower as sweep_graph
 from vzip.calibration.sweeping.advice import SweepLimits, advise
@@ -391,7 +392,7 @@ def test_other_families_are_swept_by_the_unit_they_see(
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--tokens", "6", "--min-accuracy", "0.5"], "--min-agreement"),
     (["--tokens", "65"], "at most 64"),
-    (["--tokens", "6", "--text-tokens", "-1"], "--text-tokens -1"),
+    (["--tokens", "6", "--text-tokens", "-1"], "text_tokens (--text-tokens) is -1"),
     (["--tokens", "6", "--images", "nowhere"], "'nowhere'"),
     (["--tokens", "6,x"], "'6,x'"),
     (["--tokens", "6", "--merges", "mean"], "'mean'"),
@@ -403,3 +404,10 @@ def test_what_can_not_be_swept_is_said_at_once(
     assert main(["sweep", "--model", str(model), *arguments, "-o", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_to_sweep_is_an_error(model: Path) -> None:
+    with refused(InvalidInputError, got="tokens", expected="--tokens"):
+        sweep(str(model), [])
+    with refused(InvalidInputError, got="merges", expected="--merges"):
+        sweep(str(model), [6], merges=[])

@@ -27,6 +27,7 @@ from vzip.calibration.tuning.features import FeatureStore
 from vzip.calibration.tuning.session import Session
 from vzip.calibration.tuning.trainer import Tuner
 from vzip.export.pipeline import WeightSource
+from vzip.runtime import console
 from vzip.runtime.errors import BudgetError, CheckpointError, InvalidInputError
 from vzip.runtime.llm.local.transformers import TransformersLLM
 
@@ -469,3 +470,16 @@ def test_the_commands_of_the_guide_are_understood() -> None:
         given = vars(tune_cli._parser("vzip tune").read(shlex.split(command)))
         assert given["tokens"] > 1
         assert (given["data"] == "demo") == (given["images"] is None)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_libraries_draw_bars_only_where_somebody_watches(
+    watched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.utils import logging
+
+    monkeypatch.setattr(console, "watched", lambda: watched)
+    logging.enable_progress_bar()
+    with console.loading_quietly():
+        assert logging.is_progress_bar_enabled() is watched
+    assert logging.is_progress_bar_enabled()

@@ -4,7 +4,7 @@
 
 `tiny_bundle` takes 1 to 3 uint8 images, FP32, opset 18; `tiny_static_bundle` takes exactly two
 arrays of pixel_values, FP16, opset 17. The tower is one patch convolution, CLS is a constant plus
-the mean of the patches; selection and merge follow `shared/spec/visionzip.md`. `tiny_golden.npz`
+the mean of the patches; selection and merge are VisionZip's. `tiny_golden.npz`
 holds inputs and results of `reference`, a loop in float64 that shares no code with the graphs.
 
 The bundles are committed, so that the runtime's tests need neither onnx nor vzip.export.

@@ -180,13 +180,13 @@ def capabilities_of(text: str, bindings: Bindings) -> tuple[str, ...]:
         match = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)", word.strip().lower())
         if match is None:
             raise InvalidInputError(
-                f"--rtx has {word.strip()!r}",
+                f"rtx (--rtx) has {word.strip()!r}",
                 expected=f"compute capabilities such as 'sm86,sm89', of {_names(known)}",
             )
         number = match[1] + match[2]
         if number not in known:
             raise InvalidInputError(
-                f"--rtx has {word.strip()!r}",
+                f"rtx (--rtx) has {word.strip()!r}",
                 expected=f"what {bindings} builds for without a GPU: {_names(known)}",
                 cure="build on the machine itself for any other GPU (a Jetson, a data center GPU)",
             )

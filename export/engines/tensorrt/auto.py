@@ -115,7 +115,7 @@ def build_best(
     manifest = read_bundle(path, verify=False).manifest
     if request.rtx is not None:
         raise InvalidInputError(
-            "got --precision auto with --rtx",
+            "got precision='auto' (--precision auto) with rtx (--rtx)",
             expected="a GPU to measure on",
             cure="name the precision, or build on the machine itself",
         )

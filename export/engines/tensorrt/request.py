@@ -45,17 +45,17 @@ class BuildRequest:
     def __post_init__(self) -> None:
         if self.name is not None and not NAME.test(self.name):
             raise InvalidInputError(
-                f"--name is {self.name!r}",
+                f"name (--name) is {self.name!r}",
                 expected=f"{NAME.expected}, which a file can be called",
             )
         if self.workspace_mib is not None and not 1 <= self.workspace_mib <= 2**20:
             raise InvalidInputError(
-                f"--workspace is {self.workspace_mib}",
+                f"workspace_mib (--workspace) is {self.workspace_mib}",
                 expected=f"MiB from 1 to {2**20}",
             )
         if self.level is not None and self.level not in LEVELS:
             raise InvalidInputError(
-                f"--builder-optimization-level is {self.level}",
+                f"builder_optimization_level (--builder-optimization-level) is {self.level}",
                 expected="0 (quick) to 5 (searches longest)",
             )
 
@@ -105,7 +105,9 @@ def first_settings(
     if opt is not None and not (1 <= opt <= batch.max if batch.dynamic else opt == batch.max):
         takes = f"1 to {batch.max}" if batch.dynamic else f"exactly {batch.max}"
         raise InvalidInputError(
-            f"--opt-batch is {opt}", expected=takes, cause="the graph takes no other batch"
+            f"opt_batch (--opt-batch) is {opt}",
+            expected=takes,
+            cause="the graph takes no other batch",
         )
     workspace, level = request.workspace_mib, request.level
     if request.low_memory:

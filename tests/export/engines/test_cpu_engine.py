@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -48,6 +49,7 @@ from vzip.runtime.errors import (
     ParityError,
 )
 from vzip.runtime.files.codec import MisfitError
+from vzip.runtime.machine.record import processor
 from vzip.runtime.machine.timing import Timing
 from vzip.runtime.tokens.cache import TokenCache, cached_image_embeds
 from vzip.runtime.tokens.cached import CachedImages
@@ -419,6 +421,14 @@ def test_a_gpu_takes_none(built: Path) -> None:
         VisionEncoder.open(built, "tensorrt")
 
 
+@pytest.mark.parametrize("asked", ["auto", "onnxruntime", "tensorrt"])
+def test_a_name_that_no_engine_has_is_answered_with_those_there_are(
+    built: Path, asked: str
+) -> None:
+    with refused(InvalidInputError, got="'y'", expected="x", cure=f"vzip build {built}"):
+        VisionEncoder.open(built, asked, engine="y")
+
+
 def test_two_that_fit_are_an_error_that_names_them(built: Path) -> None:
     making.build_cpu(built, "y", say=lambda _: None)
     with refused(BackendError, got=" 2 ", cure="x, y"):
@@ -611,8 +621,13 @@ def test_the_command_prints_the_engine_and_refuses_what_is_tensorrts(
     assert said.out.strip() == str(path)
     assert build_command.main([str(bundle), "--cpu"], prog="vzip build") == 0
     assert "not made again" in capsys.readouterr().err
-    with refused(InvalidInputError, got=("cpu", "builder_optimization_level", "safer")):
+    others = ("builder_optimization_level", "--builder-optimization-level", "safer", "--safer")
+    with refused(InvalidInputError, got=("--cpu", *others), expected="--name", cause="TensorRT"):
         build(bundle, cpu=True, builder_optimization_level=0, safer=True)
+    assert inspect_command.main([str(bundle)], prog="vzip inspect") == 0
+    (line,) = re.findall(rf"^engine {path.stem}: (.+)$", capsys.readouterr().out, re.MULTILINE)
+    assert processor() in line
+    assert "SM" not in line
     assert inspect_command.main([str(bundle), "--engine", path.stem], prog="vzip inspect") == 0
     text = capsys.readouterr().out
     assert "measured dynamic" in text

@@ -176,10 +176,10 @@ def test_what_cant_be_asked_for(
     for expected, *arguments in (
         ("sm75", "--rtx", "sm87"),
         ("'orin'", "--rtx", "orin"),
-        ("--builder-optimization-level is 6", *RTX, "--builder-optimization-level", "6"),
-        ("--workspace is 0", *RTX, "--workspace", "0"),
-        ("--opt-batch is 4", *RTX, "--opt-batch", "4"),
-        ("--name is '../x'", *RTX, "--name", "../x"),
+        ("(--builder-optimization-level) is 6", *RTX, "--builder-optimization-level", "6"),
+        ("(--workspace) is 0", *RTX, "--workspace", "0"),
+        ("(--opt-batch) is 4", *RTX, "--opt-batch", "4"),
+        ("(--name) is '../x'", *RTX, "--name", "../x"),
         ("libcudart",),  # TensorRT-RTX is there, a GPU is not
     ):
         assert main(["build", str(tiny_bundle), *arguments]) == 2

@@ -91,7 +91,7 @@ def test_manifests_differ_where_the_models_do(export: Export, name: str) -> None
 
 @pytest.mark.parametrize("name", [BASE, "original"])
 def test_dominant_tokens_are_those_of_the_untouched_model(export: Export, name: str) -> None:
-    """From the image file on, without our oracle or anything of `parity.py`."""
+    """From the image file on, without our oracle or anything of `vzip.export.parity`."""
     model = upstream_model("llava")
     bundle = export(name)
     with VisionEncoder.open(bundle.path, backend="onnxruntime") as encoder:

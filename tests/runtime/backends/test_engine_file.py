@@ -26,7 +26,7 @@ RTX_HEADER = bytes.fromhex(
     "7674727400000000020000000000000074e12600000000000107017476747274"
     "0400000000000000000000000000000000000000000000008413000000000000"
 )
-# As `shared/spec/tensorrt.md` has it for TensorRT; 10.3.0.30.
+# TensorRT's, of 10.3.0.30.
 TRT_HEADER = b"ftrt" + bytes(20) + bytes([10, 3, 0, 30]) + bytes(36)
 
 ORIN = Machine("tensorrt", "10.3.0.30", "Orin", "87")

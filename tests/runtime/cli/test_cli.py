@@ -169,6 +169,17 @@ def test_a_full_disk_is_one_line(code):
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's device that is always full")
+def test_a_full_log_stops_no_command():
+    with Path("/dev/full").open("w") as stderr:
+        result = python(
+            "import sys; from vzip.runtime.console import emit, run_command, say\n"
+            "sys.exit(run_command(lambda: say('working') or emit('answer') or 0, prog='vzip'))",
+            stderr=stderr,
+        )
+    assert (result.returncode, result.stdout) == (0, "answer\n")
+
+
 def test_a_closed_stdout_is_one_line():
     code = (
         "import sys; from vzip.runtime.console import emit, run_command; "

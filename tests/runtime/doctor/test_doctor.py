@@ -133,6 +133,9 @@ def test_a_workstation_without_a_gpu():
     assert ("the package tensorrt_rtx", "pip install 'vzip[rtx]'") in needs(
         "vzip build --rtx", found
     )
+    assert needs("vzip build --cpu", found) == [
+        ("the packages onnx, onnx-ir", "pip install 'vzip[cpu-build]'")
+    ]
     assert needs("vzip export", found) == [
         ("the package torch", "pip install 'vzip[export]'"),
         (
