@@ -43,30 +43,28 @@ def node(attribute: bytes) -> bytes:
     return message(1, message(5, attribute))
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        pytest.param(model(message(5, tensor())), id="initializer"),
-        pytest.param(model(message(5, tensor(external=False))), id="location-not-external"),
-        pytest.param(model(message(15, message(1, tensor()))), id="sparse-values"),
-        pytest.param(model(message(15, message(2, tensor()))), id="sparse-indices"),
-        pytest.param(model(node(message(5, tensor()))), id="attribute-tensor"),
-        pytest.param(model(node(message(10, tensor()))), id="attribute-tensors"),
-        pytest.param(model(node(message(22, message(1, tensor())))), id="attribute-sparse"),
-        pytest.param(model(node(message(23, message(1, tensor())))), id="attribute-sparses"),
-        pytest.param(model(node(message(6, message(5, tensor())))), id="subgraph"),
-        pytest.param(model(node(message(11, message(5, tensor())))), id="subgraphs"),
-        pytest.param(
-            model() + message(25, message(7, message(5, message(5, tensor())))), id="function"
-        ),
-        pytest.param(model() + message(25, message(11, message(5, tensor()))), id="default"),
-        pytest.param(model() + message(20, message(1, message(5, tensor()))), id="training-init"),
-        pytest.param(model() + message(20, message(2, message(5, tensor()))), id="training-step"),
-        pytest.param(model() + model(message(5, tensor())), id="graph-in-two-parts"),
-    ],
-)
-def test_finds_external_tensors_wherever_they_stand(data):
-    assert external_tensors(data) == [FOUND]
+PLACES = {
+    "initializer": model(message(5, tensor())),
+    "location-not-external": model(message(5, tensor(external=False))),
+    "sparse-values": model(message(15, message(1, tensor()))),
+    "sparse-indices": model(message(15, message(2, tensor()))),
+    "attribute-tensor": model(node(message(5, tensor()))),
+    "attribute-tensors": model(node(message(10, tensor()))),
+    "attribute-sparse": model(node(message(22, message(1, tensor())))),
+    "attribute-sparses": model(node(message(23, message(1, tensor())))),
+    "subgraph": model(node(message(6, message(5, tensor())))),
+    "subgraphs": model(node(message(11, message(5, tensor())))),
+    "function": model() + message(25, message(7, message(5, message(5, tensor())))),
+    "default": model() + message(25, message(11, message(5, tensor()))),
+    "training-init": model() + message(20, message(1, message(5, tensor()))),
+    "training-step": model() + message(20, message(2, message(5, tensor()))),
+    "graph-in-two-parts": model() + model(message(5, tensor())),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_finds_external_tensors_wherever_they_stand(place):
+    assert external_tensors(PLACES[place]) == [FOUND]
 
 
 def test_ignores_tensors_that_hold_their_data():
@@ -86,16 +84,17 @@ def test_reads_the_golden_bundle(tiny_bundle):
 
 
 @pytest.mark.parametrize(
-    "more",
+    "described",
     [
-        pytest.param(entry("location", "/etc/passwd"), id="location-twice"),
-        pytest.param(entry("checksum", "0"), id="unknown-key"),
-        pytest.param(entry("offset", "8"), id="offset-twice"),
+        tensor("model.onnx.data", entry("location", "/etc/passwd")),  # twice
+        tensor("model.onnx.data", entry("checksum", "0")),
+        tensor("model.onnx.data", entry("offset", "8")),
+        message(8, b"w") + varint(14 << 3) + b"\x01",  # without a place
     ],
 )
-def test_refuses_ambiguous_descriptions(more):
+def test_refuses_ambiguous_descriptions(described):
     with refused(BundleError, got="'w'", expected=("location", "offset", "length")):
-        external_tensors(model(message(5, tensor("model.onnx.data", more))))
+        external_tensors(model(message(5, described)))
 
 
 @pytest.mark.parametrize("number", ["-1", "0x10", "", " 8", "1e3", "٣", "9" * 20])
@@ -103,11 +102,6 @@ def test_refuses_offsets_that_are_no_plain_numbers(number):
     where = entry("location", "model.onnx.data") + entry("offset", number) + entry("length", "4")
     with refused(BundleError, got=repr(("offset", number)), expected="digits"):
         external_tensors(model(message(5, where)))
-
-
-def test_refuses_an_external_tensor_without_a_place():
-    with refused(BundleError, got=("'w'", "[]"), expected="location"):
-        external_tensors(model(message(5, message(8, b"w") + varint(14 << 3) + b"\x01")))
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import numpy as np
 import torch
 
 from tests.places import GOLDEN
+from tests.runtime.llm.fake_chat_server import Handler, event, fake_server, stream
 from vzip.runtime import demo
 from vzip.runtime.bundle.manifest import Llm, Model, Selection
 from vzip.runtime.llm.local.transformers import TransformersLLM
@@ -92,34 +91,11 @@ def serving(
     """
     bodies: list[dict[str, Any]] = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            page = pages.get(self.path)
-            self._send(404 if page is None else 200, "application/json", [json.dumps(page)])
+    def reply(handler: Handler, body: Any) -> None:
+        bodies.append(body)
+        end = [event("[DONE]")] if whole else []
+        stream(handler, [*map(event, answer(body)), *end])
 
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if self.path != path:
-                self._send(404, "application/json", ["null"])
-                return
-            bodies.append(body)
-            events = (f"data: {json.dumps(event)}\n\n" for event in answer(body))
-            end = ["data: [DONE]\n\n"] if whole else []
-            self._send(200, "text/event-stream", [*events, *end])
-
-        def _send(self, status: int, kind: str, texts: list[str]) -> None:
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.end_headers()
-            self.wfile.write("".join(texts).encode())
-
-        def log_message(self, *_: Any) -> None:
-            """Tests' output stays theirs."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", bodies
-    finally:
-        server.shutdown()
-        server.server_close()
+    with fake_server() as fake:
+        fake.pages, fake.reply = {**pages, path: reply}, reply
+        yield fake.url, bodies
