@@ -331,29 +331,25 @@ class TestTurns:
         assert len(fake.asked) == 1
 
     @pytest.mark.parametrize("turns", [0, 1])
-    def test_a_turn_that_failed_is_taken_back(self, fake, conversation, turns):
+    @pytest.mark.parametrize("how", ["half", "refused"])
+    def test_a_turn_that_failed_is_taken_back(self, fake, conversation, turns, how):
         for _ in range(turns):
             conversation.ask("Before?")
         whole = fake.reply
-        fake.reply = lambda handler, _: stream(handler, [piece("Half")], end=False)
-        pieces = conversation.stream("What?")
-        assert next(pieces) == "Half"
-        with refused(BackendError, got="closed the connection"):
-            next(pieces)
+        if how == "half":
+            fake.reply = lambda handler, _: stream(handler, [piece("Half")], end=False)
+            expected = refused(BackendError, got="closed the connection")
+        else:
+            page = b'{"error": {"message": "too long"}}'
+            fake.reply = lambda handler, _: send(handler, page, 400)
+            expected = refused(InvalidInputError, got="HTTP 400 Bad Request: too long")
+        with expected:
+            conversation.ask("What?")
         assert len(conversation.messages) == 2 * turns
         fake.reply = whole
         assert conversation.ask("What?") == "An answer."
         failed, again = fake.asked[-2:]
         assert failed == again
-
-    def test_refused_question_is_taken_back(self, fake, conversation):
-        whole = fake.reply
-        fake.reply = lambda handler, _: send(handler, b'{"error": {"message": "too long"}}', 400)
-        with refused(InvalidInputError, got="HTTP 400 Bad Request: too long"):
-            conversation.ask("What?")
-        assert conversation.messages == ()
-        fake.reply = whole
-        assert conversation.ask("What?") == "An answer."
 
 
 STATUSES = [
