@@ -14,8 +14,6 @@ import pytest
 
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 
-pytestmark = pytest.mark.slow
-
 
 def export(folder: Path, precision: str) -> Bundle:
     """Export llava-1.5-7b with the check on vzip's own images: two photographs and two scenes."""
@@ -31,6 +29,7 @@ def export(folder: Path, precision: str) -> Bundle:
     return read_bundle(folder)
 
 
+@pytest.mark.slow
 def test_fp32_is_the_untouched_tower_the_oracle_and_the_projector(tmp_path: Path) -> None:
     bundle = export(tmp_path / "fp32", "fp32")
     manifest = bundle.manifest
@@ -57,6 +56,7 @@ def test_fp32_is_the_untouched_tower_the_oracle_and_the_projector(tmp_path: Path
     assert json.loads((bundle.path / "manifest.json").read_text())["parity"] == dict(parity)
 
 
+@pytest.mark.full
 def test_fp16_passes_its_gate(tmp_path: Path) -> None:
     manifest = export(tmp_path / "fp16", "fp16").manifest
     assert manifest.outputs[0].dtype == "float16"
