@@ -135,6 +135,7 @@ def test_an_old_name_of_an_option_is_answered_with_the_new_one(
     assert found >= 18
 
 
+@pytest.mark.slow
 def test_with_standard_error_closed_nothing_goes_to_standard_output(tmp_path: Path) -> None:
     """In processes as a shell starts them; one for every command, and `vzip` itself."""
     mistakes = [[], ["nonsense"], *([name, "--nonsense"] for name in NAMES)]
@@ -171,6 +172,7 @@ def test_with_standard_error_closed_results_still_go_to_standard_output() -> Non
     assert Path("opened").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_quiet_says_nothing_but_results_and_errors(capsys: pytest.CaptureFixture[str]) -> None:
     export = ["export", "--model", "demo", "--tokens", "43", "--no-check", "-o", "made"]
     assert main([*export, "-q"]) == 0

@@ -95,6 +95,7 @@ def asked(monkeypatch, tmp_path, tiny_bundle):
     return asked
 
 
+@pytest.mark.slow
 def test_what_is_written(asked, monkeypatch, tmp_path, capsys):
     output = tmp_path / "r.json"
     monkeypatch.setattr(sys, "argv", ["encoder", "--bundles", str(tmp_path), "-o", str(output)])

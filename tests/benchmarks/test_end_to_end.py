@@ -71,6 +71,7 @@ def test_the_llms_have_as_many_parameters_as_the_published_ones(llm, published):
     assert dataclasses.replace(llm, vocabulary=32_000).parameters == published
 
 
+@pytest.mark.slow
 def test_every_engine_is_given_the_same_numbers(tmp_path):
     folder = llm_random.checkpoint(TINY, tmp_path / "checkpoint")
     half = llm_random.transformers_llm(TINY, folder, torch.bfloat16).model
@@ -238,6 +239,7 @@ def speak(monkeypatch, fake: Fake, budgets=(20, 6)) -> dict:
     return end_to_end_worker.speak(**job, budgets=list(budgets), text=9, seconds=0)
 
 
+@pytest.mark.slow
 def test_a_round_goes_up_and_the_next_one_down(monkeypatch):
     fake = Fake()
     result = speak(monkeypatch, fake)

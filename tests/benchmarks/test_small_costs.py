@@ -73,6 +73,7 @@ def test_the_agreement_of_drafts_is_of_the_tokens(tiny_bundle: Path) -> None:
     assert 0 <= agreement["min_overlap"] <= agreement["mean_overlap"] <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny_bundle", "tiny_static_bundle"])
 def test_opening_and_host_time_of_any_bundle(name: str, request: pytest.FixtureRequest) -> None:
     bundle = read_bundle(request.getfixturevalue(name))

@@ -77,6 +77,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bundle"
 
 
+@pytest.mark.slow
 def test_calibrates_and_says_what_it_did(
     exported: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,6 +125,7 @@ def test_calibrates_and_says_what_it_did(
     assert one @ other / np.linalg.norm(one) / np.linalg.norm(other) > 0.9
 
 
+@pytest.mark.slow
 def test_limits_that_cant_be_kept_leave_the_bundle_as_it_was(
     exported: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -164,6 +164,7 @@ class TestCheckpoint:
             "language_model.lm_head.weight",
         } <= names
 
+    @pytest.mark.slow
     def test_loads_whole_and_answers(self):
         torch = pytest.importorskip("torch")
         transformers = pytest.importorskip("transformers")
@@ -188,6 +189,7 @@ class TestCheckpoint:
                     right.append(text == question["answer"])
         assert np.mean(right) >= 0.75
 
+    @pytest.mark.slow
     def test_answers_held_out_questions(self):
         torch = pytest.importorskip("torch")
         transformers = pytest.importorskip("transformers")
@@ -202,6 +204,7 @@ class TestCheckpoint:
         result = accuracy.evaluate(model, packer, accuracy.held_out(77, 20))
         assert result["all"] >= 0.85
 
+    @pytest.mark.slow
     def test_one_pass_over_answers_is_greedy_decoding(self):
         torch = pytest.importorskip("torch")
         transformers = pytest.importorskip("transformers")

@@ -80,6 +80,7 @@ def saved(done: Quantised, folder: Path) -> Any:
     return onnx.load(str(folder / done.file))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 @pytest.mark.parametrize("name", ["fp32", "fp16"])
 def test_linear_layers_alone_are_quantised_symmetrically(
@@ -245,6 +246,7 @@ def test_the_report_says_what_was_done(made: Made, pictures: Path) -> None:
     assert report["seconds"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["percentile", "entropy", "mse"])
 def test_other_methods_clip(method: str, made: Made) -> None:
     chosen = made("outliers", dataclasses.replace(PLAIN, method=method)).report
@@ -331,6 +333,7 @@ def test_layers_that_are_not_named_stay(tiny: MakeBundle) -> None:
     assert np.array_equal(array_of(one, bias)[0, 0], array_of(graph, bias))
 
 
+@pytest.mark.slow
 def test_peak_memory_is_this_process_s_own() -> None:
     ballast = np.ones(50_000_000)  # 400 MB, which a child's rusage would begin with
     code = "from vzip.runtime.machine.process import peak_bytes; print(peak_bytes())"
@@ -338,6 +341,7 @@ def test_peak_memory_is_this_process_s_own() -> None:
     assert 1e7 < int(child.stdout) < ballast.nbytes
 
 
+@pytest.mark.slow
 def test_limits_that_leave_no_room_are_an_error(tiny: MakeBundle, pictures: Path) -> None:
     samples = Samples.open(str(pictures), count=3)
     recipe = Recipe(keep_agreement=None, keep_cosine=1.0)

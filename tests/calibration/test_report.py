@@ -61,6 +61,7 @@ def images() -> list[tuple[str, Any]]:
     return [(path.name, lambda path=path: path) for path in reference_images()[:2]]
 
 
+@pytest.mark.slow
 def test_a_page_has_the_numbers_of_bundle_calibration_and_measurements(
     tiny_bundle: Path, images: list[tuple[str, Any]]
 ) -> None:
@@ -86,6 +87,7 @@ def test_a_page_has_the_numbers_of_bundle_calibration_and_measurements(
         assert word in read.words, word
 
 
+@pytest.mark.slow
 def test_what_is_shown_side_by_side_is_what_each_precision_keeps(
     tiny_bundle: Path, images: list[tuple[str, Any]]
 ) -> None:
@@ -135,6 +137,7 @@ def test_a_precision_that_keeps_others_is_drawn_with_its_own(tiny_bundle: Path) 
         assert min(picture.getpixel((400, 400))) > 200 > max(picture.getpixel((280, 20)))
 
 
+@pytest.mark.slow
 def test_whatever_a_bundle_or_a_file_is_called_stays_text(
     tiny_bundle: Path, images: list[tuple[str, Any]]
 ) -> None:
@@ -156,6 +159,7 @@ def test_whatever_a_bundle_or_a_file_is_called_stays_text(
     assert read.words.count(HOSTILE) >= 10
 
 
+@pytest.mark.slow
 def test_what_is_not_there_says_how_to_get_it(
     tiny_bundle: Path, images: list[tuple[str, Any]]
 ) -> None:
@@ -169,6 +173,7 @@ def test_what_is_not_there_says_how_to_get_it(
     assert "none; vzip build makes one" in words
 
 
+@pytest.mark.slow
 def test_a_precision_that_can_not_run_here_is_said_and_the_rest_goes_on(
     tiny_bundle: Path, images: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +195,7 @@ def test_a_precision_that_can_not_run_here_is_said_and_the_rest_goes_on(
     assert "0.9731" in read.words  # what its calibration found is there all the same
 
 
+@pytest.mark.slow
 def test_savings_are_those_of_the_checkpoints_language_model(
     tiny_bundle: Path, images: list[tuple[str, Any]], tmp_path: Path
 ) -> None:
@@ -207,6 +213,7 @@ def test_savings_are_those_of_the_checkpoints_language_model(
     assert "−11 % KV cache, predicted" in words
 
 
+@pytest.mark.slow
 def test_accuracy_is_shown_with_all_tokens_beside_it(
     tiny_bundle: Path, images: list[tuple[str, Any]]
 ) -> None:
@@ -264,6 +271,7 @@ def pictures_of(tmp_path: Path) -> Any:
     return make
 
 
+@pytest.mark.slow
 def test_the_command_writes_one_page(
     tiny_static_bundle: Path, pictures_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -35,6 +35,7 @@ PLAIN = Recipe(smoothing=None, keep_agreement=None, keep_cosine=None)
 SMOOTH = dataclasses.replace(PLAIN, smoothing=0.5)
 
 
+@pytest.mark.slow
 def test_outliers_break_minmax_and_smoothing_with_limits_mends_it(
     tiny: MakeBundle, pictures: Path
 ) -> None:

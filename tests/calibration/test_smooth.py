@@ -52,6 +52,7 @@ def test_a_norm_that_can_t_hold_the_quotient_keeps_its_channel() -> None:
     assert smooth.exactly(factors, gamma, beta, [weights]).tolist() == [64, 1, 64, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["outliers", "fp16-outliers"])
 def test_the_folded_graph_gives_the_same_bits(name: str, tiny: MakeBundle, pictures: Path) -> None:
     bundle = tiny(name)

@@ -101,6 +101,7 @@ def photograph(model: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(image), tower_image(image, prep)
 
 
+@pytest.mark.slow
 def test_every_budget_is_what_the_untouched_model_and_the_oracle_say(
     model: Path, session: SweepSession, photograph: tuple[np.ndarray, np.ndarray]
 ) -> None:
@@ -126,6 +127,7 @@ def test_every_budget_is_what_the_untouched_model_and_the_oracle_say(
         assert (rows != 0).sum(axis=0).tolist() == [1] * 65  # each token is in one output token
 
 
+@pytest.mark.slow
 def test_an_encoder_runs_the_tower_and_its_own_tail_and_nothing_else(
     model: Path, photograph: tuple[np.ndarray, np.ndarray], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -280,6 +282,7 @@ def result(model: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
+@pytest.mark.slow
 def test_a_sweep_writes_what_it_measured(result: Path) -> None:
     found = json.loads((result / "sweep.json").read_text())
     assert sorted(path.name for path in result.iterdir()) == [
@@ -349,6 +352,7 @@ def test_a_table_says_what_is_assumed_and_counted() -> None:
     assert size(3 * 2**30) == "3.0 GiB"
 
 
+@pytest.mark.slow
 def test_no_budget_that_meets_the_limits_is_exit_status_1_and_no_matplotlib_no_plot(
     model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -438,6 +438,7 @@ def small(llm: TransformersLLM, tower: FrozenTower) -> tuple[list[Any], list[Any
     return examples, [tower.encode(data.read(record.image)) for record in data.records]
 
 
+@pytest.mark.slow
 def test_loss_and_gradient_are_those_of_the_answers(
     llm: TransformersLLM, weights: Any, small: Any
 ) -> None:
@@ -472,6 +473,7 @@ def test_loss_and_gradient_are_those_of_the_answers(
         assert torch.allclose(10 * moment["exp_avg"], gradient, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_only_the_projector_learns(llm: TransformersLLM, weights: Any, small: Any) -> None:
     examples, features = small
     made, projector = tuner(
@@ -489,6 +491,7 @@ def test_only_the_projector_learns(llm: TransformersLLM, weights: Any, small: An
     assert all(parameter.grad is None for parameter in llm.model.parameters())
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_batch(llm: TransformersLLM, weights: Any, small: Any) -> None:
     # Of conversations with unequal numbers of answers' tokens: each token weighs the same.
     examples, features = small

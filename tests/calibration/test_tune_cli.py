@@ -106,6 +106,7 @@ def killing(function: Callable[..., Any], number: int, *, after: bool) -> Callab
     return dying
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name", "number", "after"),
     [
@@ -143,6 +144,7 @@ def test_interrupted_and_resumed_is_the_same_to_the_last_bit(
         tune(output, "--resume")
 
 
+@pytest.mark.slow
 def test_resuming_does_not_repeat_steps(
     *,
     opened_once: None,
@@ -199,10 +201,12 @@ def test_a_killed_process_is_resumed_to_the_last_bit(
     assert tune(output, *shared, "--resume") == whole
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_projector(whole: bytes, opened_once: None, tmp_path: Path) -> None:
     assert tune(tmp_path / "projector.safetensors", "--seed", "1") != whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -232,6 +236,7 @@ def test_another_run_is_not_resumed(
     assert tune(output, *shared, "--resume") == whole
 
 
+@pytest.mark.slow
 def test_one_process_at_a_time_works_in_a_folder(
     opened_once: None, features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,6 +277,7 @@ def test_an_export_takes_the_projector(whole: bytes, tmp_path: Path) -> None:
             assert torch.equal(tensor, own.tensors[name])
 
 
+@pytest.mark.slow
 def test_features_are_made_once(
     whole: bytes, opened_once: None, features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,12 +328,14 @@ def from_json(folder: Path, output: Path, *options: str, data: str = "data.json"
     return output.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_same_pictures_and_words_give_the_same_projector(
     whole: bytes, opened_once: None, instructions: Path, tmp_path: Path
 ) -> None:
     assert from_json(instructions, tmp_path / "projector.safetensors") == whole
 
 
+@pytest.mark.slow
 def test_what_is_broken_is_named_and_counted(
     whole: bytes,
     opened_once: None,
@@ -376,6 +384,7 @@ def test_what_is_broken_is_named_and_counted(
     assert all(f"left out: {name} " in told for name in reasons)
 
 
+@pytest.mark.slow
 def test_nothing_left_is_an_error(opened_once: None, instructions: Path, tmp_path: Path) -> None:
     entries = json.loads((instructions / "data.json").read_text())
     (instructions / "gone.json").write_text(

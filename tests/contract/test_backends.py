@@ -58,6 +58,7 @@ class TestContract:
         with VisionEncoder.open(tiny_static_bundle, backend=backend) as opened:
             yield opened
 
+    @pytest.mark.slow
     def test_is_registered_and_opens(
         self, tiny_bundle: Path, encoder: VisionEncoder, backend: str
     ) -> None:
@@ -208,6 +209,7 @@ class TestContract:
             turns = list(pool.map(work, range(4)))
         assert turns[0] == 5
 
+    @pytest.mark.slow
     def test_a_fork_is_told_and_neither_hangs_nor_crashes(
         self, tiny_bundle: Path, backend: str
     ) -> None:
@@ -222,6 +224,7 @@ class TestContract:
         assert "sessions don't survive a fork; open the bundle in this process" in lines[2]
         assert lines[3:] == ["child ends", "0", "parent works"]
 
+    @pytest.mark.slow
     def test_many_runs_give_one_result_and_take_no_memory(
         self, encoder: VisionEncoder, golden: Golden
     ) -> None:

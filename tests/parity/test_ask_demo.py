@@ -83,6 +83,7 @@ def chat(bundle, shown, turns, monkeypatch, capsys) -> list[str]:
     return out.splitlines()
 
 
+@pytest.mark.slow
 def test_its_pictures_are_answered(bundle, capsys):
     right = 0
     capsys.readouterr()
@@ -136,6 +137,7 @@ def test_a_clip_and_a_picture_are_refused(bundle, clips, capsys):
         assert "expected one video or any number of images" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_clip_is_answered(bundle, clips, monkeypatch, capsys):
     right = total = 0
     capsys.readouterr()
@@ -150,6 +152,7 @@ def test_a_clip_is_answered(bundle, clips, monkeypatch, capsys):
     assert right >= 0.75 * total
 
 
+@pytest.mark.slow
 def test_clip_folder_and_python_give_one_answer(bundle, clips, tmp_path, monkeypatch, capsys):
     path, asked = next(iter(clips.items()))
     frames = sample_frames(path)
@@ -169,6 +172,7 @@ def test_clip_folder_and_python_give_one_answer(bundle, clips, tmp_path, monkeyp
     assert chat(bundle, tmp_path, turns, monkeypatch, capsys) == expected
 
 
+@pytest.mark.slow
 def test_frames_says_how_many(bundle, clips, monkeypatch, capsys):
     seen = []
     encode = VisionEncoder.video_embeds

@@ -159,6 +159,7 @@ def assert_said(llm, embeds, expected, logits, *, frames=None):
     assert answer == llm.tokenizer.decode(expected, skip_special_tokens=True).strip()
 
 
+@pytest.mark.slow
 def test_uncompressed_features_give_the_untouched_models_answer(tiny):
     inputs = picture(tiny.family)
     with torch.no_grad():
@@ -190,6 +191,7 @@ def test_an_uncompressed_video_gives_the_untouched_models_answer(tiny):
         llm.conversation(embeds, frames=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", [None, 3])
 def test_turns_equal_a_forward_pass_of_embeddings_made_by_hand(tiny, frames):
     """The prompts as ids, the rows put in by hand, everything recomputed at each step."""
@@ -226,6 +228,7 @@ def test_turns_equal_a_forward_pass_of_embeddings_made_by_hand(tiny, frames):
     assert list(conversation.ids) == ids[: len(conversation.ids)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["inputs_embeds", "mm_encoder_outputs"])
 @pytest.mark.parametrize("frames", [None, 2])
 def test_generate_of_a_batch_gives_what_each_question_alone_does(tiny, frames, form):

@@ -505,6 +505,7 @@ def bundle(tmp_path):
     return types.SimpleNamespace(folder=folder, image=image, llava=tmp_path / "llava")
 
 
+@pytest.mark.slow
 def test_ask_and_chat_answer_from_a_bundle(bundle, monkeypatch, capsys):
     with VisionEncoder.open(bundle.folder) as encoder:
         embeds = encoder.encode([bundle.image]).embeds[0]
@@ -520,6 +521,7 @@ def test_ask_and_chat_answer_from_a_bundle(bundle, monkeypatch, capsys):
     assert capsys.readouterr().out == "".join(answer + "\n" for answer in answers)
 
 
+@pytest.mark.slow
 def test_ask_answers_about_a_folder_of_frames(bundle, tmp_path, monkeypatch, capsys):
     """Frames are images to this LLM: a placeholder each, in time order."""
     frames = [Image.effect_noise((40, 30), 90).convert("RGB") for _ in range(3)]

@@ -115,6 +115,7 @@ def assert_equal_to_reference(image: Image.Image, prep: Preprocessing) -> None:
     assert np.array_equal(values[0].view(np.uint32), np.ascontiguousarray(whole).view(np.uint32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("image_size", [112, 224, 336])
 @pytest.mark.parametrize("size", ODD_SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
@@ -122,6 +123,7 @@ def test_odd_sizes(size: tuple[int, int], image_size: int, mode: Mode) -> None:
     assert_equal_to_reference(noise(*size), preprocessing(mode, image_size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", [(1600, 1067), (1067, 1600), (800, 800), (4000, 3000)])
 def test_photographs(size: tuple[int, int], mode: Mode) -> None:
@@ -178,6 +180,7 @@ def test_any_size(
     assert_equal_to_reference(noise(width, height, seed), prep)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(2, 6000), (6000, 2)])
 def test_padding_of_strips_that_take_many_passes(size: tuple[int, int]) -> None:
     # Taller than one strip of the padded square, with a last strip that is not full.

@@ -54,6 +54,7 @@ def agree(bundle: Bundle, tolerance: float) -> None:
             assert np.array_equal(got[name], want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "media", "selection"),
     [
@@ -84,6 +85,7 @@ def test_every_kind_of_module_is_rebuilt(
     agree(bundle, 5e-3 if half else 1e-5)
 
 
+@pytest.mark.slow
 def test_weights_that_share_an_initializer_are_found(tmp_path: Path) -> None:
     plain = {
         name: torch.full_like(tensor, float("norm" in name and name.endswith("weight")))
@@ -105,6 +107,7 @@ def test_weights_that_share_an_initializer_are_found(tmp_path: Path) -> None:
     agree(bundle, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 @pytest.mark.parametrize("name", ["tiny_bundle", "tiny_static_bundle"])
 def test_quantised_graphs_round_what_the_graph_rounds(

@@ -662,6 +662,7 @@ print(sorted(loaded - set(sys.stdlib_module_names)))
     assert "vzip" in loaded
 
 
+@pytest.mark.slow
 def test_importing_the_runtime_is_fast():
     code = """
 import time

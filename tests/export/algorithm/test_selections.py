@@ -103,6 +103,7 @@ def test_random_is_one_fixed_draw() -> None:
     assert kept.tolist() == [10, 40, 78, 150, 265, 392, 481, 523]
 
 
+@pytest.mark.slow
 def test_another_selection_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "first.py").write_text(
         "from vzip.export.algorithm.selections import register\n"

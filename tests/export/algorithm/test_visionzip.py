@@ -157,6 +157,7 @@ def conformance_graph(wanted: tuple[tuple[int, ...], ...]) -> onnx.ModelProto:
     return traced(Compress(budgets), tuple(torch.zeros(shape) for shape in wanted))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_conforms_as_an_onnx_graph(name: str) -> None:
     vector = CONFORMANCE[name]

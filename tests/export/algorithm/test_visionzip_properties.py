@@ -141,6 +141,7 @@ def agree(tokens: Array, there: Array) -> None:
     assert np.abs(tokens - there).max() <= 1e-5 * max(1e-30, np.abs(there).max())
 
 
+@pytest.mark.slow
 @BOUNDED
 @given(cases(cls=True))
 def test_compress_is_the_oracle(case: Case) -> None:
@@ -160,6 +161,7 @@ def test_compress_is_the_oracle(case: Case) -> None:
     agree(tokens.numpy(), there)
 
 
+@pytest.mark.slow
 @BOUNDED
 @given(cases(cls=False))
 def test_a_tower_without_cls_is_the_oracle(case: Case) -> None:

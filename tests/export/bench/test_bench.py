@@ -80,6 +80,7 @@ def test_what_is_timed_was_proven(tiny_bundle, golden):
     assert "| onnxruntime:fp32 | " in output.table(result)
 
 
+@pytest.mark.slow
 def test_a_stack_whose_tokens_differ_is_not_timed(tiny_bundle, golden):
     spoiled = np.roll(golden["embeds"].astype(np.float32), 1, axis=1)
     result = measure(with_reference(tiny_bundle, golden, embeds=spoiled).path)
@@ -162,6 +163,7 @@ def test_a_stopped_worker_ends_with_its_parent(tmp_path):
 # --- on a GPU that is a fake -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_engine_is_timed_by_its_own_clock_too(monkeypatch, tiny, install):
     install("10")
     bundle = with_engine(tiny, "10")
@@ -185,6 +187,7 @@ def test_an_engine_is_timed_by_its_own_clock_too(monkeypatch, tiny, install):
     opened.timed.encoder.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "copied"), [("host-to-device", 3 * 768), ("device-to-host", 600)])
 def test_copies_go_where_they_should(tiny, install, name, copied):
     install("10")

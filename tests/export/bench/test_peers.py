@@ -60,6 +60,7 @@ def test_the_published_form_and_ours_agree(demo, merge):
     torch.testing.assert_close(published[0], ours[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_ours_compiles_without_a_break(demo):
     """Under TorchDynamo, without the code generator, which needs a compiler."""
     wanted = manifest(demo, batch=1)
@@ -102,6 +103,7 @@ def test_without_compression_the_kept_patches_are_the_same(demo):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_patches_that_differ_are_not_proven(demo):
     wanted = manifest(demo)
     encoder = TorchEncoder(UNCOMPRESSED, "fp32", Bundle(Path(), wanted), "cpu")
@@ -156,6 +158,7 @@ def test_the_ceiling_multiplies_what_it_counts(demo, precision):
                      "int8": {torch.int8, torch.bfloat16}}[precision]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_manifest_with_another_merge_is_another_function(demo):
     wanted = manifest(demo, merge="sum")
     other = dataclasses.replace(

@@ -223,12 +223,14 @@ def family_bundle(family: str, place: Path, *options: str) -> Bundle:
     return read_bundle(place / "bundle")
 
 
+@pytest.mark.slow
 def test_a_tower_without_cls_keeps_none(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = family_bundle("llava-siglip", place, "--tokens", "16").manifest
     assert not manifest.selection.cls_token
     assert "without CLS" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_all_tiles_go_in_one_call(place: Path) -> None:
     manifest = family_bundle("llava-next", place, "--tokens", "16", "--tiles", "newline").manifest
     assert manifest.tiling is not None
@@ -238,6 +240,7 @@ def test_all_tiles_go_in_one_call(place: Path) -> None:
     assert (manifest.batch.max, manifest.batch.dynamic) == (1 + most, True)
 
 
+@pytest.mark.slow
 def test_a_target_with_little_memory_takes_fewer(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +249,7 @@ def test_a_target_with_little_memory_takes_fewer(
     assert (manifest.batch.max, manifest.batch.dynamic) == (2, True)
 
 
+@pytest.mark.slow
 def test_frames_have_the_papers_budget(place: Path) -> None:
     manifest = family_bundle("video-llava", place).manifest
     assert manifest.media == ("video",)
@@ -337,6 +341,7 @@ def test_a_folder_that_nobody_may_write(
     assert f"{folder}/bundle: can't be written" in line
 
 
+@pytest.mark.slow
 def test_an_empty_folder_and_an_older_bundle_are_replaced(
     model: Path, place: Path, good_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -366,6 +371,7 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [20_000, 100_000, 0])
 def test_a_quota_that_is_used_up(
     refused: Callable[..., str], model: Path, place: Path, good_bundle: Path, size: int
@@ -396,6 +402,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk(refused: Callable[..., str], model: Path, small_disk: Path) -> None:
     line = refused("--model", model, *QUICK, "-o", small_disk / "out")
     assert f"{small_disk / 'out'}: can't be written" in line
@@ -466,6 +473,7 @@ def test_no_network_for_a_hub_id(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.name != "home"] == []
 
 
+@pytest.mark.slow
 def test_random_weights_need_no_network_and_no_hub(
     model: Path, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -120,6 +120,7 @@ def test_the_few_hold_every_pair() -> None:
     assert len(FEW) <= 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", FEW, ids=str)
 def test_tiny(variant: Variant, checkpoint: Path, tmp_path: Path) -> None:
     check(*build(str(checkpoint), SIZES["tiny"], variant, tmp_path), variant)
@@ -129,6 +130,7 @@ def demo(variant: Variant, folder: Path) -> None:
     check(*build("demo", Budget(36, 7), variant, folder), variant)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", FEW[:2], ids=str)
 def test_the_demo_model(variant: Variant, tmp_path: Path) -> None:
     demo(variant, tmp_path)

@@ -149,6 +149,7 @@ def opens(path: Path, **options: Any) -> str | None:
 # Made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["own", "int8", *(form.name for form in FORMS)])
 def test_the_fastest_that_agrees_becomes_the_engine(
     bundle: Path, fastest: Callable[[str], None], form: str
@@ -194,6 +195,7 @@ def add_int8(path: Path) -> None:
         writer.publish(PrecisionRecord(18, "0" * 64, 1, {}, {}))
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_said_and_recorded(bundle: Path) -> None:
     said: list[str] = []
     made = make(bundle, said)
@@ -209,6 +211,7 @@ def test_what_was_measured_is_said_and_recorded(bundle: Path) -> None:
     assert (target.processor, target.threads) == (making.processor(), making.cores())
 
 
+@pytest.mark.slow
 def test_an_fp16_graph_has_no_other_form(exported: MakeBundle, tmp_path: Path) -> None:
     path = copied(exported("fp16"), tmp_path)
     made = make(path)
@@ -219,6 +222,7 @@ def test_an_fp16_graph_has_no_other_form(exported: MakeBundle, tmp_path: Path) -
     assert opens(path, precision="fp16") is None
 
 
+@pytest.mark.slow
 def test_a_form_that_keeps_other_tokens_or_cannot_run_is_not_chosen(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,6 +295,7 @@ def test_outliers_are_smoothed_away(
     assert 1 - smoothed < 0.2 * (1 - plain)
 
 
+@pytest.mark.slow
 def test_it_is_made_and_run_without_torch(bundle: Path) -> None:
     code = (
         "import sys; from vzip.runtime.cli.main import main;"
@@ -312,6 +317,7 @@ def test_it_is_made_and_run_without_torch(bundle: Path) -> None:
 # Reused, or made anew
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "what", [None, "threads", "forms", "int8", "damaged", "processor", "version"]
 )
@@ -429,6 +435,7 @@ def test_a_name_that_no_engine_has_is_answered_with_those_there_are(
         VisionEncoder.open(built, asked, engine="y")
 
 
+@pytest.mark.slow
 def test_two_that_fit_are_an_error_that_names_them(built: Path) -> None:
     making.build_cpu(built, "y", say=lambda _: None)
     with refused(BackendError, got=" 2 ", cure="x, y"):
@@ -493,6 +500,7 @@ DAMAGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_engine_is_refused_until_it_is_made_anew(built: Path, damage: str) -> None:
     file = built / "engines" / "x.plan"
@@ -612,6 +620,7 @@ def test_an_export_replaces_a_bundle_with_engines_and_forms_of_before(built: Pat
     assert {each.name for each in built.iterdir()} == {*manifest.files, "manifest.json"}
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_engine_and_refuses_what_is_tensorrts(
     bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -669,6 +678,7 @@ def wait_for(log: Path) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_of_two_builders_one_waits_and_takes_what_the_other_made(
     bundle: Path, tmp_path: Path
 ) -> None:
@@ -679,6 +689,7 @@ def test_of_two_builders_one_waits_and_takes_what_the_other_made(
     assert opens(bundle) == NAME
 
 
+@pytest.mark.slow
 def test_a_builder_that_is_killed_leaves_the_bundle_as_it_was(bundle: Path, tmp_path: Path) -> None:
     before, log = (bundle / "manifest.json").read_bytes(), tmp_path / "log"
     process = start(bundle, log, 600)

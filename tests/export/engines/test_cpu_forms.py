@@ -85,6 +85,7 @@ def also_read(model: ir.Model, value: ir.Value) -> None:
 # Attention
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["image", "pixels-17", "outliers", "siglip"])
 def test_attention_becomes_one_operator_and_computes_the_same(
     exported: MakeBundle, name: str

@@ -194,6 +194,7 @@ def case(request: pytest.FixtureRequest) -> tuple[str, Media]:
     return request.param
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", ["average", "sum"])
 def test_the_graph_is_the_untouched_model(
     case: tuple[str, Media], merge: Merge, checkpoints: Any, tmp_path: Path
@@ -298,6 +299,7 @@ def found_in_order(rows: NDArray[Any], whole: torch.Tensor) -> int:
     return met
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llava-next", "llava-onevision"])
 def test_tiles_in_rows_are_what_the_model_itself_would_hand_on(
     family: str, checkpoints: Any, tmp_path: Path
@@ -344,6 +346,7 @@ def kept_black(encoder: VisionEncoder, images: NDArray[np.uint8]) -> int:
     return wasted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("graph_input", ["image", "pixel_values"])
 @pytest.mark.parametrize("order", ["newline", "reference"])
 def test_padding_is_kept_in_the_published_order_alone(

@@ -54,6 +54,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
     return exported
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_gives_the_same_graph(export: Export, name: str) -> None:
     bundle, base = export(name), export(BASE)
@@ -71,6 +72,7 @@ def test_every_layout_passes_parity(export: Export, name: str) -> None:
     assert numbers["kept_overlap"] == numbers["group_agreement"] == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_manifests_differ_where_the_models_do(export: Export, name: str) -> None:
     manifest, base = export(name).manifest, export(BASE).manifest

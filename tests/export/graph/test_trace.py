@@ -172,6 +172,7 @@ def graph(request: pytest.FixtureRequest, graphs: Graphs) -> Graph:
 # What every graph is
 
 
+@pytest.mark.slow
 def test_exactly_these_operators(graph: Graph) -> None:
     assert {node.op_type for node in graph.proto.graph.node} == OPERATORS
     assert {node.domain for node in graph.proto.graph.node} == {""}
@@ -423,6 +424,7 @@ def test_no_trace_of_the_machine_in_the_bytes(graph: Graph) -> None:
 # Once for all variants
 
 
+@pytest.mark.slow
 def test_the_same_bytes_again(graphs: Graphs, tmp_path: Path) -> None:
     variant = VARIANTS[6]
     save(traced(variant), tmp_path)
@@ -447,6 +449,7 @@ def test_the_same_bytes_in_another_process(graphs: Graphs, tmp_path: Path) -> No
     assert digests(tmp_path) == digests(graphs(VARIANTS[0]).folder)
 
 
+@pytest.mark.slow
 def test_the_first_cls_alone_is_a_graph_too(tmp_path: Path) -> None:
     module = Encoder(
         CONFIGURATION,
@@ -625,6 +628,7 @@ def first(graph_model: ir.Model, op: str) -> ir.Node:
     return next(each for each in graph_model.graph if each.op_type == op)
 
 
+@pytest.mark.slow
 def test_promises_hold_for_what_was_exported(finished: Callable[[], ir.Model]) -> None:
     assert not promises()(finished()).modified
 
@@ -702,6 +706,7 @@ def test_promises_refuse_open_and_unknown_shapes(finished: Callable[[], ir.Model
     refuses(promises(), broken, "has no shape")
 
 
+@pytest.mark.slow
 def test_a_broken_promise_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_check, "EXPORTED", graph_check.EXPORTED - {"TopK"})
     with pytest.raises(ExportError) as caught:

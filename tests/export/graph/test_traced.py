@@ -297,6 +297,7 @@ def test_the_dead_layer_is_absent(weights: VisionWeights, images: np.ndarray) ->
             assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_every_other_tensor_matters(weights: VisionWeights, images: np.ndarray) -> None:
     given = torch.from_numpy(images)
     with torch.no_grad():

@@ -59,6 +59,7 @@ def line(lines: list[str], start: str) -> str:
     return found
 
 
+@pytest.mark.slow
 def test_a_graph(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     lines = inspected(bundle, capsys)
     assert line(lines, "tokens").startswith(f"tokens: {S} → {K} = 12 dominant + 4 contextual")
@@ -111,6 +112,7 @@ def test_without_onnx(
     assert "'vzip inspect' of a graph needs the package 'onnx'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_engine_that_was_made_ahead_of_time(
     bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

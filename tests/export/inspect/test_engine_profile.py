@@ -67,6 +67,7 @@ def operators(nodes: list[ir.Node], part: str) -> Counter[str]:
 # What a node is for
 
 
+@pytest.mark.slow
 def test_parts_of_a_graph(bundle: Bundle) -> None:
     nodes = graph_of(bundle)
     assert set(parts(nodes)) == {node.name for node in nodes}
@@ -168,6 +169,7 @@ def test_a_layer_that_the_inspector_does_not_know_is_unknown(bundle: Bundle) -> 
     assert found.parts == {UNKNOWN: 1.0}
 
 
+@pytest.mark.slow
 def test_a_profiler_that_says_nothing(bundle: Bundle) -> None:
     with refused(BackendError, got="2 runs", expected="at least one", cure="vzip build"):
         summary([[], []], layers_of(), graph_of(bundle))

@@ -177,6 +177,7 @@ def test_in_fp16_more_may_differ(checkpoint, tmp_path, monkeypatch):
         trial.compare(made)
 
 
+@pytest.mark.slow
 def test_a_graph_that_forgets_its_cache_is_not_published(checkpoint, tmp_path, monkeypatch):
     def forget(self: Any, keys: Any, values: Any, layer: int, *_: Any, **__: Any) -> Any:
         both = self.parts[2 * layer : 2 * layer + 2]
@@ -191,6 +192,7 @@ def test_a_graph_that_forgets_its_cache_is_not_published(checkpoint, tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_differs_is_not_published(checkpoint, tmp_path, monkeypatch):
     tokenizer = llm._tokenizer
 

@@ -138,6 +138,7 @@ def fails(reference: UntouchedModel, bundle: Bundle) -> bool:
 # What is right passes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -160,6 +161,7 @@ def test_a_good_graph_passes(reference: UntouchedModel, export: Exporter, change
     assert 0.999999 < result.min_cosine <= result.mean_cosine <= 1.000001
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", ["average", "sum"])
 def test_a_good_half_graph_passes(reference: UntouchedModel, export: Exporter, merge: Any) -> None:
     result = reference.compare(export(budget=Budget(12, 4, merge=merge), precision="fp16"))
@@ -217,6 +219,7 @@ GRAPHS: Mapping[str, Callable[[VisionWeights], VisionWeights]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mistake", "precision"),
     [*((each, "fp32") for each in GRAPHS), *((each, "fp16") for each in [*GRAPHS][:3])],
@@ -401,6 +404,7 @@ def exported(model: Path, output: Path, *options: str) -> Bundle:
     return read_bundle(output)
 
 
+@pytest.mark.slow
 def test_an_export_that_fails_its_check_writes_nothing(
     room: Path, tmp_path: Path, spoil: Spoil
 ) -> None:
@@ -474,6 +478,7 @@ def tuned(weights: VisionWeights, path: Path, offset: float = 0.25) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_tuned_projector_is_recorded_and_asked_for(
     room: Path, weights: VisionWeights, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

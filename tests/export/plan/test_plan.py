@@ -281,6 +281,7 @@ def test_a_wrong_device_is_answered_with_those_it_may_have_meant() -> None:
         assert error.value.cause.removeprefix("did you mean ") == meant
 
 
+@pytest.mark.slow
 def test_here_is_measured(llava: PlanModel, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = iter([0.02, 0.005, 0.01])
     monkeypatch.setattr(plan_here, "_seconds", lambda _: next(taken))

@@ -43,6 +43,7 @@ def test_a_consumer_sees_the_memory_itself(dtype: str) -> None:
     assert view[1, 2, 3] == 99
 
 
+@pytest.mark.slow
 def test_memory_is_freed_once_when_the_last_one_lets_go() -> None:
     memory = Memory()
     array = memory.array()

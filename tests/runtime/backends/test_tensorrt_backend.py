@@ -124,6 +124,7 @@ def rig(make: Make) -> Rig:
     return make()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("folder", FUSED)
 def test_computes_through_copies_engine_and_graph(make: Make, generation: str, folder: str) -> None:
@@ -171,6 +172,7 @@ def test_an_application_on_another_gpu_keeps_its_own(rig: Rig) -> None:
             assert device._get(cuda._int, "cudaGetDevice") == 1
 
 
+@pytest.mark.slow
 def test_an_engine_for_fewer_images_is_run_several_times(make: Make) -> None:
     rig = make(batch=EngineBatch(1, 1, 2))
     with rig.open() as encoder:
@@ -191,6 +193,7 @@ def test_an_engine_for_more_images_than_given_says_so(make: Make) -> None:
     assert (rig.trt.calls.count("capture"), rig.trt.calls.count("enqueue")) == (2, 2)
 
 
+@pytest.mark.slow
 def test_8_6_shares_the_profile_among_its_contexts_or_says_that_it_cant(make: Make) -> None:
     rig = make("8.6", shares_profile=False)
     with rig.open() as encoder:
@@ -207,6 +210,7 @@ def test_8_6_shares_the_profile_among_its_contexts_or_says_that_it_cant(make: Ma
 # Results are in memory that was the GPU's, and the caller's own all the same
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_results_are_not_copied_and_outlive_later_calls_and_close(
     make: Make, generation: str
@@ -252,6 +256,7 @@ def test_eight_threads_get_what_one_gets_and_drop_each_others_results(rig: Rig) 
         list(pool.map(lambda place: held.__setitem__(place, None), range(6)))
 
 
+@pytest.mark.slow
 def test_a_launch_is_timed_by_the_gpu(rig: Rig) -> None:
     opened, times = rig.alone(), list[float]()
     opened.run(rig.feeds(2))
@@ -261,6 +266,7 @@ def test_a_launch_is_timed_by_the_gpu(rig: Rig) -> None:
     opened.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_layers_are_timed_apart_from_what_runs(make: Make, generation: str) -> None:
     rig = make(generation)
@@ -278,6 +284,7 @@ def test_layers_are_timed_apart_from_what_runs(make: Make, generation: str) -> N
 # Tokens that stay on the device
 
 
+@pytest.mark.slow
 def test_tokens_stay_on_the_device_and_are_the_holders_own(rig: Rig) -> None:
     encoder = rig.open()
     tokens = [rig.run(encoder, 2, k, on_device=True) for k in range(3)]
@@ -345,6 +352,7 @@ def test_a_capture_may_fail_at_any_step_which_is_said_once(
     assert rig.trt.calls.count("enqueue") == 5
 
 
+@pytest.mark.slow
 def test_rtx_is_captured_when_it_says_that_it_can_be(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -365,6 +373,7 @@ def test_rtx_is_captured_when_it_says_that_it_can_be(
     assert "after 3 calls that the engine 'orin' can't be captured" in record.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["compute", "captured", "left"])
 def test_ctrl_c_in_a_call_leaves_nothing_running(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, moment: str
@@ -389,6 +398,7 @@ def test_ctrl_c_in_a_call_leaves_nothing_running(
     encoder.close()
 
 
+@pytest.mark.slow
 def test_closing_waits_for_what_runs(rig: Rig) -> None:
     opened = rig.alone()
     opened.run(rig.feeds(2))
@@ -398,6 +408,7 @@ def test_closing_waits_for_what_runs(rig: Rig) -> None:
     assert rig.trt.calls.count("compute") == computed + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "warm"),
     [
@@ -447,6 +458,7 @@ def test_a_sticky_error_ends_the_encoder_and_every_later_call_says_so(
         rig.run(encoder, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "what"),
     [
@@ -470,6 +482,7 @@ def test_what_tensorrt_refuses_is_one_line_with_its_reason(
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", range(5))
 @pytest.mark.parametrize(("function", "times"), [("cudaMalloc", 4), ("cudaHostAlloc", 3)])
 def test_opening_that_fails_leaves_nothing_behind(
@@ -483,6 +496,7 @@ def test_opening_that_fails_leaves_nothing_behind(
         rig.open().close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "value", "found"),
     [
@@ -504,6 +518,7 @@ def test_refuses_an_engine_with_other_tensors(rig: Rig, what: str, value: Any, f
 # Forks, closing, memory
 
 
+@pytest.mark.slow
 def test_a_fork_is_told_and_frees_nothing(rig: Rig) -> None:
     encoder = rig.open()
     tokens = rig.run(encoder, 1, on_device=True)
@@ -555,6 +570,7 @@ def test_the_backend_itself_can_be_closed_twice_and_not_used_afterwards(rig: Rig
             use()
 
 
+@pytest.mark.slow
 def test_10000_runs_take_no_memory_and_give_one_result(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -661,6 +677,7 @@ def test_auto_goes_on_where_no_engine_can_run(
     assert taken() == "onnxruntime"  # no libcudart
 
 
+@pytest.mark.slow
 def test_a_damaged_engine_that_fits_is_an_error_even_for_auto(rig: Rig) -> None:
     path = rig.folder / "engines" / "orin.plan"
     data = bytearray(path.read_bytes())

@@ -282,6 +282,7 @@ def test_a_full_disk_leaves_the_old_graph_or_the_new(tiny_bundle, monkeypatch, w
     assert names(tiny_bundle) == sorted([*OWN, *INT8])
 
 
+@pytest.mark.slow
 def test_sigkill_at_any_step_leaves_the_old_graph_or_the_new(tiny_bundle, golden):
     start, found = tiny_bundle.parent / "start", []
     add_precision(tiny_bundle, report="old")

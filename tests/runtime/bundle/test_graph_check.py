@@ -145,6 +145,7 @@ def test_every_truncation_is_refused_or_harmless(tiny_bundle):
         assert found == expected  # only what follows the graph was cut off
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_raises_anything_but_a_bundle_error(tiny_bundle):
     whole = (tiny_bundle / "model.onnx").read_bytes()
     refused = 0

@@ -265,6 +265,7 @@ def test_jetpack_5_is_named(tmp_path):
 # --- asking ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_record_of_this_machine(tmp_path):
     found = look(folder=tmp_path)
     assert json.loads(json.dumps(found)) == found
@@ -388,6 +389,7 @@ def test_json_is_the_record(monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out) == record()
 
 
+@pytest.mark.slow
 def test_it_runs_here():
     command = [sys.executable, "-m", "vzip.runtime.cli.main", "doctor"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

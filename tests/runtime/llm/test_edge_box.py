@@ -73,6 +73,7 @@ def expected(questions: dict[str, list[str]]) -> dict[str, list[str]]:
     return answers
 
 
+@pytest.mark.slow
 def test_a_question_is_answered(questions, expected):
     name = next(iter(questions))
     picture = demo.pictures() / name
@@ -82,6 +83,7 @@ def test_a_question_is_answered(questions, expected):
     assert not set(ABSENT) & set(loaded)
 
 
+@pytest.mark.slow
 def test_a_conversation_goes_on(questions, expected):
     for name, asked in questions.items():
         picture = demo.pictures() / name

@@ -239,6 +239,7 @@ def test_several_images_frames_and_float16(llms, reference, asked):
         assert got.ids == expected.ids
 
 
+@pytest.mark.slow
 def test_a_dropped_conversation_makes_room(llm, asked):
     """Each takes 60 of 1024 tokens: 200 in a row fit only if they are removed."""
     embeds, question = asked[0].embeds, asked[0].questions[0]

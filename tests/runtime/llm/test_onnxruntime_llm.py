@@ -138,6 +138,7 @@ def test_an_answer_comes_in_pieces(ours, theirs, shown):
     assert next(stream) == ours.ask(shown[1], TURNS[0])[:1]
 
 
+@pytest.mark.slow
 @pytest.mark.local_llm
 def test_several_images_and_the_frames_of_a_video(ours, theirs, bundle, shown):
     for question in TURNS:
@@ -270,6 +271,7 @@ def test_logits_equal_a_full_recompute(tiny, kind):
     assert np.ptp(expected) > 1, "the test wants logits that differ"
 
 
+@pytest.mark.slow
 @pytest.mark.local_llm
 def test_conversations_equal_transformers(tiny):
     llm = OnnxRuntimeLLM(tiny.bundle)
@@ -318,6 +320,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.local_llm
 def test_of_equal_logits_the_lower_id_is_said(plain, monkeypatch):
     llm = OnnxRuntimeLLM(plain)
@@ -359,6 +362,7 @@ def test_a_token_without_an_embedding(plain):
         llm.logits([5, rows], llm.new_cache(), None)
 
 
+@pytest.mark.slow
 @pytest.mark.local_llm
 def test_a_placeholder_needs_no_embedding(tmp_path):
     """LLaVA-NeXT's 32000 is one past a vocabulary of 32000 that nobody extended."""

@@ -11,6 +11,7 @@ from vzip.runtime.cli.main import main
 pytestmark = pytest.mark.local_llm
 
 
+@pytest.mark.slow
 def test_the_page_runs(tmp_path, capsys):
     bundle = tmp_path / "bundle"
     assert main(["export", "--model", "demo", "--no-check", "-o", str(bundle)]) == 0

@@ -329,6 +329,7 @@ def run_page(bundle: Path, url: str, model: Path) -> dict[str, Any]:
     return run_snippets("llm/vllm.md", replaced)
 
 
+@pytest.mark.slow
 def test_the_page_runs(bundle, fake, offline, monkeypatch, capsys):
     """Against stand-ins; `TestRealVllm` runs it against vLLM."""
     opened = []

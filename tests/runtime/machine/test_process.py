@@ -28,6 +28,7 @@ def test_two_threads_of_one_core_count_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert process.physical_cores() == 2
 
 
+@pytest.mark.slow
 def test_the_peak_stays_after_memory_is_given_back() -> None:
     before = process.peak_bytes()
     np.ones(2**25).sum()  # 256 MiB
@@ -35,6 +36,7 @@ def test_the_peak_stays_after_memory_is_given_back() -> None:
     assert process.peak_mib() == process.peak_bytes() / 2**20
 
 
+@pytest.mark.slow
 def test_a_child_s_peak_does_not_begin_with_its_parent_s() -> None:
     held = np.ones(2**26)  # 512 MiB
     code = "from vzip.runtime.machine.process import peak_mib; print(peak_mib())"

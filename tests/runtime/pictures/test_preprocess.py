@@ -185,6 +185,7 @@ def test_the_cap_on_growth_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
         tower_image(Image.new("RGB", (2, 20)), preprocessing())
 
 
+@pytest.mark.slow
 def test_padding_a_long_image_stays_small_in_memory() -> None:
     # The square would be 12000 × 12000, 576 MB.
     code = """

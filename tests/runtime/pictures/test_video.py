@@ -197,6 +197,7 @@ def test_what_no_wanted_frame_needs_is_not_decoded(tmp_path):
     refused(path, "decoded", count=3)  # the frame in the middle needs them
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says its peak there")
 @pytest.mark.parametrize("reader", ["video_pyav", "video_opencv"])
 def test_a_long_video_is_never_in_memory(reader, tmp_path):

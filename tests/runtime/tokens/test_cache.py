@@ -224,6 +224,7 @@ def storm(folder: Path, seed: int, steps: int) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_several_processes_share_a_folder_and_may_be_killed(tmp_path):
     endless = storm(tmp_path, 0, 10**9)
     others = [storm(tmp_path, seed, 200) for seed in (1, 2)]

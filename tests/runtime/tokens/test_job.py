@@ -407,6 +407,7 @@ def child(step: int, kind: str, *arguments: object) -> int:
     return subprocess.run(command, capture_output=True, check=False, timeout=120).returncode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--shard-size", 2]])
 def test_sigkill_at_any_step_leaves_whole_files_and_the_next_run_goes_on(
     tmp_path, folder, encoded, options
