@@ -44,7 +44,6 @@ def test_the_installed_modules_are_the_files_of_the_tree() -> None:
         assert Path(spec.origin).samefile(path), f"{name} is {spec.origin}: run 'make' again"
 
 
-@pytest.mark.slow
 def test_dependencies_point_one_way() -> None:
     for importer, imported in house.imports():
         assert imported[0] in BELOW[importer[0]], f"{'/'.join(importer)} imports {imported}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,8 @@ def check_file(path: Pathlike, *suffixes: str, exact: bool = False) -> Path:
         The path.
 
     Raises:
-        InvalidInputError: Another suffix, a folder, or a file in a folder that is not there.
+        InvalidInputError: Another suffix, a folder, or a file in a folder that is not there or
+            can't be written to.
     """
     path = Path(path)
     if (path.suffix if exact else path.suffix.lower()) not in suffixes:
@@ -40,6 +42,7 @@ def check_file(path: Pathlike, *suffixes: str, exact: bool = False) -> Path:
             f"the output is '{path}', but the folder '{path.parent}' does not exist",
             cure="create the folder first",
         )
+    _check_access(path.parent)
     return path
 
 
@@ -47,11 +50,12 @@ def check_folder(path: Pathlike) -> Path:
     """Refuse a file for a folder of results; a folder that is not there will be made.
 
     Raises:
-        InvalidInputError: It is a file.
+        InvalidInputError: It is a file, or one that can't be made or written to.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise InvalidInputError(f"the output '{path}' is a file", expected="a folder")
+    _check_access(path)
     return path
 
 
@@ -80,6 +84,17 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
     except OSError as error:
         raise _unwritable(folder, error) from error
     return [folder / name for name in files]
+
+
+def _check_access(folder: Path) -> None:
+    """Refuse a folder that can't be written to, or the nearest one above it that is there."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise _unwritable(folder, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise _unwritable(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 def _either(suffixes: tuple[str, ...]) -> str:

@@ -41,7 +41,6 @@ def test_torch_takes_it_without_a_copy() -> None:
     assert not device_array._lent
 
 
-@pytest.mark.slow
 def test_a_process_that_ends_with_tensors_alive_ends_well() -> None:
     code = (
         "import numpy as np, torch\n"
