@@ -22,6 +22,7 @@ from tests.export.layouts import (
     TINY,
     VISION,
 )
+from tests.refusals import Said, refused
 from vzip.export import families
 from vzip.export.architecture import Media, VisionConfig
 from vzip.export.families import configs
@@ -49,13 +50,6 @@ def hf(change: dict[str, Any] | None = None, **processor: Any) -> VisionConfig:
 def original(change: dict[str, Any] | None = None, tower: Any = CLIP_CONFIG) -> VisionConfig:
     config = present(ORIGINAL_CONFIG | (change or {}))
     return families.describe(config, OLD_PROCESSOR, tower=tower)
-
-
-def message(*args: Any, **kwargs: Any) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        tiny(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # The registry
@@ -93,7 +87,7 @@ def test_a_new_file_is_a_new_family(
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
     package._known.cache_clear()
     assert families.tower_reference({"model_type": "dream"}) == "a/tower"
-    with pytest.raises(CheckpointError, match=r"; dream \(model_type 'dream'\)"):
+    with refused(CheckpointError, expected="dream (model_type 'dream')"):
         families.family_of({})
 
 
@@ -377,20 +371,21 @@ def test_multimodal_projector_bias_is_read_where_the_family_has_it() -> None:
         assert tiny(family, {"multimodal_projector_bias": False}).projector.bias is False
 
 
-@pytest.mark.parametrize("family", ["llava", "llava-siglip", "vip-llava", "llava-next"])
-def test_a_family_without_a_view_of_video_says_so(family: str) -> None:
-    with pytest.raises(InvalidInputError) as caught:
-        tiny(family, media="video")
-    name = "llava" if family == "llava-siglip" else family
-    assert str(caught.value) == (
-        f"media is 'video', and the family '{name}' has a graph for image alone, expected 'image'; "
-        "its towers see the frames of a clip as images; leave media out"
-    )
-
-
-def test_unknown_media() -> None:
-    with pytest.raises(InvalidInputError, match=r"for video and image alone, expected 'video' or"):
-        tiny("video-llava", media="sound")  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("family", "media", "name", "has"),
+    [
+        *(("llava", "video", "llava", "'image'"), ("llava-siglip", "video", "llava", "'image'")),
+        ("vip-llava", "video", "vip-llava", "'image'"),
+        ("llava-next", "video", "llava-next", "'image'"),
+        ("video-llava", "sound", "video-llava", "'video' or 'image'"),
+    ],
+)
+def test_a_family_without_a_view_of_media_says_so(
+    family: str, media: Any, name: str, has: str
+) -> None:
+    got = (f"'{media}'", f"'{name}'")
+    with refused(InvalidInputError, got=got, expected=has, cure="media"):
+        tiny(family, media=media)
 
 
 # Published repositories
@@ -458,145 +453,97 @@ def test_published_views_of_video() -> None:
     image = families.published(ALIASES["video-llava-7b"], "image")
     assert image is not None
     assert (image.tower_module, image.video_token_id) == ("image_tower", 32001)
-    with pytest.raises(InvalidInputError, match="has a graph for image alone"):
+    with refused(InvalidInputError, got="image alone"):
         families.published(ALIASES["llava-1.5-7b"], "video")
 
 
 # Refusals
 
 
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({"vision_feature_layer": [-2, "5"]}, "vision_feature_layer = [-2, '5'], expected a layer"),
-        ({"vision_feature_layer": []}, "vision_feature_layer = [], expected a layer or a list"),
-        ({"vision_feature_layer": [-2, -9]}, "feature_layer is -9, expected the output of one of"),
-        ({"vision_feature_layer": True}, "vision_feature_layer = True, expected a layer"),
-        ({"vision_config": VISION | {"model_type": "vit"}}, "vision_config.model_type = 'vit', expected 'clip_vision_model' or 'siglip_vision_model'"),  # noqa: E501 - the message
-        ({"vision_config": VISION | {"model_type": ["vit"]}}, "vision_config.model_type = ['vit']"),
-        ({"vision_config": None}, "vision_config.model_type = None, expected"),
-        ({"vision_config": VISION | {"hidden_act": "relu"}}, "tower activation is 'relu'"),
-        ({"vision_config": VISION | {"num_channels": 1}}, "num_channels = 1, expected 3"),
-        ({"vision_config": VISION | {"patch_size": [4, 4]}}, "tower patch_size is [4, 4]"),
-        ({"vision_config": VISION | {"hidden_size": "wide"}}, "config.json is no LlavaConfig: "),
-        ({"text_config": TEXT | {"model_type": "nonsense"}}, "config.json is no LlavaConfig: U"),
-        ({"projector_hidden_act": "silu"}, "projector activation is 'silu', expected one of gelu"),
-        ({"vision_feature_layer": -9}, "feature_layer is -9, expected the output of one of"),
-        ({"vision_feature_select_strategy": "cls"}, "config.json is no LlavaConfig: "),
-        ({"model_type": "llava_nextt"}, "which no family of vzip knows, expected one of: llava ("),
-        ({"model_type": "absent", "architectures": "absent"}, "has {} and the vision keys"),
-        ({"vision_config": "absent"}, "the vision keys [], which no family of vzip knows"),
-    ],
-)  # fmt: skip
-def test_configurations_that_are_refused(change: dict[str, Any], expected: str) -> None:
-    with pytest.raises(CheckpointError) as caught:
-        hf(change)
-    assert expected in str(caught.value)
-    assert "\n" not in str(caught.value)
+FULL = "vision_feature_select_strategy"
+LAYER = "vision_feature_layer"
+NONSENSE = TEXT | {"model_type": "nonsense"}
+POINTS = "image_grid_pinpoints"
+CLIP_OR = "'clip_vision_model' or 'siglip_vision_model'"
 
 
 @pytest.mark.parametrize(
-    ("change", "expected"),
+    ("family", "key", "value", "got", "expected"),
     [
-        ({"mm_projector_type": "linear"}, "mm_projector_type = 'linear', expected 'mlp2x_gelu'"),
-        ({"mm_projector_type": "absent"}, "mm_projector_type = 'linear', expected 'mlp2x_gelu'"),
-        ({"mm_projector_type": "mlp3x_gelu"}, "mm_projector_type = 'mlp3x_gelu', expected"),
-        ({"image_aspect_ratio": "padded"}, "image_aspect_ratio = 'padded', expected 'pad'"),
-        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio = 'anyres', expected 'pad'"),
-        ({"image_aspect_ratio": "anyres_max_9"}, "= 'anyres_max_9', expected 'pad'"),
-        ({"mm_hidden_size": 64}, "mm_hidden_size = 64, expected 32, the tower's width"),
-        ({"mm_hidden_size": "absent"}, "mm_hidden_size = None, expected an integer"),
-        ({"hidden_size": "absent"}, "hidden_size = None, expected an integer"),
-        (
-            {"mm_vision_select_layer": "absent"},
-            "mm_vision_select_layer = None, expected an integer",
-        ),
-        (
-            {"mm_vision_select_layer": [-2, -5]},
-            "mm_vision_select_layer = [-2, -5], expected an int",
-        ),
-        ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature = 'cls', expected 'patch'"),
-        ({"mm_vision_select_feature": ["patch"]}, "mm_vision_select_feature = ['patch'], expected"),
-        ({"image_aspect_ratio": ["pad"]}, "image_aspect_ratio = ['pad'], expected 'pad'"),
+        ("llava", LAYER, [-2, "5"], "[-2, '5']", "a list of layers"),
+        ("llava", LAYER, [], "[]", "a list of layers"),
+        ("llava", LAYER, [-2, -9], "-9", ""),
+        ("llava", LAYER, -9, "-9", ""),
+        ("llava", LAYER, True, "True", "a list of layers"),
+        ("llava", "vision_config", VISION | {"model_type": "vit"}, "model_type = 'vit'", CLIP_OR),
+        ("llava", "vision_config", VISION | {"model_type": ["vit"]}, "['vit']", CLIP_OR),
+        ("llava", "vision_config", None, "vision_config.model_type = None", CLIP_OR),
+        ("llava", "vision_config", VISION | {"hidden_act": "relu"}, "activation is 'relu'", ""),
+        ("llava", "vision_config", VISION | {"num_channels": 1}, "num_channels = 1", "3"),
+        ("llava", "vision_config", VISION | {"patch_size": [4, 4]}, "patch_size is [4, 4]", ""),
+        ("llava", "vision_config", VISION | {"hidden_size": "wide"}, "no LlavaConfig", ""),
+        ("llava", "text_config", NONSENSE, "no LlavaConfig", ""),
+        ("llava", "projector_hidden_act", "silu", "activation is 'silu'", "gelu"),
+        ("llava", FULL, "cls", "no LlavaConfig", ""),
+        ("llava", "model_type", "llava_nextt", "'llava_nextt'", "llava ("),
+        ("llava", "vision_config", "absent", "vision keys []", "llava ("),
+        ("llava-siglip", FULL, "default", f"{FULL} = 'default'", ("'full'", "SigLIP")),
+        ("llava-siglip", FULL, "absent", f"{FULL} = 'default'", "'full'"),
+        ("vip-llava", "vision_config", SIGLIP, "'siglip_vision_model'", "'clip_vision_model'"),
+        ("vip-llava", "vision_config", "absent", "model_type = None", "'clip_vision_model'"),
+        ("vip-llava", LAYER, "last", f"{LAYER} = 'last'", "a list of layers"),
+        ("video-llava", "vision_config", SIGLIP, "'siglip_vision_model'", "'clip_vision_model'"),
+        ("video-llava", "video_token_index", -1, "video_token_index = -1", "an integer of 0"),
+        ("llava-onevision", "vision_config", VISION, "'clip_vision_model'", "'siglip_vision_mo"),
+        ("llava-onevision", "video_token_index", None, "no LlavaOnevisionConfig", ""),
+        ("llava-next", POINTS, PINPOINTS[1:], POINTS, "[(32, 64), (64, 32)"),
+        ("llava-next", POINTS, "absent", f"{POINTS} = [[336, 672], [", ""),
+        ("llava-next", "text_config", NONSENSE, "no LlavaNextConfig", ""),
     ],
 )
-def test_original_configurations_that_are_refused(change: dict[str, Any], expected: str) -> None:
-    with pytest.raises(CheckpointError) as caught:
-        original(change)
-    assert expected in str(caught.value)
-
-
-def test_originals_variants_are_refused_before_their_tower_is_looked_for() -> None:
-    with pytest.raises(CheckpointError, match="read in Hugging Face's form alone, such as"):
-        families.tower_reference(ORIGINAL_CONFIG | {"image_aspect_ratio": "anyres"})
-
-
-@pytest.mark.parametrize(
-    ("family", "change", "expected"),
-    [
-        ("llava-siglip", {"vision_feature_select_strategy": "default"}, "vision_feature_select_strategy = 'default', expected 'full', since a SigLIP tower has no CLS token"),  # noqa: E501 - the message
-        ("llava-siglip", {"vision_feature_select_strategy": "absent"}, "= 'default', expected 'fu"),
-        ("vip-llava", {"vision_config": SIGLIP}, "= 'siglip_vision_model', expected 'clip_vision_"),
-        ("vip-llava", {"vision_config": "absent"}, "vision_config.model_type = None, expected 'cl"),
-        ("vip-llava", {"vision_feature_layer": "last"}, "vision_feature_layer = 'last', expected "),
-        ("video-llava", {"vision_config": SIGLIP}, "'siglip_vision_model', expected 'clip_vision_"),
-        ("video-llava", {"video_token_index": -1}, "video_token_index = -1, expected an integer o"),
-        ("llava-onevision", {"vision_config": VISION}, "'clip_vision_model', expected 'siglip_vis"),
-        ("llava-onevision", {"video_token_index": None}, "config.json is no LlavaOnevisionConfig:"),
-        ("llava-next", {"image_grid_pinpoints": PINPOINTS[1:]}, "expected those of the image processor, [(32, 64), (64, 32)"),  # noqa: E501 - the message
-        ("llava-next", {"image_grid_pinpoints": "absent"}, "image_grid_pinpoints = [[336, 672], ["),
-        ("llava-next", {"text_config": TEXT | {"model_type": "nonsense"}}, "is no LlavaNextConfig"),
-    ],
-)  # fmt: skip
-def test_configurations_of_other_families_that_are_refused(
-    family: str, change: dict[str, Any], expected: str
+def test_configurations_that_are_refused(
+    family: str, key: str, value: Any, got: str, expected: Said
 ) -> None:
-    assert expected in message(family, change)
+    with refused(CheckpointError, got=got, expected=expected):
+        tiny(family, {key: value})
 
 
-@pytest.mark.parametrize("reference", [["a/b"], None, ""])
-def test_a_tower_reference_is_a_text(reference: Any) -> None:
-    with pytest.raises(CheckpointError, match=r"mm_vision_tower = .*, expected a hub id or a fol"):
-        families.tower_reference(ORIGINAL_CONFIG | {"mm_vision_tower": reference})
+def test_a_configuration_of_nothing_is_refused() -> None:
+    with refused(CheckpointError, got=("{}", "vision keys"), expected="llava ("):
+        hf({"model_type": "absent", "architectures": "absent"})
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("key", "value", "expected"),
     [
-        ({"image_processor_type": "ViTImageProcessor"}, "image_processor_type = 'ViTImageProcesso"),
-        (
-            {"image_processor_type": "LlavaNextImageProcessor"},
-            "expected one of CLIPImageProcessor,",
-        ),
-        (
-            {"image_processor_type": ["CLIPImageProcessor"]},
-            "= ['CLIPImageProcessor'], expected one",
-        ),
-        ({"image_processor_type": "absent"}, "image_processor_type = None, expected one of CLIP"),
-        ({"resample": 2}, "resample = 2, expected 3"),
-        ({"do_resize": False}, "do_resize = False, expected True"),
-        ({"do_center_crop": False}, "do_center_crop = False, expected True with CLIPImageProces"),
-        ({"do_normalize": False}, "do_normalize = False, expected True"),
-        ({"do_rescale": None}, "do_rescale = None, expected True"),
-        ({"do_convert_rgb": False}, "do_convert_rgb = False, expected True"),
-        ({"do_pad": True}, "do_pad = True, expected False with CLIPImageProcessor"),
-        ({"crop_size": {"height": 32, "width": 28}}, "crop_size = {'height': 32, 'width': 28}"),
-        ({"crop_size": {"height": 28, "width": 28}}, "crop_size = 28, expected 32, the tower's"),
-        ({"crop_size": "absent"}, "crop_size = None, expected one number of pixels"),
-        ({"size": {"height": 32, "width": 32}}, "size = {'height': 32, 'width': 32}, expected one"),
-        ({"size": {"shortest_edge": 16}}, "size = 16, expected at least crop_size 32"),
-        ({"size": {"shortest_edge": 32.0}}, "size = {'shortest_edge': 32.0}, expected one number"),
-        ({"image_mean": [0.5, 0.5]}, "image_mean = [0.5, 0.5], expected three numbers"),
-        ({"image_std": [0.5, "a", 0.5]}, "image_std = 'a', expected a number"),
-        ({"rescale_factor": True}, "rescale_factor = True, expected a number"),
-        ({"default_to_square": True}, "default_to_square = True, expected False"),
+        ("mm_projector_type", "linear", "'mlp2x_gelu'"),
+        ("mm_projector_type", "mlp3x_gelu", "'mlp2x_gelu'"),
+        ("image_aspect_ratio", "padded", "'pad'"),
+        ("image_aspect_ratio", "anyres", "llava-hf/"),
+        ("image_aspect_ratio", "anyres_max_9", "'pad'"),
+        ("image_aspect_ratio", ["pad"], "'pad'"),
+        ("mm_hidden_size", 64, "32"),
+        *((key, "absent", "an integer") for key in ("mm_hidden_size", "hidden_size")),
+        ("mm_vision_select_layer", "absent", "an integer"),
+        ("mm_vision_select_layer", [-2, -5], "an integer"),
+        ("mm_vision_select_feature", "cls", "'patch'"),
+        ("mm_vision_select_feature", ["patch"], "'patch'"),
     ],
 )
-def test_processor_settings_that_are_refused(settings: dict[str, Any], expected: str) -> None:
-    with pytest.raises(CheckpointError) as caught:
-        hf(**settings)
-    assert expected in str(caught.value)
-    assert "preprocessor_config.json" in str(caught.value)
+def test_original_configurations_that_are_refused(key: str, value: Any, expected: str) -> None:
+    got = f"{key} = {None if value == 'absent' else value!r}"
+    with refused(CheckpointError, got=got, expected=expected):
+        original({key: value})
+
+
+def test_original_refuses_before_its_tower_is_looked_for() -> None:
+    with refused(CheckpointError, got="mm_projector_type = 'linear'", expected="'mlp2x_gelu'"):
+        original({"mm_projector_type": "absent"})
+    with refused(CheckpointError, got="'anyres'", expected="llava-hf/"):
+        families.tower_reference(ORIGINAL_CONFIG | {"image_aspect_ratio": "anyres"})
+    for reference in (["a/b"], None, ""):
+        with refused(CheckpointError, got=f"mm_vision_tower = {reference!r}", expected="hub id"):
+            families.tower_reference(ORIGINAL_CONFIG | {"mm_vision_tower": reference})
 
 
 @pytest.mark.parametrize("suffix", ["", "Fast", "Pil"])
@@ -628,39 +575,71 @@ def test_absent_settings_have_the_defaults_of_transformers() -> None:
     assert upstream.resample == 3
 
 
+TYPE = "image_processor_type"
+
+
 @pytest.mark.parametrize(
-    ("family", "settings", "expected"),
+    ("family", "key", "value", "expected"),
     [
-        ("llava-siglip", {"do_center_crop": True}, "do_center_crop = True, expected False with Si"),
-        ("llava-siglip", {"size": {"height": 32, "width": 32}}, "size = 32, expected 34, the towe"),
-        ("llava-siglip", {"size": {"height": 34, "width": 30}}, "size = {'height': 34, 'width': 3"),
-        ("llava-siglip", {"size": {"shortest_edge": 34}}, "one number of pixels, or height and wi"),
-        ("llava-siglip", {"do_pad": True}, "do_pad = True, expected False with SiglipImageProcess"),
-        ("llava-next", {"image_processor_type": "CLIPImageProcessor"}, "expected one of LlavaNext"),
-        ("llava-next", {"size": {"shortest_edge": 40}}, "size = 40, expected 32, the tower's imag"),
-        ("llava-next", {"crop_size": 28}, "crop_size = 28, expected 32, the tower's image_size"),
-        ("llava-next", {"image_grid_pinpoints": [[32, 48]]}, "expected those of the image process"),
-        ("llava-next", {"image_grid_pinpoints": []}, "image_grid_pinpoints = [], expected a list "),
-        ("llava-next", {"image_grid_pinpoints": [[32, 64], 64]}, "[[32, 64], 64], expected a list"),
-        ("llava-next", {"image_grid_pinpoints": [[32, 0]]}, "[[32, 0]], expected a list of [heigh"),
-        ("llava-next", {"image_grid_pinpoints": [[32, 64, 3]]}, "[[32, 64, 3]], expected a list o"),
-        ("llava-onevision", {"image_processor_type": "SiglipImageProcessor"}, "one of LlavaOnevis"),
-        ("llava-onevision", {"do_center_crop": True}, "do_center_crop = True, expected False with"),
-        ("video-llava", {"image_processor_type": "LlavaImageProcessor"}, "one of VideoLlavaImageP"),
-        ("vip-llava", {"image_processor_type": "SiglipImageProcessor"}, "one of CLIPImageProcesso"),
+        ("llava", TYPE, "ViTImageProcessor", "CLIPImageProcessor,"),
+        ("llava", TYPE, "LlavaNextImageProcessor", "CLIPImageProcessor,"),
+        ("llava", TYPE, ["CLIPImageProcessor"], "CLIPImageProcessor,"),
+        ("llava", TYPE, "absent", "CLIPImageProcessor,"),
+        ("llava", "resample", 2, "3"),
+        *(("llava", key, False, "True") for key in ("do_resize", "do_normalize")),
+        ("llava", "do_convert_rgb", False, "True"),
+        ("llava", "do_rescale", None, "True"),
+        ("llava", "do_center_crop", False, "True with CLIPImageProcessor"),
+        ("llava", "do_pad", True, "False with CLIPImageProcessor"),
+        ("llava", "default_to_square", True, "False"),
+        ("llava", "crop_size", {"height": 32, "width": 28}, "one number of pixels"),
+        ("llava", "crop_size", 28, "32"),
+        ("llava", "crop_size", "absent", "one number of pixels"),
+        ("llava", "size", {"height": 32, "width": 32}, "one number of pixels"),
+        ("llava", "size", {"shortest_edge": 32.0}, "one number of pixels"),
+        ("llava", "size", 16, "at least crop_size 32"),
+        ("llava", "image_mean", [0.5, 0.5], "three numbers"),
+        ("llava", "rescale_factor", True, "a number"),
+        ("llava-siglip", "do_center_crop", True, "False with SiglipImageProcessor"),
+        ("llava-siglip", "size", 32, "34"),
+        ("llava-siglip", "size", {"height": 34, "width": 30}, "height and width"),
+        ("llava-siglip", "size", {"shortest_edge": 34}, "height and width"),
+        ("llava-siglip", "do_pad", True, "False with SiglipImageProcessor"),
+        ("llava-next", TYPE, "CLIPImageProcessor", "LlavaNextImageProcessor"),
+        ("llava-next", "size", 40, "32"),
+        ("llava-next", "crop_size", 28, "32"),
+        *(
+            ("llava-next", POINTS, points, "a list of [height, width]")
+            for points in ([], [[32, 64], 64], [[32, 0]], [[32, 64, 3]])
+        ),
+        ("llava-onevision", TYPE, "SiglipImageProcessor", "LlavaOnevisionImageProcessor"),
+        ("llava-onevision", "do_center_crop", True, "False with LlavaOnevision"),
+        ("video-llava", TYPE, "LlavaImageProcessor", "VideoLlavaImageProcessor"),
+        ("vip-llava", TYPE, "SiglipImageProcessor", "CLIPImageProcessor"),
     ],
-)  # fmt: skip
-def test_processor_settings_of_other_families_that_are_refused(
-    family: str, settings: dict[str, Any], expected: str
+)
+def test_processor_settings_that_are_refused(
+    family: str, key: str, value: Any, expected: str
 ) -> None:
-    text = message(family, **settings)
-    assert expected in text
+    got = f"{key} = {None if value == 'absent' else value!r}"
+    said: dict[str, Said] = {"expected": expected, "cure": "preprocessor_config.json"}
+    if key == "size" and isinstance(value, int):
+        sides = ("height", "width") if family == "llava-siglip" else ("shortest_edge",)
+        value = dict.fromkeys(sides, value)
+    with refused(CheckpointError, got=got, **said):
+        tiny(family, **{key: value})
 
 
-def test_pinpoints_are_whole_tiles() -> None:
-    points = {"image_grid_pinpoints": [[32, 64], [32, 48]]}
-    text = message("llava-next", points, **points)
-    assert "image_grid_pinpoints = [32, 48], expected multiples of image_size 32" in text
+def test_other_processor_settings_that_are_refused() -> None:
+    with refused(CheckpointError, got="image_std = 'a'", expected="a number"):
+        hf(image_std=[0.5, "a", 0.5])
+    with refused(CheckpointError, got=POINTS, expected="those of the image processor"):
+        tiny("llava-next", **{POINTS: [[32, 48]]})
+    points = {POINTS: [[32, 64], [32, 48]]}  # not whole tiles
+    with refused(CheckpointError, got=f"{POINTS} = [32, 48]", expected="multiples of"):
+        tiny("llava-next", points, **points)
+    with refused(CheckpointError, expected="preprocessor_config.json"):
+        families.describe(CONFIG, None)
 
 
 def test_a_picture_that_is_taken_to_be_rgb() -> None:
@@ -733,8 +712,3 @@ def test_what_transformers_saves_is_read(
     # Left out, they are the same: our defaults are its.
     bare = {k: v for k, v in saved.items() if k not in ("image_mean", "image_std")}
     assert families.describe(model.config, bare, media=media) == config
-
-
-def test_no_settings() -> None:
-    with pytest.raises(CheckpointError, match=r"no settings of an image processor, expected prep"):
-        families.describe(CONFIG, None)

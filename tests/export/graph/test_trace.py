@@ -21,6 +21,7 @@ import torch
 
 from tests.export.layouts import CONFIG, PROCESSOR
 from tests.places import ROOT
+from tests.refusals import refused
 from vzip.export import families
 from vzip.export.algorithm.budget import Budget, Merge
 from vzip.export.checkpoint.random_weights import random_vision
@@ -469,13 +470,13 @@ def test_the_first_cls_alone_is_a_graph_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("batch", [0, -1])
 def test_options_with_no_batch(batch: int) -> None:
-    with pytest.raises(ExportError, match=f"^batch is {batch}, expected at least 1$"):
+    with refused(ExportError, got=f"batch is {batch}", expected="at least 1"):
         GraphOptions(batch=batch)
 
 
 @pytest.mark.parametrize("opset", [16, 19, 21])
 def test_options_of_another_opset(opset: int) -> None:
-    with pytest.raises(ExportError, match=f"^opset is {opset}, expected 18, or 17 for TensorRT"):
+    with refused(ExportError, got=f"opset is {opset}", expected="18, or 17"):
         GraphOptions(opset=opset)
 
 
