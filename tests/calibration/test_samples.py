@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.refusals import refused
+from tests.refusals import refused, says
 from vzip.calibration.samples import LEAST, Samples
 from vzip.runtime.bundle.manifest import Manifest
 from vzip.runtime.bundle.reader import read_bundle
@@ -118,7 +118,7 @@ def test_too_few_readable_images_are_an_error_that_names_them(folder: Path) -> N
         (folder / f"sub{number % 2}" / f"{number}.png").write_bytes(b"\x89PNG\r\n\x1a\n damaged")
     with refused(InvalidInputError, got=("1 images", "8 files"), expected="4") as caught:
         Samples.open(str(folder), count=4)
-    assert "7 that can't be read and 0 duplicates (sub" in str(caught.value)
+    says(caught.value, cause=("7 that can't be read", "sub"))
     with refused(InvalidInputError, got=("1 images", "8 files"), expected=f"{LEAST}"):
         Samples.open(str(folder), count=None)
 
@@ -134,7 +134,7 @@ def test_a_path_in_a_list_that_is_not_there_is_left_out_by_name(folder: Path) ->
 def test_what_is_neither_folder_nor_list_is_refused(
     folder: Path, tmp_path: Path, missing: str
 ) -> None:
-    with pytest.raises(InvalidInputError, match=r"expected a (folder, a )?text file"):
+    with refused(InvalidInputError, got=missing, expected="text file"):
         Samples.open(str(tmp_path / missing), count=None)
 
 

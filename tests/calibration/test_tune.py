@@ -115,13 +115,17 @@ def test_a_record_that_is_of_no_use_is_named(tmp_path: Path, entry: object, reas
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [("[1,", "no valid JSON"), ("{}", "a JSON dict, expected a list"), ("\xff", "no valid JSON")],
+    ("text", "fields"),
+    [
+        ("[1,", {"got": "JSON"}),
+        ("{}", {"got": "dict", "expected": "list"}),
+        ("\xff", {"got": "JSON"}),
+    ],
 )
-def test_another_file_is_said_to_be_one(tmp_path: Path, text: str, message: str) -> None:
+def test_another_file_is_said_to_be_one(tmp_path: Path, text: str, fields: dict[str, str]) -> None:
     path = tmp_path / "data.json"
     path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(InvalidInputError, match=message):
+    with refused(InvalidInputError, **fields):
         InstructionData(path, tmp_path)
 
 
@@ -233,7 +237,7 @@ def test_what_does_not_fit_is_said() -> None:
     wording = Wording(fake_llm("bytes"), 5)
     with refused(InvalidInputError, got="'a <image> circle'"):
         wording.example([Turn("what?", "a <image> circle")])
-    with pytest.raises(InvalidInputError, match="placeholders"):
+    with refused(InvalidInputError, got="placeholders"):
         wording.example([Turn("what is <image>?", "a circle")])
 
 

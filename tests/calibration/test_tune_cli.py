@@ -208,11 +208,11 @@ def test_another_seed_is_another_projector(whole: bytes, opened_once: None, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "got"),
     [
         (("--learning-rate", "2e-3"), "recipe"),
         (("--tokens", "21"), "features"),
-        (("--count", "19"), "count|other records"),
+        (("--count", "19"), "records"),
     ],
 )
 def test_another_run_is_not_resumed(
@@ -223,7 +223,7 @@ def test_another_run_is_not_resumed(
     monkeypatch: pytest.MonkeyPatch,
     features: Path,
     changes: tuple[str, str],
-    message: str,
+    got: str,
 ) -> None:
     output = tmp_path / "projector.safetensors"
     shared = ("--features", str(features))
@@ -231,7 +231,7 @@ def test_another_run_is_not_resumed(
         patch.setattr(Session, "finish", killing(Session.finish, 1, after=False))
         with pytest.raises(KilledError):
             tune(output, *shared)
-    with pytest.raises(InvalidInputError, match=message):
+    with refused(InvalidInputError, got=got):
         tune(output, *shared, "--resume", *changes)
     assert tune(output, *shared, "--resume") == whole
 
