@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from vzip.runtime.cli import asking
 from vzip.runtime.console import emit
+from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.llm import check_question
 
 
@@ -15,6 +17,13 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     parser.add_argument("question", metavar="QUESTION", help="the question, in quotes")
     # Several images, an option and the question: plain parsing takes the last image for it.
     arguments = parser.read(argv, intermixed=True)
+    # Not Path.is_file, which fails on a text that is too long for a name.
+    if os.path.isfile(arguments.question):  # noqa: PTH113
+        raise InvalidInputError(
+            f"the last argument is the file '{arguments.question}'",
+            expected="a question",
+            cure='ask in quotes, such as "What is that?"',
+        )
     check_question("ask", arguments.question)
     asking.check_numbers("ask", arguments)
     conversation = asking.conversation(arguments)

@@ -316,6 +316,15 @@ def test_options_may_stand_anywhere(argv, dash, conversation, monkeypatch, capsy
     assert list(map(str, seen[0].images)) == ["1", "2", "3"]
 
 
+def test_a_file_is_no_question_and_a_long_text_is_one(conversation, tmp_path, capsys):
+    (tmp_path / "b.jpg").write_bytes(b"")
+    assert main(["ask", "b", "a.jpg", str(tmp_path / "b.jpg")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "b.jpg" in captured.err
+    assert main(["ask", "b", "a.jpg", f"{'long ' * 2000}?"]) == 0
+
+
 def test_chat_answers_each_line_as_it_is_made(conversation, monkeypatch):
     monkeypatch.setattr(sys, "stdin", Terminal("one?\n\n  \ntwo? \n三?", terminal=False))
     stdout, stderr = Terminal(terminal=False), Terminal(terminal=False)
