@@ -140,6 +140,7 @@ def test_linear_layers_alone_are_quantised_symmetrically(
     assert done.opset == (17 if (name, precision) == ("fp32", "int8") else 19)
 
 
+@pytest.mark.slow
 def test_the_saved_files_read_nothing_but_each_other(made: Made, tmp_path: Path) -> None:
     done = made("fp32", PLAIN)
     done.save(tmp_path)
@@ -159,6 +160,7 @@ def test_the_saved_files_read_nothing_but_each_other(made: Made, tmp_path: Path)
     assert (again / "model.int8.onnx").read_bytes() == model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "precision"), list(itertools.product(["fp32", "fp16"], ["int8", "fp8"]))
 )
@@ -370,6 +372,7 @@ def test_recipes_out_of_range_are_refused() -> None:
             Recipe(**values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 @pytest.mark.parametrize("name", ["fp32", "fp16"])
 def test_tensorrt_rtx_compiles_it_ahead_of_time(

@@ -161,6 +161,7 @@ def test_an_encoder_runs_the_tower_and_its_own_tail_and_nothing_else(
     assert ran[summed.name] == ran[ALL] == []
 
 
+@pytest.mark.slow
 def test_encoding_one_budget_gives_what_all_together_gave(
     session: SweepSession, photograph: tuple[np.ndarray, np.ndarray]
 ) -> None:
@@ -306,6 +307,7 @@ def test_a_sweep_writes_what_it_measured(result: Path) -> None:
     assert found["questions"] is None
 
 
+@pytest.mark.slow
 def test_the_table_has_every_row_and_the_advice(result: Path) -> None:
     text, found = (result / "sweep.md").read_text(), json.loads((result / "sweep.json").read_text())
     lines = [line for line in text.splitlines() if line.startswith("| ")]

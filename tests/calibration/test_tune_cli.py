@@ -261,6 +261,7 @@ def test_a_projector_that_is_there_is_not_replaced(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [output]
 
 
+@pytest.mark.slow
 def test_an_export_takes_the_projector(whole: bytes, tmp_path: Path) -> None:
     output = tmp_path / "projector.safetensors"
     output.write_bytes(whole)

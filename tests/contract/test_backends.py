@@ -66,6 +66,7 @@ class TestContract:
         assert encoder.backend == backend
         assert encoder.manifest == read_bundle(tiny_bundle).manifest
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("count", [1, 2, 3])
     def test_computes_every_batch_of_a_dynamic_graph(
         self, encoder: VisionEncoder, golden: Golden, count: int

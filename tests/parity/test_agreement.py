@@ -383,6 +383,7 @@ def test_a_right_graph_passes_its_own_reference(
         assert result.contextual_cosine > 0.99999
 
 
+@pytest.mark.slow
 def test_without_a_check_there_is_no_reference(checkpoint: Path, tmp_path: Path) -> None:
     bundle = export(checkpoint, tmp_path, check_images=())
     assert "reference.npz" not in bundle.manifest.files
@@ -390,6 +391,7 @@ def test_without_a_check_there_is_no_reference(checkpoint: Path, tmp_path: Path)
         load_reference(bundle)
 
 
+@pytest.mark.slow
 def test_a_damaged_reference_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     bundle = export(checkpoint, tmp_path)
     path = bundle.path / "reference.npz"

@@ -98,6 +98,7 @@ def test_its_pictures_are_answered(bundle, capsys):
     assert right >= 3, "it knows most digits"
 
 
+@pytest.mark.slow
 def test_two_pictures_at_once(bundle, tmp_path, monkeypatch, capsys):
     """The LLM was trained on one, so what it says of two is no measure: it is what Python gets."""
     one, two = sorted(demo.pictures().glob("*.jpg"))[:2]

@@ -165,6 +165,7 @@ def test_a_graph_of_another_tool_is_refused(tmp_path: Path, tiny_bundle: Path) -
         open_backend("pytorch", read_bundle(tiny_bundle))
 
 
+@pytest.mark.slow
 def test_what_is_not_the_module_s_is_named() -> None:
     bundle = read_bundle(exported.bundles() / "tiny_bundle")
     selection = dataclasses.replace(bundle.manifest.selection, dominant=3, contextual=4)

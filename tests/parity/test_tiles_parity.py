@@ -93,6 +93,7 @@ def assert_equal_to_reference(family: str, side: int, image: Image.Image) -> Non
     assert len(result.images) == 1 + math.prod(result.grid)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 def test_published_tiles(size, family):

@@ -176,6 +176,7 @@ def tie_graph(cls_token: bool) -> onnx.ModelProto:
     return traced(Compress([(9, 6)], cls_token=cls_token), inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls_token", [True, False], ids=["cls", "patches"])
 @pytest.mark.parametrize("kind", ["constant", "quantised", "duplicated keys", "zero keys"])
 def test_ties_are_the_same_in_the_graph(kind: str, cls_token: bool) -> None:

@@ -249,6 +249,7 @@ def test_a_form_that_keeps_other_tokens_or_cannot_run_is_not_chosen(
     assert found.form not in {"dynamic", "mixed", "fused"}
 
 
+@pytest.mark.slow
 def test_where_nothing_agrees_nothing_is_published(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -173,6 +173,7 @@ def by_hand(x: Array, weights: Array, bits: str, block: int = 16) -> Array:
     return np.asarray(rounded @ (np.rint(parts / steps) * steps).reshape(weights.shape))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS[:-1], ids=lambda form: form.name)
 @pytest.mark.parametrize("name", ["image", "pixels-17", "siglip"])
 def test_every_linear_layer_is_rounded_as_described(
@@ -304,6 +305,7 @@ def test_a_gate_beside_a_layer_that_stays_in_fp32_keeps_its_constant(
     assert [each.c for each in gates(graph, some)] == [each.c for each in gates(graph, every)][1:]
 
 
+@pytest.mark.slow
 def test_smoothing_divides_what_a_norm_gives(exported: MakeBundle) -> None:
     """By powers of two: bit for bit, also where norms share gamma and beta."""
     bundle = exported("outliers")
@@ -348,6 +350,7 @@ def test_a_norm_that_something_else_reads_is_not_smoothed(exported: MakeBundle) 
     assert norm not in norms(model.graph)
 
 
+@pytest.mark.slow
 def test_fp16_graphs_have_no_other_form(exported: MakeBundle) -> None:
     for form in FORMS:
         assert not rewrite(graph_of(exported("fp16")), form, {})

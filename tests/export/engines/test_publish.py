@@ -290,6 +290,7 @@ def start(path: Path, *arguments: str, before: str = "") -> subprocess.Popen[str
     )
 
 
+@pytest.mark.slow
 def test_two_builders_at_once(tiny_bundle: Path) -> None:
     slowly = (
         "import time; from vzip.export.engines.tensorrt import publish; build = publish.build\n"

@@ -207,6 +207,7 @@ def test_the_graph_is_the_untouched_model(
     compare(bundle, family, media)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [name for name in PUBLISHED if name != "llava-hf-single"])
 def test_every_layout_gives_the_same_graph(
     case: tuple[str, Media], layout: str, checkpoints: Any, tmp_path: Path

@@ -63,6 +63,7 @@ def test_every_layout_gives_the_same_graph(export: Export, name: str) -> None:
     assert read_bundle(bundle.path).manifest == bundle.manifest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_passes_parity(export: Export, name: str) -> None:
     numbers = export(name).manifest.parity

@@ -180,6 +180,7 @@ def test_exactly_these_operators(graph: Graph) -> None:
     assert not graph.proto.functions
 
 
+@pytest.mark.slow
 def test_onnx_checks_it_in_full(graph: Graph) -> None:
     onnx.checker.check_model(str(graph.folder / MODEL_FILE), full_check=True)
     assert [(each.domain, each.version) for each in graph.proto.opset_import] == [

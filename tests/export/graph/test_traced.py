@@ -146,6 +146,7 @@ def assert_equals_upstream(
     assert token_weights.shape == (len(kept), budget.tokens, there.hidden.shape[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", ["average", "sum"])
 @pytest.mark.parametrize("cls_token", [True, False], ids=["cls", "patches"])
 @pytest.mark.parametrize("graph_input", ["image", "pixel_values"])

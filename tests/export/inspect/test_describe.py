@@ -84,6 +84,7 @@ def test_a_graph(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     assert float(match[1]) == pytest.approx(size, abs=0.1)
 
 
+@pytest.mark.slow
 def test_what_it_selects_by_and_takes(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     lines = inspected(bundle, capsys)
     assert line(lines, "tokens").endswith("(average), selected by visionzip")

@@ -85,6 +85,7 @@ def test_parts_of_a_graph(bundle: Bundle) -> None:
     assert not {"Conv", "LayerNormalization"} & set(selection)
 
 
+@pytest.mark.slow
 def test_the_casts_around_the_merge_are_the_merges(bundle: Bundle) -> None:
     nodes = graph_of(bundle)
     found = parts(nodes)

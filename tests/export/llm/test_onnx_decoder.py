@@ -85,6 +85,7 @@ def refused_command(capsys: pytest.CaptureFixture[str], *arguments: str | Path) 
 # ── refused before any work ─────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_random_weights_answer_nothing(tmp_path, capsys):
     arguments = ("--model", "demo", "--weights", "random", "--with-llm", "-o", tmp_path / "x")
     assert "random" in refused_command(capsys, *arguments)

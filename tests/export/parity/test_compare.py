@@ -169,6 +169,7 @@ def test_a_good_half_graph_passes(reference: UntouchedModel, export: Exporter, m
     assert 1e-5 < result.max_error < 1e-2  # it is FP16
 
 
+@pytest.mark.slow
 def test_all_numbers_go_into_json(reference: UntouchedModel, export: Exporter) -> None:
     result = reference.compare(export())
     numbers = result.to_json()
@@ -234,6 +235,7 @@ def test_another_graph_fails(
     assert result.max_error > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "precision"),
     [
@@ -303,6 +305,7 @@ OUTPUTS: Mapping[str, Callable[[Output], None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mistake", "precision"),
     [*((each, "fp32") for each in OUTPUTS), *((each, "fp16") for each in [*OUTPUTS][:5])],
@@ -421,6 +424,7 @@ def test_an_export_that_fails_its_check_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_check_says_yes_or_no_and_writes_the_numbers(
     room: Path, export: Exporter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -319,6 +319,7 @@ def test_other_backends_leave_nothing_on_a_device(rig: Rig) -> None:
 # Failures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["BeginCapture", "EndCapture", "Instantiate", "engine", "invalid"])
 def test_a_capture_may_fail_at_any_step_which_is_said_once(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, step: str
@@ -428,6 +429,7 @@ def test_a_call_that_fails_leaves_the_next_one_clean(rig: Rig, function: str, wa
             rig.run(encoder, count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "code", "got", "on_device"),
     [

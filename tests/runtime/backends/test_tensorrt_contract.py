@@ -46,6 +46,7 @@ def golden_bundle(name: str, folder: Path, generation: str) -> Path:
     return target
 
 
+@pytest.mark.slow
 class TestContractOnTheFakeGpu(test_backends.TestContract):
     """Every test of the contract but one."""
 

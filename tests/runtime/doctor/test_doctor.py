@@ -307,6 +307,7 @@ def test_whatever_an_import_does_is_an_answer(tmp_path, monkeypatch, code, answe
     assert environment._probe("tensorrt") == answer
 
 
+@pytest.mark.slow
 def test_an_import_that_hangs_is_given_up(tmp_path, monkeypatch):
     plant(tmp_path, monkeypatch, "tensorrt", "import time; time.sleep(60)")
     assert environment._probe("tensorrt", limit_s=2) == {"error": "no answer within 2 s"}

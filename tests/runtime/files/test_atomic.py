@@ -114,6 +114,7 @@ def killed(tmp_path: Path, old: Path, new: Path, case: str) -> list[tuple[str, d
     return [(target, dict(hidden)) for target, hidden in seen]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "first"), [("replace", "old"), ("fresh", "absent"), ("update", "old")]
 )

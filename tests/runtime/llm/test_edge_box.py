@@ -91,6 +91,7 @@ def test_a_conversation_goes_on(questions, expected):
         assert out.splitlines() == expected[name]
 
 
+@pytest.mark.slow
 def test_several_images(questions):
     pictures = [demo.pictures() / name for name in questions][:2]
     question = next(iter(questions.values()))[0]

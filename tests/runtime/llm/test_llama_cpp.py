@@ -162,6 +162,7 @@ def test_the_demo_answers_as_in_transformers(kind, most, llms, reference, asked)
 
 
 # Of logits up to 14. In FP16 llama.cpp rounds activations, keys and values to half precision.
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "tolerance"), [("fp16", 0.05), ("fp32", 1e-4)])
 def test_logits_are_those_of_transformers(kind, tolerance, llms, reference, asked):
     llm = llms[kind]

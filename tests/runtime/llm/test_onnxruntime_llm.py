@@ -334,6 +334,7 @@ def test_of_equal_logits_the_lower_id_is_said(plain, monkeypatch):
             llm.step([5], llm.new_cache(), None)
 
 
+@pytest.mark.slow
 @pytest.mark.local_llm
 def test_a_graph_that_fails_breaks_its_conversation_alone(plain, monkeypatch):
     llm = OnnxRuntimeLLM(plain)

@@ -128,6 +128,7 @@ def test_positions_are_video_llavas():
 # --- from files ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLIPS)
 def test_frames_are_those_of_a_complete_decode(name, library, tmp_path):
     codec, b_frames = CLIPS[name]
