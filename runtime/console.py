@@ -64,6 +64,7 @@ def run_command(command: Callable[[], int], *, prog: str) -> int:
             flush()
             _log_cost()
         except VzipError as error:
+            _log_origin(error)
             complain(f"{prog}: error: {error}")
             return FAILED
         except KeyboardInterrupt:
@@ -82,6 +83,14 @@ def _log_cost() -> None:
 
         form = "took %.2f s of this process's processor time"
         logging.getLogger(__name__).info(form, time.process_time())
+
+
+def _log_origin(error: VzipError) -> None:
+    """Log where an error comes from, and what of another package was its cause, for ``-vv``."""
+    if _verbosity == Verbosity.DEBUG:
+        import logging
+
+        logging.getLogger(__name__).debug("the error below comes from here", exc_info=error)
 
 
 @contextlib.contextmanager

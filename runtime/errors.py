@@ -34,12 +34,26 @@ class VzipError(Exception):
 
 
 def _message(*fields: str) -> str:
-    """Return the one line that says all; a field may quote another library's lines."""
+    """Return the one line that says all; a field may quote another library's lines.
+
+    It may also quote a name of a file or a server's answer: what a terminal would take for a
+    command, or can't show, stands there escaped.
+    """
     got, expected, cause, cure = (
-        " ".join(part.strip() for part in field.splitlines()).strip() for field in fields
+        printable(" ".join(part.strip() for part in field.splitlines()).strip()) for field in fields
     )
     fault = f"{got}, expected {expected}" if expected else got
     return "; ".join(part for part in (fault, cause, cure) if part)
+
+
+def printable(text: str) -> str:
+    """Return a text whose characters that can't be printed are escaped, as Python writes them."""
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode("ascii")
+        for each in text
+    )
 
 
 def _remade(kind: type[VzipError], got: str, expected: str, cause: str, cure: str) -> VzipError:

@@ -1,0 +1,137 @@
+"""Guards: what becomes an error of ours at a door, and what passes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.refusals import refused, says
+from vzip.runtime import console
+from vzip.runtime.bundle import manifest as some_module_of_ours
+from vzip.runtime.errors import BundleError, CheckpointError, InvalidInputError
+from vzip.runtime.guard import door, guarded, shown
+
+PanicException = type("PanicException", (BaseException,), {})  # as pyo3 makes it
+
+
+class UnprintableError(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no")
+
+
+@pytest.mark.parametrize(
+    ("raised", "cause"),
+    [
+        (OverflowError("int too large"), "OverflowError: int too large"),
+        (RecursionError("deep\nand more"), "RecursionError: deep"),
+        (MemoryError(), "MemoryError: there is not enough memory"),
+        (PermissionError(13, "Permission denied", "a"), "PermissionError: Permission denied"),
+        (KeyError("size"), "KeyError: 'size'"),
+        (IndexError(), "IndexError"),
+        (StopIteration(), "StopIteration"),
+        (PanicException("index out of bounds"), "PanicException: index out of bounds"),
+        (AssertionError("in a package"), "AssertionError: in a package"),
+        (UnprintableError(), "UnprintableError"),
+        (ValueError("x" * 10_000), "ValueError: xxx"),
+    ],
+)
+def test_what_packages_raise_becomes_the_door_s_error(raised: BaseException, cause: str) -> None:
+    thing = guarded(BundleError, lambda: "the bundle 'b' can't be read", cure="copy it again")
+    with refused(BundleError, got="'b'", cause=cause, cure="copy") as caught, thing:
+        raise raised
+    assert caught.value.__cause__ is raised
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt(), SystemExit(3), GeneratorExit()])
+def test_what_ends_a_program_passes(raised: BaseException) -> None:
+    with pytest.raises(type(raised)) as caught, guarded(BundleError, "x"):
+        raise raised
+    assert caught.value is raised
+
+
+def test_what_ends_a_task_passes() -> None:
+    with pytest.raises(asyncio.CancelledError), guarded(BundleError, "x"):
+        raise asyncio.CancelledError
+
+
+def test_our_own_errors_pass_with_their_fields() -> None:
+    with (
+        refused(InvalidInputError, got="the inner", cure="the nearer cure"),
+        guarded(BundleError, "the outer"),
+        guarded(CheckpointError, "the middle"),
+    ):
+        raise InvalidInputError("the inner", cure="the nearer cure")
+
+
+@pytest.mark.parametrize("line", ["assert False", "no_such_name"])
+def test_what_can_only_be_a_bug_of_ours_passes(line: str) -> None:
+    """In vzip's own code: the same in a package is the package's answer to our input."""
+    namespace = {"__name__": some_module_of_ours.__name__}
+    with pytest.raises((AssertionError, NameError)), guarded(BundleError, "x"):
+        exec(line, namespace)
+    with refused(BundleError), guarded(BundleError, "x"):
+        exec(line, {"__name__": "a_package"})
+
+
+@door(BundleError, "the bundle '{path}' at {size} can't be read", cure="look at '{path}'")
+def opened(path: object, *, size: object = 3) -> object:
+    if isinstance(path, Exception):
+        raise path
+    return {"a": 1}[str(path)]
+
+
+def test_a_door_names_its_arguments() -> None:
+    assert opened("a") == 1
+    assert opened.__name__ == "opened"
+    with refused(BundleError, got=("'b'", "at 3"), cause="KeyError: 'b'", cure="'b'"):
+        opened("b")
+    with refused(BundleError, got=("'c.npy'", "SimpleNamespace")):
+        opened(Path("c.npy"), size=SimpleNamespace())
+    with refused(BundleError, got="…") as caught:
+        opened("{path}" * 10_000)
+    assert len(str(caught.value)) < 1500
+
+
+def test_a_call_with_the_wrong_arguments_is_the_caller_s_bug() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        opened("a", wrong=1)  # type: ignore[call-arg]
+
+
+def test_values_are_shown_in_a_few_characters() -> None:
+    assert shown(10**400) == "a huge integer"
+    assert (shown(None), shown(float("nan")), shown(7)) == ("None", "nan", "7")
+    assert shown([1] * 1000) == "list"
+
+
+def test_a_message_is_one_line_of_printable_characters() -> None:
+    error = BundleError("the file 'a\x1b[31m\x07\ud800\u202e.npz'\r\nis gone", cure="a\x00b\x9b")
+    assert re.fullmatch(r"[ -~]+", str(error))
+    assert "a\\x1b[31m\\x07\\ud800\\u202e.npz' is gone" in str(error)
+    assert str(BundleError("é 猫 – ×")) == "é 猫 – ×"
+
+
+def test_the_original_is_there_to_be_looked_at(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    def command(verbosity: console.Verbosity) -> int:
+        console.set_verbosity(verbosity)
+        opened("b")
+        return 0
+
+    assert console.run_command(lambda: command(console.Verbosity.NORMAL), prog="vzip") == 2
+    assert "Traceback" not in capsys.readouterr().err
+    with caplog.at_level(logging.DEBUG):
+        assert console.run_command(lambda: command(console.Verbosity.DEBUG), prog="vzip") == 2
+    said = capsys.readouterr().err
+    assert "KeyError: 'b'" in said
+    assert said.splitlines()[-1].startswith("vzip: error: the bundle 'b'")
+
+
+def test_an_error_s_fields_are_as_they_were_given() -> None:
+    says(BundleError("a\x1b", cure="c"), got="a\x1b", cure="c")
