@@ -134,6 +134,7 @@ def export(
     graph_input: GraphInput = "image",
     opset: Literal[17, 18] | None = None,
     with_llm: bool = False,
+    replace: bool = False,
     check_images: Sequence[ImageSource] | None = None,
     say: Callable[[str], None] = console.say,
 ) -> Bundle:
@@ -174,6 +175,8 @@ def export(
             float32 [B, 3, H, W] as the processor makes it.
         opset: 17 for TensorRT 8.6, or 18. None is the target's, or 18 without one.
         with_llm: Put the language model into the bundle too, for ONNX Runtime.
+        replace: Whether a bundle at `output` that holds engines, quantised graphs or a language
+            model may be replaced, and they be lost.
         check_images: Pictures that the graph is compared with the untouched model on. None takes
             vzip's own; an empty list leaves the check out.
         say: Told, in lines, what was chosen and what begins.
@@ -234,6 +237,7 @@ def export(
         check_images=reference_images() if check_images is None else check_images,
         step=lambda name: say(f"{name} …"),
         with_llm=with_llm,
+        replace=replace,
     )
     if (parity := bundle.manifest.parity) is not None:
         say(
@@ -311,6 +315,7 @@ def export_bundle(
     check_images: Sequence[ImageSource],
     step: Callable[[str], None],
     with_llm: bool = False,
+    replace: bool = False,
 ) -> Bundle:
     """Export one bundle; it appears at `output` whole, checked and published, or not at all.
 
@@ -324,6 +329,7 @@ def export_bundle(
         check_images: Images for the parity check; none leaves it out.
         step: Told what begins.
         with_llm: Put the language model into the bundle too, for ONNX Runtime.
+        replace: As for `export`.
 
     Returns:
         The published bundle.
@@ -337,7 +343,7 @@ def export_bundle(
     from vzip.export.llm import onnx_decoder as llm
     from vzip.export.parity.compare import UntouchedModel
 
-    with bundle_writer(output) as writer:
+    with bundle_writer(output, replace=replace) as writer:
         if with_llm:
             step(f"the LLM has {llm.plan(source.model, source.revision)}")
         step("reading weights")

@@ -17,6 +17,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from vzip.runtime.errors import InvalidInputError, VzipError
@@ -110,7 +111,7 @@ def _open_streams() -> Iterator[None]:
     if sys.stderr is not None:
         yield
         return
-    with open(os.devnull, "w") as stream, contextlib.redirect_stderr(stream):  # noqa: PTH123
+    with Path(os.devnull).open("w", encoding="utf-8") as stream, contextlib.redirect_stderr(stream):
         yield
 
 

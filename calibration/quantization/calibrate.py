@@ -119,7 +119,8 @@ def publish(bundle: Bundle, made: Quantised, samples: Samples) -> Bundle:
         with precision_writer(now, made.precision) as writer:
             made.save(writer.folder)
             report = json.dumps(made.report.to_json(), indent=2, allow_nan=False)
-            (writer.folder / report_file(made.precision)).write_text(report + "\n")
+            file = writer.folder / report_file(made.precision)
+            file.write_text(report + "\n", encoding="utf-8")
             record = record_of(made)
             with VisionEncoder.open(writer.stage(record), backend="onnxruntime") as encoder:
                 size = 1 if now.manifest.batch.dynamic else now.manifest.batch.max

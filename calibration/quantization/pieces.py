@@ -19,6 +19,7 @@ from vzip.export.graph.reading import read_graph
 from vzip.runtime.backends.onnxruntime import import_onnxruntime, with_output
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.errors import BackendError, BundleError
+from vzip.runtime.files.names import in_utf8
 
 Array = NDArray[Any]
 Kind = Literal["qkv", "out_proj", "fc1", "fc2", "projector"]
@@ -171,7 +172,6 @@ class PieceSession:
         tensors = [value.const_value for value in graph.initializers.values()]
         external = {each.base_dir for each in tensors if isinstance(each, ir.ExternalTensor)}
         assert len(external) <= 1, "weights of one bundle lie in one folder"
-        options.add_session_config_entry(_FOLDER_KEY, str(next(iter(external), Path())))
         if any(each and each.dtype == ir.DataType.FLOAT8E4M3FN for each in tensors):
             # ONNX Runtime 1.31 makes integer MatMuls of FP8 ones too, and then can't run them.
             options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -179,9 +179,11 @@ class PieceSession:
         for name in added:
             data = with_output(data, name)
         try:
-            self._session: Any = onnxruntime.InferenceSession(
-                data, options, providers=["CPUExecutionProvider"]
-            )
+            with in_utf8(Path(next(iter(external), ""))) as folder:
+                options.add_session_config_entry(_FOLDER_KEY, folder)
+                self._session: Any = onnxruntime.InferenceSession(
+                    data, options, providers=["CPUExecutionProvider"]
+                )
         except Exception as error:  # ONNX Runtime's errors have no base class of their own
             raise BackendError(
                 f"ONNX Runtime {onnxruntime.__version__} can't open the graph: "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from vzip.export.cli.options import add_model
 from vzip.runtime.cli.options import Parser, add_output
 from vzip.runtime.console import emit, say
-from vzip.runtime.errors import require
+from vzip.runtime.errors import InvalidInputError, require
 from vzip.runtime.files import outputs
 from vzip.runtime.models import locate
 
@@ -21,6 +21,11 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     """Write a GGUF."""
     arguments = _parser(prog).read(argv)
     outputs.check_file(arguments.output, ".gguf")
+    if arguments.output.exists() and not arguments.replace:
+        raise InvalidInputError(
+            f"the output '{arguments.output}' is there already and would be lost",
+            cure="choose another name with -o, or say --replace",
+        )
     locate(arguments.model)
     require("torch", "transformers", "safetensors", "gguf", needed_for=f"'{prog}'", extra="export")
     from vzip.export.llm.gguf import convert
@@ -48,4 +53,5 @@ def _parser(prog: str) -> Parser:
         "--to", choices=("gguf",), required=True, help="the format: gguf, which llama.cpp reads"
     )
     add_output(parser, "FILE.gguf", "the file to write")
+    parser.add_argument("--replace", action="store_true", help="replace a file of that name")
     return parser

@@ -52,6 +52,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         graph_input=arguments.input,
         opset=arguments.opset,
         with_llm=arguments.with_llm,
+        replace=arguments.replace,
         check_images=() if arguments.no_check else None,
     )
     emit(str(arguments.output or bundle.path.name))  # as it was asked for
@@ -132,4 +133,10 @@ def _parser(prog: str) -> Parser:
         "--no-check", action="store_true", help="skip the parity check against the PyTorch model"
     )
     parser.add_argument("-o", "--output", metavar="FOLDER", help="where the bundle goes")
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="replace a bundle there even if its engines, quantised graphs or language model are "
+        "lost by it",
+    )
     return parser

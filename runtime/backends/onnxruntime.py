@@ -15,6 +15,7 @@ from vzip.runtime.backends.forks import outlive_forks
 from vzip.runtime.backends.protocol import BackendUnavailableError
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.errors import BackendError, first_line, missing
+from vzip.runtime.files.names import in_utf8
 from vzip.runtime.machine.record import processor
 
 # Where external data lies when the session is made from bytes (ONNX Runtime 1.19 or newer).
@@ -77,13 +78,14 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = _FATAL_ONLY
-    options.add_session_config_entry(_FOLDER_KEY, str(folder))
     if fp8:
         # ONNX Runtime 1.31 makes integer MatMuls of these too, and then can't run them.
         options.add_session_config_entry(_NO_INTEGERS_KEY, "1")
     model = graph()
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=list(providers))
+        with in_utf8(folder) as named:
+            options.add_session_config_entry(_FOLDER_KEY, named)
+            session = onnxruntime.InferenceSession(model, options, providers=list(providers))
     except Exception as error:  # ONNX Runtime's errors have no base class of their own
         raise BackendError(
             f"{name} can't open the graph: {first_line(error)}",

@@ -34,7 +34,7 @@ from vzip.runtime.bundle.manifest import (
     FileEntry,
     Manifest,
 )
-from vzip.runtime.bundle.precision_record import QUANTISED, QUANTISED_FILES
+from vzip.runtime.bundle.precision_record import QUANTISED, QUANTISED_FILES, graph_file
 from vzip.runtime.bundle.reader import (
     LARGEST_MANIFEST,
     WAITING_SUFFIX,
@@ -53,6 +53,7 @@ from vzip.runtime.files import atomic
 from vzip.runtime.files.codec import Scalar
 
 _WAITING = re.compile(rf"\.({'|'.join(QUANTISED)})\.[0-9a-f]{{16}}{re.escape(WAITING_SUFFIX)}")
+_WAITING_ENGINE = re.compile(r"\.(.+)\.[0-9a-f]{16}")
 _OLD_FORMS = "fastest"  # a cache that vzip 0.1 kept in a bundle; nothing reads it any more
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -66,8 +67,9 @@ class BundleWriter:
             names are to be put.
     """
 
-    def __init__(self, staged: atomic.StagedFolder) -> None:
+    def __init__(self, staged: atomic.StagedFolder, *, replace: bool) -> None:
         self._staged = staged
+        self._replace = replace
         self.folder = staged.path
         self.published = False
 
@@ -119,7 +121,7 @@ class BundleWriter:
             BundleError: As for `stage`; or what stands at the target is not ours to replace.
         """
         staged = self.stage(manifest)
-        _check_replaceable(self._staged.target)
+        _check_replaceable(self._staged.target, replace=self._replace)
         with explaining(self._staged.target):
             self._staged.commit()
         self.published = True
@@ -127,7 +129,7 @@ class BundleWriter:
 
 
 @contextmanager
-def bundle_writer(path: str | os.PathLike[str]) -> Iterator[BundleWriter]:
+def bundle_writer(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[BundleWriter]:
     """Write a bundle that appears at `path` whole or not at all.
 
     Put the files into ``writer.folder`` and call ``writer.publish(manifest)``. When the block is
@@ -136,17 +138,19 @@ def bundle_writer(path: str | os.PathLike[str]) -> Iterator[BundleWriter]:
 
     Args:
         path: The folder to create, or a vzip bundle to replace. Its parent must exist.
+        replace: Whether a bundle with engines, quantised graphs or an LLM may be replaced too.
 
     Raises:
-        BundleError: `path` is something else than a bundle, can't be written, or the disk is full.
+        BundleError: `path` is something else than a bundle, holds what took long to make, can't be
+            written, or the disk is full.
     """
     target = Path(path).absolute()
-    _check_replaceable(target)
+    _check_replaceable(target, replace=replace)
     with explaining(target):
         staged = atomic.StagedFolder(target)
     try:
         with explaining(target):
-            writer = BundleWriter(staged)
+            writer = BundleWriter(staged, replace=replace)
             yield writer
         if not writer.published:
             raise BundleError(
@@ -286,8 +290,11 @@ def file_entry(path: Path) -> FileEntry:
         return digest_of(file, path.name)
 
 
-def _check_replaceable(target: Path) -> None:
-    """Refuse to replace anything but nothing, an empty folder, or a bundle with only its files."""
+def _check_replaceable(target: Path, *, replace: bool) -> None:
+    """Refuse to replace anything but nothing, an empty folder, or a bundle with only its files.
+
+    What was put into a bundle after its export took hours, so it goes only where that was said.
+    """
     if not os.path.lexists(target):
         return
     cure = "choose another folder with -o, or remove this one yourself"
@@ -313,6 +320,32 @@ def _check_replaceable(target: Path) -> None:
             expected="one to replace",
             cure=cure,
         )
+    added = _added_later(target)
+    if added and not replace:
+        raise BundleError(
+            f"{target}: is a bundle with {', '.join(added)}, which would be lost",
+            cure="choose another folder with -o, or say --replace (in Python replace=True)",
+        )
+
+
+def _added_later(folder: Path) -> list[str]:
+    """Return what a bundle holds that took long to make, whatever its manifest says.
+
+    What a killed writer had put in place under a waiting name is in the bundle too.
+    """
+    names = {entry.name for entry in folder.iterdir()}
+    waiting = {found[1] for name in names if (found := _WAITING.fullmatch(name))}
+    engines = {
+        _WAITING_ENGINE.sub(r"\1", entry.stem)
+        for entry in (folder / ENGINES_FOLDER).glob(f"*{ENGINE_SUFFIX}")
+    }
+    added = [f"the engine '{name}'" for name in sorted(engines)]
+    added += [
+        f"the {each} graph" for each in QUANTISED if graph_file(each) in names or each in waiting
+    ]
+    if names & set(LLM_FILES):
+        added.append("the language model")
+    return added
 
 
 def _passing(entry: Path) -> bool:

@@ -522,6 +522,31 @@ def test_a_killed_export_leaves_the_old_bundle_as_it_was(
     read_bundle(output)
 
 
+def test_what_took_long_is_replaced_only_when_that_is_said(
+    model: Path, place: Path, good_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = Path(shutil.copytree(good_bundle, place / "out"))
+    again = ["export", "--model", str(model), *QUICK, "-o", str(output)]
+    assert main(again) == 0  # a bundle as it was exported is made anew
+    engines = output / "engines"
+    engines.mkdir()
+    for name in ("orin.plan", ".rtx.0123456789abcdef.plan"):  # one was about to take its name
+        (engines / name).write_bytes(b"hours")
+    for name in ("model.int8.onnx", "llm.onnx"):
+        (output / name).write_bytes(b"hours")
+    (output / ".fp8.0123456789abcdef.waiting").mkdir()
+    before = contents(output)
+    capsys.readouterr()
+    assert main(again) == 2
+    err = capsys.readouterr().err
+    for named in ("'orin'", "'rtx'", "int8 graph", "fp8 graph", "language model", "--replace"):
+        assert named in err
+    assert contents(output) == before
+    assert main([*again, "--replace"]) == 0
+    assert not engines.exists()
+    read_bundle(output)
+
+
 # vzip check
 
 

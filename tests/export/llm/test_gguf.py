@@ -480,6 +480,15 @@ def test_the_command_writes_a_file(llava, tmp_path, capsys):
     ]
     assert target.read_bytes()[:4] == b"GGUF"
     assert target.stat().st_mode & 0o777 == (llava / "config.json").stat().st_mode & 0o777
+    target.write_bytes(b"quantised")
+    again = ["convert", "--model", str(llava), "--to", "gguf", "-o", str(target)]
+    assert main(again) == 2
+    err = capsys.readouterr().err
+    assert str(target) in err
+    assert "--replace" in err
+    assert target.read_bytes() == b"quantised"
+    assert main([*again, "--replace"]) == 0
+    assert target.read_bytes()[:4] == b"GGUF"
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,12 @@ def test_an_export_replaces_a_bundle_and_its_engines(tiny_bundle, tiny_static_bu
     for name in ("timing.cache", ".lock", ".orin.0123456789abcdef.plan", ".x.0123.vzip-tmp"):
         (tiny_bundle / "engines" / name).write_bytes(b"x")
     manifest = add(read_bundle(tiny_static_bundle), OLD).manifest
-    with bundle_writer(tiny_bundle) as writer:
+    before = names(tiny_bundle)
+    kept = refused(BundleError, got="the engine 'orin'", cure="--replace")
+    with kept, bundle_writer(tiny_bundle):
+        pytest.fail("hours of work were about to go")
+    assert names(tiny_bundle) == before
+    with bundle_writer(tiny_bundle, replace=True) as writer:
         copy_files(tiny_static_bundle, writer.folder)
         writer.publish(manifest)
     assert read_bundle(tiny_bundle).manifest == dataclasses.replace(manifest, engines={})

@@ -355,7 +355,9 @@ def test_an_export_drops_quantised_graphs(tiny_bundle, tiny_static_bundle):
     add_precision(tiny_bundle, "fp8")
     waits(tiny_bundle, "waits")
     (tiny_bundle / ".fp8.0123.vzip-tmp").mkdir()
-    with bundle_writer(tiny_bundle) as writer:
+    with refused(BundleError, got="the fp8 graph", cure="--replace"), bundle_writer(tiny_bundle):
+        pytest.fail("hours of work were about to go")
+    with bundle_writer(tiny_bundle, replace=True) as writer:
         copy_files(tiny_static_bundle, writer.folder)
         writer.publish(other)
     assert names(tiny_bundle) == OWN
