@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vzip.export import EXPORT_PACKAGES
 from vzip.export.architecture import Media
 from vzip.export.pictures import reference_images
 from vzip.export.pipeline import WeightSource
+from vzip.runtime import console
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.bundle.writer import update_manifest
 from vzip.runtime.errors import CheckpointError, require
@@ -21,6 +22,7 @@ def check(
     images: Sequence[ImageSource] | None = None,
     *,
     projector: str | os.PathLike[str] | None = None,
+    say: Callable[[str], None] = console.say,
 ) -> Bundle:
     """Compare a bundle's graph with the model that its manifest names, as ``vzip check`` does.
 
@@ -31,6 +33,7 @@ def check(
         bundle: The folder.
         images: Pictures to compare on; None takes vzip's own.
         projector: The file with the tuned projector, if the bundle was made with one.
+        say: Told, in a line, which limits were missed and by what, if any was.
 
     Returns:
         The bundle; ``manifest.parity`` has the numbers and the verdict ``passed``.
@@ -69,4 +72,7 @@ def check(
         )
     pictures = reference_images() if images is None else images
     result = UntouchedModel(weights, pictures).compare(found)
-    return update_manifest(found, parity=result.to_json())
+    checked = update_manifest(found, parity=result.to_json())
+    if not result.passed:
+        say(f"{path} misses the gate of {found.manifest.precision}: {'; '.join(result.short)}")
+    return checked

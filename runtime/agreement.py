@@ -428,6 +428,15 @@ LLM_LOGITS: Final[Mapping[str, Limits]] = {
 }
 
 
+def parity_shown(parity: Mapping[str, object]) -> str:
+    """Return the numbers of a manifest's ``parity`` that its gate judges, in a few words."""
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value:.6g}"
+        for name in ("kept_disagreements", "group_disagreements", "min_cosine", "max_error")
+        if isinstance(value := parity.get(name), (int, float))
+    )
+
+
 # A run beside the reference of its bundle
 
 

@@ -29,6 +29,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         low_memory=arguments.low_memory,
         safer=arguments.safer,
         rtx=arguments.rtx,
+        unproven=arguments.unproven,
     )
     emit(str(engine.path))
     return 0
@@ -75,6 +76,11 @@ def _parser(prog: str) -> Parser:
         "--safer",
         action="store_true",
         help="if the tokens differ from PyTorch's, try settings that are slower and safer",
+    )
+    parser.add_argument(
+        "--unproven",
+        action="store_true",
+        help="build from a bundle whose graph failed 'vzip check'",
     )
     parser.add_argument(
         "--precision",

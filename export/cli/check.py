@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vzip.runtime.cli.options import Parser, add_bundle
-from vzip.runtime.console import emit, emit_json
+from vzip.runtime.console import complain, emit, emit_json
 
 BELOW_THE_GATE = 1
 
@@ -33,7 +33,12 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     arguments = parser.read(argv)
     from vzip.export import check
 
-    bundle = check(arguments.bundle, arguments.images or None, projector=arguments.projector)
+    bundle = check(
+        arguments.bundle,
+        arguments.images or None,
+        projector=arguments.projector,
+        say=lambda line: complain(f"{prog}: {line}"),  # with --quiet too: it is the verdict
+    )
     parity = bundle.manifest.parity
     assert parity is not None
     if arguments.json:

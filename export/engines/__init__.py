@@ -6,12 +6,13 @@ import os
 from typing import TYPE_CHECKING
 
 from vzip.runtime import console
-from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.errors import InvalidInputError, ParityError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from vzip.export.engines.published import BuiltEngine
+    from vzip.export.engines.tensorrt.request import BuildRequest
 
 
 def build(
@@ -26,6 +27,7 @@ def build(
     low_memory: bool = False,
     safer: bool = False,
     rtx: str | None = None,
+    unproven: bool = False,
     say: Callable[[str], None] = console.say,
 ) -> BuiltEngine:
     """Build an engine from a bundle on the machine that will run it, and put it into the bundle.
@@ -52,6 +54,7 @@ def build(
         safer: If the tokens differ, try settings that are slower and safer.
         rtx: Build with TensorRT-RTX for these GPUs, such as ``sm86,sm89``, without having one. Such
             an engine is not compared with PyTorch.
+        unproven: Build from a bundle whose graph differs from PyTorch's by its last parity check.
         say: Told, in lines, what goes on.
 
     Returns:
@@ -62,8 +65,9 @@ def build(
         BundleError: The bundle is damaged.
         MissingDependencyError: TensorRT is not installed; or, with `cpu`, ONNX Runtime or onnx_ir.
         BackendError: There is no GPU, or the graph can't be built.
-        ParityError: The engine's tokens differ from PyTorch's.
+        ParityError: The engine's tokens differ from PyTorch's, or the bundle's own graph's do.
     """
+    _check_parity(bundle, unproven=unproven, say=say)
     if cpu:
         given = {
             "precision (--precision)": precision,
@@ -75,8 +79,7 @@ def build(
             "rtx (--rtx)": rtx,
         }
         return _build_cpu(bundle, name, [each for each in given if given[each] is not None], say)
-    from vzip.export.engines.tensorrt.auto import AUTO, build_best
-    from vzip.export.engines.tensorrt.publish import build_engine
+    from vzip.export.engines.tensorrt.auto import AUTO
     from vzip.export.engines.tensorrt.request import BuildRequest
 
     request = BuildRequest(
@@ -89,7 +92,21 @@ def build(
         safer=safer,
         precision=None if precision == AUTO else precision,
     )
-    if precision == AUTO:
+    return _build_for_gpu(bundle, request, say, best=precision == AUTO)
+
+
+def _build_for_gpu(
+    bundle: str | os.PathLike[str],
+    request: BuildRequest,
+    say: Callable[[str], None],
+    *,
+    best: bool,
+) -> BuiltEngine:
+    """Build an engine of TensorRT's; `best` takes the precision that is measured to be fastest."""
+    from vzip.export.engines.tensorrt.auto import build_best
+    from vzip.export.engines.tensorrt.publish import build_engine
+
+    if best:
         engine, built = build_best(bundle, request, say=say)
     else:
         engine = build_engine(bundle, request, say=say)
@@ -97,11 +114,36 @@ def build(
     for each in built:
         if each.reused:
             say(f"'{each.name}' is there already, the same in every respect; it was not built")
-    if precision == AUTO:
+    if best:
         say(f"the fastest that agrees is '{engine.name}'")
     if (quantised := engine.record.quantised) is not None:
         say(f"to run it, open the bundle with --precision {quantised} (precision='{quantised}')")
     return engine
+
+
+def _check_parity(
+    path: str | os.PathLike[str], *, unproven: bool, say: Callable[[str], None]
+) -> None:
+    """Refuse a bundle whose graph was found to differ from the untouched model.
+
+    An engine is compared with the model's tokens too, but by a gate that is wider than a graph's.
+    """
+    from vzip.runtime.agreement import parity_shown
+    from vzip.runtime.bundle.reader import read_bundle
+
+    bundle = read_bundle(path, verify=False)
+    parity = bundle.manifest.parity
+    if parity is None or parity["passed"] is True:
+        return
+    found = f"{bundle.path}: its graph failed its parity check ({parity_shown(parity)})"
+    if not unproven:
+        raise ParityError(
+            found,
+            expected="a graph whose tokens are the untouched model's",
+            cause="an engine of it would be as wrong",
+            cure="export the bundle again, or build it all the same with unproven (--unproven)",
+        )
+    say(f"warning: {found}; the engine is built all the same")
 
 
 def _build_cpu(

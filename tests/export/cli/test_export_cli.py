@@ -585,7 +585,14 @@ def test_a_failed_gate_has_status_1(
     manifest["model"]["id"] = str(tmp_path / "other")
     (bundle / "manifest.json").write_text(json.dumps(manifest, indent=2))
     capsys.readouterr()
-    assert main(["check", str(bundle)]) == 1
-    captured = capsys.readouterr()
+    for option in ("--json", "--quiet"):
+        assert main(["check", str(bundle), option]) == 1
+        captured = capsys.readouterr()
+        # Which limit was missed, and by what: the value and the limit.
+        (line,) = captured.err.splitlines()
+        parity = read_bundle(bundle).manifest.parity
+        assert parity is not None
+        assert parity["passed"] is False
+        for said in (str(bundle), "lowest cosine", f"{parity['min_cosine']:.6g}", "0.99999"):
+            assert said in line
     assert "passed: False" in captured.out.splitlines()
-    assert "Traceback" not in captured.err
