@@ -19,7 +19,7 @@ from vzip.runtime.backends.protocol import Backend, DeviceBackend
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS, Manifest, Media, Tensor
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.errors import BackendError, InvalidInputError
-from vzip.runtime.pictures.images import ImageSource, load_image
+from vzip.runtime.pictures.images import Channels, ImageSource, check_channels, load_image
 from vzip.runtime.pictures.preprocess import pixel_values, tower_image
 from vzip.runtime.pictures.tiles import arrange, arrange_rows, cut, newline_row
 
@@ -177,7 +177,11 @@ class VisionEncoder:
         }
 
     def encode(
-        self, images: ImageSource | Sequence[ImageSource], *, on_device: bool = False
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        *,
+        on_device: bool = False,
+        channels: Channels = "rgb",
     ) -> CompressedTokens:
         """Return the compressed tokens of one or more images.
 
@@ -189,10 +193,12 @@ class VisionEncoder:
         its copies' results are dropped.
 
         Args:
-            images: One image (path, encoded bytes, PIL image, uint8 array [H, W, 3] RGB), or a
-                list or tuple of them.
+            images: One image (path, encoded bytes, PIL image, uint8 array [H, W, 3]), or a list or
+                tuple of them.
             on_device: Whether to leave the tokens on the GPU as well, as
                 `CompressedTokens.on_device`; no more images than one call takes.
+            channels: The order of an array's last axis: ``rgb``, or ``bgr`` for what OpenCV reads.
+                Images that are no arrays are refused with ``bgr``: they say it themselves.
 
         Returns:
             The tokens, B = the number of images, in their order.
@@ -205,6 +211,7 @@ class VisionEncoder:
                 next call is not affected, unless the device itself is lost, which each then says.
         """
         self._usable()  # before any image is decoded
+        check_channels(channels)
         sources: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
         if not sources:
             raise InvalidInputError(
@@ -212,14 +219,15 @@ class VisionEncoder:
                 expected="at least one image",
             )
         preprocessing = self.manifest.preprocessing
-        pixels = np.stack([tower_image(load_image(each), preprocessing) for each in sources])
+        loaded = (load_image(each, channels=channels) for each in sources)
+        pixels = np.stack([tower_image(each, preprocessing) for each in loaded])
         return self._encode_pixels(pixels, on_device)
 
-    def image_embeds(self, image: ImageSource) -> Array:
+    def image_embeds(self, image: ImageSource, *, channels: Channels = "rgb") -> Array:
         """Return the embeddings of `image_tokens` alone, float32 or float16 [n, L]."""
-        return self.image_tokens(image).embeds
+        return self.image_tokens(image, channels=channels).embeds
 
-    def image_tokens(self, image: ImageSource) -> EncodedImage:
+    def image_tokens(self, image: ImageSource, *, channels: Channels = "rgb") -> EncodedImage:
         """Return all that the language model gets for one image.
 
         Where the bundle cuts images into tiles (`Manifest.tiling`), all tiles go through the graph
@@ -229,6 +237,7 @@ class VisionEncoder:
 
         Args:
             image: As for `encode`.
+            channels: As for `encode`.
 
         Returns:
             Embeddings [n, L], n = K without tiles; and the kept indices of each tile.
@@ -242,11 +251,11 @@ class VisionEncoder:
         self._check_media("image")
         tiling, tower = self.manifest.tiling, self.manifest.tower
         if tiling is None:
-            tokens = self.encode([image])
+            tokens = self.encode([image], channels=channels)
             embeds = tokens.embeds.reshape(tokens.embeds.shape[1:])  # [1, K, L] → [K, L]
             return EncodedImage(embeds, tokens.kept)
         newline = self.bundle.newline() if tiling.order == "newline" else None
-        tiles = cut(load_image(image), self.manifest.preprocessing, tiling)
+        tiles = cut(load_image(image, channels=channels), self.manifest.preprocessing, tiling)
         tokens = self._encode_pixels(tiles.images, on_device=False)
         grid, embeds, kept = tiles.grid, tokens.embeds[1:], tokens.kept[1:]
         cells, cls_token = tower.grid, tower.cls_token
@@ -259,12 +268,13 @@ class VisionEncoder:
         )
         return EncodedImage(np.concatenate([tokens.embeds[0], others]), tokens.kept)
 
-    def video_embeds(self, frames: Sequence[ImageSource]) -> Array:
+    def video_embeds(self, frames: Sequence[ImageSource], *, channels: Channels = "rgb") -> Array:
         """Return all that the language model gets for a clip.
 
         Args:
             frames: A list or tuple of frames in time order, each an image as `encode` takes it:
                 what `vzip.runtime.pictures.video.sample_frames` returns.
+            channels: As for `encode`: ``bgr`` for frames from OpenCV's VideoCapture.
 
         Returns:
             float32 or float16 [n, L]: the K tokens of frame 0, then those of frame 1, …; where the
@@ -285,7 +295,7 @@ class VisionEncoder:
                 cure="take them from a file with vzip.runtime.pictures.video's sample_frames",
             )
         newline = self.bundle.newline() if self.manifest.tower.pool == 2 else None
-        embeds = self.encode(frames).embeds  # [frames, K, L]
+        embeds = self.encode(frames, channels=channels).embeds  # [frames, K, L]
         tokens = embeds.reshape(-1, embeds.shape[-1])
         return tokens if newline is None else np.concatenate([tokens, newline_row(newline, tokens)])
 

@@ -2,7 +2,8 @@
 
 Images come from strangers. So there is a whitelist of formats, recognised by their first bytes and
 never by their name (JPEG, PNG, WebP, BMP, GIF); a cap on pixels, checked from the header before any
-pixel is decoded; and a cap on the encoded size. Pillow's own `Image.open` is not used: it would try
+pixel is decoded (of a draft, on those that it leaves); caps on what else keeps a decoder busy; and
+a cap on the encoded size. Pillow's own `Image.open` is not used: it would try
 every plugin that happens to be registered, and its bomb check hangs on a global
 (`Image.MAX_IMAGE_PIXELS`) that belongs to the application and that nothing here reads or sets
 (Pillow's decoders for WebP and GIF read it: where it is the lower limit, it holds, with an error).
@@ -11,12 +12,15 @@ What happens to the odd ones:
 
 | image | result |
 |---|---|
+| array of OpenCV's | blue and red change places, if `channels` says ``bgr`` |
 | alpha, or a transparent colour (RGBA, LA, PA, palette, GIF, PNG's tRNS) | composited onto white |
 | palette, grey, one bit, CMYK, YCbCr, HSV | converted to RGB |
 | 16 bits a channel, colour PNG | Pillow decodes the high byte |
 | 16 or 32 bits, one channel (modes I;16, I, F) | refused: its range is not known |
 | animated GIF, WebP, PNG | the first frame |
 | EXIF or XMP orientation | applied, so the result is upright |
+| EXIF, text, colour profile or other extras that are damaged | left out: the pixels count |
+| more scans, blocks or unpacked text than any picture has | refused: see `headers` |
 | truncated, corrupt, of size 0, larger than a cap, not on the whitelist | refused |
 
 The conversions are those of transformers 5's image processors (`image_transforms.convert_to_rgb`)
@@ -26,16 +30,26 @@ picture gives one result, however it comes in.)
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import stat
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Union
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Union
+from weakref import WeakValueDictionary
 
 import numpy as np
 from PIL import Image
 
 from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.pictures.headers import (
+    MAX_BLOCKS,
+    check_blocks,
+    check_scans,
+    too_many,
+    without_extras,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,11 +59,17 @@ if TYPE_CHECKING:
 ImageSource = Union[str, Path, bytes, Image.Image, "np.ndarray[Any, Any]"]
 """What `load_image` takes: a path, an encoded image, a PIL image, or a uint8 array."""
 
+Channels = Literal["rgb", "bgr"]
+"""The order of an array's last axis: ``bgr`` is what OpenCV's readers and cameras give."""
+
 MAX_PIXELS = 2**26
 """Most pixels of an image: 67 million. The 61 and 64 megapixels of today's large sensors pass."""
 
 MAX_ENCODED_BYTES = 4 * MAX_PIXELS + 2**20
 """Most bytes of an encoded image: 32 bits a pixel uncompressed, and 1 MiB of header."""
+
+MAX_DRAFTED = 4 * MAX_PIXELS
+"""Most pixels of a JPEG that a draft makes small; half of it, where it has several scans."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 """Formats that are decoded, as Pillow names them."""
@@ -57,6 +77,10 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 # Modes that `Image.convert` takes to RGB with no choice to make. I, F and I;16 are not among them:
 # Pillow clips them at 255, which turns most such pictures white.
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"})
+
+_HEAD = 12  # bytes that tell a format
+_LOCKS: WeakValueDictionary[int, threading.Lock] = WeakValueDictionary()  # by a PIL image's id
+_LOCKS_LOCK = threading.Lock()
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _TRANSPOSE = {
@@ -70,7 +94,9 @@ _TRANSPOSE = {
 }
 
 
-def load_image(source: ImageSource, *, draft: int | None = None) -> Image.Image:
+def load_image(
+    source: ImageSource, *, draft: int | None = None, channels: Channels = "rgb"
+) -> Image.Image:
     """Return the image that a source holds, upright and in RGB.
 
     With `draft`, a large JPEG is made smaller by its decoder: other pixels than the processors see,
@@ -78,11 +104,13 @@ def load_image(source: ImageSource, *, draft: int | None = None) -> Image.Image:
 
     Args:
         source: A path (str or Path, never a URL), an encoded image (bytes), a PIL image (its
-            current frame), or a uint8 array: [H, W, 3] in the order red, green, blue, or [H, W]
-            grey.
+            current frame), or a uint8 array: [H, W, 3] in the order that `channels` names, or
+            [H, W] grey. An array of OpenCV's is ``bgr``.
         draft: Decode a JPEG (a path's or bytes') to a half, quarter or eighth of its width and
             height, the smallest at which both are still at least `draft` pixels. None for all
             pixels. Other formats are decoded in full.
+        channels: Of an array: ``rgb`` for red, green, blue; ``bgr`` for blue, green, red, as
+            OpenCV has them. Everything else says it itself, and is refused with ``bgr``.
 
     Returns:
         The image in mode RGB, decoded, with the orientation applied. A PIL image that is upright
@@ -91,7 +119,8 @@ def load_image(source: ImageSource, *, draft: int | None = None) -> Image.Image:
     Raises:
         InvalidInputError: The source can't be read, is no image of a known format, is damaged, is
             larger than `MAX_PIXELS` or `MAX_ENCODED_BYTES`, or has a mode, dtype or layout whose
-            meaning is not certain; `draft` is no positive integer.
+            meaning is not certain; `draft` is no positive integer; `channels` is neither, or is
+            ``bgr`` for what is no array.
     """
     if draft is not None and (type(draft) is not int or draft < 1):
         raise InvalidInputError(
@@ -99,14 +128,22 @@ def load_image(source: ImageSource, *, draft: int | None = None) -> Image.Image:
             expected="a positive number of pixels, or None for a full decode",
             cause="twice the tower's input is close to it",
         )
+    check_channels(channels)
     if isinstance(source, np.ndarray):
-        return _from_array(source)
+        return _from_array(source, channels)
+    if channels == "bgr" and isinstance(source, (str, Path, bytes, Image.Image)):
+        raise InvalidInputError(
+            f"got channels='bgr' with an image of type {_type_name(source)}",
+            expected="a uint8 numpy array [H, W, 3], as OpenCV gives it",
+            cause="files and PIL images say themselves which channel is red",
+            cure="leave channels out; of a PIL image made from a BGR array give the array",
+        )
     if isinstance(source, Image.Image):
-        return _finish(source, "the PIL image")
+        return _from_pil(source)
     if isinstance(source, bytes):
         name = "the encoded image"
         _check_encoded_size(len(source), name)
-        return _decode(io.BytesIO(source), name, draft)
+        return _decode(source, name, draft)
     if isinstance(source, (str, Path)):
         return _from_path(source, draft)
     raise InvalidInputError(
@@ -118,10 +155,19 @@ def load_image(source: ImageSource, *, draft: int | None = None) -> Image.Image:
     )
 
 
-def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
+def check_channels(channels: object) -> None:
+    """Raise InvalidInputError unless this names an order of an array's channels."""
+    if channels not in ("rgb", "bgr"):
+        raise InvalidInputError(
+            f"got channels={channels!r}",
+            expected="'rgb' or 'bgr', OpenCV's order",
+        )
+
+
+def _from_array(array: np.ndarray[Any, Any], channels: Channels) -> Image.Image:
     """Return the RGB image of a uint8 array [H, W, 3] or [H, W]; raises InvalidInputError."""
     got = f"got an image array of dtype {array.dtype} and shape {list(array.shape)}"
-    expected = "uint8 [H, W, 3] (RGB) or [H, W] (grey)"
+    expected = f"uint8 [H, W, 3] ({channels.upper()}) or [H, W] (grey)"
     if array.dtype != np.uint8:
         cure = (
             "pixels from 0 to 1 become uint8 with (array * 255).round().astype('uint8')"
@@ -142,7 +188,8 @@ def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
         cure = "check the order of its axes"
         if array.ndim == 3 and array.shape[2] == 4:
-            cure = "for alpha give PIL.Image.fromarray(array), to drop it array[..., :3]"
+            rgba = "array" if channels == "rgb" else "array[..., [2, 1, 0, 3]]"
+            cure = f"for alpha give PIL.Image.fromarray({rgba}), to drop it array[..., :3]"
         elif array.ndim == 3 and array.shape[2] == 1:
             cure = "drop the last axis with array[..., 0]"
         elif array.ndim == 3 and array.shape[0] == 3:
@@ -153,7 +200,9 @@ def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
             cure=cure,
         )
     _check_size(array.shape[1], array.shape[0], "the image array")
-    return Image.fromarray(array).convert("RGB") if array.ndim == 2 else Image.fromarray(array)
+    if array.ndim == 2:
+        return Image.fromarray(array).convert("RGB")
+    return Image.fromarray(array if channels == "rgb" else np.ascontiguousarray(array[..., ::-1]))
 
 
 def _from_path(source: str | Path, draft: int | None) -> Image.Image:
@@ -191,7 +240,10 @@ def _from_path(source: str | Path, draft: int | None) -> Image.Image:
             )
         _check_encoded_size(status.st_size, name)
         with path.open("rb") as file:
-            return _decode(file, name, draft)
+            head = file.read(_HEAD)
+            _format_of(head, name)
+            data = head + file.read(MAX_ENCODED_BYTES)
+        _check_encoded_size(len(data), name)  # it may have grown
     except FileNotFoundError as error:
         raise InvalidInputError(
             f"{name} does not exist (looked for at {str(path.absolute())!r})",
@@ -207,48 +259,62 @@ def _from_path(source: str | Path, draft: int | None) -> Image.Image:
             expected="a readable image file",
             cure="check the path and its permissions",
         ) from error
+    return _decode(data, name, draft)
 
 
-def _decode(file: BinaryIO, name: str, draft: int | None) -> Image.Image:
-    """Decode an image file that is open at its start; raises InvalidInputError."""
-    head = file.read(32)
-    file.seek(0)
-    kind = _format_of(head)
-    if kind is None:
-        what = f"begins with {head[:12]!r}" if head else "is empty"
-        raise InvalidInputError(
-            f"{name} is not in a format read here: it {what}",
-            expected=f"one of {', '.join(FORMATS)}",
-            cure="convert it to PNG or JPEG",
-        )
+def _decode(data: bytes, name: str, draft: int | None) -> Image.Image:
+    """Decode an encoded image; raises InvalidInputError."""
+    kind = _format_of(data, name)
     try:
-        # WebP's decoder allocates its canvas, and GIF's its first frame, when the file is opened.
-        if kind in _SIZE_READERS:
-            _check_size(*_SIZE_READERS[kind](file), name)
-            file.seek(0)
-        image = _plugin(kind)(file)
-        _check_size(image.width, image.height, name)
-        if draft is not None:
-            image.draft(None, (draft, draft))  # does nothing but to a JPEG
-        image.load()
+        return _finish(_pixels(kind, data, name, draft), name)
     except InvalidInputError:
         raise
     except Exception as error:  # on hostile bytes a decoder may raise anything
+        # Damaged may be what is no pixel: a text, a colour profile, a camera's notes.
+        less = without_extras(kind, data)
+        with contextlib.suppress(Exception):
+            if less != data:
+                return _finish(_pixels(kind, less, name, draft), name)
         raise _undecodable(f"{name} can't be decoded as {kind}", error) from error
-    return _finish(image, name)
 
 
-def _format_of(head: bytes) -> str | None:
-    """Return the whitelisted format that the first bytes of a file announce, or None."""
-    if head.startswith(b"\xff\xd8\xff"):
+def _pixels(kind: str, data: bytes, name: str, draft: int | None) -> Image.Image:
+    """Return an image, decoded; raises InvalidInputError, or whatever the decoder raises."""
+    shape = check_blocks(kind, data, name)
+    if shape.size is not None:
+        _check_size(*shape.size, name)
+    image = _plugin(kind)(io.BytesIO(data))
+    if draft is None or kind != "JPEG":
+        _check_size(image.width, image.height, name)
+    else:
+        # A decoder that goes over a JPEG more than once holds all of it, whatever size is wanted.
+        _check_size(image.width, image.height, name, MAX_DRAFTED // min(2, shape.scans))
+    check_scans(shape.scans, image.width, image.height, name)
+    if draft is not None:
+        image.draft(None, (draft, draft))  # does nothing but to a JPEG
+        _check_size(image.width, image.height, name)
+    image.load()
+    return image
+
+
+def _format_of(data: bytes, name: str) -> str:
+    """Return the format that an encoded image's first bytes announce; raises InvalidInputError."""
+    if data.startswith(b"\xff\xd8\xff"):
         return "JPEG"
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "PNG"
-    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return "WEBP"
-    if head.startswith((b"GIF87a", b"GIF89a")):
+    if data.startswith((b"GIF87a", b"GIF89a")):
         return "GIF"
-    return "BMP" if head.startswith(b"BM") else None
+    if data.startswith(b"BM"):
+        return "BMP"
+    what = f"begins with {data[:12]!r}" if data else "is empty"
+    raise InvalidInputError(
+        f"{name} is not in a format read here: it {what}",
+        expected=f"one of {', '.join(FORMATS)}",
+        cure="convert it to PNG or JPEG",
+    )
 
 
 def _plugin(kind: str) -> Callable[[BinaryIO], ImageFile]:
@@ -266,57 +332,81 @@ def _plugin(kind: str) -> Callable[[BinaryIO], ImageFile]:
     return plugins[kind]
 
 
-def _webp_size(file: BinaryIO) -> tuple[int, int]:
-    """Return (width, height) of a WebP canvas from its header (RFC 9649); raises on a bad one."""
-    head = file.read(30)
-    chunk, data = head[12:16], head[20:]
-    if len(head) == 30 and chunk == b"VP8X":
-        return 1 + int.from_bytes(data[4:7], "little"), 1 + int.from_bytes(data[7:10], "little")
-    if len(head) == 30 and chunk == b"VP8 " and data[3:6] == b"\x9d\x01\x2a":
-        width = int.from_bytes(data[6:8], "little")
-        height = int.from_bytes(data[8:10], "little")
-        return width & 0x3FFF, height & 0x3FFF
-    if len(head) >= 25 and chunk == b"VP8L" and data[:1] == b"\x2f":
-        bits = int.from_bytes(data[1:5], "little")
-        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    raise ValueError("its header is damaged")
+def _from_pil(image: Image.Image) -> Image.Image:
+    """Return the image of a caller's PIL image, which may not be decoded yet."""
+    name = "the PIL image"
+    # Decoding and reading EXIF change a PIL image, and Pillow has no lock around either.
+    with _LOCKS_LOCK:
+        lock = _LOCKS.get(id(image))
+        if lock is None:
+            lock = _LOCKS[id(image)] = threading.Lock()
+    with lock:
+        _check_size(image.width, image.height, name)
+        _check_mode(image, name)
+        try:
+            _check_undecoded(image, name)
+            return _finish(image, name)
+        except InvalidInputError:
+            raise
+        except Exception as error:  # as for bytes
+            raise _undecodable(f"{name} can't be decoded", error) from error
 
 
-def _gif_size(file: BinaryIO) -> tuple[int, int]:
-    """Return (width, height) that Pillow gives a GIF: the screen, or a first frame beyond it."""
-
-    def take(count: int) -> bytes:
-        data = file.read(count)
-        if len(data) != count:
-            raise ValueError("its first frame is missing")
-        return data
-
-    head = take(13)
-    width, height = int.from_bytes(head[6:8], "little"), int.from_bytes(head[8:10], "little")
-    if head[10] & 0x80:  # a global palette
-        take(3 << (head[10] & 7) + 1)
-    while True:
-        marker = take(1)
-        if marker == b"!":  # an extension: its label, then blocks up to an empty one
-            take(1)
-            while length := take(1)[0]:
-                take(length)
-        elif marker == b",":  # the first frame: left, top, width, height
-            left, top, w, h = (int.from_bytes(take(2), "little") for _ in range(4))
-            return max(width, left + w), max(height, top + h)
-        elif marker != b"\0":  # Pillow skips stray zeros, so do we
-            raise ValueError("its first frame is missing")
-
-
-_SIZE_READERS: dict[str, Callable[[BinaryIO], tuple[int, int]]] = {
-    "WEBP": _webp_size,
-    "GIF": _gif_size,
-}
+def _check_undecoded(image: Image.Image, name: str) -> None:
+    """Refuse what `check_blocks` refuses in a PIL image that is open, but not decoded yet."""
+    tiles, file = getattr(image, "tile", None), getattr(image, "fp", None)
+    if not tiles or file is None:
+        return
+    codec, _, offset, _ = tiles[0]
+    areas = sum(max(0, (x1 - x0) * (y1 - y0)) for _, (x0, y0, x1, y1), _, _ in tiles)
+    if len(tiles) > MAX_BLOCKS or areas > 8 * image.width * image.height:  # a layer for each band
+        too_many(name, f"{len(tiles)} tiles or strips", f"at most {MAX_BLOCKS}, each pixel in one")
+    if codec != "jpeg" or getattr(image, "decoderconfig", None) is None:
+        return
+    place = file.tell()
+    file.seek(offset)
+    data = file.read(MAX_ENCODED_BYTES + 1)
+    file.seek(place)
+    check_scans(check_blocks("JPEG", data, name).scans, image.width, image.height, name)
 
 
 def _finish(image: Image.Image, name: str) -> Image.Image:
-    """Return a PIL image in RGB and upright; raises InvalidInputError."""
-    _check_size(image.width, image.height, name)
+    """Return a PIL image in RGB and upright; raises InvalidInputError, or what Pillow raises."""
+    _check_mode(image, name)
+    image.load()
+    # After loading: PNG may carry its EXIF block behind the pixels.
+    method = _TRANSPOSE.get(_orientation(image))
+    transparent = "A" in image.getbands() or image.info.get("transparency") is not None
+    if image.mode == "RGB" and not transparent and method is None:
+        return image
+    if transparent:
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        rgba = Image.alpha_composite(white, rgba)
+        del white  # the peak has been reached: 12 to 16 bytes a pixel
+        rgb = rgba.convert("RGB")
+        del rgba
+    else:
+        rgb = image.convert("RGB")
+    if method is not None:
+        rgb = rgb.transpose(method)
+    # The orientation and the transparent colour have been used up: left in, they'd be used again.
+    rgb.info = {}
+    return rgb
+
+
+def _orientation(image: Image.Image) -> Any:
+    """Return an image's EXIF or XMP orientation; 1, which is upright, where none can be read."""
+    for _ in range(2):  # where Pillow can't read all of it, a second look shows what it has read
+        with contextlib.suppress(Exception):  # on hostile bytes it may raise anything
+            orientation: Any = image.getexif().get(_ORIENTATION, 1)
+            hash(orientation)
+            return orientation
+    return 1
+
+
+def _check_mode(image: Image.Image, name: str) -> None:
+    """Raise InvalidInputError if what a pixel's numbers mean is not certain."""
     if image.mode not in _MODES:
         raise InvalidInputError(
             f"{name} has mode {image.mode}",
@@ -326,33 +416,11 @@ def _finish(image: Image.Image, name: str) -> Image.Image:
             ),
             cure="scale it to 0 … 255 and convert it to 8 bits",
         )
-    try:
-        image.load()
-        # After loading: PNG may carry its EXIF block behind the pixels.
-        method = _TRANSPOSE.get(image.getexif().get(_ORIENTATION, 1))
-        transparent = "A" in image.getbands() or image.info.get("transparency") is not None
-        if image.mode == "RGB" and not transparent and method is None:
-            return image
-        if transparent:
-            rgba = image if image.mode == "RGBA" else image.convert("RGBA")
-            white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-            rgba = Image.alpha_composite(white, rgba)
-            del white  # the peak has been reached: 12 to 16 bytes a pixel
-            rgb = rgba.convert("RGB")
-            del rgba
-        else:
-            rgb = image.convert("RGB")
-        if method is not None:
-            rgb = rgb.transpose(method)
-    except Exception as error:  # lazy images decode here: see _decode
-        raise _undecodable(f"{name} can't be decoded", error) from error
-    # The orientation and the transparent colour have been used up: left in, they'd be used again.
-    rgb.info = {}
-    return rgb
 
 
-def _check_size(width: int, height: int, name: str) -> None:
+def _check_size(width: int, height: int, name: str, most: int | None = None) -> None:
     """Raise InvalidInputError if an image is empty or has more than `MAX_PIXELS` pixels."""
+    most = MAX_PIXELS if most is None else most
     if width < 1 or height < 1:
         raise InvalidInputError(
             f"{name} is {width}×{height} pixels",
@@ -360,11 +428,11 @@ def _check_size(width: int, height: int, name: str) -> None:
             cause="it is empty",
             cure="make it again",
         )
-    if width * height > MAX_PIXELS:
+    if width * height > most:
         raise InvalidInputError(
             f"{name} is {width}×{height} = {width * height} pixels",
-            expected=f"at most {MAX_PIXELS}: a larger one is most likely a decompression bomb",
-            cure="if it is a picture, shrink it first",
+            expected=f"at most {most}: a larger one is most likely a decompression bomb",
+            cure="if it is a picture, shrink it first, or load_image() a JPEG with draft=",
         )
 
 
@@ -386,6 +454,12 @@ def _undecodable(what: str, error: Exception) -> InvalidInputError:
             f"{what}: {reason}",
             expected="no more pixels than this process allows Pillow",
             cure="shrink the image or raise MAX_IMAGE_PIXELS",
+        )
+    if isinstance(error, MemoryError):
+        return InvalidInputError(
+            f"{what}: there is not enough memory",
+            expected="several bytes a pixel to be free",
+            cure="free some, or shrink the image",
         )
     return InvalidInputError(
         f"{what}: {reason}",

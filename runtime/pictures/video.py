@@ -44,7 +44,7 @@ from PIL import Image
 
 from vzip.runtime.errors import InvalidInputError, missing
 from vzip.runtime.pictures.frames import DEFAULT_FRAMES, frame_positions
-from vzip.runtime.pictures.images import ImageSource, load_image
+from vzip.runtime.pictures.images import Channels, ImageSource, check_channels, load_image
 
 VideoSource = str | Path | Sequence[ImageSource]
 """What `sample_frames` takes: a video file, a folder of images, or a list of images."""
@@ -72,7 +72,9 @@ _PACKETS = 4  # of a transport stream that are looked at
 _HEAD = _PACKETS * 192
 
 
-def sample_frames(source: VideoSource, count: int = DEFAULT_FRAMES) -> list[Image.Image]:
+def sample_frames(
+    source: VideoSource, count: int = DEFAULT_FRAMES, *, channels: Channels = "rgb"
+) -> list[Image.Image]:
     """Return evenly spaced frames of a video; `frame_positions` has the exact rule.
 
     Args:
@@ -80,13 +82,15 @@ def sample_frames(source: VideoSource, count: int = DEFAULT_FRAMES) -> list[Imag
             list or tuple of frames in time order, each anything that `load_image` takes. Only the
             frames that are taken are decoded.
         count: Most frames, at least 1.
+        channels: As for `load_image`: ``bgr`` for a list of arrays from OpenCV's VideoCapture.
 
     Returns:
         The frames in time order, upright, in mode RGB; `count` of them, or all that there are.
 
     Raises:
         InvalidInputError: The source can't be read, is no video of a known container, is cut off
-            or damaged, holds no frame, or has frames that `load_image` refuses.
+            or damaged, holds no frame, or has frames that `load_image` refuses; `channels` is
+            ``bgr`` and the source no list of arrays.
         MissingDependencyError: It is a file, and neither PyAV nor OpenCV is installed.
     """
     if type(count) is not int or count < 1:
@@ -94,13 +98,15 @@ def sample_frames(source: VideoSource, count: int = DEFAULT_FRAMES) -> list[Imag
             f"got {count!r} frames",
             expected="1 or more",
         )
+    check_channels(channels)
     if isinstance(source, (list, tuple)):
         if not source:
             raise InvalidInputError(
                 "got an empty list of frames",
                 expected="at least one",
             )
-        return [load_image(source[each]) for each in frame_positions(len(source), count)]
+        taken = [source[each] for each in frame_positions(len(source), count)]
+        return [load_image(each, channels=channels) for each in taken]
     if not isinstance(source, (str, Path)):
         cure = "; an array [T, H, W, 3] becomes one with list(array)"
         raise InvalidInputError(
@@ -111,6 +117,13 @@ def sample_frames(source: VideoSource, count: int = DEFAULT_FRAMES) -> list[Imag
             ),
         )
     name = f"the video {str(source)!r}"
+    if channels == "bgr":
+        raise InvalidInputError(
+            f"got channels='bgr' with {name}",
+            expected="a list of arrays, as OpenCV gives them",
+            cause="files say themselves which channel is red",
+            cure="leave channels out",
+        )
     path = _existing(source, name)
     if path.is_dir():
         return sample_frames(_images_of(path, name), count)

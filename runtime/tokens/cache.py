@@ -20,7 +20,12 @@ from vzip.runtime.bundle.fingerprint import fingerprint
 from vzip.runtime.bundle.precision_record import Quantised
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.files import atomic
-from vzip.runtime.pictures.images import MAX_ENCODED_BYTES, ImageSource, load_image
+from vzip.runtime.pictures.images import (
+    MAX_ENCODED_BYTES,
+    Channels,
+    ImageSource,
+    load_image,
+)
 from vzip.runtime.tokens.file import ImageTokens, Origin, TokenFile, to_bytes
 
 if TYPE_CHECKING:
@@ -196,7 +201,7 @@ def encoder_origin(encoder: VisionEncoder) -> Origin:
     return origin_of(bundle.manifest, bundle.quantised, cpu_engine=cpu_engine)
 
 
-def image_digest(image: ImageSource) -> str:
+def image_digest(image: ImageSource, *, channels: Channels = "rgb") -> str:
     """Return the SHA-256 that an image goes by.
 
     Of bytes, that of the bytes. Of a PIL image or array, that of its pixels, upright and in RGB,
@@ -205,13 +210,14 @@ def image_digest(image: ImageSource) -> str:
     Args:
         image: Encoded bytes, a PIL image or an array; read a file first, so that what is hashed is
             what is encoded.
+        channels: As for `load_image`.
 
     Raises:
         InvalidInputError: The image can't be used.
     """
-    if isinstance(image, bytes):
+    if isinstance(image, bytes) and channels == "rgb":
         return hashlib.sha256(image).hexdigest()
-    loaded = load_image(image)
+    loaded = load_image(image, channels=channels)
     digest = hashlib.sha256(f"RGB {loaded.width} {loaded.height}\n".encode())
     digest.update(loaded.tobytes())
     return digest.hexdigest()
@@ -240,13 +246,20 @@ def read_image(path: str | os.PathLike[str]) -> bytes:
     )
 
 
-def cached_image_embeds(encoder: VisionEncoder, image: ImageSource, cache: TokenCache) -> Array:
+def cached_image_embeds(
+    encoder: VisionEncoder,
+    image: ImageSource,
+    cache: TokenCache,
+    *,
+    channels: Channels = "rgb",
+) -> Array:
     """Return `encoder.image_embeds(image)`, from the cache if it has been computed before.
 
     Args:
         encoder: The encoder; its bundle's fingerprint is part of the key, its backend isn't.
         image: As for `VisionEncoder.encode`. A path is read once: what is hashed is encoded.
         cache: Where to look, and where to put what isn't there.
+        channels: As for `VisionEncoder.encode`.
 
     Returns:
         float32 or float16 [n, L].
@@ -254,7 +267,9 @@ def cached_image_embeds(encoder: VisionEncoder, image: ImageSource, cache: Token
     Raises:
         VzipError: As for `VisionEncoder.image_embeds`, or the cache can't be written.
     """
-    if isinstance(image, (str, Path)):
+    if channels != "rgb":
+        image = load_image(image, channels=channels)
+    elif isinstance(image, (str, Path)):
         # A text may be a URL or empty, which load_image explains.
         image = read_image(image) if Path(image).is_file() else load_image(image)
     origin = encoder_origin(encoder)

@@ -246,6 +246,35 @@ def test_takes_every_kind_of_image_alone_or_in_a_list(tiny_bundle, tmp_path, gol
             assert all(np.array_equal(each, array) for each in fed)
 
 
+def test_opencvs_arrays_are_blue_first_at_every_door(tiny_bundle, tmp_path, golden):
+    """`channels="bgr"` gives what the same picture gives in RGB; without it, another one."""
+    images = [each.copy() for each in golden["images"][:2]]
+    blue_first = [np.ascontiguousarray(each[..., ::-1]) for each in images]
+    tiling = with_newline(tmp_path / "tiled", tiny_bundle, tiled("newline"))
+    with (
+        VisionEncoder.open(tiny_bundle, "onnxruntime") as encoder,
+        VisionEncoder.open(tiling, "onnxruntime") as with_tiles,
+    ):
+        doors: list[tuple[Callable[..., Any], Any, Any]] = [
+            (lambda *a, **k: encoder.encode(*a, **k).embeds, images[0], blue_first[0]),
+            (lambda *a, **k: encoder.encode(*a, **k).embeds, images, blue_first),
+            (lambda *a, **k: encoder.image_tokens(*a, **k).embeds, images[0], blue_first[0]),
+            (encoder.image_embeds, images[0], blue_first[0]),
+            (encoder.video_embeds, images, blue_first),
+            (with_tiles.image_embeds, images[0], blue_first[0]),
+        ]
+        for door, red, blue in doors:
+            expected = door(red)
+            assert np.array_equal(door(red, channels="rgb"), expected)
+            assert np.array_equal(door(blue, channels="bgr"), expected)
+            assert not np.array_equal(door(blue), expected)
+            with refused(InvalidInputError, got="'BGR'", expected="'bgr'"):
+                door(blue, channels="BGR")
+        for no_array in (png(images[0]), Image.fromarray(images[0])):
+            with refused(InvalidInputError, got="channels='bgr'", expected="array"):
+                encoder.encode([blue_first[0], no_array], channels="bgr")
+
+
 def test_feeds_pixel_values_where_the_graph_takes_them(tiny_static_bundle, golden):
     with opened(tiny_static_bundle) as encoder:
         encoder.encode(list(golden["images"][:2]))

@@ -9,18 +9,22 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import warnings
 import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
 from tests.refusals import Said, refused
 from vzip.runtime.errors import InvalidInputError
-from vzip.runtime.pictures import images
+from vzip.runtime.pictures import headers, images
 from vzip.runtime.pictures.images import MAX_ENCODED_BYTES, MAX_PIXELS, load_image
 
 
@@ -407,9 +411,330 @@ def test_damaged_bytes_never_raise_anything_else(name: str) -> None:
                 assert load_image(data.tobytes()).mode == "RGB"
 
 
-def test_unreadable_exif_is_refused_not_guessed() -> None:
-    data = encoded(Image.fromarray(noise()), "PNG", exif=b"Exif\0\0not a TIFF header")
-    rejected(data, got="decoded")
+# ---- extras: it is the pixels that count ---------------------------------------------------------
+
+
+def chunk(name: bytes, data: bytes = b"", *, damaged: bool = False) -> bytes:
+    checksum = zlib.crc32(name + data) ^ damaged
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)
+
+
+def with_chunk(added: bytes, *, behind: bool = False) -> bytes:
+    """Return a PNG of `noise` with one chunk more, ahead of the pixels or behind them."""
+    data = encoded(Image.fromarray(noise()), "PNG")
+    place = len(data) - 12 if behind else data.index(b"IDAT") - 4
+    return data[:place] + added + data[place:]
+
+
+def segment(marker: int, data: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data
+
+
+UNREADABLE = (b"not a TIFF header", b"II*\0", b"MM\0*\0\0\0\x08\xff\xff", b"\xff" * 40, b"")
+
+
+@pytest.mark.parametrize("block", UNREADABLE)
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Possibly corrupt EXIF")
+def test_exif_that_no_reader_understands_turns_nothing(block: bytes) -> None:
+    """As in a JPEG, so in a PNG and a WebP, and in a PIL image that the caller opened."""
+    image = Image.fromarray(noise())
+    jpeg = encoded(image, "JPEG")
+    for source in (
+        with_chunk(chunk(b"eXIf", block)),
+        with_chunk(chunk(b"eXIf", b"Exif\0\0" + block), behind=True),
+        encoded(image, "WEBP", lossless=True, exif=b"Exif\0\0" + block),
+        Image.open(io.BytesIO(with_chunk(chunk(b"eXIf", block)))),
+    ):
+        assert np.array_equal(np.asarray(load_image(source)), noise())
+    for rest in (jpeg[2:], jpeg[20:]):  # with and without JFIF's segment
+        data = jpeg[:2] + segment(0xE1, b"Exif\0\0" + block) + rest
+        assert np.array_equal(np.asarray(load_image(data)), np.asarray(load_image(jpeg)))
+
+
+def test_exif_is_read_as_far_as_it_can_be() -> None:
+    """An orientation that is there counts, though what follows it is damaged."""
+    block = exif(6).tobytes()[6:]
+    entries = int.from_bytes(block[8:10], "big")
+    assert entries == 1
+    block = block[:8] + b"\0\2" + block[10:22] + b"\x82\x9a\0\2\xff\xff\xff\xff\xff\xff\xff\xff"
+    image = Image.fromarray(noise())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for data in (
+            with_chunk(chunk(b"eXIf", block)),
+            encoded(image, "WEBP", lossless=True, exif=b"Exif\0\0" + block),
+        ):
+            assert np.array_equal(np.asarray(load_image(data)), np.rot90(noise(), -1))
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize(
+    "added",
+    [
+        chunk(b"iCCP", b"junk"),
+        chunk(b"iCCP", b"name\0\0junk"),
+        chunk(b"iCCP", b"name\0\5junk"),
+        chunk(b"zTXt", b"name\0\5junk"),
+        chunk(b"iTXt", b"name\0\1\5\0\0junk"),
+        chunk(b"tEXt", b"Raw profile type exif\0\n\n\nno hexadecimal number"),
+        chunk(b"tEXt", b"Title\0a", damaged=True),
+        chunk(b"tIME", b"x", damaged=True),
+        chunk(b"bKGD", b"", damaged=True),
+        *(chunk(name, b"") for name in (b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"acTL", b"fcTL")),
+    ],
+    ids=lambda added: added[4:].hex()[:16],
+)
+def test_what_is_no_pixel_of_a_png_may_be_damaged(added: bytes, behind: bool) -> None:
+    assert np.array_equal(np.asarray(load_image(with_chunk(added, behind=behind))), noise())
+
+
+def test_what_is_no_pixel_may_be_damaged_and_the_orientation_counts() -> None:
+    block = chunk(b"eXIf", exif(6).tobytes()[6:])
+    data = with_chunk(block + chunk(b"pHYs", b""))
+    assert np.array_equal(np.asarray(load_image(data)), np.rot90(noise(), -1))
+
+
+@pytest.mark.parametrize(
+    ("marker", "content"),
+    [
+        (0xE2, b"ICC_PROFILE\0"),
+        (0xE2, b"ICC_PROFILE\0\3\1junk"),
+        (0xE2, b"MPF\0junk"),
+        (0xED, b"Photoshop 3.0\0" + b"8BIM\4\4\0\0\xff\xff\xff\xff"),
+        (0xE1, b"http://ns.adobe.com/xap/1.0/\0junk"),
+        (0xE0, b"JFIF\0"),
+        (0xEE, b"Adobe"),
+        (0xFE, b""),
+    ],
+)
+def test_what_is_no_pixel_of_a_jpeg_may_be_damaged(marker: int, content: bytes) -> None:
+    jpeg = encoded(Image.fromarray(noise()), "JPEG")
+    data = jpeg[:2] + segment(marker, content) + jpeg[2:]
+    assert np.array_equal(np.asarray(load_image(data)), np.asarray(load_image(jpeg)))
+
+
+def test_damage_to_pixels_is_still_damage() -> None:
+    for data in (
+        with_chunk(chunk(b"tRNS", b"")),
+        with_chunk(chunk(b"pHYs", b""))[:-60],
+    ):
+        rejected(data, got="PNG", cause="corrupt")
+
+
+LARGE = zlib.compress(bytes(2**20 + 1))
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize(
+    ("added", "what"),
+    [
+        (chunk(b"iCCP", b"icc\0\0" + LARGE), ("colour profile", "iCCP")),
+        (chunk(b"zTXt", b"Comment\0\0" + LARGE), ("text", "zTXt 'Comment'")),
+        (chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0en\0\0" + LARGE), ("text", "adobe.xmp'")),
+    ],
+)
+def test_a_large_text_or_colour_profile_is_named(
+    added: bytes, what: tuple[str, ...], behind: bool
+) -> None:
+    said: Said = (*what, "1048576 bytes")
+    rejected(with_chunk(added, behind=behind), got=said, expected="1048576", cure="without it")
+
+
+def test_a_text_of_a_mebibyte_is_read() -> None:
+    for added in (
+        chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2**20))),
+        chunk(b"tEXt", b"Comment\0" + b"x" * (2**20 + 9)),
+        chunk(b"iTXt", b"Comment\0\0\0\0\0" + b"x" * (2**20 + 9)),
+    ):
+        assert np.array_equal(np.asarray(load_image(with_chunk(added))), noise())
+
+
+# ---- what keeps a decoder busy -------------------------------------------------------------------
+
+
+def scans_of(width: int, height: int, count: int) -> bytes:
+    """Return a progressive JPEG whose last scan is repeated, `count` scans in all."""
+    data = encoded(Image.new("RGB", (width, height), "gray"), "JPEG", progressive=True)
+    first = data.count(b"\xff\xda")
+    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * (count - first) + data[-2:]
+
+
+def never_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("pixels were decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", refuse)
+
+
+@pytest.mark.parametrize("count", [101, 20_000])
+def test_scans_of_a_jpeg_are_counted_before_decoding(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load_image(scans_of(64, 48, 100)).size == (64, 48)
+    data = scans_of(64, 48, count)
+    never_decoded(monkeypatch)
+    rejected(data, got="more than 100 scans", expected="at most 100")
+    rejected(Image.open(io.BytesIO(data)), got="more than 100 scans")
+
+
+def test_a_large_jpeg_may_have_fewer_scans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(headers, "MAX_SCANNED", 64 * 48 * 20)
+    assert load_image(scans_of(64, 48, 20)).size == (64, 48)
+    data = scans_of(64, 48, 21)
+    never_decoded(monkeypatch)
+    for source in (data, Image.open(io.BytesIO(data))):
+        rejected(source, got="21 scans", expected=("at most 20", "64×48"))
+
+
+def test_scans_end_where_the_picture_does() -> None:
+    """What a phone appends (a film, another picture) is none of its scans."""
+    data = encoded(Image.fromarray(noise()), "JPEG") + scans_of(64, 48, 150) * 2
+    assert load_image(data).size == (31, 24)
+
+
+@pytest.mark.parametrize(
+    ("data", "got"),
+    [
+        (lambda: jpeg_ahead(segment(0xE5, b"") * 2**17), "131072 segments"),
+        (lambda: jpeg_ahead(b"\xff" * 2**17), "131072 segments"),
+        (lambda: jpeg_ahead(segment(0xE1, b"Exif\0\0" + bytes(65000)) * 600), "33554432 bytes"),
+        (lambda: with_chunk(chunk(b"IDAT") * 2**17), "131072 chunks"),
+        (lambda: with_chunk(chunk(b"teSt") * 2**17, behind=True), "131072 chunks"),
+        (lambda: with_chunk(chunk(b"iCCP", b"a\0\0" + zlib.compress(b"")) * 257), "256 packed"),
+        (lambda: gif_ahead(b"!\xfe" + b"\1x" * 2**17 + b"\0"), "131072 blocks"),
+        (lambda: gif_ahead(b"!\xfe\0" * 2**16), "131072 blocks"),
+        (lambda: gif_ahead(b"\0" * 2**17), "131072 blocks"),
+    ],
+    ids=[
+        "segments",
+        "fill",
+        "exif",
+        "idat",
+        "behind",
+        "profiles",
+        "comment",
+        "extensions",
+        "zeros",
+    ],
+)
+def test_blocks_are_counted_before_decoding(
+    data: Callable[[], bytes], got: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = data()
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("Pillow got it")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "__init__", refuse)
+    rejected(made, got=got, expected="at most", cause="busy")
+
+
+def jpeg_ahead(added: bytes) -> bytes:
+    data = encoded(Image.fromarray(noise()), "JPEG")
+    return data[:2] + added + data[2:]
+
+
+def gif_ahead(added: bytes) -> bytes:
+    data = encoded(Image.fromarray(noise()[..., 0]), "GIF")
+    place = data.index(b",", 13 + 3 * 256)
+    return data[:place] + added + data[place:]
+
+
+def test_runs_of_a_bmp_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = b"BM" + bytes(8) + struct.pack("<II", 54 + 8, 40)
+    head += struct.pack("<iiHHIIiiII", 4, 2, 1, 8, 1, 0, 0, 0, 2, 0)
+    data = head + bytes([10, 20, 30, 0, 40, 50, 60, 0]) + b"\4\1\0\0\4\0\0\1"
+    expected = [[[30, 20, 10]] * 4, [[60, 50, 40]] * 4]
+    assert np.asarray(load_image(data)).tolist() == expected
+    monkeypatch.setattr(headers, "MAX_RUNS", len(data))
+    assert np.asarray(load_image(data)).tolist() == expected
+    rejected(data + b"\0", got=f"{len(data) + 1} bytes of runs", expected=f"at most {len(data)}")
+
+
+def test_strips_of_a_lazy_tiff_are_bounded() -> None:
+    file = io.BytesIO(encoded(Image.fromarray(noise()), "TIFF"))
+    assert np.array_equal(np.asarray(load_image(Image.open(file))), noise())
+    image = Image.open(file)
+    assert isinstance(image, ImageFile.ImageFile)
+    image.tile = image.tile * 9  # every strip again and again
+    rejected(image, got="9 tiles or strips")
+
+
+def test_many_frames_cost_nothing() -> None:
+    frames = [Image.new("RGB", (2, 2), (10, index, 0)) for index in range(3)]
+    data = encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    start = data.index(b"ANMF")
+    end = start + 8 + int.from_bytes(data[start + 4 : start + 8], "little")
+    data = data[:start] + data[start : end + end % 2] * 100_000
+    data = data[:4] + struct.pack("<I", len(data) - 8) + data[8:]
+    assert load_image(data).getpixel((0, 0)) == (10, 0, 0)
+
+
+# ---- threads -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["PNG", "WEBP", "GIF", "BMP", "JPEG", "TIFF"])
+def test_one_lazy_image_serves_many_threads(name: str) -> None:
+    """Pillow decodes a PIL image when it is first needed, and has no lock around that."""
+    options: dict[str, Any] = {} if name in ("GIF", "BMP") else {"exif": exif(6)}
+    data = encoded(Image.fromarray(noise(310, 240)), name, **options)
+    expected = np.asarray(load_image(Image.open(io.BytesIO(data))))
+    assert expected.shape[:2] == ((310, 240) if options else (240, 310))
+    together = threading.Barrier(8)
+
+    def load(image: Image.Image) -> bool:
+        together.wait()
+        return np.array_equal(np.asarray(load_image(image)), expected)
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            lazy = Image.open(io.BytesIO(data))
+            assert all(pool.map(load, [lazy] * 8))
+
+
+def test_locks_of_images_go_with_them() -> None:
+    load_image(Image.open(io.BytesIO(encoded(Image.fromarray(noise()), "PNG"))))
+    assert not images._LOCKS
+
+
+# ---- the order of channels -----------------------------------------------------------------------
+
+
+def test_opencvs_arrays_are_blue_first(tmp_path: Path) -> None:
+    data = encoded(Image.fromarray(noise()), "PNG")
+    (tmp_path / "a.png").write_bytes(data)
+    for blue_first in (
+        noise()[..., ::-1],
+        noise()[..., ::-1].copy(),
+        cv2.imread(str(tmp_path / "a.png")),
+    ):
+        image = load_image(blue_first, channels="bgr")
+        assert image.mode == "RGB"
+        assert np.array_equal(np.asarray(image), noise())
+    assert np.array_equal(np.asarray(load_image(noise(), channels="rgb")), noise())
+
+
+def test_grey_has_no_order() -> None:
+    grey = noise()[..., 0]
+    assert load_image(grey, channels="bgr").tobytes() == load_image(grey).tobytes()
+
+
+def test_blue_first_is_for_arrays_alone(tmp_path: Path) -> None:
+    data = encoded(Image.fromarray(noise()), "PNG")
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    for source in (path, str(path), data, Image.fromarray(noise())):
+        with refused(InvalidInputError, got="channels='bgr'", expected="array", cure="leave"):
+            load_image(source, channels="bgr")
+    bgra = noise(channels=4)
+    with refused(InvalidInputError, expected="BGR", cure=("[2, 1, 0, 3]", "[..., :3]")):
+        load_image(bgra, channels="bgr")
+
+
+@pytest.mark.parametrize("channels", ["BGR", "rgba", "", None, 3, ["bgr"]])
+def test_channels_are_rgb_or_bgr(channels: Any) -> None:
+    with refused(InvalidInputError, got=repr(channels), expected=("'rgb'", "'bgr'")):
+        load_image(noise(), channels=channels)
 
 
 # ---- modes ---------------------------------------------------------------------------------------
@@ -577,6 +902,34 @@ def test_a_draft_is_upright() -> None:
     draft = load_image(data, draft=40)
     assert draft.size == (40, 80)
     assert [draft.getpixel((20, y))[2] > 200 for y in (5, 75)] == [True, False]
+
+
+def test_a_drafts_size_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A photograph of 108 megapixels is read with a draft, as it is in small here."""
+    data = encoded(Image.new("RGB", (1200, 900), "teal"), "JPEG")
+    monkeypatch.setattr(images, "MAX_PIXELS", 1200 * 900 * 64 // 108)
+    monkeypatch.setattr(images, "MAX_DRAFTED", 1200 * 900)
+    assert load_image(data, draft=112).size == (150, 113)
+    assert load_image(data, draft=450).size == (600, 450)
+    rejected(data, got="1200×900 = 1080000", cure="draft=")
+    with refused(InvalidInputError, got="1200×900 = 1080000"):
+        load_image(data, draft=451)  # leaves all pixels
+    progressive = encoded(Image.new("RGB", (1200, 900), "teal"), "JPEG", progressive=True)
+    with refused(InvalidInputError, got="1200×900", expected=f"{1200 * 900 // 2}"):
+        load_image(progressive, draft=112)  # its decoder would hold all of it
+    monkeypatch.setattr(images, "MAX_DRAFTED", 1200 * 900 - 1)
+    with refused(InvalidInputError, got="1200×900", expected=f"{1200 * 900 - 1}"):
+        load_image(data, draft=112)
+
+
+def test_a_draft_of_108_megapixels() -> None:
+    data = encoded(Image.new("RGB", (12000, 9000), "teal"), "JPEG")
+    assert load_image(data, draft=672).size == (1500, 1125)
+
+
+def test_a_bomb_is_one_with_a_draft_too() -> None:
+    with refused(InvalidInputError, got="60000×50000"):
+        load_image(bombs()["jpeg"], draft=336)
 
 
 def test_other_formats_have_no_draft() -> None:

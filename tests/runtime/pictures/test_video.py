@@ -508,6 +508,20 @@ def test_a_list_of_frames_is_sampled_and_only_what_is_taken_is_read():
     assert len(sample_frames(tuple(frames[:5]))) == 5
 
 
+def test_frames_of_opencv_are_blue_first(tmp_path):
+    frames = pictures(20)
+    blue_first = [frame[..., ::-1] for frame in frames]
+    for image, position in zip(
+        sample_frames(blue_first, channels="bgr"), frame_positions(20, 8), strict=True
+    ):
+        assert np.array_equal(np.asarray(image), frames[position])
+    for source in (write_clip(tmp_path / "clip.mp4", pictures(9)), tmp_path, [tmp_path / "1.png"]):
+        with refusals.refused(InvalidInputError, got="channels='bgr'", expected="array"):
+            sample_frames(source, channels="bgr")
+    with refusals.refused(InvalidInputError, got="'BGR'", expected="'bgr'"):
+        sample_frames(frames, channels="BGR")
+
+
 def test_a_folder_is_its_images_in_the_order_of_their_numbers(tmp_path):
     for index in (1, 2, 9, 10, 11, 100):
         Image.new("L", (4, 4), index).save(tmp_path / f"Frame{index}.png")

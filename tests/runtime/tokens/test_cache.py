@@ -313,3 +313,23 @@ def test_origin_is_the_manifests(tiny_bundle):
     assert origin_of(manifest) == Origin(
         fingerprint(manifest), "tests/tiny", manifest.token_order, 6, 7
     )
+
+
+def test_the_order_of_channels_is_part_of_what_an_array_goes_by(tmp_path, tiny_bundle):
+    red_first = np.asarray(Image.open(io.BytesIO(png())).convert("RGB"))
+    blue_first = red_first[..., ::-1]
+    assert image_digest(blue_first, channels="bgr") == image_digest(red_first)
+    assert image_digest(blue_first) != image_digest(red_first)
+    cache = TokenCache(tmp_path / "cache")
+    with VisionEncoder.open(tiny_bundle, "onnxruntime") as encoder:
+        expected = encoder.image_embeds(red_first)
+        wrong = cached_image_embeds(encoder, blue_first, cache)
+        assert not np.array_equal(wrong, expected)
+        found = cached_image_embeds(encoder, blue_first, cache, channels="bgr")
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(cached_image_embeds(encoder, red_first, cache), expected)
+        for source in (png(), tmp_path / "none.png"):
+            with refused(InvalidInputError, got="channels='bgr'"):
+                cached_image_embeds(encoder, source, cache, channels="bgr")
+        with refused(InvalidInputError, got="'gbr'"):
+            image_digest(png(), channels="gbr")  # type: ignore[arg-type]
