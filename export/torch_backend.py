@@ -34,7 +34,13 @@ class PyTorch:
     name = "pytorch"
     engine: str | None = None
 
-    def __init__(self, bundle: Bundle, extra_outputs: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        extra_outputs: tuple[str, ...] = (),
+        *,
+        threads: int | None = None,
+    ) -> None:
         graph = read_graph(bundle, f"the backend '{self.name}'").graph
         try:
             import torch
@@ -59,6 +65,8 @@ class PyTorch:
                 cause="it was made by another tool or version",
                 cure="run it with backend='onnxruntime'",
             ) from error
+        if threads is not None:
+            torch.set_num_threads(threads)  # which the whole process has in common
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._encoder: Any = encoder.to(self.device)
         self._outputs = (EMBEDS, KEPT, *extra_outputs)

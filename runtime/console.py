@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from vzip.runtime.errors import InvalidInputError, VzipError
+from vzip.runtime.machine import process
 
 if TYPE_CHECKING:
     import logging
@@ -57,6 +58,7 @@ def run_command(command: Callable[[], int], *, prog: str) -> int:
     """
     with _open_streams(), warnings.catch_warnings(), contextlib.ExitStack() as at_the_end:
         at_the_end.callback(set_verbosity, Verbosity.NORMAL)
+        at_the_end.callback(process.limit_threads, None)
         try:
             try:
                 status = command()

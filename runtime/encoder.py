@@ -100,6 +100,8 @@ class VisionEncoder:
         backend: Name of the backend that runs it.
         engine: Name of the engine that runs; None where it is the bundle's graph.
         precision: Precision of the graph that runs, or that the engine was made from.
+        threads: How many threads of the CPU ONNX Runtime runs an operator with; None where it
+            doesn't run.
     """
 
     def __init__(self, bundle: Bundle, backend: str, opened: Backend) -> None:
@@ -111,6 +113,8 @@ class VisionEncoder:
         self.precision: str = bundle.precision if record is None else record.precision
         self._cpu = None if record is None else record.cpu
         self._device = opened.device
+        self.threads: int | None = getattr(opened, "threads", None)
+        self._asked: dict[str, int] = {}  # for a second session
         self._opened: Backend | None = opened
         self._for_groups: Backend | None = None
         self._lock = threading.Lock()
@@ -123,6 +127,7 @@ class VisionEncoder:
         backend: str = AUTO,
         engine: str | None = None,
         precision: str | None = None,
+        threads: int | None = None,
     ) -> VisionEncoder:
         """Check a bundle against its digests and open it.
 
@@ -139,11 +144,14 @@ class VisionEncoder:
                 for the bundle's own graph, or a CPU engine in its place where ``onnxruntime`` runs
                 and one fits that passed its proof (`docs/fastest.md`), which is said once on
                 standard error. A `Bundle.at` some precision stays there.
+            threads: How many threads run the graph on a CPU; None for as many as this process may
+                use cores, of which the quota of a container's control groups counts as well. With
+                ``pytorch`` the number is the whole process's.
 
         Raises:
             BundleError: The bundle is damaged, or is none.
             InvalidInputError: There is no backend, engine or precision of that name; the engine is
-                of another precision.
+                of another precision; the number of threads is no integer from 1 to 4096.
             MissingDependencyError: A package that the backend asked for needs is not installed.
             BackendError: The backend can't be used here or can't take the graph; the engine
                 doesn't fit this machine, or several do.
@@ -152,8 +160,11 @@ class VisionEncoder:
             bundle = read_bundle(bundle, verify=False)  # backends verify what they run
         if precision is not None:
             bundle = bundle.to_run(precision)
-        name, opened = open_backend(backend, bundle, engine=engine)
-        return cls(bundle, name, opened)
+        name, opened = open_backend(backend, bundle, engine=engine, threads=threads)
+        encoder = cls(bundle, name, opened)
+        if threads is not None:
+            encoder._asked = {"threads": threads}
+        return encoder
 
     @property
     def cpu_engine(self) -> bool:
@@ -416,7 +427,11 @@ class VisionEncoder:
                 # The engine that runs, or none: what fits may have changed meanwhile.
                 bundle = self.bundle if self.engine else self.bundle.at(self.bundle.precision)
                 _, self._for_groups = open_backend(
-                    self.backend, bundle, extra_outputs=(TOKEN_WEIGHTS,), engine=self.engine
+                    self.backend,
+                    bundle,
+                    extra_outputs=(TOKEN_WEIGHTS,),
+                    engine=self.engine,
+                    **self._asked,
                 )
             opened = self._for_groups
         if opened is None:

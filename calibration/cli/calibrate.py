@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vzip.calibration.cli.options import add_images
 from vzip.runtime.bundle.manifest import DATA_FILE, MODEL_FILE
 from vzip.runtime.bundle.precision_record import QUANTISED, files_of
-from vzip.runtime.cli.options import Parser, add_bundle
+from vzip.runtime.cli.options import Parser, add_bundle, add_threads
 from vzip.runtime.console import emit, emit_json
 
 if TYPE_CHECKING:
@@ -160,4 +160,5 @@ def _parser(prog: str) -> Parser:
         metavar="X",
         help="mean cosine that the tokens must keep, or none (default: %(default)s)",
     )
+    add_threads(parser)
     return parser

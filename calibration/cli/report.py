@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vzip.calibration.cli.options import add_images
 from vzip.calibration.reporting.report import IMAGES, report
-from vzip.runtime.cli.options import Parser, add_bundle, add_output
+from vzip.runtime.cli.options import Parser, add_bundle, add_output, add_threads
 from vzip.runtime.console import emit
 
 
@@ -28,6 +28,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         help="how many of the images, at most 12 (default: %(default)s)",
     )
     add_output(parser, "FILE.html", "the page to write")
+    add_threads(parser)
     arguments = parser.read(argv)
     page = report(
         arguments.bundle,

@@ -10,7 +10,7 @@ from vzip.calibration.samples import DEMO_IMAGES
 from vzip.calibration.sweeping.sweep import TEXT_TOKENS, sweep
 from vzip.export.algorithm.budget import Merge
 from vzip.export.cli.options import add_model
-from vzip.runtime.cli.options import Parser, add_output, names, numbers
+from vzip.runtime.cli.options import Parser, add_output, add_threads, names, numbers
 from vzip.runtime.console import emit, emit_json, say
 
 NONE_MEETS = 1
@@ -96,4 +96,5 @@ def _parser(prog: str) -> Parser:
     ):
         group.add_argument(name, type=float, metavar="X", help=what)
     add_output(parser, "FOLDER", "where sweep.md, sweep.json, sweep.svg and sweep.png go")
+    add_threads(parser)
     return parser

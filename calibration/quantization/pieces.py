@@ -16,7 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from vzip.export.graph.reading import read_graph
-from vzip.runtime.backends.onnxruntime import import_onnxruntime, with_output
+from vzip.runtime.backends.onnxruntime import import_onnxruntime, session_options, with_output
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.errors import BackendError, BundleError
 from vzip.runtime.files.names import in_utf8
@@ -165,7 +165,7 @@ class PieceSession:
         self.inputs, outputs = names_of(graph.inputs), names_of(graph.outputs)
         added = tuple(name for name in extra if name not in outputs)
         self.names = (*outputs, *added)
-        options = onnxruntime.SessionOptions()
+        options = session_options(onnxruntime)
         options.log_severity_level = 4
         # Many sessions are open at once: memory that each kept for its next run would add up.
         options.enable_cpu_mem_arena = False

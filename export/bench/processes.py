@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import queue
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from vzip.export.bench import worker
 from vzip.export.bench.stacks import Stack
 from vzip.runtime.backends import TENSORRT
 from vzip.runtime.errors import VzipError
+from vzip.runtime.machine import process
 from vzip.runtime.machine.record import state
 
 TURN_LIMIT_S: Final = 600.0
@@ -55,7 +57,10 @@ class Process:
         self.stack = stack
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process
         first = [each for each in sys.path if each] if paths is None else paths
-        job = json.dumps({"stack": stack.to_json(), "bundle": str(bundle)})
+        limit = process.thread_limit()
+        job = json.dumps({"stack": stack.to_json(), "bundle": str(bundle), "threads": limit})
+        # Peers that aren't told otherwise count so.
+        bound = {} if limit is None else {"OMP_NUM_THREADS": str(limit)}
         flags = [part for path in first for part in ("--path", path)]
         self._process = subprocess.Popen(  # noqa: S603  our own worker
             [python or sys.executable, str(Path(worker.__file__)), *flags, job],
@@ -63,6 +68,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
+            env={**os.environ, **bound},
         )
         self._lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
@@ -172,10 +178,10 @@ def profiles(opened: Mapping[str, Process], batch: int) -> dict[str, dict[str, A
     After the turns: a profiler makes every layer wait for the one before.
     """
     found: dict[str, dict[str, Any]] = {}
-    for name, process in opened.items():
-        if process.stack.name == TENSORRT:
+    for name, each in opened.items():
+        if each.stack.name == TENSORRT:
             try:
-                found[name] = process.ask(TURN_LIMIT_S, do="profile", batch=batch)
+                found[name] = each.ask(TURN_LIMIT_S, do="profile", batch=batch)
             except WorkerError as error:
                 found[name] = {"error": str(error)}
     return found

@@ -2,7 +2,8 @@
 
     PYTHON worker.py --path FOLDER … JOB
 
-JOB is JSON: ``{"stack": a Stack's fields, "bundle": folder}``. Requests are lines of JSON on
+JOB is JSON: ``{"stack": a Stack's fields, "bundle": folder, "threads": of a graph on
+the CPU, or null}``. Requests are lines of JSON on
 standard input, answers lines of JSON on standard output, ``{"ok": …}`` or ``{"error": "…"}``:
 
 * ``{"do": "open", "batches": […]}`` loads and proves the tokens of every batch size against the
@@ -254,7 +255,9 @@ class Worker:
 
     def __init__(self, job: Answer) -> None:
         from vzip.export.bench.stacks import Stack
+        from vzip.runtime.machine import process
 
+        process.limit_threads(job["threads"])
         self.stack, self.folder = Stack(**job["stack"]), Path(job["bundle"])
         self.timed: Timed | None = None
         self.calls: dict[int, tuple[Call, More]] = {}

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vzip.runtime.cli.options import Parser, add_output, names
+from vzip.runtime.cli.options import Parser, add_output, add_threads, names
 from vzip.runtime.console import emit, emit_json, say
 from vzip.runtime.errors import InvalidInputError, MissingDependencyError, require
 from vzip.runtime.files import outputs
@@ -144,4 +144,5 @@ def _parser(prog: str) -> Parser:
         "--rounds", type=int, default=7, metavar="N", help="turns of each (default: %(default)s)"
     )
     add_output(parser, "FOLDER", "where result.json, .md, .svg, .png and .html go", required=False)
+    add_threads(parser)
     return parser

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vzip.runtime.cli.options import Parser, add_bundle
+from vzip.runtime.cli.options import Parser, add_bundle, add_threads
 from vzip.runtime.console import emit
 
 RENAMED = {
@@ -95,4 +95,5 @@ def _parser(prog: str) -> Parser:
         help="build with TensorRT-RTX for these GPUs, such as sm86,sm89, without having one; "
         "such an engine is not compared with PyTorch",
     )
+    add_threads(parser)
     return parser

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vzip.runtime.cli.options import Parser, add_bundle
+from vzip.runtime.cli.options import Parser, add_bundle, add_threads
 from vzip.runtime.console import complain, emit, emit_json
 
 BELOW_THE_GATE = 1
@@ -30,6 +30,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     parser.add_argument(
         "--projector", type=Path, metavar="FILE", help="the tuned projector that it was made with"
     )
+    add_threads(parser)
     arguments = parser.read(argv)
     from vzip.export import check
 

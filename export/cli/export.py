@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vzip.export.cli.options import add_compression, add_model
-from vzip.runtime.cli.options import Parser
+from vzip.runtime.cli.options import Parser, add_threads
 from vzip.runtime.console import emit, run_command
 
 RENAMED = {
@@ -139,4 +139,5 @@ def _parser(prog: str) -> Parser:
         help="replace a bundle there even if its engines, quantised graphs or language model are "
         "lost by it",
     )
+    add_threads(parser)
     return parser

@@ -9,37 +9,56 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Mapping
 from typing import Final
 
-from vzip.runtime.backends.protocol import Backend, BackendClass, BackendUnavailableError
+from vzip.runtime.backends.protocol import (
+    Backend,
+    BackendClass,
+    BackendUnavailableError,
+    NoEngineError,
+)
 from vzip.runtime.bundle.reader import FASTEST, Bundle
-from vzip.runtime.errors import BackendError, InvalidInputError, MissingDependencyError
+from vzip.runtime.errors import (
+    BackendError,
+    InvalidInputError,
+    MissingDependencyError,
+    VzipError,
+)
+from vzip.runtime.machine import process
 
 _log = logging.getLogger(__name__)
 
 ENTRY_POINTS: Final = "vzip.backends"
 """The group of entry points (`pyproject.toml`) of backends that stand above the runtime."""
 
+AUTO: Final = "auto"
+TENSORRT: Final = "tensorrt"
+ONNXRUNTIME: Final = "onnxruntime"
+ONNXRUNTIME_CUDA: Final = "onnxruntime-cuda"
+
 BACKENDS: Final[dict[str, str | None]] = {
-    "tensorrt": "vzip.runtime.backends.tensorrt.backend:TensorRt",
-    "onnxruntime-cuda": "vzip.runtime.backends.onnxruntime:OnnxRuntimeCuda",
-    "onnxruntime": "vzip.runtime.backends.onnxruntime:OnnxRuntimeCpu",
+    TENSORRT: "vzip.runtime.backends.tensorrt.backend:TensorRt",
+    ONNXRUNTIME_CUDA: "vzip.runtime.backends.onnxruntime:OnnxRuntimeCuda",
+    ONNXRUNTIME: "vzip.runtime.backends.onnxruntime:OnnxRuntimeCpu",
     "pytorch": None,
 }
 """Name → ``module:class``, in the order in which ``auto`` tries them; None: an entry point says."""
 
-AUTO: Final = "auto"
-TENSORRT: Final = "tensorrt"
-ONNXRUNTIME: Final = "onnxruntime"
-
 
 def open_backend(
-    name: str, bundle: Bundle, *, extra_outputs: tuple[str, ...] = (), engine: str | None = None
+    name: str,
+    bundle: Bundle,
+    *,
+    extra_outputs: tuple[str, ...] = (),
+    engine: str | None = None,
+    threads: int | None = None,
 ) -> tuple[str, Backend]:
     """Open a bundle with the backend `name`, or with the first that can be used here.
 
     ``auto`` passes over a backend only when its package isn't installed, its device is absent, or
-    the bundle has no engine for it. If an installed backend fails, that is an error.
+    the bundle has no engine for it. If an installed backend fails, that is an error. Where that
+    leaves a CPU though the bundle has engines for TensorRT, a warning is logged, with the reasons.
 
     Args:
         name: A key of `BACKENDS`, or ``auto``.
@@ -47,18 +66,21 @@ def open_backend(
         extra_outputs: Values inside the graph that are to be returned as well.
         engine: Name of the engine to run, which decides what ``auto`` is; None for the only one
             that fits this machine.
+        threads: How many threads of the CPU run the graph; None for `process.threads`. A GPU has
+            none of them.
 
     Returns:
         The name of the backend that was opened, and the backend.
 
     Raises:
-        InvalidInputError: There is no backend or engine of that name; or the backend has no such
-            engines.
+        InvalidInputError: There is no backend or engine of that name; the backend has no such
+            engines; or the number of threads makes no sense.
         BundleError: The bundle is damaged.
         MissingDependencyError: The package of the backend asked for is not installed.
         BackendError: The backend asked for can't be used here or can't take the graph; or none can
             be used, with the reason for each.
     """
+    given = {} if threads is None else {"threads": process.check_threads(threads)}
     needed = _needed(name, bundle, engine)
     if needed is not None:
         if name not in {AUTO, needed}:
@@ -68,25 +90,45 @@ def open_backend(
                 expected=f"backend='{needed}', which alone runs it",
                 cure="leave one of the two out",
             )
-        return needed, _open_engine(needed, bundle, extra_outputs, engine)
+        return needed, _open_engine(needed, bundle, extra_outputs, engine, given)
     if name != AUTO:
-        return name, _load(name)(bundle, extra_outputs)
-    reasons = []
+        return name, _load(name)(bundle, extra_outputs, **given)
+    reasons: dict[str, VzipError] = {}
     for candidate in BACKENDS:
         try:
-            opened = _load(candidate)(bundle, extra_outputs)
+            opened = _load(candidate)(bundle, extra_outputs, **given)
         except (MissingDependencyError, BackendUnavailableError) as error:  # noqa: PERF203 - four
-            reasons.append(f"{candidate}: {error}")
+            reasons[candidate] = error
             _log.info("passed over the backend %s: %s", candidate, error)
         else:
             _log.info("opened the backend %s for %s", candidate, bundle.path)
+            _warn_of_the_cpu(candidate, bundle, opened, reasons)
             return candidate, opened
     names = ", ".join(BACKENDS)
     raise BackendError(
         "no backend can be used here",
         expected=f"one of {names}",
-        cause=f"{' | '.join(reasons)}",
+        cause=_said(reasons),
     )
+
+
+def _warn_of_the_cpu(
+    name: str, bundle: Bundle, opened: Backend, reasons: Mapping[str, VzipError]
+) -> None:
+    """Say that a CPU runs where TensorRT was meant, as engines in the bundle show."""
+    gpu = name == ONNXRUNTIME_CUDA or getattr(opened, "device", "") == "cuda"
+    if TENSORRT in reasons and not gpu and not isinstance(reasons[TENSORRT], NoEngineError):
+        _log.warning(
+            "%s: the CPU runs this bundle, by the backend %s; passed over: %s",
+            bundle.path,
+            name,
+            _said(reasons),
+        )
+
+
+def _said(reasons: Mapping[str, VzipError]) -> str:
+    """Return why backends were passed over, as it stands in messages."""
+    return " | ".join(f"{name}: {error}" for name, error in reasons.items())
 
 
 def _needed(name: str, bundle: Bundle, engine: str | None) -> str | None:
@@ -105,16 +147,20 @@ def _needed(name: str, bundle: Bundle, engine: str | None) -> str | None:
 
 
 def _open_engine(
-    name: str, bundle: Bundle, extra_outputs: tuple[str, ...], engine: str | None
+    name: str,
+    bundle: Bundle,
+    extra_outputs: tuple[str, ...],
+    engine: str | None,
+    given: Mapping[str, int],
 ) -> Backend:
     """Open an engine with the backend that has such engines."""
     if name == ONNXRUNTIME:
         from vzip.runtime.backends.onnxruntime import OnnxRuntimeCpu
 
-        return OnnxRuntimeCpu(bundle, extra_outputs, engine=engine)
+        return OnnxRuntimeCpu(bundle, extra_outputs, engine=engine, **given)
     from vzip.runtime.backends.tensorrt.backend import TensorRt
 
-    return TensorRt(bundle, extra_outputs, engine=engine)
+    return TensorRt(bundle, extra_outputs, engine=engine, **given)
 
 
 def _load(name: str) -> BackendClass:

@@ -16,6 +16,7 @@ from vzip.runtime.backends.protocol import BackendUnavailableError
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.errors import BackendError, first_line, missing
 from vzip.runtime.files.names import in_utf8
+from vzip.runtime.machine import process
 from vzip.runtime.machine.record import processor
 
 # Where external data lies when the session is made from bytes (ONNX Runtime 1.19 or newer).
@@ -42,6 +43,21 @@ def import_onnxruntime(needed_for: str, extra: str) -> Any:
     return onnxruntime
 
 
+def session_options(onnxruntime: Any, threads: int | None = None) -> Any:
+    """Return the options of a session with a number of threads; None for `process.threads`.
+
+    ONNX Runtime's own number is that of the machine's cores, each with a thread bound to it,
+    whatever share of them a container has.
+
+    Raises:
+        InvalidInputError: The number makes no sense.
+    """
+    options = onnxruntime.SessionOptions()
+    number = process.threads() if threads is None else process.check_threads(threads)
+    options.intra_op_num_threads = number
+    return options
+
+
 def open_session(
     onnxruntime: Any,
     graph: Callable[[], bytes],
@@ -51,6 +67,7 @@ def open_session(
     providers: tuple[str, ...],
     extra: str,
     fp8: bool = False,
+    threads: int | None = None,
 ) -> Any:
     """Return a session that runs on a device and nowhere else.
 
@@ -62,8 +79,10 @@ def open_session(
         providers: The device's execution provider first.
         extra: The extra of this distribution that brings the package.
         fp8: Whether the graph quantises to FP8.
+        threads: How many threads run an operator on the CPU; None for `process.threads`.
 
     Raises:
+        InvalidInputError: The number of threads makes no sense.
         BackendUnavailableError: The device, or what runs on it, is absent.
         BackendError: ONNX Runtime can't open the graph.
     """
@@ -75,7 +94,7 @@ def open_session(
             cause="it is a build for other devices",
             cure=f"pip uninstall onnxruntime, then pip install 'vzip[{extra}]'",
         )
-    options = onnxruntime.SessionOptions()
+    options = session_options(onnxruntime, threads)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = _FATAL_ONLY
     if fp8:
@@ -114,21 +133,30 @@ class _OnnxRuntime:
         name: The backend's name.
         engine: Name of the engine that it runs; None where it is the bundle's graph.
         device: What it runs on.
+        threads: How many threads run an operator on the CPU.
     """
 
     name: str
     device: str
+    threads: int
     engine: str | None = None
     providers: tuple[str, ...]
     extra: str
 
-    def __init__(self, bundle: Bundle, extra_outputs: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        extra_outputs: tuple[str, ...] = (),
+        *,
+        threads: int | None = None,
+    ) -> None:
         self._open(
             self._import(),
             bundle.read_model,
             bundle.weights_folder,
             extra_outputs,
             fp8=bundle.quantised == "fp8",
+            threads=threads,
         )
 
     def _import(self) -> Any:
@@ -142,6 +170,7 @@ class _OnnxRuntime:
         extra_outputs: tuple[str, ...] = (),
         *,
         fp8: bool = False,
+        threads: int | None = None,
     ) -> None:
         """Open a session on this class's device."""
 
@@ -159,7 +188,9 @@ class _OnnxRuntime:
             providers=self.providers,
             extra=self.extra,
             fp8=fp8,
+            threads=threads,
         )
+        self.threads = self._session.get_session_options().intra_op_num_threads
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.generic]]:
         """See `Backend.run`."""
@@ -190,7 +221,12 @@ class OnnxRuntimeCpu(_OnnxRuntime):
     extra = "cpu"
 
     def __init__(
-        self, bundle: Bundle, extra_outputs: tuple[str, ...] = (), *, engine: str | None = None
+        self,
+        bundle: Bundle,
+        extra_outputs: tuple[str, ...] = (),
+        *,
+        engine: str | None = None,
+        threads: int | None = None,
     ) -> None:
         """Open the bundle's graph, or a CPU engine.
 
@@ -198,16 +234,21 @@ class OnnxRuntimeCpu(_OnnxRuntime):
             bundle: The bundle; its `Bundle.cpu_engine` says whether a CPU engine is taken.
             extra_outputs: Values inside the graph that `run` returns as well.
             engine: Name of a CPU engine; None leaves it to the bundle.
+            threads: As for `open_session`.
         """
         self.device = processor()
         onnxruntime = self._import()
         self.engine = cpu_engine.choose(bundle, engine, onnxruntime.__version__)
         if self.engine is None:
-            super().__init__(bundle, extra_outputs)
+            super().__init__(bundle, extra_outputs, threads=threads)
         else:
             name, folder = self.engine, cpu_engine.weights_folder(bundle, self.engine)
             self._open(
-                onnxruntime, lambda: cpu_engine.read_engine(bundle, name), folder, extra_outputs
+                onnxruntime,
+                lambda: cpu_engine.read_engine(bundle, name),
+                folder,
+                extra_outputs,
+                threads=threads,
             )
 
     @classmethod

@@ -58,7 +58,9 @@ class DeviceBackend(Backend, Protocol):
 class BackendClass(Protocol):
     """How a backend is made."""
 
-    def __call__(self, bundle: Bundle, extra_outputs: tuple[str, ...]) -> Backend:
+    def __call__(
+        self, bundle: Bundle, extra_outputs: tuple[str, ...], *, threads: int | None = None
+    ) -> Backend:
         """Open a bundle.
 
         What the backend reads of it, it reads with the bundle's own checks: `Bundle.read_model`,
@@ -67,6 +69,8 @@ class BackendClass(Protocol):
         Args:
             bundle: The bundle.
             extra_outputs: Values inside the graph that `run` returns as well.
+            threads: How many threads of the CPU run the graph, where one does; None for
+                `process.threads`.
 
         Raises:
             BundleError: A file that the backend needs is missing or damaged.
@@ -80,3 +84,7 @@ class BackendClass(Protocol):
 
 class BackendUnavailableError(BackendError):
     """The backend's packages are installed, but its device, or what runs on it, is absent."""
+
+
+class NoEngineError(BackendUnavailableError):
+    """The bundle holds nothing that was made for this backend, so nobody can have meant it."""

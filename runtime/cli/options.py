@@ -13,6 +13,7 @@ from typing import NoReturn
 from vzip.runtime import console
 from vzip.runtime.console import Verbosity
 from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.machine import process
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 
@@ -56,7 +57,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--json", action="store_true", help="print the same as JSON")
 
     def read(self, argv: Sequence[str], *, intermixed: bool = False) -> argparse.Namespace:
-        """Return the options, and set how much is said on standard error from now on.
+        """Return the options; set from now on how much is said and how many threads graphs get.
 
         Args:
             argv: The arguments.
@@ -73,6 +74,8 @@ class Parser(argparse.ArgumentParser):
             console.set_verbosity(Verbosity.QUIET)
         else:
             console.set_verbosity(Verbosity(min(Verbosity.NORMAL + arguments.verbose, 3)))
+        if "threads" in arguments:
+            process.limit_threads(arguments.threads)
         return arguments
 
     def _refuse_unknown(self, argv: Sequence[str]) -> None:
@@ -145,8 +148,20 @@ def add_output(
     parser.add_argument("-o", "--output", metavar=metavar, type=Path, required=required, help=text)
 
 
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """Add ``--threads``, which bounds every graph that the command runs on the CPU."""
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads that run a graph on the CPU (default: as many as this process may use cores, "
+        "of which a container's quota counts too)",
+    )
+
+
 def add_encoder(parser: argparse.ArgumentParser) -> None:
-    """Add what says how the vision encoder is run: ``--backend``, ``--engine``, ``--precision``."""
+    """Add what says how the vision encoder is run: backend, engine, precision and threads."""
+    add_threads(parser)
     parser.add_argument(
         "--backend",
         default="auto",

@@ -76,6 +76,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
     return [
         ("system", _joined(record["distribution"], record["system"])),
         ("processor", _joined(record["processor"], f"{record['cores']} cores")),
+        *_threads_fact(record),
         ("Python", f"{record['python']} ({kind}): {python['executable']}"),
         ("packages", ", ".join(packages)),
         *((name, _found(record[name])) for name in ("onnxruntime", "torch")),
@@ -118,6 +119,14 @@ def _gpu_fact(record: Record) -> str:
         f"{gpu['name']}, SM {dotted(gpu['sm'])}, {gpu['memory_mib']} MiB" for gpu in driver["gpus"]
     ]
     return f"{'; '.join(gpus) or 'none'}{version}, serves CUDA up to {driver['cuda']}"
+
+
+def _threads_fact(record: Record) -> list[tuple[str, str]]:
+    """Return how many threads a graph gets, where control groups bound them."""
+    if (quota := record.get("cpu_quota")) is None:
+        return []
+    said = f"{record['graph_threads']}, as control groups allow {quota:g} cores' time"
+    return [("threads of a graph", said)]
 
 
 def _jetson_fact(record: Record) -> str:

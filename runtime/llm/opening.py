@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from vzip.runtime.bundle.manifest import LLM_FILE
 from vzip.runtime.errors import CheckpointError, InvalidInputError
+from vzip.runtime.machine import process
 from vzip.runtime.models import locate
 
 if TYPE_CHECKING:
@@ -67,19 +68,34 @@ class LlmChoice:
     where: str
     revision: str | None = None
 
-    def open(self, bundle: Bundle) -> LLM:
+    def open(self, bundle: Bundle, *, threads: int | None = None) -> LLM:
         """Open it for a bundle's tokens.
+
+        Args:
+            bundle: The bundle.
+            threads: As for `open_llm`.
 
         Raises:
             VzipError: It can't be opened, or the tokens are not made for it.
         """
-        module = importlib.import_module(RUNNERS[self.name].module)
-        extra = {} if self.revision is None else {"revision": self.revision}
+        runner = RUNNERS[self.name]
+        extra: dict[str, Any] = {} if self.revision is None else {"revision": self.revision}
+        if threads is not None:
+            extra["threads"] = process.check_threads(threads)
+            if runner.server:
+                raise InvalidInputError(
+                    f"got threads={threads} for the LLM server '{self.name}'",
+                    expected="a local LLM, which threads of this process run",
+                    cure="leave it out, and start the server with its own option",
+                )
+        module = importlib.import_module(runner.module)
         llm: LLM = module.open_for(self.where, bundle, **extra)
         return llm
 
 
-def open_llm(bundle: Bundle | str | Path, llm: str | None = None) -> LLM:
+def open_llm(
+    bundle: Bundle | str | Path, llm: str | None = None, *, threads: int | None = None
+) -> LLM:
     """Open an LLM for a bundle's tokens.
 
     Args:
@@ -88,6 +104,8 @@ def open_llm(bundle: Bundle | str | Path, llm: str | None = None) -> LLM:
             or ``NAME:WHERE`` for another local LLM or an LLM server, such as
             ``llama.cpp:FILE.gguf`` or ``vllm:URL``. ``None`` is the bundle's own LLM, or that of
             the checkpoint that it was exported from.
+        threads: How many threads of the CPU run a local LLM; None for as many as this process may
+            use cores. PyTorch, which runs a checkpoint, has one number for the whole process.
 
     Raises:
         VzipError: It can't be opened, or the tokens are not made for it.
@@ -96,7 +114,7 @@ def open_llm(bundle: Bundle | str | Path, llm: str | None = None) -> LLM:
 
     choice = None if llm is None else parse(llm)
     opened = bundle if isinstance(bundle, Bundle) else read_bundle(Path(bundle), verify=False)
-    return (choice or own(opened)).open(opened)
+    return (choice or own(opened)).open(opened, threads=threads)
 
 
 def parse(text: str) -> LlmChoice:

@@ -12,8 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-from vzip.runtime.machine import commands, sensors
-from vzip.runtime.machine.process import cores
+from vzip.runtime.machine import commands, process, sensors
 
 PACKAGES: Final = ("vzip", "numpy", "pillow", "onnxruntime", "openvino", "torch", "transformers")
 
@@ -34,13 +33,15 @@ def machine(*packages: str, root: Path = sensors.ROOT) -> Record:
         ``memory_mib``, ``system``, ``python``, ``packages`` (name → version, of those that are
         installed), ``jetson`` (its model; None elsewhere), ``power_mode`` (a Jetson's), ``cpu_mhz``
         and ``governor`` (None where the kernel doesn't say, as in most virtual machines),
-        ``threads`` (variables of the environment that bound their number) and ``state``: see
+        ``threads`` (variables of the environment that bound their number), ``graph_threads``
+        (those that ONNX Runtime gets for a graph), ``cpu_quota`` (cores' time that control groups
+        allow; None without a limit) and ``state``: see
         `state`; its ``load`` is that before the measurement.
     """
     memory, jetson = sensors.memory(root), sensors.jetson(root)
     return {
         "processor": processor(root),
-        "cores": cores(),
+        "cores": process.cores(root),
         "instructions": sensors.instructions(root),
         "memory_mib": None if memory is None else memory.total,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -51,6 +52,8 @@ def machine(*packages: str, root: Path = sensors.ROOT) -> Record:
         "cpu_mhz": [round(clock.mhz) for clock in sensors.cpu_clocks(root)] or None,
         "governor": sensors.governor(root),
         "threads": {name: os.environ[name] for name in _THREADS if name in os.environ},
+        "graph_threads": process.threads(root),
+        "cpu_quota": process.quota(root),
         "state": state(root),
     }
 

@@ -19,14 +19,22 @@ from PIL import Image
 
 from tests.bundles import NEWLINE, Change, as_it_is, patches_alone, pooled, tiled, with_newline
 from tests.refusals import refused
-from vzip.runtime import CompressedTokens, VisionEncoder, backends, encoder
+from vzip.runtime import CompressedTokens, VisionEncoder, backends, encoder, open_llm
 from vzip.runtime.backends import open_backend
 from vzip.runtime.backends.onnxruntime import import_onnxruntime
-from vzip.runtime.backends.protocol import BackendUnavailableError
+from vzip.runtime.backends.protocol import BackendUnavailableError, NoEngineError
 from vzip.runtime.bundle.manifest import Manifest
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.bundle.writer import update_manifest
-from vzip.runtime.errors import BackendError, BundleError, InvalidInputError, MissingDependencyError
+from vzip.runtime.cli.main import main
+from vzip.runtime.errors import (
+    BackendError,
+    BundleError,
+    InvalidInputError,
+    MissingDependencyError,
+    VzipError,
+)
+from vzip.runtime.machine import process
 from vzip.runtime.pictures.tiles import arrange, arrange_rows, cut
 
 Arrays = dict[str, np.ndarray]
@@ -180,6 +188,88 @@ def test_auto_takes_the_first_that_can_be_used_and_hides_no_failure(tiny_bundle,
     outcomes["onnxruntime-cuda"] = BackendError("onnxruntime-cuda is broken")
     with refused(BackendError, got="onnxruntime-cuda"):
         open_backend("auto", read_bundle(tiny_bundle))
+
+
+@pytest.mark.parametrize(
+    ("taken", "kind", "warned"),
+    [
+        ("onnxruntime", BackendUnavailableError, True),
+        ("onnxruntime", MissingDependencyError, True),
+        ("pytorch", BackendUnavailableError, True),
+        ("onnxruntime-cuda", BackendUnavailableError, False),
+        ("onnxruntime", NoEngineError, False),
+    ],
+)
+def test_auto_warns_where_a_cpu_runs_in_tensorrt_s_place(
+    tiny_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    taken: str,
+    kind: type[VzipError],
+    warned: bool,
+) -> None:
+    def load(name: str) -> Callable[..., object]:
+        def make(bundle: Bundle, extra: tuple[str, ...]) -> object:
+            if name == taken:
+                return SimpleNamespace(device="cpu")
+            raise kind(f"{name} is not to be had")
+
+        return make
+
+    monkeypatch.setattr(backends, "_load", load)
+    with caplog.at_level("WARNING"):
+        open_backend("auto", read_bundle(tiny_bundle))
+    said = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert len(said) == warned
+    for part in ("tensorrt is not to be had", taken) if warned else ():
+        assert part in said[0]
+
+
+def intra_op_threads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Collect the number of threads of every session that is made from now on."""
+    onnxruntime, numbers = import_onnxruntime("a test", "cpu"), []
+    made = onnxruntime.InferenceSession
+
+    def make(model: bytes, options: Any, **more: Any) -> Any:
+        numbers.append(options.intra_op_num_threads)
+        return made(model, options, **more)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", make)
+    return numbers
+
+
+def test_a_session_has_as_many_threads_as_were_asked_for(tiny_bundle, golden, monkeypatch):
+    numbers = intra_op_threads(monkeypatch)
+    monkeypatch.setattr(process, "physical_cores", lambda *_: 5)
+    with VisionEncoder.open(tiny_bundle, backend="onnxruntime", threads=2) as opened:
+        assert opened.threads == 2
+        _ = opened.run(golden["images"][:1]).groups
+    with VisionEncoder.open(tiny_bundle, backend="onnxruntime") as opened:
+        assert opened.threads == 5
+    process.limit_threads(3)
+    try:
+        VisionEncoder.open(tiny_bundle, backend="onnxruntime").close()
+    finally:
+        process.limit_threads(None)
+    assert numbers == [2, 2, 5, 3]
+    with refused(InvalidInputError, got="threads=0", expected="1 to"):
+        VisionEncoder.open(tiny_bundle, threads=0)
+    with refused(InvalidInputError, got=("threads=2", "'vllm'")):
+        open_llm(tiny_bundle, "vllm:http://127.0.0.1:9", threads=2)
+
+
+@pytest.mark.parametrize("command", ["encode", "show"])
+def test_a_command_s_threads_are_its_sessions(tiny_bundle, tmp_path, monkeypatch, command):
+    numbers = intra_op_threads(monkeypatch)
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (20, 20)).save(picture)
+    output = tmp_path / {"encode": "a.npy", "show": "o.png"}[command]
+    given = [command, str(tiny_bundle), str(picture), "-o", str(output), "--threads"]
+    assert main([*given, "2"]) == 0
+    assert set(numbers) == {2}
+    assert process.thread_limit() is None
+    assert main([*given, "0"]) == 2
 
 
 def test_without_any_package_the_error_names_every_reason(tiny_bundle, monkeypatch):

@@ -154,6 +154,8 @@ class Packed:
         import onnxruntime
         from onnx import TensorProto, helper, numpy_helper
 
+        from vzip.runtime.backends.onnxruntime import session_options
+
         arrays, weights = {"left": left.numpy()}, []
         if len(right) == 1:
             weights.append(numpy_helper.from_array(right[0].numpy(), "right"))
@@ -171,7 +173,9 @@ class Packed:
         )
         opsets = [helper.make_opsetid("", 17)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
-        self._session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+        self._session = onnxruntime.InferenceSession(
+            model, session_options(onnxruntime), providers=["CPUExecutionProvider"]
+        )
         self._binding = self._session.io_binding()
         for name, array in arrays.items():
             self._binding.bind_cpu_input(name, array)

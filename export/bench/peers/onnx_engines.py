@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vzip.export.bench.peers import Device, Outputs, prove
 from vzip.runtime.errors import InvalidInputError, MissingDependencyError, missing
+from vzip.runtime.machine import process
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -58,7 +59,7 @@ class OnnxRuntime(_Graph):
 
     def __init__(self, _name: str, precision: str, bundle: Bundle, _device: Device) -> None:
         super().__init__(precision, bundle)
-        from vzip.runtime.backends.onnxruntime import import_onnxruntime
+        from vzip.runtime.backends.onnxruntime import import_onnxruntime, session_options
 
         if precision not in ("int8", bundle.manifest.precision):
             raise InvalidInputError(
@@ -76,7 +77,10 @@ class OnnxRuntime(_Graph):
                 with ProcessPoolExecutor(1, mp_context=spawn) as pool:
                     pool.submit(_quantise, graph, quantised).result()
                 graph = quantised
-            self._session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+            # As it comes, but for threads: in a container both have those that the quota pays for.
+            self._session = onnxruntime.InferenceSession(
+                graph, session_options(onnxruntime), providers=["CPUExecutionProvider"]
+            )
 
     def run(self, images: NDArray[Any]) -> Outputs:
         """See `Peer`."""
@@ -114,6 +118,8 @@ class OpenVino(_Graph):
         model = core.read_model(bundle.weights_folder / Path(bundle.graph_file).name)
         rest = {_HINT: "f32"} if name.endswith("-f32") else _OPENVINO[precision]
         settings = {"PERFORMANCE_HINT": "LATENCY", **rest}
+        if (limit := process.thread_limit()) is not None:
+            settings["INFERENCE_NUM_THREADS"] = str(limit)
         self._request = core.compile_model(model, "CPU", settings).create_infer_request()
 
     def run(self, images: NDArray[Any]) -> Outputs:

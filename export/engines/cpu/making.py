@@ -27,7 +27,7 @@ from vzip.runtime.bundle.writer import add_engine
 from vzip.runtime.errors import BackendError, BundleError, InvalidInputError, require
 from vzip.runtime.files.codec import Scalar
 from vzip.runtime.machine import sensors
-from vzip.runtime.machine.process import cores
+from vzip.runtime.machine.process import cores, thread_limit
 from vzip.runtime.machine.record import processor
 
 Say = Callable[[str], None]
@@ -76,7 +76,7 @@ def build_cpu(path: str | os.PathLike[str], name: str | None = None, *, say: Say
         bundle = read_bundle(path).at(None)  # whoever held the lock may have made it
         if (found := _reused(bundle, name, version)) is not None:
             return BuiltEngine(_may(bundle), name, found, reused=True)
-        say(f"making '{name}' with ONNX Runtime {version} for {processor()}, {cores()} cores")
+        say(f"making '{name}' with ONNX Runtime {version} for {processor()}, {_threads()} cores")
         start = time.monotonic()
         from vzip.export.engines.cpu.choice import choose
 
@@ -100,7 +100,7 @@ def build_cpu(path: str | os.PathLike[str], name: str | None = None, *, say: Say
             fused_attention=None,
             proof=choice.proof.to_json(),
             cpu=CpuTarget(
-                processor(), tuple(sensors.instructions()), cores(), chosen.form, choice.measured
+                processor(), tuple(sensors.instructions()), _threads(), chosen.form, choice.measured
             ),
         )
         made = _may(add_engine(source, name, record, chosen.model))
@@ -112,7 +112,7 @@ def _reused(bundle: Bundle, name: str, version: str) -> EngineRecord | None:
     found = bundle.manifest.engines.get(name)
     if found is None or found.cpu is None or cpu_engine.unfit(_may(bundle), name, version):
         return None
-    if found.cpu.threads != cores() or found.settings != _settings(bundle):
+    if found.cpu.threads != _threads() or found.settings != _settings(bundle):
         return None
     try:
         cpu_engine.read_engine(bundle, name)
@@ -140,3 +140,8 @@ def _settings(bundle: Bundle) -> dict[str, Scalar]:
 def _default_name() -> str:
     """Return a name after the processor: a bundle may have engines for several."""
     return "cpu-" + (re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-") or "unknown")[:90]
+
+
+def _threads() -> int:
+    """Return how many cores the forms are timed on."""
+    return thread_limit() or cores()

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vzip.runtime.backends.protocol import BackendUnavailableError
+from vzip.runtime.backends.protocol import BackendUnavailableError, NoEngineError
 from vzip.runtime.backends.tensorrt import cuda as cuda_runtime
 from vzip.runtime.backends.tensorrt.bindings import TITLES, import_bindings, version_of
 from vzip.runtime.backends.tensorrt.cuda import Cuda, CudaError
@@ -96,7 +96,12 @@ class TensorRt:
     name = "tensorrt"
 
     def __init__(
-        self, bundle: Bundle, extra_outputs: tuple[str, ...] = (), *, engine: str | None = None
+        self,
+        bundle: Bundle,
+        extra_outputs: tuple[str, ...] = (),
+        *,
+        engine: str | None = None,
+        threads: int | None = None,
     ) -> None:
         """Open an engine of a bundle.
 
@@ -104,6 +109,7 @@ class TensorRt:
             bundle: The bundle.
             extra_outputs: Must be empty: an engine has no outputs but those of the graph.
             engine: Name of the engine; None takes the only one that fits this machine.
+            threads: Of no effect: no thread of the CPU runs an engine.
 
         Raises:
             InvalidInputError: The bundle has no engine of that name.
@@ -113,6 +119,7 @@ class TensorRt:
             BackendError: The engine asked for doesn't fit this machine; several do; or TensorRT
                 refuses it.
         """
+        del threads
         if extra_outputs:
             raise BackendError(
                 f"an engine can't give {', '.join(extra_outputs)}",
@@ -485,7 +492,7 @@ class TensorRt:
 def _load_cuda(bundle: Bundle) -> Cuda:
     """Return CUDA with a GPU, if the bundle has an engine at all."""
     if not any(record.cpu is None for record in bundle.manifest.engines.values()):
-        raise BackendUnavailableError(
+        raise NoEngineError(
             f"{bundle.path} has no engine for a GPU",
             expected="one for this machine",
             cure=f"build it here with: {_build_command(bundle)}",

@@ -40,7 +40,7 @@ from vzip.runtime.llm.local.gguf_model import (
 from vzip.runtime.llm.prompts import KINDS, Kind, Prompts, Words, llava_15_words
 from vzip.runtime.llm.shown import TokenSpec
 from vzip.runtime.llm.text_side import TextSide
-from vzip.runtime.machine.process import physical_cores
+from vzip.runtime.machine import process
 
 if TYPE_CHECKING:
     from vzip.runtime.bundle.reader import Bundle
@@ -78,6 +78,7 @@ class LlamaCppLLM(GreedyLLM):
         tokens: TokenSpec | None,
         family: str | None = None,
         context: int = DEFAULT_CONTEXT,
+        threads: int | None = None,
     ) -> None:
         """Open a GGUF; see `open_for` for the form that the command line uses.
 
@@ -90,6 +91,8 @@ class LlamaCppLLM(GreedyLLM):
             family: The bundle's family, ``manifest.model.family``, for a GGUF without words.
             context: Most tokens that all conversations together may have; fewer where the LLM was
                 trained with fewer. Its KV cache is reserved at once: for a 7B, 0.5 MB per token.
+            threads: As for `vzip.runtime.llm.open_llm`; where there is no limit for the process
+                either, OMP_NUM_THREADS is heard.
 
         Raises:
             MissingDependencyError: llama-cpp-python is not installed.
@@ -123,7 +126,7 @@ class LlamaCppLLM(GreedyLLM):
             tokens=tokens,
         )
         self.largest = float(np.finfo(np.float32).max)
-        self._pool = _Pool(model, min(context, trained))
+        self._pool = _Pool(model, min(context, trained), threads or _threads())
 
     def new_cache(self) -> KvCache:
         """Return an empty sequence.
@@ -175,12 +178,13 @@ class _Pool:
     Args:
         model: The GGUF.
         length: Tokens that its KV cache holds, of all sequences together.
+        threads: How many run it.
 
     Raises:
         BackendError: The memory could not be had.
     """
 
-    def __init__(self, model: GgufModel, length: int) -> None:
+    def __init__(self, model: GgufModel, length: int, threads: int) -> None:
         library = model.library
         self._model, self._length = model, length
         self._width = int(library.llama_model_n_embd(model.handle))
@@ -190,7 +194,7 @@ class _Pool:
         parameters.n_batch = parameters.n_ubatch = _BATCH
         parameters.n_seq_max = _CONVERSATIONS
         parameters.kv_unified = True  # else each sequence has but its share
-        parameters.n_threads = parameters.n_threads_batch = _cores()
+        parameters.n_threads = parameters.n_threads_batch = threads
         parameters.no_perf = True
         if model.text("general.file_type") == str(_F32):
             # Else keys and values are rounded to half precision, which nobody who keeps a file in
@@ -311,12 +315,13 @@ class _Pool:
             self._free.append(sequence)
 
 
-def open_for(where: str, bundle: Bundle) -> LlamaCppLLM:
+def open_for(where: str, bundle: Bundle, *, threads: int | None = None) -> LlamaCppLLM:
     """Open a GGUF for a bundle's tokens; see `vzip.runtime.llm.opening`."""
     return LlamaCppLLM(
         Path(where).expanduser(),
         tokens=TokenSpec.of(bundle.manifest),
         family=bundle.manifest.model.family,
+        threads=threads,
     )
 
 
@@ -402,12 +407,14 @@ def _runs(ids: list[int], places: frozenset[int]) -> Iterator[tuple[int, int, bo
         start = stop
 
 
-def _cores() -> int:
-    """Return how many cores this process may run on, unless OMP_NUM_THREADS says how many."""
+def _threads() -> int:
+    """Return `process.threads`, unless OMP_NUM_THREADS alone says how many."""
+    if process.thread_limit() is not None:
+        return process.threads()
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     if asked.isdecimal() and int(asked) > 0:
         return int(asked)
-    return physical_cores()
+    return process.threads()
 
 
 def _free(model: GgufModel, context: Any) -> None:

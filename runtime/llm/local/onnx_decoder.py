@@ -51,13 +51,16 @@ class OnnxRuntimeLLM(GreedyLLM):
 
     name = NAME
 
-    def __init__(self, bundle: Bundle, *, tokens: TokenSpec | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, *, tokens: TokenSpec | None = None, threads: int | None = None
+    ) -> None:
         """Open the language model of a bundle that was exported with it.
 
         Args:
             bundle: The bundle.
             tokens: What the bundle that makes the tokens says about them; ``None`` to take any
                 number.
+            threads: As for `vzip.runtime.llm.open_llm`.
 
         Raises:
             MissingDependencyError: onnxruntime or tokenizers is not installed.
@@ -102,6 +105,7 @@ class OnnxRuntimeLLM(GreedyLLM):
             name=NAME,
             providers=_PROVIDERS,
             extra=EXTRA,
+            threads=threads,
         )
         names = cache_names(settings.layers)
         self._inputs = [INPUT, *(f"past_{name}" for name in names)]
@@ -201,13 +205,14 @@ class OnnxRuntimeLLM(GreedyLLM):
             )
 
 
-def open_for(where: str, bundle: Bundle) -> OnnxRuntimeLLM:
+def open_for(where: str, bundle: Bundle, *, threads: int | None = None) -> OnnxRuntimeLLM:
     """Open the language model of a bundle; see `vzip.runtime.llm.opening`.
 
     Args:
         where: The folder of a bundle that was exported with its LLM: the one that makes the
             tokens, or another of the same checkpoint.
         bundle: The one that makes the tokens.
+        threads: As for `vzip.runtime.llm.open_llm`.
 
     Raises:
         VzipError: As for `OnnxRuntimeLLM`.
@@ -217,4 +222,5 @@ def open_for(where: str, bundle: Bundle) -> OnnxRuntimeLLM:
     return OnnxRuntimeLLM(
         bundle if own else read_bundle(folder, verify=False),
         tokens=TokenSpec.of(bundle.manifest),
+        threads=threads,
     )

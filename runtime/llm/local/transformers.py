@@ -45,6 +45,7 @@ from vzip.runtime.llm.text_side import (
     placeholder_ids,
     side_of,
 )
+from vzip.runtime.machine import process
 
 if TYPE_CHECKING:
     import torch
@@ -128,6 +129,7 @@ class TransformersLLM(GreedyLLM):
         revision: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        threads: int | None = None,
     ) -> TransformersLLM:
         """Load the LLM of a checkpoint.
 
@@ -140,6 +142,8 @@ class TransformersLLM(GreedyLLM):
             device: torch's name of a device; ``auto`` is CUDA where there is a GPU, else the CPU.
             dtype: torch's name of a dtype; ``auto`` is the checkpoint's, except that float16
                 becomes float32 on a CPU, where half precision is slow and rounds more.
+            threads: As for `vzip.runtime.llm.open_llm`; None for those of `process.limit_threads`,
+                or else PyTorch's own number.
 
         Raises:
             MissingDependencyError: torch or transformers is not installed.
@@ -153,6 +157,8 @@ class TransformersLLM(GreedyLLM):
         except ImportError as error:
             package = error.name or "transformers"
             raise missing(package, needed_for="answering questions", extra="export") from error
+        if (number := threads or process.thread_limit()) is not None:
+            torch.set_num_threads(number)
         files = TextFiles.read(NAME, model, revision)
         _check_architecture(files.config, files.model)
         files.check(tokens)
@@ -384,9 +390,12 @@ class TransformersLLM(GreedyLLM):
             ) from error
 
 
-def open_for(where: str, bundle: Bundle, *, revision: str | None = None) -> TransformersLLM:
+def open_for(
+    where: str, bundle: Bundle, *, revision: str | None = None, threads: int | None = None
+) -> TransformersLLM:
     """Open the LLM of a checkpoint for a bundle's tokens; see `vzip.runtime.llm.opening`."""
-    return TransformersLLM.open(where, tokens=TokenSpec.of(bundle.manifest), revision=revision)
+    tokens = TokenSpec.of(bundle.manifest)
+    return TransformersLLM.open(where, tokens=tokens, revision=revision, threads=threads)
 
 
 def _check_architecture(config: Any, model: str) -> None:
