@@ -88,9 +88,11 @@ def measure(folder: Path, seed: int, count: int) -> dict[str, Any]:
         count: How many scenes.
     """
     started = time.monotonic()
-    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    )
     model.eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     side = model.config.vision_config.image_size
     patches = (side // model.config.vision_config.patch_size) ** 2
     test = accuracy.held_out(seed, count, side)

@@ -117,10 +117,12 @@ def measure_demo(scenes: int, seed: int, calibrated: int) -> list[dict[str, Any]
     side, patches = 112, 196
     test = accuracy.held_out(seed, scenes, side)
     model = transformers.AutoModelForImageTextToText.from_pretrained(
-        demo.checkpoint(), dtype=torch.float32
+        demo.checkpoint(), dtype=torch.float32, trust_remote_code=False
     ).eval()
     model.model.multi_modal_projector = torch.nn.Identity()  # the graph holds it
-    tokenizer = transformers.AutoTokenizer.from_pretrained(demo.checkpoint())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        demo.checkpoint(), trust_remote_code=False
+    )
     rows = []
     for share in SHARES:
         tokens = round(share / 100 * patches)

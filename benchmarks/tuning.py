@@ -74,7 +74,9 @@ class Questions:
         side = model.config.vision_config.image_size
         self.held_out = accuracy.held_out(seed, count, side)
         self._encoded = accuracy.encode(model, self.held_out.pictures)
-        self._tokenizer = transformers.AutoTokenizer.from_pretrained(demo.checkpoint())
+        self._tokenizer = transformers.AutoTokenizer.from_pretrained(
+            demo.checkpoint(), trust_remote_code=False
+        )
         self._model = model
 
     @property
@@ -108,7 +110,7 @@ def measure(projector: Path, seed: int, count: int) -> dict[str, Any]:
         count: How many.
     """
     model = transformers.AutoModelForImageTextToText.from_pretrained(
-        demo.checkpoint(), dtype=torch.float32
+        demo.checkpoint(), dtype=torch.float32, trust_remote_code=False
     ).eval()
     questions = Questions(model, seed, count)
     before = questions.accuracies()

@@ -66,9 +66,11 @@ class DemoQuestions:
         folder = demo.checkpoint()
         with loading_quietly():
             self._model = transformers.AutoModelForImageTextToText.from_pretrained(
-                folder, dtype=torch.float32
+                folder, dtype=torch.float32, trust_remote_code=False
             ).eval()
-        self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self._tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False
+        )
         self._test = accuracy.held_out(seed, scenes, self._model.config.vision_config.image_size)
         self.seed = seed
 

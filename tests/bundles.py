@@ -66,7 +66,7 @@ def with_newline(
     bundle = read_bundle(source)
     with bundle_writer(target) as writer:
         copy_files(source, writer.folder, bundle.manifest.files)
-        np.save(writer.folder / "image_newline.npy", newline)
+        np.save(writer.folder / "image_newline.npy", newline, allow_pickle=False)
         writer.publish(change(dataclasses.replace(bundle.manifest, files={})))
     return target
 

@@ -79,8 +79,12 @@ def transformers_llm(size: Llm, folder: Path, dtype: torch.dtype) -> Transformer
     """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     with torch.device("meta"):
         model = transformers.LlavaForConditionalGeneration(config)
     # Never run, and with weights that nobody wrote.
@@ -116,8 +120,12 @@ def write_gguf(folder: Path, path: Path) -> None:
     """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     sizes = Sizes.of(config)
     names = dict.fromkeys(sizes.shapes(), "")
     stored = _Drawn(LocalFolder(folder), sizes, names, names, "random weights")

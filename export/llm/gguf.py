@@ -62,17 +62,14 @@ def convert(
     """
     try:
         import gguf  # noqa: F401 - before anything is read
-        import transformers
     except ImportError as error:
         raise missing(error.name or "gguf", needed_for="'vzip convert'", extra="export") from error
     checkpoint = Checkpoint.open(model, revision=revision)
     _check_family(checkpoint)
     step("reading the configuration and the tokenizer")
     text = TextCheckpoint.open(NAME, model, revision=checkpoint.revision)
-    config = transformers.AutoConfig.from_pretrained(text.files.folder, local_files_only=True)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(text.files.folder, local_files_only=True)
-    sizes = Sizes.of(config)
-    vocabulary = read_vocabulary(tokenizer, sizes.rows)
+    sizes = Sizes.of(text.files.config)
+    vocabulary = read_vocabulary(text.files.tokenizer, sizes.rows)
     stored = Stored.find(checkpoint.folder, sizes)
     step(f"writing {path.name}")
     write(path, text, vocabulary, stored, name=Path(checkpoint.model_id).name)

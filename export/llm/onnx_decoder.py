@@ -128,7 +128,9 @@ def plan(model: str, revision: str | None) -> Size:
             cure="leave out --with-llm and run it in another way (--llm)",
         )
     with torch.device("meta"):
-        shell = transformers.AutoModelForCausalLM.from_config(text)
+        shell = transformers.AutoModelForCausalLM.from_config(
+            text, attn_implementation="eager", trust_remote_code=False
+        )
     size = Size(sum(parameter.numel() for parameter in shell.parameters()))
     size.check_fits()
     return size

@@ -154,10 +154,14 @@ class TextFiles:
             raise missing(package, needed_for=f"{name}: tokenizing", extra="export") from error
         folder = fetch(name, model, revision, TEXT_FILES)
         try:
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
             processor, _ = transformers.LlavaProcessor.get_processor_dict(
-                folder, local_files_only=True
+                folder, local_files_only=True, trust_remote_code=False
             )
             # A damaged configuration fails here, and not in the middle of something.
             placeholder_ids(config), int(config.get_text_config().hidden_size)
@@ -167,6 +171,7 @@ class TextFiles:
                 f"{name}: the text side of {str(model)!r} can't be read ({first_line(error)})",
                 cure="give a whole llava-hf checkpoint with its tokenizer",
             ) from error
+        _check_attention(name, str(model), config)
         template = processor.get("chat_template") or tokenizer.chat_template
         if isinstance(template, dict):
             template = template["default"]
@@ -348,6 +353,19 @@ def fetch(name: str, model: str | Path, revision: str | None, patterns: tuple[st
             f"({first_line(error)})",
             cure="connect to the network, or give a local folder (--llm)",
         ) from error
+
+
+def _check_attention(name: str, model: str, config: Any) -> None:
+    """Refuse an attention of the hub, which transformers downloads and runs as code."""
+    for part in (config, config.get_text_config(), getattr(config, "vision_config", None)):
+        attention = getattr(part, "_attn_implementation", None)
+        if "/" in str(attention):
+            raise CheckpointError(
+                f"{name}: config.json of {model!r} names the attention {attention!r}",
+                expected="one that transformers has, or none",
+                cause="it is code of the hub, which vzip never runs",
+                cure="take 'attn_implementation' out of config.json",
+            )
 
 
 def _ends(folder: Path) -> tuple[int, ...]:

@@ -169,12 +169,17 @@ class TestCheckpoint:
         torch = pytest.importorskip("torch")
         transformers = pytest.importorskip("transformers")
         model, report = transformers.AutoModelForImageTextToText.from_pretrained(
-            demo.checkpoint(), dtype=torch.float32, output_loading_info=True
+            demo.checkpoint(),
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
         assert not report["missing_keys"]
         assert not report["unexpected_keys"]
         assert not report["mismatched_keys"]
-        processor = transformers.LlavaProcessor.from_pretrained(demo.checkpoint())
+        processor = transformers.LlavaProcessor.from_pretrained(
+            demo.checkpoint(), trust_remote_code=False
+        )
         assert model.config.image_token_id == processor.image_token_id
         right = []
         asked = json.loads((demo.pictures() / "questions.json").read_text())
@@ -197,9 +202,9 @@ class TestCheckpoint:
 
         folder = demo.checkpoint()
         model = transformers.AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=torch.float32
+            folder, dtype=torch.float32, trust_remote_code=False
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         packer = dialogue.Packer(tokenizer, model.config.image_token_id, 196)
         result = accuracy.evaluate(model, packer, accuracy.held_out(77, 20))
         assert result["all"] >= 0.85
@@ -212,9 +217,9 @@ class TestCheckpoint:
 
         folder = demo.checkpoint()
         model = transformers.AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=torch.float32
+            folder, dtype=torch.float32, trust_remote_code=False
         ).eval()
-        processor = transformers.LlavaProcessor.from_pretrained(folder)
+        processor = transformers.LlavaProcessor.from_pretrained(folder, trust_remote_code=False)
         packer = dialogue.Packer(processor.tokenizer, model.config.image_token_id, 196)
         held_out = accuracy.held_out(78, 3)
         features = accuracy.encode(model, held_out.pictures).hidden[:, 1:]

@@ -259,7 +259,7 @@ def test_a_batch_is_padded_on_the_right() -> None:
 def test_features_are_those_of_the_untouched_tower(tower: FrozenTower) -> None:
     pixels = scenes.paint(scenes.draw_scene(np.random.default_rng(3), "train"), 112)
     model = transformers.AutoModelForImageTextToText.from_pretrained(
-        demo.checkpoint(), dtype=torch.float32
+        demo.checkpoint(), dtype=torch.float32, trust_remote_code=False
     )
     encoded = accuracy.encode(model, pixels[None])
     expected = accuracy.compressed(encoded, TOKENS, "average", cls_token=True)[0].numpy()
@@ -456,7 +456,7 @@ def test_loss_and_gradient_are_those_of_the_answers(
     loss = made.step(0, examples, lambda place: features[place])
     # The demo's own trainer packs the same conversations in another way.
     model = transformers.AutoModelForImageTextToText.from_pretrained(
-        demo.checkpoint(), dtype=torch.float32
+        demo.checkpoint(), dtype=torch.float32, trust_remote_code=False
     )
     packer = dialogue.Packer(llm.tokenizer, model.config.image_token_id, TOKENS)
     asked = []

@@ -100,7 +100,7 @@ def quantised(precision: str, weight: np.ndarray, steps: Steps) -> onnx.ModelPro
 def main(folder: Path) -> None:
     """Write the graphs and the golden results into `folder`."""
     folder.mkdir(exist_ok=True)
-    with np.load(HERE / "tiny_golden.npz") as golden:
+    with np.load(HERE / "tiny_golden.npz", allow_pickle=False) as golden:
         inputs = rows(golden["pixel_values"])
     weights = make_tiny_bundle.weights()
     weight = weights["project_weight"].astype(np.float32)

@@ -173,6 +173,7 @@ class TransformersLLM(GreedyLLM):
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
+                trust_remote_code=False,
             )
         except Exception as error:  # of a damaged file the libraries raise anything
             raise CheckpointError(

@@ -521,7 +521,7 @@ def test_sizes_of_the_demo_are_its_checkpoints(tmp_path):
     import transformers
 
     shutil.copy(demo.checkpoint() / "config.json", tmp_path)
-    sizes = Sizes.of(transformers.AutoConfig.from_pretrained(tmp_path))
+    sizes = Sizes.of(transformers.AutoConfig.from_pretrained(tmp_path, trust_remote_code=False))
     stored = load_file(demo.checkpoint() / "model.safetensors")
     shapes = sorted(tuple(v.shape) for k, v in stored.items() if k.startswith("language_model."))
     assert sorted(sizes.shapes().values()) == shapes

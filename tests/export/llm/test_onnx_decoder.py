@@ -50,7 +50,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's checkpoint with the smallest LLM: one layer; no test changes it."""
     folder = tmp_path_factory.mktemp("checkpoint") / "small"
     shutil.copytree(demo.checkpoint(), folder, copy_function=shutil.copyfile)
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype="float32")
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(
+        folder, dtype="float32", trust_remote_code=False
+    )
     decoder = model.get_decoder()
     decoder.layers = decoder.layers[:1]
     model.config.text_config.num_hidden_layers = 1

@@ -207,7 +207,9 @@ def test_the_page_writes_the_llm_alone(tmp_path, reference):
     config = json.loads((tmp_path / "llm/config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert "bfloat16" in (config.get("dtype"), config.get("torch_dtype"))
-    alone = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llm", dtype="float32")
+    alone = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "llm", dtype="float32", trust_remote_code=False
+    )
     for ours, theirs in (
         (alone.get_input_embeddings(), reference.model.get_input_embeddings()),
         (alone.lm_head, reference.model.lm_head),
@@ -218,5 +220,7 @@ def test_the_page_writes_the_llm_alone(tmp_path, reference):
     with torch.no_grad():
         close = alone(inputs_embeds=prompt).logits - reference.model(inputs_embeds=prompt).logits
     assert float(close.abs().max()) < 0.5, "bfloat16 weights, nothing else"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "llm")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        tmp_path / "llm", trust_remote_code=False
+    )
     assert tokenizer.eos_token_id == reference.text.prompts.eos_id

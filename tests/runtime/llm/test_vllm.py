@@ -69,7 +69,7 @@ def decoded(part: dict[str, Any]) -> np.ndarray:
     """As vLLM reads it."""
     data = base64.b64decode(part["image_embeds"], validate=True)
     assert data[:6] == b"\x93NUMPY"
-    array: np.ndarray = np.load(io.BytesIO(data))
+    array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
     return array
 
 
