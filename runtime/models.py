@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,7 @@ def locate(model: str | os.PathLike[str]) -> Location:
         )
     folder = Path(name).expanduser()
     if folder.is_dir():
+        _check_text(folder.resolve())
         return Location(name, "folder", folder.resolve(), None)
     if folder.exists():
         raise CheckpointError(
@@ -114,6 +116,19 @@ def locate(model: str | os.PathLike[str]) -> Location:
         expected=f"{_EXPECTED}",
         cause=f"{suggestion(name)}the aliases are {', '.join(ALIASES)}",
     )
+
+
+def _check_text(folder: Path) -> None:
+    """Refuse a folder whose name is no text, which no library below opens and no record holds."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        utf8 = sys.getfilesystemencoding() == "utf-8"
+        raise CheckpointError(
+            f"model folder '{folder}' has a name that is not "
+            f"{'UTF-8' if utf8 else 'of this locale'}",
+            cure="rename the folder" if utf8 else "set LC_ALL=C.UTF-8, or rename the folder",
+        ) from error
 
 
 def suggestion(name: str) -> str:

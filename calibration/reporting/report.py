@@ -53,5 +53,5 @@ def report(
     opened = read_bundle(bundle, verify=False)  # what runs is verified when it is opened
     source, shown = images_of(images, model=opened.manifest.model.id, count=count, say=say)
     content = gather(opened, shown, source=source, step=lambda name: say(f"{name} …"))
-    outputs.write_file(page_file, page(content).encode())
+    outputs.write_file(page_file, page(content))
     return page_file

@@ -142,14 +142,14 @@ def _budgets(
     ]
 
 
-def _files(found: Swept, say: Callable[[str], None]) -> dict[str, bytes]:
+def _files(found: Swept, say: Callable[[str], None]) -> dict[str, bytes | str]:
     """Return table, JSON and, where matplotlib is installed, plots."""
     from vzip.calibration.sweeping.output import plot, table
 
     record = json.dumps(found.to_json(), indent=1, allow_nan=False)
-    files = {
-        "sweep.md": table(found.result, found.advice).encode(),
-        "sweep.json": record.encode() + b"\n",
+    files: dict[str, bytes | str] = {
+        "sweep.md": table(found.result, found.advice),
+        "sweep.json": record + "\n",
     }
     try:
         files["sweep.svg"] = plot(found.result, found.advice, "svg")

@@ -67,9 +67,9 @@ def write(result: Mapping[str, Any], folder: Path) -> list[Path]:
     from vzip.export.bench.output import plot, table
     from vzip.export.bench.page import page
 
-    files = {
-        "result.json": json.dumps(result, indent=1, allow_nan=False).encode() + b"\n",
-        "result.md": table(result).encode(),
+    files: dict[str, bytes | str] = {
+        "result.json": json.dumps(result, indent=1, allow_nan=False) + "\n",
+        "result.md": table(result),
     }
     svg = None
     if any(row["kind"] != "phase" for row in result["rows"]):
@@ -78,7 +78,7 @@ def write(result: Mapping[str, Any], folder: Path) -> list[Path]:
             files["result.png"] = plot(result, "png")
         except MissingDependencyError as error:
             say(f"no plot was drawn: {error}")
-    files["result.html"] = page(result, svg).encode()
+    files["result.html"] = page(result, svg)
     return outputs.write_folder(folder, files)
 
 

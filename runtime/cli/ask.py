@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from vzip.runtime.cli import asking
 from vzip.runtime.console import emit
 from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.files.names import typed
 from vzip.runtime.llm import check_question
 
 
@@ -24,8 +25,9 @@ def main(argv: Sequence[str], *, prog: str) -> int:
             expected="a question",
             cure='ask in quotes, such as "What is that?"',
         )
-    check_question("ask", arguments.question)
+    question = typed(arguments.question)
+    check_question("ask", question)
     asking.check_numbers("ask", arguments)
     conversation = asking.conversation(arguments)
-    emit(conversation.ask(arguments.question, max_new_tokens=arguments.max_new_tokens))
+    emit(conversation.ask(question, max_new_tokens=arguments.max_new_tokens))
     return 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from vzip.runtime.cli import asking
 from vzip.runtime.console import complain, emit
 from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.files.names import typed
 
 if TYPE_CHECKING:
     from vzip.runtime.llm import Conversation
@@ -65,4 +66,4 @@ def _questions() -> Iterator[str]:
                 complain("")
             return
         if line.strip():
-            yield line
+            yield typed(line)

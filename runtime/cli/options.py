@@ -8,12 +8,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from vzip.runtime import console
 from vzip.runtime.console import Verbosity
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.machine import process
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 
@@ -99,6 +102,13 @@ class Parser(argparse.ArgumentParser):
                 f"unrecognized arguments: {name}",
                 cure=f"did you mean '{close[0]}'?" if close else self._help(),
             )
+
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
+        """Print the help where results go, whatever characters the terminal lacks."""
+        if file is None:
+            console.emit(self.format_help(), end="")
+        else:
+            super().print_help(file)
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse found."""

@@ -1,10 +1,10 @@
-"""File names that libraries below can't take: not UTF-8, or of a locale that isn't."""
+"""Names and texts of a system, or of a locale, whose bytes are not UTF-8."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vzip.runtime.errors import InvalidInputError
@@ -44,6 +44,23 @@ def in_utf8(folder: Path) -> Iterator[str]:
         yield str(_DESCRIPTORS / str(descriptor))
     finally:
         os.close(descriptor)
+
+
+def typed(text: str) -> str:
+    """Return what was typed, as text: under a locale that isn't UTF-8 Python keeps bytes it lacks.
+
+    Args:
+        text: An argument or a line of standard input.
+
+    Returns:
+        The text; as it was where its bytes are no UTF-8 either.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        with suppress(UnicodeError):
+            return os.fsencode(text).decode()
+    return text
 
 
 def _is_utf8(path: str) -> bool:

@@ -59,20 +59,25 @@ def check_folder(path: Pathlike) -> Path:
     return path
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes | str) -> None:
     """Write a result; the file is there whole, or as it was.
+
+    Args:
+        path: The file.
+        data: What it holds; a text is written in UTF-8, and what can't be (a file's name may have
+            bytes that are no text) is escaped.
 
     Raises:
         InvalidInputError: It can't be written.
     """
     try:
-        atomic.replace_file(path, data)
+        atomic.replace_file(path, _bytes(data))
     except OSError as error:
         raise _unwritable(path, error) from error
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
-    """Write results into a folder, each whole or not at all, and return their paths.
+def write_folder(folder: Path, files: Mapping[str, bytes | str]) -> list[Path]:
+    """Write results, as `write_file` does, into a folder and return their paths.
 
     Raises:
         InvalidInputError: The folder can't be written to.
@@ -80,10 +85,14 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
-            atomic.replace_file(folder / name, data)
+            atomic.replace_file(folder / name, _bytes(data))
     except OSError as error:
         raise _unwritable(folder, error) from error
     return [folder / name for name in files]
+
+
+def _bytes(data: bytes | str) -> bytes:
+    return data.encode(errors="backslashreplace") if isinstance(data, str) else data
 
 
 def _check_access(folder: Path) -> None:
