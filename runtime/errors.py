@@ -8,6 +8,9 @@ status 2; anything else is a bug of ours and keeps its traceback.
 from __future__ import annotations
 
 import importlib.util
+from typing import Final
+
+_LONGEST_FIELD: Final = 2000  # characters of a field in a message
 
 
 class VzipError(Exception):
@@ -37,13 +40,20 @@ def _message(*fields: str) -> str:
     """Return the one line that says all; a field may quote another library's lines.
 
     It may also quote a name of a file or a server's answer: what a terminal would take for a
-    command, or can't show, stands there escaped.
+    command, or can't show, stands there escaped; and the middle of what is very long is left out.
     """
     got, expected, cause, cure = (
-        printable(" ".join(part.strip() for part in field.splitlines()).strip()) for field in fields
+        printable(" ".join(part.strip() for part in _short(field).splitlines()).strip())
+        for field in fields
     )
     fault = f"{got}, expected {expected}" if expected else got
     return "; ".join(part for part in (fault, cause, cure) if part)
+
+
+def _short(field: str) -> str:
+    """Return a field without the middle of a text that nobody reads."""
+    half = _LONGEST_FIELD // 2
+    return field if len(field) <= _LONGEST_FIELD else f"{field[:half]} … {field[-half:]}"
 
 
 def printable(text: str) -> str:
