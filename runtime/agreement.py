@@ -15,8 +15,6 @@ is judged with numpy alone, where it was built.
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
@@ -27,6 +25,7 @@ from numpy.typing import NDArray
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, REFERENCE_FILE, Manifest
 from vzip.runtime.bundle.precision_record import QUANTISED
 from vzip.runtime.errors import BundleError, InvalidInputError
+from vzip.runtime.guard import guarded
 
 if TYPE_CHECKING:
     from vzip.runtime.bundle.reader import Bundle
@@ -593,15 +592,17 @@ def read_reference(data: Any, manifest: Manifest) -> Reference:
     Raises:
         BundleError: It isn't what the manifest's graph takes and gives.
     """
-    try:
-        with np.load(data, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise BundleError(
-            f"{REFERENCE_FILE} can't be read ({error})",
+    with (
+        guarded(
+            BundleError,
+            f"{REFERENCE_FILE} can't be read",
             expected="an archive of numpy arrays",
             cure="export the bundle again",
-        ) from error
+        ),
+        np.load(data, allow_pickle=False) as arrays,
+    ):
+        # What is no array in such an archive comes as bytes.
+        found = {name: np.asarray(arrays[name]) for name in arrays.files}
     count = len(found["input"]) if "input" in found and found["input"].ndim else 0
     expected = {
         "input": ((count, *manifest.input.shape[1:]), (manifest.input.dtype,)),

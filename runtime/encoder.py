@@ -19,6 +19,7 @@ from vzip.runtime.backends.protocol import Backend, DeviceBackend
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS, Manifest, Media, Tensor
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.errors import BackendError, InvalidInputError
+from vzip.runtime.guard import door
 from vzip.runtime.pictures.images import Channels, ImageSource, check_channels, load_image
 from vzip.runtime.pictures.preprocess import pixel_values, tower_image
 from vzip.runtime.pictures.tiles import arrange, arrange_rows, cut, newline_row
@@ -121,6 +122,7 @@ class VisionEncoder:
         self._process = os.getpid()
 
     @classmethod
+    @door(BackendError, "the bundle '{bundle}' can't be opened")
     def open(
         cls,
         bundle: str | os.PathLike[str] | Bundle,
@@ -187,6 +189,7 @@ class VisionEncoder:
             "device": self._device,
         }
 
+    @door(InvalidInputError, "the images can't be encoded")
     def encode(
         self,
         images: ImageSource | Sequence[ImageSource],
@@ -238,6 +241,7 @@ class VisionEncoder:
         """Return the embeddings of `image_tokens` alone, float32 or float16 [n, L]."""
         return self.image_tokens(image, channels=channels).embeds
 
+    @door(InvalidInputError, "the image '{image}' can't be encoded")
     def image_tokens(self, image: ImageSource, *, channels: Channels = "rgb") -> EncodedImage:
         """Return all that the language model gets for one image.
 
@@ -279,6 +283,7 @@ class VisionEncoder:
         )
         return EncodedImage(np.concatenate([tokens.embeds[0], others]), tokens.kept)
 
+    @door(InvalidInputError, "the video's frames can't be encoded")
     def video_embeds(self, frames: Sequence[ImageSource], *, channels: Channels = "rgb") -> Array:
         """Return all that the language model gets for a clip.
 
@@ -310,6 +315,7 @@ class VisionEncoder:
         tokens = embeds.reshape(-1, embeds.shape[-1])
         return tokens if newline is None else np.concatenate([tokens, newline_row(newline, tokens)])
 
+    @door(InvalidInputError, "the array can't be encoded")
     def run(self, array: Array, *, on_device: bool = False) -> CompressedTokens:
         """Return the compressed tokens of an array that is exactly what the graph takes.
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import string
 from collections.abc import Callable, Iterator
 from pathlib import PurePath
 from types import TracebackType
@@ -67,7 +68,8 @@ def door(
 
     Args:
         kind: As for `guarded`.
-        got: As for `guarded`; ``{path}`` stands for the function's argument of that name.
+        got: As for `guarded`; ``{path}`` stands for the function's argument of that name, and
+            ``{self.path}`` for what an argument has.
         expected: As for `guarded`.
         cure: As for `guarded`; ``{path}`` likewise.
     """
@@ -87,12 +89,11 @@ def door(
                     raise
                 bound = signature.bind(*args, **kwargs)
                 bound.apply_defaults()
-                values = {name: shown(value) for name, value in bound.arguments.items()}
                 raise kind(
-                    got.format_map(values),
+                    _FILLED.vformat(got, (), bound.arguments),
                     expected=expected,
                     cause=said_by(error),
-                    cure=cure.format_map(values),
+                    cure=_FILLED.vformat(cure, (), bound.arguments),
                 ) from error
 
         return inside
@@ -123,6 +124,16 @@ def said_by(error: BaseException) -> str:
         line = kind
     line = str(line)[:_LONGEST]
     return kind if line == kind else f"{kind}: {line}"
+
+
+class _Filled(string.Formatter):
+    """Fills in values as `shown`."""
+
+    def format_field(self, value: object, format_spec: str) -> str:  # noqa: ARG002
+        return shown(value)
+
+
+_FILLED: Final = _Filled()
 
 
 def _is_foreign(error: BaseException) -> bool:

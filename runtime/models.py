@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from vzip.runtime.errors import CheckpointError
+from vzip.runtime.guard import door
 
 DEMO = "demo"
 
@@ -66,6 +67,7 @@ class Location:
         return self.hub_id if self.hub_id is not None else str(self.folder)
 
 
+@door(CheckpointError, "the model '{model}' can't be looked for", cure="check the name")
 def locate(model: str | os.PathLike[str]) -> Location:
     """Say where a model is.
 

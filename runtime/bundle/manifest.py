@@ -35,6 +35,7 @@ from vzip.runtime.files.codec import (
     one_of,
     within,
 )
+from vzip.runtime.guard import door
 from vzip.runtime.pictures.preprocess import Preprocessing
 
 FORMAT: Final = "vzip-bundle"
@@ -333,6 +334,9 @@ class Manifest(Record):
         return text.encode() + b"\n"
 
     @classmethod
+    @door(
+        BundleError, "manifest.json can't be understood", cure="copy it again, or export it again"
+    )
     def from_json(cls, value: Any) -> Manifest:
         """Return the manifest that `value`, parsed JSON, describes.
 
@@ -346,6 +350,9 @@ class Manifest(Record):
             return codec.read(cls, fields)
 
     @classmethod
+    @door(
+        BundleError, "manifest.json can't be understood", cure="copy it again, or export it again"
+    )
     def from_bytes(cls, data: bytes) -> Manifest:
         """Return the manifest that manifest.json's bytes describe.
 

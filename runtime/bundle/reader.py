@@ -13,7 +13,7 @@ import io
 import os
 import stat
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tokenize import TokenError
@@ -44,6 +44,7 @@ from vzip.runtime.bundle.precision_record import (
     graph_file,
 )
 from vzip.runtime.errors import BundleError, InvalidInputError
+from vzip.runtime.guard import door, guarded
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -151,6 +152,11 @@ class Bundle:
         """Whether the language model is in the bundle, for ONNX Runtime."""
         return LLM_FILE in self.manifest.files
 
+    @door(
+        BundleError,
+        "the graph of the bundle '{self.path}' can't be read",
+        cure="copy it again, or export it again",
+    )
     def read_model(self, *, verify: bool = True) -> bytes:
         """Return the graph's bytes, after checking every file against the manifest again.
 
@@ -172,6 +178,11 @@ class Bundle:
                 _check_quantised(self.path, self.manifest, self.quantised, verify=verify)
             return _read_graph(self.path, self.manifest, self.graph_file, verify=verify)
 
+    @door(
+        BundleError,
+        "the LLM of the bundle '{self.path}' can't be read",
+        cure="copy it again, or export it again",
+    )
     def read_llm(self) -> bytes:
         """Return the bytes of the language model's graph, after checking it and its weights.
 
@@ -202,17 +213,27 @@ class Bundle:
         Raises:
             BundleError: It is missing, no plain file, or differs from the manifest.
         """
-        with naming(self.path):
+
+        def guard() -> AbstractContextManager[None]:
+            got = f"'{self.path}': {name} can't be read"
+            return guarded(BundleError, got, cure="copy it again, or export it again")
+
+        with naming(self.path), guard():
             entry = self.manifest.files[name]
             file = _open_listed(self.path, self.manifest, name)
         with file:
-            with naming(self.path):
+            with naming(self.path), guard():
                 found = digest_of(file, name)
                 _check_size(name, found.bytes, entry)
                 _check_digest(name, found.sha256, entry)
             file.seek(0)
             yield file
 
+    @door(
+        BundleError,
+        "'{self.path}': image_newline.npy can't be read",
+        cure="copy it again, or export it again",
+    )
     def newline(self) -> NDArray[np.float32]:
         """Return the LLM's embedding that ends a row, float32 [L], after checking its digest.
 
@@ -239,6 +260,7 @@ class Bundle:
             return _parse_newline(data, width)
 
 
+@door(BundleError, "the bundle '{path}' can't be read", cure="copy it again, or export it again")
 def read_bundle(path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
     """Read the manifest of the bundle in the folder `path` and check its files against it.
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.files import atomic
+from vzip.runtime.guard import door
 
 Pathlike = str | os.PathLike[str]
 
 
+@door(InvalidInputError, "the output '{path}' can't be written", cure="choose another name")
 def check_file(path: Pathlike, *suffixes: str, exact: bool = False) -> Path:
     """Refuse an output file that can't be written.
 
@@ -46,6 +48,7 @@ def check_file(path: Pathlike, *suffixes: str, exact: bool = False) -> Path:
     return path
 
 
+@door(InvalidInputError, "the output '{path}' can't be written", cure="choose another name")
 def check_folder(path: Pathlike) -> Path:
     """Refuse a file for a folder of results; a folder that is not there will be made.
 
@@ -59,6 +62,7 @@ def check_folder(path: Pathlike) -> Path:
     return path
 
 
+@door(InvalidInputError, "the output '{path}' can't be written", cure="choose another name")
 def write_file(path: Path, data: bytes | str) -> None:
     """Write a result; the file is there whole, or as it was.
 
@@ -76,6 +80,7 @@ def write_file(path: Path, data: bytes | str) -> None:
         raise _unwritable(path, error) from error
 
 
+@door(InvalidInputError, "the output '{folder}' can't be written", cure="choose another name")
 def write_folder(folder: Path, files: Mapping[str, bytes | str]) -> list[Path]:
     """Write results, as `write_file` does, into a folder and return their paths.
 

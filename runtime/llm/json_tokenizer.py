@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from vzip.runtime.errors import CheckpointError, missing
+from vzip.runtime.guard import door, guarded
+
+_EXPORT_AGAIN: Final = "export the bundle again"
 
 
 class JsonTokenizer:
@@ -30,16 +33,13 @@ class JsonTokenizer:
             import tokenizers
         except ImportError as error:
             raise missing("tokenizers", needed_for=needed_for, extra=extra) from error
-        try:
+        with guarded(
+            CheckpointError,
+            f"tokenizers {tokenizers.__version__} can't read the LLM's tokenizer",
+            expected="a tokenizer.json of this version or an older one",
+            cure="update tokenizers, or export the bundle again",
+        ):
             self._tokenizer: Any = tokenizers.Tokenizer.from_str(data.decode())
-        except Exception as error:  # the package raises Exception itself
-            raise CheckpointError(
-                f"tokenizers {tokenizers.__version__} can't read the LLM's tokenizer "
-                f"({str(error).splitlines()[0][:200]})",
-                expected="a tokenizer.json",
-                cause="it was made by a newer version or damaged",
-                cure="update tokenizers, or export the bundle again",
-            ) from error
         eos_id = self._tokenizer.token_to_id(eos)
         if eos_id is None or (bos is not None and self._tokenizer.token_to_id(bos) is None):
             raise CheckpointError(
@@ -57,11 +57,13 @@ class JsonTokenizer:
         token: str | None = self._tokenizer.id_to_token(token_id)
         return token
 
+    @door(CheckpointError, "the LLM's tokenizer can't take a text", cure=_EXPORT_AGAIN)
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Return a text's ids."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
         return ids
 
+    @door(CheckpointError, "the LLM's tokenizer can't give a text", cure=_EXPORT_AGAIN)
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of some ids, without special tokens."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)

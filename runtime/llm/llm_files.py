@@ -23,6 +23,7 @@ from vzip.runtime.bundle.reader import Bundle, naming, npy_header
 from vzip.runtime.errors import BundleError
 from vzip.runtime.files import codec
 from vzip.runtime.files.codec import Count, Index, Must, Record
+from vzip.runtime.guard import door
 from vzip.runtime.llm.prompts import Kind, Words
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class Settings(Record):
         return json.dumps(data, indent=2, ensure_ascii=False).encode() + b"\n"
 
     @classmethod
+    @door(BundleError, "llm.json can't be understood", cure="export the bundle again")
     def from_bytes(cls, data: bytes) -> Settings:
         """Read what `to_bytes` returned.
 
@@ -149,6 +151,7 @@ def read_tokenizer(bundle: Bundle) -> bytes:
         return file.read()
 
 
+@door(BundleError, "'{bundle.path}': the LLM's embeddings can't be mapped")
 def map_embeddings(bundle: Bundle, settings: Settings) -> NDArray[Any]:
     """Return the table of token embeddings, `settings.dtype` [vocabulary, L], mapped from its file.
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vzip.runtime.bundle.manifest import LLM_FILE
 from vzip.runtime.errors import CheckpointError, InvalidInputError
+from vzip.runtime.guard import door
 from vzip.runtime.machine import process
 from vzip.runtime.models import locate
 
@@ -68,6 +69,7 @@ class LlmChoice:
     where: str
     revision: str | None = None
 
+    @door(CheckpointError, "the LLM '{self.name}:{self.where}' can't be opened")
     def open(self, bundle: Bundle, *, threads: int | None = None) -> LLM:
         """Open it for a bundle's tokens.
 
@@ -93,6 +95,7 @@ class LlmChoice:
         return llm
 
 
+@door(CheckpointError, "the LLM '{llm}' can't be opened")
 def open_llm(
     bundle: Bundle | str | Path, llm: str | None = None, *, threads: int | None = None
 ) -> LLM:
@@ -117,6 +120,7 @@ def open_llm(
     return (choice or own(opened)).open(opened, threads=threads)
 
 
+@door(InvalidInputError, "--llm: '{text}' can't be understood", cure="check the spelling")
 def parse(text: str) -> LlmChoice:
     """Return what ``--llm`` names; what can be checked before any work is checked.
 

@@ -43,6 +43,7 @@ import numpy as np
 from PIL import Image
 
 from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.guard import door
 from vzip.runtime.pictures.headers import (
     MAX_BLOCKS,
     check_blocks,
@@ -94,6 +95,7 @@ _TRANSPOSE = {
 }
 
 
+@door(InvalidInputError, "the image '{source}' can't be read", cure="save it again")
 def load_image(
     source: ImageSource, *, draft: int | None = None, channels: Channels = "rgb"
 ) -> Image.Image:

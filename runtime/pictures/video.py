@@ -43,6 +43,7 @@ import numpy as np
 from PIL import Image
 
 from vzip.runtime.errors import InvalidInputError, missing
+from vzip.runtime.guard import door
 from vzip.runtime.pictures.frames import DEFAULT_FRAMES, frame_positions
 from vzip.runtime.pictures.images import Channels, ImageSource, check_channels, load_image
 
@@ -72,6 +73,7 @@ _PACKETS = 4  # of a transport stream that are looked at
 _HEAD = _PACKETS * 192
 
 
+@door(InvalidInputError, "the video '{source}' can't be read", cure="copy it again")
 def sample_frames(
     source: VideoSource, count: int = DEFAULT_FRAMES, *, channels: Channels = "rgb"
 ) -> list[Image.Image]:

@@ -20,6 +20,7 @@ from vzip.runtime.bundle.fingerprint import fingerprint
 from vzip.runtime.bundle.precision_record import Quantised
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.files import atomic
+from vzip.runtime.guard import door
 from vzip.runtime.pictures.images import (
     MAX_ENCODED_BYTES,
     Channels,
@@ -51,6 +52,11 @@ class TokenCache:
         limit: Bytes that they take at most; None for no limit.
     """
 
+    @door(
+        InvalidInputError,
+        "'{folder}' can't be a token cache",
+        cure="choose another folder for the cache",
+    )
     def __init__(
         self, folder: str | os.PathLike[str], *, limit: int | None = DEFAULT_LIMIT
     ) -> None:
@@ -74,6 +80,11 @@ class TokenCache:
                 cure="choose another",
             ) from error
 
+    @door(
+        InvalidInputError,
+        "the token cache '{self.folder}' can't be read",
+        cure="choose another folder for the cache",
+    )
     def get(self, image_sha256: str, bundle_fingerprint: str) -> ImageTokens | None:
         """Return the tokens of an image, or None if they aren't there.
 
@@ -94,6 +105,11 @@ class TokenCache:
             os.utime(path)  # used just now
         return image
 
+    @door(
+        InvalidInputError,
+        "the token cache '{self.folder}' can't be written",
+        cure="choose another folder for the cache",
+    )
     def put(self, origin: Origin, image: ImageTokens) -> None:
         """Store the tokens of an image, and make room for them.
 
@@ -121,10 +137,20 @@ class TokenCache:
                 cure="free some space, or choose a folder that you may write to",
             ) from error
 
+    @door(
+        InvalidInputError,
+        "the token cache '{self.folder}' can't be written",
+        cure="choose another folder for the cache",
+    )
     def remove(self, image_sha256: str, bundle_fingerprint: str) -> None:
         """Forget an image; what isn't there needs no forgetting."""
         self.path(image_sha256, bundle_fingerprint).unlink(missing_ok=True)
 
+    @door(
+        InvalidInputError,
+        "the token cache '{self.folder}' can't be read",
+        cure="choose another folder for the cache",
+    )
     def fingerprints(self) -> set[str]:
         """Return the fingerprints of all bundles that have an entry."""
         matches = (_ENTRY.fullmatch(path.name) for path in self.folder.iterdir())
@@ -201,6 +227,7 @@ def encoder_origin(encoder: VisionEncoder) -> Origin:
     return origin_of(bundle.manifest, bundle.quantised, cpu_engine=cpu_engine)
 
 
+@door(InvalidInputError, "the image can't be hashed")
 def image_digest(image: ImageSource, *, channels: Channels = "rgb") -> str:
     """Return the SHA-256 that an image goes by.
 
@@ -223,6 +250,7 @@ def image_digest(image: ImageSource, *, channels: Channels = "rgb") -> str:
     return digest.hexdigest()
 
 
+@door(InvalidInputError, "the image '{path}' can't be read", cure="check the path")
 def read_image(path: str | os.PathLike[str]) -> bytes:
     """Return the bytes of an image file, undecoded.
 
@@ -246,6 +274,7 @@ def read_image(path: str | os.PathLike[str]) -> bytes:
     )
 
 
+@door(InvalidInputError, "the image '{image}' can't be encoded")
 def cached_image_embeds(
     encoder: VisionEncoder,
     image: ImageSource,

@@ -22,6 +22,7 @@ import numpy as np
 
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.files import codec
+from vzip.runtime.guard import door
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -128,6 +129,7 @@ class _Tensor(codec.Record):
     data_offsets: tuple[codec.Index, codec.Index]
 
 
+@door(InvalidInputError, "the tokens of an image can't be written")
 def record_of(image: ImageTokens) -> TokenRecord:
     """Return what a header will say about an image.
 
@@ -168,6 +170,7 @@ def to_bytes(origin: Origin, images: Sequence[ImageTokens]) -> bytes:
     return b"".join(parts)
 
 
+@door(InvalidInputError, "a header of these images can't be written", cure="rename the images")
 def header(origin: Origin, records: Sequence[TokenRecord]) -> bytes:
     """Return what a file begins with: the kept indices of all images follow, then all tokens.
 
@@ -227,6 +230,11 @@ class TokenFile:
         self.records = self._records(entries)
 
     @classmethod
+    @door(
+        InvalidInputError,
+        "the token file '{path}' can't be read",
+        cure="remove it and encode the images again",
+    )
     def open(cls, path: str | os.PathLike[str]) -> TokenFile:
         """Open a file and read its header.
 
@@ -248,6 +256,11 @@ class TokenFile:
             file.close()
             raise
 
+    @door(
+        InvalidInputError,
+        "the tokens of '{name}' can't be read",
+        cure="remove it and encode the images again",
+    )
     def read(self, name: str) -> ImageTokens:
         """Return one image's tokens, after comparing their digest.
 

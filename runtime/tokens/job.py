@@ -22,6 +22,7 @@ import numpy as np
 from vzip.runtime.encoder import EncodedImage
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.files import atomic, locks
+from vzip.runtime.guard import door
 from vzip.runtime.tokens.cache import TokenCache, image_digest, read_image
 from vzip.runtime.tokens.file import (
     LARGEST_HEADER,
@@ -70,6 +71,7 @@ class Output:
     shard: bool
 
 
+@door(InvalidInputError, "the images can't be found", cure="check the paths")
 def find_images(paths: Sequence[Path], output: Path) -> Found:
     """Return the files that the paths name: files as given, folders with all that is below them.
 
@@ -120,6 +122,7 @@ def is_output(path: Path, output: Path) -> bool:
     return beside and (path.name == output.name or re.fullmatch(shard, path.name) is not None)
 
 
+@door(InvalidInputError, "'{output}' can't be written", cure="choose another name with -o")
 def outputs_of(
     images: Sequence[tuple[str, Path]], output: Path, shard_size: int | None
 ) -> list[Output]:
@@ -160,6 +163,7 @@ def outputs_of(
     ]
 
 
+@door(InvalidInputError, "the outputs that are there can't be read")
 def check_origin(outputs: Sequence[Output], origin: Origin) -> None:
     """Refuse to go on with what another bundle began.
 

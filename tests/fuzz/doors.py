@@ -45,6 +45,17 @@ def door(table: dict[str, Door]) -> Callable[[Door], Door]:
     return put
 
 
+@contextlib.contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """Make a folder the current one for as long."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 def tiny(folder: Path) -> Path:
     """Return a copy of the golden bundle with all that a small bundle can hold."""
     from tests import bundles
@@ -144,7 +155,11 @@ def a_bundle(folder: Path) -> Draw:
     def draw(rng: random.Random) -> Trial:
         changed = spoilt.draw(rng)
         verify = rng.random() < 0.5
-        sound = all(stat.S_ISREG(os.lstat(bundle / each).st_mode) for each in names if os.path.lexists(bundle / each))
+        sound = all(
+            stat.S_ISREG(os.lstat(bundle / each).st_mode)
+            for each in names
+            if os.path.lexists(bundle / each)
+        )
         sound = sound and "manifest.json" not in changed
         if sound and rng.random() < 0.7:
             refresh(bundle)
@@ -433,7 +448,12 @@ def a_video(folder: Path) -> Draw:
     from vzip.runtime.pictures import video, video_opencv, video_pyav
 
     seeds = []
-    for ending, codec in ((".mp4", "mpeg4"), (".avi", "mjpeg"), (".mkv", "mpeg4"), (".ts", "mpeg2video")):
+    for ending, codec in (
+        (".mp4", "mpeg4"),
+        (".avi", "mjpeg"),
+        (".mkv", "mpeg4"),
+        (".ts", "mpeg2video"),
+    ):
         path = folder / f"clip{ending}"
         with av.open(str(path), "w") as container:
             stream = container.add_stream(codec, rate=25)
@@ -482,7 +502,6 @@ def _tokens() -> tuple[Any, list[Any]]:
     return origin, images
 
 
-@door(DOORS)
 def a_token_file(folder: Path) -> Draw:
     from vzip.runtime.tokens.file import TokenFile, to_bytes
 
@@ -536,9 +555,11 @@ def a_token_cache(folder: Path) -> Draw:
 
     origin, images = _tokens()
     cache = TokenCache(folder / "cache", limit=5000)
-    image = dataclasses.replace(images[0], name=images[0].sha256) if dataclasses.is_dataclass(
-        images[0]
-    ) else images[0]._replace(name=images[0].sha256)
+    image = (
+        dataclasses.replace(images[0], name=images[0].sha256)
+        if dataclasses.is_dataclass(images[0])
+        else images[0]._replace(name=images[0].sha256)
+    )
     cache.put(origin, image)
     entry = cache.path(image.sha256, origin.fingerprint)
     whole = entry.read_bytes()
@@ -568,8 +589,8 @@ def a_token_cache(folder: Path) -> Draw:
         wrong = image._replace(tokens=odd_array(rng)) if hasattr(image, "_replace") else image
 
         def elsewhere() -> None:
-            os.chdir(folder)
-            TokenCache(place, limit=limit)
+            with inside(folder):
+                TokenCache(place, limit=limit)
 
         return rng.choice(
             (
@@ -620,15 +641,12 @@ def http(body: bytes, kind: str = "application/json", status: str = "200 OK") ->
     return f"{head}Connection: close\r\n\r\n".encode() + body
 
 
-@door(DOORS)
 def a_servers_answer(folder: Path) -> Draw:
-    from vzip.runtime.bundle.manifest import Manifest
-    from vzip.runtime.llm.server.vllm import VllmServerLLM
+    from vzip.runtime.llm.server.vllm import VllmServer
     from vzip.runtime.llm.shown import TokenSpec
 
     del folder
-    manifest = Manifest.from_bytes((GOLDEN / "tiny_bundle/manifest.json").read_bytes())
-    spec = TokenSpec.of(manifest)
+    spec = TokenSpec(count=7, hidden_size=6, image_token_id=4)
     rows = np.zeros((spec.count, spec.hidden_size), np.float32)
     stack = contextlib.ExitStack()
     url, answers = stack.enter_context(socket_server())
@@ -666,7 +684,7 @@ def a_servers_answer(folder: Path) -> Draw:
         question = rng.choice(("what?", *TEXTS))
 
         def trial() -> None:
-            llm = VllmServerLLM(url, spec)
+            llm = VllmServer(url, spec)
             if asked:
                 llm.ask(rows, question)
 
@@ -686,14 +704,19 @@ def a_servers_address(folder: Path) -> Draw:
     from vzip.runtime.models import locate
 
     del folder
-    hosts = ("127.0.0.1:9", "[::1]:9", "localhost:9", "127.0.0.1:", "127.0.0.1:70000", "[::1", "a b",
-             "xn--a", "é" * 70, "a" * 300, "..", "*.x", "127.0.0.1:-1", "127.0.0.1:٣")  # fmt: skip
+    hosts = (
+        "127.0.0.1:9", "[::1]:9", "localhost:9", "127.0.0.1:", "127.0.0.1:70000", "[::1", "a b",
+        "xn--a", "é" * 70, "a" * 300, "..", "*.x", "127.0.0.1:-1", "127.0.0.1:٣",
+    )  # fmt: skip
 
     def draw(rng: random.Random) -> Trial:
         text = rng.choice(TEXTS)
-        url = rng.choice(("http://", "https://", "HTTP://", "ftp://", "")) + rng.choice((*hosts, text))
+        url = rng.choice(("http://", "https://", "HTTP://", "ftp://", "")) + rng.choice(
+            (*hosts, text)
+        )
         url += rng.choice(("", "", "/v1", text))
-        key = rng.choice(("", "k", *(each for each in TEXTS if "\0" not in each)))
+        keys = [each for each in TEXTS if not {"\0", mutations.SURROGATE} & {*each}]
+        key = rng.choice(("", "k", *keys))
 
         def ask() -> None:
             os.environ["VZIP_FUZZ_KEY"] = key
@@ -752,13 +775,11 @@ def a_tokenizer(folder: Path) -> Draw:
 
 @door(DOORS)
 def a_question(folder: Path) -> Draw:
-    from vzip.runtime.bundle.manifest import Manifest
     from vzip.runtime.llm import check_max_new_tokens, check_question
     from vzip.runtime.llm.shown import TokenSpec, check_shown
 
     del folder
-    manifest = Manifest.from_bytes((GOLDEN / "tiny_bundle/manifest.json").read_bytes())
-    spec = TokenSpec.of(manifest)
+    spec = TokenSpec(count=7, hidden_size=6, image_token_id=4)
 
     def draw(rng: random.Random) -> Trial:
         text, one = rng.choice(TEXTS), odd_array(rng)
@@ -799,13 +820,9 @@ def an_outputs_name(folder: Path) -> Draw:
             with job.work_store(path, origin):
                 pass
 
-        def inside() -> None:
-            before = Path.cwd()
-            os.chdir(folder)
-            try:
+        def there() -> None:
+            with inside(folder):
                 chosen()
-            finally:
-                os.chdir(before)
 
         chosen: Trial = rng.choice(
             (
@@ -820,6 +837,6 @@ def an_outputs_name(folder: Path) -> Draw:
             )
         )
         # Nothing may be written outside of the folder.
-        return inside if not text.startswith(("/", "..", "~", "//", "C:")) else (lambda: None)
+        return there if not text.startswith(("/", "..", "~", "//", "C:")) else (lambda: None)
 
     return draw

@@ -1,4 +1,4 @@
-"""What makes a hostile input of a sound one; everything is drawn from the generator that is given."""
+"""What makes a hostile input of a sound one; all is drawn from the generator that is given."""
 
 from __future__ import annotations
 
@@ -181,7 +181,8 @@ _NPY_CHANGES = [
     ("<f4", "|O"), ("<f4", "<f8"), ("<f4", "<c16"), ("<f4", "|V8"), ("<f4", "<U9"), ("<i8", "|O"),
     ("(", "(-"), ("(", "(9" + "9" * 20 + ", "), ("(", "(" + "9" * 1000 + ", "), ("(", "(" * 300),
     (")", ")" * 3), ("False", "True"), ("False", "1/0"), ("shape", "shapes"), ("{", "{'x': 1, "),
-    ("}", ""), (",", ",,"), ("'", '"'), ("|u1", "|S0"), ("(", "(0, "), ("(", "(1e9, "), ("descr", ""),
+    ("}", ""), (",", ",,"), ("'", '"'), ("|u1", "|S0"), ("(", "(0, "), ("(", "(1e9, "),
+    ("descr", ""),
 ]  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Whatever comes in at a door, it is taken, or refused in one line; never anything else.
 
-    python -m tests.fuzz.test_doors DOOR [SEED [COUNT]]    tries a door and prints what went wrong
+python -m tests.fuzz.test_doors DOOR [SEED [COUNT]]    tries a door and prints what went wrong
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def main(name: str, seed: int = SEED, count: int = QUICK) -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = tried({**DOORS, **HEAVY}[name], Path(folder), seed, count)
     for fault, times in found.most_common():
-        print(f"{times} × {fault}")
-    print(f"{name}: {len(found)} kinds of faults in {count} inputs")
+        sys.stdout.write(f"{times} × {fault}\n")
+    sys.stdout.write(f"{name}: {len(found)} kinds of faults in {count} inputs\n")
 
 
 if __name__ == "__main__":

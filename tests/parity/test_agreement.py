@@ -327,7 +327,7 @@ def test_no_archive(content: bytes, manifest: Manifest) -> None:
 
 def test_pickles_are_not_read(reference: Reference, manifest: Manifest) -> None:
     arrays = {**vars(reference), "kept": np.array([object()], dtype=object)}
-    with refused(BundleError, got="allow_pickle", expected="archive"):
+    with refused(BundleError, cause="allow_pickle", expected="archive"):
         read_reference(archive(**arrays), manifest)
 
 
