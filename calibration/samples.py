@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from vzip.export.pictures.glance import Glance
 from vzip.runtime.bundle.manifest import Manifest
 from vzip.runtime.errors import InvalidInputError, missing
 from vzip.runtime.pictures.images import MAX_ENCODED_BYTES, ImageSource, load_image
 from vzip.runtime.pictures.preprocess import pixel_values, tower_image
+from vzip.runtime.wording import are
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -56,11 +58,13 @@ class Sample:
         name: As `LeftOut.name`; ``scene-7`` for the demo's eighth.
         sha256: Of the encoded image, or of the pixels of a painted one.
         read: Gives the encoded image, or the pixels uint8 [H, W, 3].
+        glance: What it looks like.
     """
 
     name: str
     sha256: str
     read: Callable[[], bytes | NDArray[np.uint8]]
+    glance: Glance
 
 
 class Samples(Sequence[Sample]):
@@ -122,7 +126,7 @@ class Samples(Sequence[Sample]):
             name, path = files[place]
             try:
                 encoded = _read(path)
-                load_image(encoded)
+                glance = Glance.of(load_image(encoded))
             except InvalidInputError as error:
                 left_out.append(LeftOut(name, str(error), duplicate=False))
                 continue
@@ -131,7 +135,7 @@ class Samples(Sequence[Sample]):
                 reason = f"has the same bytes as {same.name}"
                 left_out.append(LeftOut(name, reason, duplicate=True))
                 continue
-            found[sha256] = Sample(name, sha256, _Reader(path, sha256))
+            found[sha256] = Sample(name, sha256, _Reader(path, sha256), glance)
         samples = cls(list(found.values()), source=source, seed=seed, left_out=left_out)
         needed = LEAST if count is None else count
         if len(samples) < needed:
@@ -159,8 +163,9 @@ class Samples(Sequence[Sample]):
         images = []
         for number in range(count):
             paint = _Painter(seed, number)
-            sha256 = hashlib.sha256(paint().tobytes()).hexdigest()
-            images.append(Sample(f"scene-{number}", sha256, paint))
+            painted = paint()
+            sha256 = hashlib.sha256(painted.tobytes()).hexdigest()
+            images.append(Sample(f"scene-{number}", sha256, paint, Glance.of(painted)))
         return cls(images, source=DEMO, seed=seed)
 
     @property
@@ -260,6 +265,11 @@ def images_of(
     samples = Samples.open(source, count=DEMO_IMAGES if source == DEMO and count is None else count)
     if samples.left_out:
         say(samples.describe_left_out())
+    if flat := [each for each in samples if each.glance.flat]:
+        say(
+            f"warning: {len(flat)} of {len(samples)} images {are(len(flat))} flat, one colour all "
+            f"over, such as {flat[0].name}: what is measured on them says nothing of others"
+        )
     return f"{source}, SHA-256 {samples.digest[:16]}", [(each.name, each.read) for each in samples]
 
 

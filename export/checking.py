@@ -9,12 +9,13 @@ from pathlib import Path
 from vzip.export import EXPORT_PACKAGES
 from vzip.export.architecture import Media
 from vzip.export.pictures import reference_images
+from vzip.export.pictures.glance import Glance
 from vzip.export.pipeline import WeightSource
 from vzip.runtime import console
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.bundle.writer import update_manifest
 from vzip.runtime.errors import CheckpointError, require
-from vzip.runtime.pictures.images import ImageSource
+from vzip.runtime.pictures.images import ImageSource, load_image
 
 
 def check(
@@ -33,7 +34,8 @@ def check(
         bundle: The folder.
         images: Pictures to compare on; None takes vzip's own.
         projector: The file with the tuned projector, if the bundle was made with one.
-        say: Told, in a line, which limits were missed and by what, if any was.
+        say: Told, in a line, which limits were missed and by what, if any was; and of pictures
+            that prove little.
 
     Returns:
         The bundle; ``manifest.parity`` has the numbers and the verdict ``passed``.
@@ -71,6 +73,8 @@ def check(
             cure="give that file",
         )
     pictures = reference_images() if images is None else images
+    if images and all(Glance.of(load_image(image)).flat for image in images):
+        say(f"{path} is checked on flat pictures alone, one colour all over: it proves little")
     result = UntouchedModel(weights, pictures).compare(found)
     checked = update_manifest(found, parity=result.to_json())
     if not result.passed:

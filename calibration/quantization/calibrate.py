@@ -52,7 +52,8 @@ def calibrate(
         The bundle at the new precision, and what was lost and where.
 
     Raises:
-        InvalidInputError: Images or options can't be used, or the limits can't be kept.
+        InvalidInputError: Images or options can't be used: all images are flat or show the same.
+        ParityError: The limits can't be kept.
         BundleError: The bundle is damaged, can't be written, or was exported anew meanwhile.
         BackendError: The quantised graph can't be run.
         MissingDependencyError: The extra ``export`` is not installed.
@@ -70,6 +71,7 @@ def calibrate(
     from vzip.calibration.quantization.quantize import quantize
     from vzip.calibration.quantization.recipe import Recipe
     from vzip.calibration.samples import Samples
+    from vzip.calibration.variety import check_variety
 
     recipe = Recipe(
         precision=precision,
@@ -81,6 +83,7 @@ def calibrate(
     samples = Samples.open(images, count=count)
     if samples.left_out:
         say(samples.describe_left_out())
+    check_variety(*samples.split(), say)
     made = quantize(opened, samples, recipe, step=say)
     return publish(opened, made, samples), made.report
 

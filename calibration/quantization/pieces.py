@@ -15,6 +15,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from vzip.calibration.quantization.unshared import LINEAR, OwnInitializers
 from vzip.export.graph.reading import read_graph
 from vzip.runtime.backends.onnxruntime import import_onnxruntime, session_options, with_output
 from vzip.runtime.bundle.reader import Bundle
@@ -24,7 +25,6 @@ from vzip.runtime.files.names import in_utf8
 Array = NDArray[Any]
 Kind = Literal["qkv", "out_proj", "fc1", "fc2", "projector"]
 
-_LINEAR = re.compile(r"(layers\.\d+|projector)\.(q|k|v|out|fc1|fc2|linear_1|linear_2)\.weight")
 _KINDS: Mapping[str, Kind] = {
     "q": "qkv", "k": "qkv", "v": "qkv", "out": "out_proj", "fc1": "fc1", "fc2": "fc2",
     "linear_1": "projector", "linear_2": "projector",
@@ -58,10 +58,12 @@ class LinearGroup:
 def own_graph(bundle: Bundle) -> ir.Model:
     """Read a bundle's own graph, whatever other precisions it has, after checking its files.
 
+    Its linear layers and norms share no initializers any more.
+
     Raises:
         BundleError: A file is missing or damaged.
     """
-    return read_graph(bundle.at(None), "'vzip calibrate'")
+    return OwnInitializers()(read_graph(bundle.at(None), "'vzip calibrate'")).model
 
 
 def array_of(model: ir.Model, name: str) -> Array:
@@ -87,7 +89,7 @@ def linear_groups(model: ir.Model) -> list[LinearGroup]:
         weight = node.inputs[1] if node.op_type == "MatMul" else None
         if weight is None or not weight.is_initializer():
             continue
-        if match := _LINEAR.fullmatch(weight.name or ""):
+        if match := LINEAR.fullmatch(weight.name or ""):
             part = "qkv" if _KINDS[match[2]] == "qkv" else match[2]
             groups.setdefault(f"{match[1]}.{part}", []).append(node)
     if not groups:

@@ -211,10 +211,7 @@ def _quantise_linear(
         # [1, 1, out] adds what [out] does. A MatMul and a bias of one axis become a Gemm first in
         # ONNX Runtime, which then finds no integer MatMul for it.
         shaped = np.concatenate(numbers)[None, None]
-        held = graph.initializers.pop(f"{stem}.bias", None)
-        if held is not None and len(held.uses()) > 1:  # equal biases are one initializer
-            held.name = f"{stem}.bias.shared"
-            graph.register_initializer(held)
+        graph.initializers.pop(f"{stem}.bias", None)
         last = op("Add", [last, add("bias", shaped)], "output")
     made = [last]
     if len(ends) > 1:
