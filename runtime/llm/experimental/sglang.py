@@ -28,7 +28,7 @@ from vzip.runtime.errors import CheckpointError, InvalidInputError
 from vzip.runtime.llm.contract import DEFAULT_MAX_NEW_TOKENS, LLM
 from vzip.runtime.llm.conversation import TokenConversation, check_max_new_tokens
 from vzip.runtime.llm.experimental.embedding_table import EmbeddingTable
-from vzip.runtime.llm.server.http_client import Client, Events
+from vzip.runtime.llm.server.http_client import Client, Events, checked_ids
 from vzip.runtime.llm.shown import Shown, TokenSpec
 from vzip.runtime.llm.text_side import LARGEST, TextCheckpoint
 from vzip.runtime.models import locate
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 NAME: Final = "sglang"
 KEY_VARIABLE: Final = "SGLANG_API_KEY"
+_DRAFTED: Final = 256  # ids at most by which an answer of drafted tokens may be too long
 _DTYPE: Final = "bfloat16"
 
 # Classes of srt/models/llava.py and llavavid.py, whose forward takes no input_embeds.
@@ -94,6 +95,7 @@ class SglangLLM(LLM):
     """The LLM of a checkpoint, served by SGLang without its vision tower.
 
     Attributes:
+        client: Requests to the server.
         url: The server's address.
         checkpoint: Its text side, as on this machine.
         incremental: Whether each event of an answer holds the new ids alone.
@@ -101,12 +103,15 @@ class SglangLLM(LLM):
 
     name = NAME
 
-    def __init__(self, url: str, checkpoint: TextCheckpoint) -> None:
+    def __init__(
+        self, url: str, checkpoint: TextCheckpoint, *, seconds: float | None = None
+    ) -> None:
         """Ask the server what it serves.
 
         Args:
             url: Its address, such as ``http://127.0.0.1:30000``.
             checkpoint: The text side of the checkpoint whose LLM it serves.
+            seconds: Longest time for an answer as a whole; see `http_client.Client`.
 
         Raises:
             InvalidInputError: The address is none, or the server runs in a way that can't take
@@ -114,8 +119,8 @@ class SglangLLM(LLM):
             CheckpointError: The checkpoint's token embeddings are not there.
             BackendError: There is no such server.
         """
-        self._client = Client(NAME, url, KEY_VARIABLE)
-        self.url = self._client.url
+        self.client = Client(NAME, url, KEY_VARIABLE, seconds)
+        self.url = self.client.url
         self.checkpoint = checkpoint
         self._table = EmbeddingTable.of(checkpoint)
         arguments = self._check_server()
@@ -167,12 +172,12 @@ class SglangLLM(LLM):
             max_new_tokens=max_new_tokens,
             stream=True,
         )
-        return self._client.post("/generate", body, _Answer)
+        return self.client.post("/generate", body, _Answer)
 
     def _check_server(self) -> Any:
         """Refuse a server that would fail, or answer wrongly; return what it was started with."""
-        architectures = _field(self._client.get("/model_info"), "architectures") or []
-        arguments = self._client.get("/server_info")
+        architectures = _field(self.client.get("/model_info"), "architectures") or []
+        arguments = self.client.get("/server_info")
         name, url = NAME, self.url
         taken = [each for each in architectures if each in _LLAVAS]
         if taken and _field(arguments, "model_impl") != "transformers":
@@ -212,6 +217,12 @@ class SglangConversation(TokenConversation):
             made: list[int] = []
             for piece in events.pieces():
                 made = [*made, *piece] if self._llm.incremental else piece
+                if len(made) > max_new_tokens + _DRAFTED:
+                    raise self._llm.client.broken(
+                        f"sent an answer of {len(made)} tokens",
+                        cause=f"it was asked for {max_new_tokens} at most, and took no notice",
+                        cure="check the address",
+                    )
                 yield made
 
 
@@ -228,7 +239,7 @@ class _Answer(Events):
     def piece(self, event: Any) -> tuple[list[int], str | None]:
         """Return an event's ids, and why the answer ends if it does."""
         end = event["meta_info"]["finish_reason"]
-        ids = [int(each) for each in event["output_ids"]]
+        ids = checked_ids(event["output_ids"])
         return ids, None if end is None else str(end["type"])
 
 

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 from abc import abstractmethod
 from collections.abc import Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from vzip.runtime.errors import BackendError, InvalidInputError
 from vzip.runtime.llm.contract import LLM
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from vzip.runtime.llm.shown import Embeds
 
     Message = Mapping[str, Any]
+
+
+_LONGEST_TOKEN: Final = 1024  # characters; the longest of public vocabularies have 256
+_LISTED: Final = 20  # names of models in a message
 
 
 class ServerLLM(LLM):
@@ -48,20 +52,30 @@ class ServerLLM(LLM):
     key_variable: str
     placeholders: tuple[str, ...] = ("<image>", "<video>")
 
-    def __init__(self, url: str, tokens: TokenSpec, *, model: str | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        tokens: TokenSpec,
+        *,
+        model: str | None = None,
+        seconds: float | None = None,
+    ) -> None:
         """Ask the server what it serves.
 
         Args:
             url: Its address, such as ``http://127.0.0.1:8000``, with or without ``/v1``.
             tokens: What the bundle says about its tokens, from `TokenSpec.of`.
             model: The model's name, where the server has several.
+            seconds: Longest time for an answer as a whole, from the connection to its last piece;
+                None for `http_client.ANSWER_SECONDS`. What the server is asked here, it must tell
+                within `http_client.CALL_SECONDS`, question by question.
 
         Raises:
             InvalidInputError: The address is none, or it has several models, or not that one.
             BackendError: There is no such server, or it doesn't answer as one does.
         """
         self.tokens = tokens
-        self.client = Client(self.name, url, self.key_variable)
+        self.client = Client(self.name, url, self.key_variable, seconds)
         self.url = self.client.url
         self.model = self._choose(model)
 
@@ -130,8 +144,10 @@ class ServerLLM(LLM):
         if model in names:
             return str(model)
         asked = "none was named" if model is None else f"{model!r} is not among them"
+        listed = ", ".join(repr(self.client.clean(each)) for each in names[:_LISTED])
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
         raise InvalidInputError(
-            f"{self.name}: {self.url} serves {', '.join(map(repr, names))}, but {asked}",
+            f"{self.name}: {self.url} serves {listed}{more}, but {asked}",
             cure=(
                 f"serve one model, or give one of these names in Python: {type(self).__name__}(…, "
                 "model=…)"
@@ -178,6 +194,13 @@ class ServerConversation(Turns["Message"]):
         with contextlib.closing(self._llm.client.post("/v1/chat/completions", body)) as events:
             for piece in itertools.chain(events.pieces(), [""]):  # an empty answer is one too
                 text = (text + piece).lstrip()
+                if len(text) > _LONGEST_TOKEN * max_new_tokens:
+                    raise self._llm.client.broken(
+                        f"sent an answer of more than {_LONGEST_TOKEN * max_new_tokens} characters",
+                        cause=f"it was asked for {max_new_tokens} tokens at most, and took no "
+                        "notice",
+                        cure="check the address",
+                    )
                 # White space goes out with what follows it, so that the whole ends without.
                 answer = {"role": "assistant", "content": text.rstrip()}
                 yield [*asked, answer], answer["content"]

@@ -1,7 +1,9 @@
 """HTTP to a server that speaks OpenAI's chat protocol, with one-line errors; standard library only.
 
 Proxies are those that the environment names, but none for this machine's own addresses. No
-redirection is followed: it would lose the body, and might take the API key to another host.
+redirection is followed: it would lose the body, and might take the API key to another host. Nothing
+is asked twice. A call ends when its time is over, whatever the server sends, and takes no more
+memory than it may: see `vzip.runtime.llm.server.allowance`.
 """
 
 from __future__ import annotations
@@ -21,19 +23,36 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from vzip.runtime.errors import BackendError, InvalidInputError, VzipError
+from vzip.runtime.llm.server.allowance import (
+    Allowance,
+    HeldHttp,
+    HeldHttps,
+    LateError,
+    Request,
+    TooMuchError,
+)
 
 CALL_SECONDS: Final = 30.0
-"""Longest wait for what a server knows by itself; it tells soon that nobody is there."""
+"""Longest call for what a server knows by itself; it tells soon that nobody is there."""
 
 ANSWER_SECONDS: Final = 600.0
-"""Longest wait for an answer's next piece: a request may stand in a queue."""
+"""Longest call for an answer, from the connection to the last piece, where nothing else is said."""
 
-_LONGEST_LINE: Final = 1 << 20  # characters of one event; an answer's piece has a few hundred
+IDLE_SECONDS: Final = 300.0
+"""Longest wait for an answer's next byte: a request may stand in a queue."""
+
+_LONGEST_PAGE: Final = 1 << 23  # bytes; a gateway's list of a thousand models has a few hundred KiB
+_LONGEST_EVENT: Final = 1 << 20  # characters; an answer's piece has a few hundred
+_LONGEST_GAP: Final = 1 << 21  # bytes up to the next event: itself, comments, what frames them
+_LONGEST_CALL: Final = 7 * 86400  # seconds
+_ERROR_SECONDS: Final = 5.0  # for an error's page, whose status is known already
 _LONGEST_ERROR: Final = 1 << 16  # bytes that are read of an error's page
+_CHUNK: Final = 1 << 13
 _LONGEST_MESSAGE: Final = 400  # characters of the server's own words that are repeated
 
 # What FastAPI and the servers' own checks answer to a request that they don't take.
 _REFUSED: Final = (400, 413, 422)
+_MORE_TIME: Final = "; ask for a shorter answer, or allow more time in Python (seconds=…)"
 _SEE_LOG: Final = "see the server's log"
 _NO_CHAT: Final = "it is no OpenAI-compatible server, or a proxy changed the answer"
 _ENDED_BY_ERROR: Final = ("abort", "error")
@@ -46,20 +65,30 @@ class Client:
         name: The LLM server's name, for messages.
         url: The server's address.
         key_variable: Environment variable of its API key.
+        seconds: For an answer as a whole; None for `ANSWER_SECONDS`. Other calls have
+            `CALL_SECONDS`, or this where it is less.
 
     Raises:
-        InvalidInputError: The address or the key can't be one.
+        InvalidInputError: The address or the key can't be one, or there is no such time.
     """
 
-    def __init__(self, name: str, url: str, key_variable: str) -> None:
+    def __init__(
+        self, name: str, url: str, key_variable: str, seconds: float | None = None
+    ) -> None:
         self._name, self._key_variable = name, key_variable
+        self._seconds = ANSWER_SECONDS if seconds is None else seconds
+        if not 0 < self._seconds <= _LONGEST_CALL:
+            raise InvalidInputError(
+                f"{name}: got seconds={seconds}",
+                expected=f"the longest time for an answer, above 0 and at most {_LONGEST_CALL}",
+            )
         self.url, host = _address(name, url)
         scheme = urlsplit(self.url).scheme
         # A proxy is for the network outside; who names this machine means this machine.
         proxies = {} if _is_local(host) else urllib.request.getproxies()
         self._proxied = scheme in proxies and not urllib.request.proxy_bypass(host)
         self._opener = urllib.request.build_opener(
-            urllib.request.ProxyHandler(proxies), _NoRedirects()
+            urllib.request.ProxyHandler(proxies), _NoRedirects(), HeldHttp(), HeldHttps()
         )
         self._key = os.environ.get(key_variable, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
@@ -79,15 +108,18 @@ class Client:
     def post(self, path: str, body: Mapping[str, Any], kind: type[Events] | None = None) -> Events:
         """Send JSON, and return the events that answer it, of OpenAI's kind or another."""
         data = json.dumps(body).encode()
-        with self._errors(ANSWER_SECONDS):
-            response = self._open(path, data, ANSWER_SECONDS)
-        return (kind or Events)(self, response)
+        allowance = Allowance(self._seconds, min(self._seconds, IDLE_SECONDS))
+        with self.errors(allowance):
+            response = self._open(path, data, allowance)
+        return (kind or Events)(self, response, allowance)
 
     def _call(self, path: str, data: bytes | None) -> Any:
-        with self._errors(CALL_SECONDS), self._open(path, data, CALL_SECONDS) as response:
-            answer = response.read()
+        seconds = min(self._seconds, CALL_SECONDS)
+        allowance = Allowance(seconds, seconds)
+        with self.errors(allowance), self._open(path, data, allowance) as response:
+            answer = _body(response, allowance, _LONGEST_PAGE)
         try:
-            return json.loads(answer)
+            return _parsed(answer)
         except ValueError as error:
             raise BackendError(
                 f"{self._name}: {self.url}{path} answered with {_kind(response)} that is not JSON",
@@ -107,37 +139,39 @@ class Client:
         return line if len(line) <= _LONGEST_MESSAGE else line[:_LONGEST_MESSAGE] + "…"
 
     @contextlib.contextmanager
-    def _errors(self, seconds: float) -> Iterator[None]:
+    def errors(self, allowance: Allowance) -> Iterator[None]:
         """Turn what goes wrong on the way into one of our errors."""
         try:
             yield
         except urllib.error.HTTPError as error:
             with error:
-                raise self._refusal(error) from None
+                raise self._refusal(error, allowance) from None
         except (OSError, http.client.HTTPException) as error:
-            what, cure = self._trouble(error, seconds)
+            what, cure = self._trouble(error, allowance)
             raise self.broken(what, cure=cure) from error
 
-    def errors(self) -> contextlib.AbstractContextManager[None]:
-        """Do so while an answer is read."""
-        return self._errors(ANSWER_SECONDS)
-
-    def _open(self, path: str, data: bytes | None, seconds: float) -> http.client.HTTPResponse:
-        request = urllib.request.Request(self.url + path, data)  # noqa: S310  http(s), checked
+    def _open(
+        self, path: str, data: bytes | None, allowance: Allowance
+    ) -> http.client.HTTPResponse:
+        request = Request(self.url + path, data, allowance)
         if data is not None:
             request.add_header("Content-Type", "application/json")
         if self._key:
             request.add_unredirected_header("Authorization", f"Bearer {self._key}")
-        response: http.client.HTTPResponse = self._opener.open(request, timeout=seconds)
+        response: http.client.HTTPResponse = self._opener.open(request)
+        packed = response.headers.get("Content-Encoding", "identity").strip().lower()
+        if packed not in ("", "identity"):
+            response.close()
+            raise self.broken(
+                f"answered in the encoding {self.clean(packed)!r}",
+                cause="it was asked for plain text, so a proxy may have packed it",
+                cure="give the address of the server itself",
+            )
         return response
 
-    def _refusal(self, error: urllib.error.HTTPError) -> VzipError:
+    def _refusal(self, error: urllib.error.HTTPError, allowance: Allowance) -> VzipError:
         """Return the error for an HTTP status of 300 or more."""
-        try:
-            page = error.read(_LONGEST_ERROR)
-        except (OSError, http.client.HTTPException):
-            page = b""
-        words = self.clean(_server_words(page))
+        words = self.clean(_server_words(_page(error, allowance)))
         status = f"HTTP {error.code} {self.clean(str(error.reason))}".strip()
         got = f"answered {status}" + (f": {words}" if words else "")
         # rstrip: the server's words often end a sentence, and ours goes on.
@@ -161,7 +195,7 @@ class Client:
             cure = _SEE_LOG
         return self.broken(got, cause=cause, cure=cure)
 
-    def _trouble(self, error: Exception, seconds: float) -> tuple[str, str]:
+    def _trouble(self, error: Exception, allowance: Allowance) -> tuple[str, str]:
         """Say what became of the connection, and the cure; see `broken`."""
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         by = " (through the proxy that the environment names)" if self._proxied else ""
@@ -171,10 +205,16 @@ class Client:
             case socket.gaierror():
                 said = f"is at a host that is not known here{by}", "check the address"
             case TimeoutError():
+                silent = isinstance(reason, LateError) and reason.silent
                 said = (
-                    f"did not answer within {seconds:.0f} s{by}",
-                    "check the address, and whether the server is busy or stuck",
+                    f"sent nothing for {allowance.idle:g} s{by}"
+                    if silent
+                    else f"did not answer within {allowance.seconds:g} s{by}",
+                    "check the address, and whether the server is busy or stuck"
+                    + (_MORE_TIME if allowance.seconds == self._seconds else ""),
                 )
+            case TooMuchError():
+                said = f"{reason}, which no answer has{by}", "check the address"
             case ssl.SSLCertVerificationError():
                 said = (
                     f"has a certificate that is not trusted here ({reason.verify_message})",
@@ -208,8 +248,10 @@ class Events:
 
     cause = _NO_CHAT
 
-    def __init__(self, client: Client, response: http.client.HTTPResponse) -> None:
-        self._client, self._response = client, response
+    def __init__(
+        self, client: Client, response: http.client.HTTPResponse, allowance: Allowance
+    ) -> None:
+        self._client, self._response, self._allowance = client, response, allowance
         # Reads what is there, and keeps the beginning of a character whose other bytes follow.
         self._lines = io.TextIOWrapper(response, encoding="utf-8", newline=None)
 
@@ -220,8 +262,7 @@ class Events:
     def pieces(self) -> Iterator[Any]:
         """Yield what `piece` returns of each event as it comes; to the answer's end, or raise."""
         if self._response.headers.get_content_type() != "text/event-stream":
-            with self._client.errors():
-                page = self._response.read(_LONGEST_ERROR)
+            page = _page(self._response, self._allowance)
             words = self._client.clean(_server_words(page)) or f"{_kind(self._response)}"
             raise self._client.broken(
                 f"answered with no stream of events: {words}", cause=self.cause, cure=_SEE_LOG
@@ -244,7 +285,7 @@ class Events:
     def _read(self, data: str) -> tuple[Any, str | None]:
         """Return what is new in an event's data; see `piece`."""
         try:
-            event = json.loads(data)
+            event = _parsed(data)
             if event.get("error") or event.get("object") == "error":
                 words = self._client.clean(_server_words(data.encode()))
                 raise self._client.broken(f"failed while answering: {words}", cure=_SEE_LOG)
@@ -270,28 +311,40 @@ class Events:
 
     def _data(self) -> Iterator[str]:
         """Yield the data of each event; comments and other fields are passed over."""
-        data: list[str] = []
-        while True:
-            with self._client.errors():
+        more = True
+        while more:
+            self._allowance.allow(_LONGEST_GAP)
+            with self._client.errors(self._allowance):
                 try:
-                    line = self._lines.readline(_LONGEST_LINE)
+                    data, more = self._event()
                 except UnicodeDecodeError as error:
                     raise self._client.broken(
                         "sent an answer that is not UTF-8", cause=self.cause
                     ) from error
-            if len(line) == _LONGEST_LINE:
+            if data:
+                yield "\n".join(data)
+
+    def _event(self) -> tuple[list[str], bool]:
+        """Return the lines of the next event's data, and whether more may follow."""
+        data: list[str] = []
+        size = 0
+        while True:
+            line = self._lines.readline(_LONGEST_EVENT)
+            size += len(line)
+            if size >= _LONGEST_EVENT:
                 raise self._client.broken(
-                    f"sent a line of {_LONGEST_LINE} characters or more",
+                    f"sent an event of {_LONGEST_EVENT} characters or more",
                     cause="it is no stream of events",
                 )
+            if line == "\n":
+                if data:
+                    return data, True
+                size = 0
+            elif not line:
+                return data, False
             field, _, value = line.rstrip("\n").partition(":")
             if field == "data":
                 data.append(value.removeprefix(" "))
-            if (not line or line == "\n") and data:
-                yield "\n".join(data)
-                data = []
-            if not line:
-                return
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -348,10 +401,65 @@ def _kind(response: http.client.HTTPResponse) -> str:
     return str(response.headers.get_content_type())
 
 
+def _body(response: Any, allowance: Allowance, most: int) -> bytes:
+    """Return an answer's body; what is read is little more than `most`, whatever it claims to be.
+
+    Raises:
+        TooMuchError: It is longer than that.
+        IncompleteRead: It is shorter than it claims to be.
+    """
+    allowance.allow(most)
+    claimed: int | None = response.length
+    data = bytearray()
+    while claimed is None or len(data) < claimed:
+        # Not `read`, which takes the memory for as much as is claimed, or loses what came.
+        piece = response.read1(_CHUNK)
+        data += piece
+        if not piece:
+            break
+    if claimed is not None and len(data) < claimed:
+        raise http.client.IncompleteRead(b"")
+    return bytes(data)
+
+
+def _page(response: Any, allowance: Allowance) -> bytes:
+    """Return the beginning of a page that tells of an error, as far as it comes soon."""
+    allowance.hurry(_ERROR_SECONDS)
+    allowance.allow(2 * _LONGEST_ERROR)  # what frames it is counted too
+    data = bytearray()
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        while len(data) < _LONGEST_ERROR and (piece := response.read1(_CHUNK)):
+            data += piece
+    return bytes(data[:_LONGEST_ERROR])
+
+
+def _parsed(text: str | bytes) -> Any:
+    """Return what JSON holds.
+
+    Raises:
+        ValueError: It is none, or nested more deeply than Python can follow.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def checked_ids(found: Any) -> list[int]:
+    """Return a server's list of token ids.
+
+    Raises:
+        TypeError: It is no list of them.
+    """
+    if isinstance(found, list) and all(type(each) is int and 0 <= each < 2**31 for each in found):
+        return found
+    raise TypeError("no list of token ids")
+
+
 def _server_words(page: bytes) -> str:
     """Return what a server says of an error, of the forms that LLM servers use; else nothing."""
     try:
-        said = json.loads(page)
+        said = _parsed(page)
     except ValueError:  # a proxy's page, or plain text
         text = page.decode(errors="replace")
         return "" if "<" in text else text

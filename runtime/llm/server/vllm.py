@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,6 +29,7 @@ from vzip.runtime.llm.conversation import (
     check_question,
 )
 from vzip.runtime.llm.server.chat_server import ServerConversation, ServerLLM
+from vzip.runtime.llm.server.http_client import checked_ids
 from vzip.runtime.llm.shown import Shown, TokenSpec, check_batch
 from vzip.runtime.llm.text_side import LARGEST, TextCheckpoint
 
@@ -55,8 +57,15 @@ class VllmServer(ServerLLM):
     name = NAME
     key_variable = KEY_VARIABLE
 
-    def __init__(self, url: str, tokens: TokenSpec, *, model: str | None = None) -> None:
-        super().__init__(url, tokens, model=model)
+    def __init__(
+        self,
+        url: str,
+        tokens: TokenSpec,
+        *,
+        model: str | None = None,
+        seconds: float | None = None,
+    ) -> None:
+        super().__init__(url, tokens, model=model, seconds=seconds)
         token = self._ids({"prompt": _IMAGE, "add_special_tokens": True})
         if not token or token[-1] != tokens.image_token_id:
             raise InvalidInputError(
@@ -74,10 +83,10 @@ class VllmServer(ServerLLM):
         """Return what the server's tokenizer makes of a text or a chat."""
         answer = self.client.call("/tokenize", {"model": self.model, **text})
         try:
-            return [int(each) for each in answer["tokens"]]
+            return checked_ids(answer["tokens"])
         except (TypeError, KeyError, ValueError) as error:
             raise BackendError(
-                f"{NAME}: {self.url}/tokenize answered {str(answer)[:80]!r}",
+                f"{NAME}: {self.url}/tokenize answered {json.dumps(answer)[:80]!r}",
                 expected="'tokens'",
                 cause="it is no vLLM server, or a proxy changed the answer",
             ) from error

@@ -464,7 +464,7 @@ class TestErrors:
         monkeypatch.setattr(http_client, "ANSWER_SECONDS", 0.3)
         llm = TinyServer(fake.url, TOKENS)
         began = time.monotonic()
-        with refused(BackendError, got="within 0 s"):
+        with refused(BackendError, got="within 0.3 s", cure="seconds="):
             llm.ask(EMBEDS, "?")
         done.set()
         assert time.monotonic() - began < 5

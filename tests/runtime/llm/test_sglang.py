@@ -189,6 +189,8 @@ def test_a_failed_answer_is_taken_back():
         ({**ids, "meta_info": {"finish_reason": {"type": "abort"}}}, "'abort'"),
         ({**ids, "meta_info": {"finish_reason": None}}, "broke off"),
         ({"choices": []}, "choices"),
+        ({"output_ids": [7] * 1000, "meta_info": {"finish_reason": None}}, "1000 tokens"),
+        ({"output_ids": [1e999], "meta_info": {"finish_reason": None}}, "no piece"),
     ):
         whole = words != "broke off"
         with serving(pages, "/generate", lambda _, e=event: iter([e]), whole=whole) as (url, _):
