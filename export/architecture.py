@@ -25,6 +25,9 @@ FeatureStrategy = Literal["default", "full"]
 Media = Literal["image", "video"]
 Shape = tuple[int, ...]
 
+MAX_LAYERS, MAX_PATCHES, MAX_PARAMETERS = 1000, 2**16, 2**35
+"""What is believed of a tower, several times the largest there are: all of it is allocated."""
+
 NEWLINE = "image_newline"
 """Canonical name of the embedding that ends a row of a tiled image."""
 
@@ -70,10 +73,23 @@ class TowerConfig:
             raise _wrong(
                 "tower hidden_size", self.hidden_size, f"a multiple of num_heads {self.num_heads}"
             )
+        for name, most in (
+            ("num_layers", MAX_LAYERS),
+            ("patches", MAX_PATCHES),
+            ("parameters", MAX_PARAMETERS),
+        ):
+            if getattr(self, name) > most:
+                raise _wrong(f"tower {name}", getattr(self, name), f"at most {most}")
         _choice("tower activation", self.activation, get_args(TowerActivation))
         eps = self.layer_norm_eps
         if not isinstance(eps, float) or not math.isfinite(eps) or eps <= 0:
             raise _wrong("tower layer_norm_eps", eps, "a number above 0")
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in its weights, nearly: norms and biases are left out."""
+        layer = self.hidden_size * (4 * self.hidden_size + 2 * self.intermediate_size)
+        return self.num_layers * layer + (3 * self.patch_size**2 + self.tokens) * self.hidden_size
 
     @property
     def cls_token(self) -> bool:

@@ -13,11 +13,31 @@ from vzip.export.architecture import (
     TowerConfig,
     TowerKind,
 )
-from vzip.export.families import Config
+from vzip.export.families import Config, known_keys
 from vzip.runtime.bundle.manifest import Tiling
 from vzip.runtime.errors import CheckpointError
 
+refused = known_keys.refused
+
 _KINDS: dict[str, TowerKind] = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
+
+# Of published files and of transformers' older versions; none changes what is computed.
+_HARMLESS = frozenset(
+    {
+        "hidden_size",
+        "image_grid_pinpoints",
+        "image_seq_length",
+        "image_token_id",
+        "image_token_index",
+        "use_image_newline_parameter",
+        "video_seq_length",
+        "video_token_id",
+        "video_token_index",
+        "vision_feature_layers",
+        "vocab_size",
+    }
+)
+_HARMLESS_TOWER = frozenset({"logit_scale_init_value", "projection_dim", "vocab_size"})
 
 
 def read(config_class: Any, config: Config, *, kinds: tuple[TowerKind, ...]) -> Any:
@@ -37,7 +57,45 @@ def read(config_class: Any, config: Config, *, kinds: tuple[TowerKind, ...]) -> 
     if kind not in tuple(map(_type, kinds)):  # a list in the file is no key
         expected = " or ".join(repr(_type(each)) for each in kinds)
         raise refused("vision_config.model_type", kind, expected)
+    known_keys.check_numbers(config)
+    known_keys.check_class(config, _classes(config_class))
+    known_keys.check(config, known=known(config_class))
+    if isinstance(vision, dict):
+        check_tower(vision, "vision_config")
     return complete(config_class, config)
+
+
+def known(config_class: Any) -> frozenset[str]:
+    """Return the keys that a model in Hugging Face's form may have at its top."""
+    return known_keys.keys_of(config_class) | _HARMLESS
+
+
+def check_tower(config: Config, part: str) -> None:
+    """Refuse a tower's configuration whose keys would change what it computes.
+
+    Args:
+        config: Of a tower: its ``model_type`` is known.
+        part: Its place, for the message.
+
+    Raises:
+        CheckpointError: It has such a key, or a class of its own.
+    """
+    from transformers import CLIPVisionConfig, SiglipVisionConfig
+
+    config_class = (
+        SiglipVisionConfig if config.get("model_type") == _type("siglip") else CLIPVisionConfig
+    )
+    name = config_class.__name__.removesuffix("VisionConfig")
+    classes = ("VisionModel", "Model", "VisionModelWithProjection")
+    known_keys.check_class(config, [name + each for each in classes], part=part)
+    keys = known_keys.keys_of(config_class) | _HARMLESS_TOWER
+    known_keys.check(config, known=keys, part=part)
+
+
+def _classes(config_class: Any) -> tuple[str, ...]:
+    """The models that have a configuration: with an LLM, and the same without its head."""
+    name = config_class.__name__.removesuffix("Config")
+    return f"{name}ForConditionalGeneration", f"{name}Model"
 
 
 def complete(config_class: Any, config: Config) -> Any:
@@ -48,6 +106,7 @@ def complete(config_class: Any, config: Config) -> Any:
     """
     from huggingface_hub.errors import StrictDataclassError
 
+    known_keys.check_numbers(config)  # the class loops over some of them
     try:
         return config_class.from_dict(copy.deepcopy(dict(config)))  # it takes parts out
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
@@ -107,8 +166,10 @@ def feature_layers(config: Config, default: int | tuple[int, ...]) -> tuple[int,
     """
     value = config.get("vision_feature_layer", default)
     layers = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    if not layers or any(type(layer) is not int for layer in layers):
-        raise refused("vision_feature_layer", value, "a layer or a list of layers: integers")
+    if not 1 <= len(layers) <= 64 or any(type(n) is not int for n in layers):
+        raise refused(
+            "vision_feature_layer", value, "a layer or a list of layers: 1 to 64 integers"
+        )
     return layers
 
 
@@ -170,16 +231,6 @@ def integer(config: Config, key: str) -> int:
     if type(value) is not int:
         raise refused(key, value, "an integer")
     return value
-
-
-def refused(key: str, got: object, expected: str) -> CheckpointError:
-    """Return the error for a value that a family can't have."""
-    return CheckpointError(
-        f"config.json has {key} = {got!r}",
-        expected=f"{expected}",
-        cause="vzip doesn't know this variant of the model",
-        cure="compare the file with the published one",
-    )
 
 
 def _type(kind: TowerKind) -> str:

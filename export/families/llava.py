@@ -11,7 +11,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from vzip.export.architecture import FeatureStrategy, Media, ProjectorConfig, VisionConfig
-from vzip.export.families import Config, HuggingFaceForm, PublishedModel, View, configs, register
+from vzip.export.families import (
+    Config,
+    HuggingFaceForm,
+    PublishedModel,
+    View,
+    configs,
+    known_keys,
+    register,
+)
 from vzip.export.families.known_parts import (
     CLIP_336,
     CLIP_PROCESSOR_336,
@@ -162,6 +170,11 @@ class LlavaOriginal:
 
     def _check(self, config: Config) -> None:
         """Refuse variants of the original code's models that are not LLaVA-1.5."""
+        known_keys.check_numbers(config)
+        kind = config.get("model_type")
+        if kind not in _TYPES:  # a tuple: a list in the file is no key
+            raise configs.refused("model_type", kind, " or ".join(map(repr, _TYPES)))
+        known_keys.check_class(config, _CLASSES)
         ratio = config.get("image_aspect_ratio")
         if isinstance(ratio, str) and ratio.startswith("anyres"):
             raise configs.refused(
@@ -179,19 +192,86 @@ class LlavaOriginal:
         feature = config.get("mm_vision_select_feature", "patch")
         if feature not in tuple(_STRATEGIES):
             raise configs.refused("mm_vision_select_feature", feature, "'patch' or 'cls_patch'")
+        parts = config.get("mm_tunable_parts")
+        if parts and not (isinstance(parts, str) and set(parts.split(",")) <= _TUNABLE):
+            raise configs.refused("mm_tunable_parts", parts, " and ".join(sorted(_TUNABLE)))
+        known_keys.check(config, known=_KNOWN, allowed=_ALLOWED)
 
+
+# The language models of the original code. ShareGPT4V is LLaVA-1.5 with a tower of its own, whose
+# model card says so.
+_TYPES = (
+    "llava",
+    "llava_llama",
+    "llava_mistral",
+    "llava_mixtral",
+    "llava_mpt",
+    "llava_qwen",
+    "llava_gemma",
+    "share4v",
+)
+# A projector alone, and an adapter, were saved with the class of the LLM that was trained.
+_CLASSES = (
+    "LlavaLlamaForCausalLM",
+    "LlavaMistralForCausalLM",
+    "LlavaMixtralForCausalLM",
+    "LlavaMptForCausalLM",
+    "LlavaMPTForCausalLM",
+    "LlavaQwenForCausalLM",
+    "LlavaGemmaForCausalLM",
+    "Share4VLlamaForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "MPTForCausalLM",
+    "Qwen2ForCausalLM",
+    "GemmaForCausalLM",
+)
+_TUNABLE = {"mm_vision_tower", "mm_mlp_adapter", "mm_language_model"}
+_KNOWN = frozenset(
+    {
+        "hidden_size",
+        "image_aspect_ratio",
+        "image_crop_resolution",  # of image_aspect_ratio 'crop_split' and 'highres' alone
+        "image_split_resolution",
+        "image_grid_pinpoints",  # of 'anyres' alone
+        "mm_hidden_size",
+        "mm_projector_type",
+        "mm_tunable_parts",
+        "mm_use_im_patch_token",  # a word of the tokenizer that no prompt has
+        "mm_vision_select_feature",
+        "mm_vision_select_layer",
+        "mm_vision_tower",
+        "s2_scales",  # of s2 alone
+        "unfreeze_mm_vision_tower",
+        "use_mm_proj",
+    }
+)
+_ALLOWED: Mapping[str, tuple[object, ...]] = {
+    "mm_patch_merge_type": ("flat",),
+    "mm_resampler_type": (None,),
+    "mm_use_im_start_end": (False,),  # else marks stand around a picture in the prompt
+    "s2": (False,),
+}
 
 _STRATEGIES: Mapping[str, FeatureStrategy] = {"patch": "default", "cls_patch": "full"}
 _RATIOS: Mapping[str | None, bool] = {"pad": True, "square": False, None: False}  # pad to a square?
 
 
 def _clip_vision(config: Config) -> CLIPVisionConfig:
-    """The vision part of a tower checkpoint's configuration."""
-    from transformers import CLIPConfig, CLIPVisionConfig
+    """The vision part of a tower checkpoint's configuration, as ``CLIPVisionModel`` reads it."""
+    from transformers import CLIPVisionConfig
 
     kind = config.get("model_type")
+    if kind not in ("clip", "clip_vision_model"):
+        expected = "'clip' or 'clip_vision_model'"
+        raise configs.refused("model_type of mm_vision_tower", kind, expected)
+    part = "the tower's config"
     if kind == "clip":
-        return configs.complete(CLIPConfig, config).vision_config
-    if kind == "clip_vision_model":
-        return configs.complete(CLIPVisionConfig, config)
-    raise configs.refused("model_type of mm_vision_tower", kind, "'clip' or 'clip_vision_model'")
+        known_keys.check_class(config, ("CLIPModel", "CLIPVisionModel"), part=part)
+        # Not ``vision_config_dict``, which ``CLIPModel`` alone would read.
+        config, part = config.get("vision_config") or {}, f"{part}.vision_config"
+        if not isinstance(config, Mapping):
+            raise configs.refused(part, config, "an object")
+    configs.check_tower(config, part)
+    return configs.complete(CLIPVisionConfig, config)

@@ -481,7 +481,7 @@ CLIP_OR = "'clip_vision_model' or 'siglip_vision_model'"
         ("llava", "vision_config", VISION | {"hidden_act": "relu"}, "activation is 'relu'", ""),
         ("llava", "vision_config", VISION | {"num_channels": 1}, "num_channels = 1", "3"),
         ("llava", "vision_config", VISION | {"patch_size": [4, 4]}, "patch_size is [4, 4]", ""),
-        ("llava", "vision_config", VISION | {"hidden_size": "wide"}, "no LlavaConfig", ""),
+        ("llava", "vision_config", VISION | {"layer_norm_eps": "x"}, "no LlavaConfig", ""),
         ("llava", "text_config", NONSENSE, "no LlavaConfig", ""),
         ("llava", "projector_hidden_act", "silu", "activation is 'silu'", "gelu"),
         ("llava", FULL, "cls", "no LlavaConfig", ""),

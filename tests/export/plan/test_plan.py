@@ -374,7 +374,7 @@ def test_a_wrong_device_needs_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     ("change", "got", "expected"),
     [
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'", "'silu'"),
-        ({"vocab_size": 0}, "vocab_size is 0", "above 0"),
+        ({"vocab_size": 0}, "vocab_size = 0", "from 1"),
     ],
 )
 def test_a_language_model_that_is_not_known(
