@@ -86,6 +86,7 @@ class Device:
         source: Where the figures are from, for whoever reads a plan.
         target: The `Target` that it is one of, by name; None for a CPU.
         shared: Whether CPU and GPU share its memory.
+        note: What one should know of this size.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Device:
     source: str = "data sheet"
     target: str | None = None
     shared: bool = False
+    note: str = ""
 
     @property
     def half(self) -> str:
@@ -120,7 +122,7 @@ def _card(
 
 def _orin(
     name: str, title: str, memory_gb: int, bandwidth_gb: float,
-    *, cores: int, ghz: float,
+    *, cores: int, ghz: float, note: str = "",
 ) -> Device:  # fmt: skip
     """Return a module with an Orin from the cores and the clock of its GPU.
 
@@ -134,7 +136,7 @@ def _orin(
     return Device(
         name, title, memory_gb,
         {**tflops, "int8": round(int8, 1)}, bandwidth_gb,
-        "data sheet; fp16 from int8 [E]",
+        "data sheet; fp16 from int8 [E]", note=note,
     )  # fmt: skip
 
 
@@ -232,6 +234,7 @@ _DATACENTER: Final = (Software("8.6", "TensorRT"), Software("10+", "TensorRT"))
 _BLACKWELL: Final = (Software("10.8+", "TensorRT"),)
 _RTX: Final = Software("1.7", "RTX")
 
+_WITH_8_GB: Final = "build with swap and without the desktop (docs/jetson.md)"
 _SUPER: Final = "MAXN SUPER of JetPack 6.2"
 
 # Orin Nano, NX and AGX Orin series data sheets: CUDA cores, memory; the clocks and bandwidths of
@@ -241,19 +244,21 @@ _SUPER: Final = "MAXN SUPER of JetPack 6.2"
 # twice as high.
 _ALL: Final = (
     Target(
-        "orin-nano", "Jetson Orin Nano", (87,), (4, 8), True, _ORIN, 4, 512,
-        "4 GB: build with --low-memory and swap (docs/jetson.md)",
+        "orin-nano", "Jetson Orin Nano", (87,), (4, 8), True, _ORIN, 4, 512, "",
         (
-            _orin("orin-nano", f"Jetson Orin Nano 8 GB, {_SUPER}", 8, 102, cores=1024, ghz=1.02),
-            _orin("orin-nano-4gb", f"Jetson Orin Nano 4 GB, {_SUPER}", 4, 51, cores=512, ghz=1.02),
+            _orin("orin-nano", f"Jetson Orin Nano 8 GB, {_SUPER}", 8, 102, cores=1024, ghz=1.02,
+                  note=_WITH_8_GB),
+            _orin("orin-nano-4gb", f"Jetson Orin Nano 4 GB, {_SUPER}", 4, 51, cores=512, ghz=1.02,
+                  note="build with --low-memory and swap (docs/jetson.md)"),
         ),
     ),
     Target(
         "orin-nx", "Jetson Orin NX", (87,), (8, 16), True, _ORIN, 8, 1024,
-        "8 GB: as the Orin Nano",
+        "",
         (
             _orin("orin-nx", f"Jetson Orin NX 16 GB, {_SUPER}", 16, 102.4, cores=1024, ghz=1.173),
-            _orin("orin-nx-8gb", f"Jetson Orin NX 8 GB, {_SUPER}", 8, 102.4, cores=1024, ghz=1.173),
+            _orin("orin-nx-8gb", f"Jetson Orin NX 8 GB, {_SUPER}", 8, 102.4, cores=1024, ghz=1.173,
+                  note=_WITH_8_GB),
         ),
     ),
     Target(
@@ -473,8 +478,9 @@ def table() -> str:
     name_width = max(map(len, TARGETS))
     for target in TARGETS.values():
         lines.append(f"  {target.name:<{name_width}}  {_software(target)}")
-        if target.note:
-            lines.append(f"  {'':<{name_width}}    {target.note}")
+        notes = [f"{each.memory_gb:g} GB: {each.note}" for each in target.devices if each.note]
+        for note in filter(None, (target.note, *notes)):
+            lines.append(f"  {'':<{name_width}}    {note}")
     return "\n".join([*lines, "", *_LEGEND])
 
 

@@ -54,8 +54,9 @@ def _heading(plan: Estimator) -> Iterator[str]:
         f"{gb(plan.weight_bytes)} GB in {plan.weights}, read once in {short(plan.weights_ms)} "
         f"ms; {plan.text_tokens} tokens of text"
     )
-    if device.target is not None and (note := TARGETS[device.target].note):
-        yield f"note on {device.target}: {note}"
+    target = "" if device.target is None else TARGETS[device.target].note
+    for note in filter(None, (target, device.note)):
+        yield f"note on {device.name}: {note}"
 
 
 def _cells(plan: Estimator, rows: Sequence[Prediction]) -> list[str]:

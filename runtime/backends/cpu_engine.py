@@ -44,8 +44,10 @@ def choose(bundle: Bundle, engine: str | None, version: str) -> str | None:
     if engine is not None:
         if engine not in records:
             raise InvalidInputError(
-                f"got engine={engine!r}",
-                expected=f"one of {', '.join(sorted(records)) or 'none'} for the CPU",
+                f"{bundle.path} has no CPU engine {engine!r}",
+                expected=f"one of {', '.join(sorted(records))}"
+                if records
+                else "a CPU engine in it",
                 cure=cure,
             )
         if (fault := unfit(bundle, engine, version)) is not None:

@@ -6,11 +6,15 @@ import argparse
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vzip.runtime.cli.options import Parser, add_bundle, add_encoder, add_output
-from vzip.runtime.console import complain, emit, progress
+from vzip.runtime.console import complain, emit, progress, say
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.files import outputs
+
+if TYPE_CHECKING:
+    from vzip.runtime.tokens.job import Found
 
 LEFT_OUT = 1  # the exit status where some files were not encoded
 _SUFFIXES = (".safetensors", ".npy")
@@ -22,8 +26,9 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         prog,
         "Write the compressed tokens of images to a file. After an interruption, the "
         "same command goes on where it stopped.",
-        epilog="Files that are no images, and damaged images, are left out and named on standard "
-        "error; the exit status is 1 then.",
+        epilog="Damaged images, and files that were named and are no images, are left out and "
+        "named on standard error; the exit status is 1 then. A folder's other files are passed "
+        "over.",
     )
     add_bundle(parser)
     parser.add_argument(
@@ -80,7 +85,7 @@ def _encode(arguments: argparse.Namespace) -> int:
         images = progress(found.images, desc="encoding", total=len(found.images), unit="image")
         job.run(images)
         left_out = [*found.left_out, *job.left_out]
-        _tell(left_out, len(found.images) + len(found.left_out), found.hidden)
+        _tell(left_out, found)
         if left_out and output.suffix == ".npy":
             raise InvalidInputError(
                 f"encode: nothing was written, since {output} would not say which images its "
@@ -95,14 +100,18 @@ def _encode(arguments: argparse.Namespace) -> int:
     return LEFT_OUT if left_out else 0
 
 
-def _tell(left_out: Sequence[tuple[str, str]], count: int, hidden: int) -> None:
-    """Say what was not encoded; it is why the exit status is not 0."""
-    if not left_out:
-        return
+def _tell(left_out: Sequence[tuple[str, str]], found: Found) -> None:
+    """Say what was not encoded: images, which is why the exit status is not 0, and other files."""
+    if found.others:
+        count = len(found.others)
+        what = "1 file that is no image" if count == 1 else f"{count} files that are no images"
+        say(f"encode: passed over {what}, such as {found.others[0]!r}")
     for name, why in left_out:
         complain(f"encode: left out {name!r}: {why}")
-    also = f" ({hidden} hidden ones were passed over)" if hidden else ""
-    complain(f"encode: left out {len(left_out)} of {count} files{also}")
+    if left_out:
+        hidden = f" ({found.hidden} hidden passed over)" if found.hidden else ""
+        count = len(found.images) + len(found.left_out)
+        complain(f"encode: left out {len(left_out)} of {count} images{hidden}")
 
 
 def _check_options(output: Path, shard_size: int | None) -> None:

@@ -243,7 +243,7 @@ def _from_path(source: str | Path, draft: int | None) -> Image.Image:
         _check_encoded_size(status.st_size, name)
         with path.open("rb") as file:
             head = file.read(_HEAD)
-            _format_of(head, name)
+            _known_format(head, name)
             data = head + file.read(MAX_ENCODED_BYTES)
         _check_encoded_size(len(data), name)  # it may have grown
     except FileNotFoundError as error:
@@ -266,7 +266,7 @@ def _from_path(source: str | Path, draft: int | None) -> Image.Image:
 
 def _decode(data: bytes, name: str, draft: int | None) -> Image.Image:
     """Decode an encoded image; raises InvalidInputError."""
-    kind = _format_of(data, name)
+    kind = _known_format(data, name)
     try:
         return _finish(_pixels(kind, data, name, draft), name)
     except InvalidInputError:
@@ -299,8 +299,8 @@ def _pixels(kind: str, data: bytes, name: str, draft: int | None) -> Image.Image
     return image
 
 
-def _format_of(data: bytes, name: str) -> str:
-    """Return the format that an encoded image's first bytes announce; raises InvalidInputError."""
+def format_of(data: bytes) -> str | None:
+    """Return the one of `FORMATS` that a file's first 12 bytes announce; None if none of them."""
     if data.startswith(b"\xff\xd8\xff"):
         return "JPEG"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -309,8 +309,14 @@ def _format_of(data: bytes, name: str) -> str:
         return "WEBP"
     if data.startswith((b"GIF87a", b"GIF89a")):
         return "GIF"
-    if data.startswith(b"BM"):
-        return "BMP"
+    return "BMP" if data.startswith(b"BM") else None
+
+
+def _known_format(data: bytes, name: str) -> str:
+    """Return an encoded image's format; raises InvalidInputError."""
+    kind = format_of(data)
+    if kind is not None:
+        return kind
     what = f"begins with {data[:12]!r}" if data else "is empty"
     raise InvalidInputError(
         f"{name} is not in a format read here: it {what}",

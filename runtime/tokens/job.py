@@ -23,6 +23,7 @@ from vzip.runtime.encoder import EncodedImage
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.files import atomic, locks
 from vzip.runtime.guard import door
+from vzip.runtime.pictures.images import FORMATS, format_of
 from vzip.runtime.tokens.cache import TokenCache, image_digest, read_image
 from vzip.runtime.tokens.file import (
     LARGEST_HEADER,
@@ -38,6 +39,11 @@ from vzip.runtime.tokens.file import (
 if TYPE_CHECKING:
     from vzip.runtime.encoder import VisionEncoder
 
+# Images, whether they are read here or not: one in another format was meant to be encoded.
+_SUFFIXES = {
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif",
+    ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl",
+}  # fmt: skip
 _HEADER_PER_IMAGE = 450  # bytes at most, beside the name, which stands there three times
 
 
@@ -49,11 +55,13 @@ class Found:
         images: Name and path of each file that may be an image, in order.
         left_out: Name of what is no image, and why.
         hidden: How many hidden files and folders were passed over.
+        others: Names of a folder's files that are no images, by name and by their first bytes.
     """
 
     images: list[tuple[str, Path]] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     hidden: int = 0
+    others: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,9 @@ def find_images(paths: Sequence[Path], output: Path) -> Found:
             if path.is_dir() and is_output(each, output):
                 continue
             name = _text(each.relative_to(path).as_posix() if path.is_dir() else each.name)
+            if path.is_dir() and not _may_be_image(each):
+                found.others.append(name)
+                continue
             other = seen.setdefault(name, each)
             if other is each:
                 found.images.append((name, each))
@@ -107,9 +118,10 @@ def find_images(paths: Sequence[Path], output: Path) -> Found:
                     ),
                 )
     if not found.images and not found.left_out:
+        others = f" (but {len(found.others)} other files)" if found.others else ""
         raise InvalidInputError(
-            f"found no files in {', '.join(map(str, paths))}",
-            expected="images",
+            f"found no images in {', '.join(map(str, paths))}{others}",
+            expected=f"files in {', '.join(FORMATS)}",
             cure="check the path",
         )
     return found
@@ -437,6 +449,17 @@ def _below(folder: Path, found: Found) -> Iterator[Path]:
                 found.left_out.append((shown, "is a link to a folder; name that folder itself"))
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(place, name) for name in files if not name.startswith("."))
+
+
+def _may_be_image(path: Path) -> bool:
+    """Return whether a folder's file is meant as an image, so that it is missed if it is none."""
+    if path.suffix.lower() in _SUFFIXES or not path.is_file():
+        return True
+    try:
+        with path.open("rb") as file:
+            return format_of(file.read(12)) is not None
+    except OSError:
+        return True  # reading it says what is wrong
 
 
 def _text(name: str) -> str:

@@ -525,8 +525,8 @@ def choose(bundle: Bundle, engine: str | None, cuda: Cuda) -> tuple[str, Machine
     records = {name: each for name, each in bundle.manifest.engines.items() if each.cpu is None}
     if engine is not None and engine not in records:
         raise InvalidInputError(
-            f"got engine={engine!r}",
-            expected=f"one of {', '.join(sorted(records)) or 'none'}",
+            f"{bundle.path} has no engine {engine!r}",
+            expected=f"one of {', '.join(sorted(records))}" if records else "an engine in it",
             cure=f"build it with: {_build_command(bundle)}",
         )
     names = [engine] if engine is not None else [

@@ -85,6 +85,12 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def versions(folder: Path) -> dict[str, tuple[int, int]]:
+    """What changes when an output is written anew; its last reading does not count."""
+    found = {path.name: path.stat() for path in folder.glob("t*")}
+    return {name: (status.st_ino, status.st_mtime_ns) for name, status in found.items()}
+
+
 def assert_encodes(bundle: Path, found: dict[str, Any], folder: Path) -> None:
     """Every image's tokens are those that an encoder gives it alone."""
     with VisionEncoder.open(bundle, "onnxruntime") as encoder:
@@ -208,16 +214,38 @@ def test_what_is_no_image_is_named_and_the_others_go_on(tmp_path, output, folder
     assert out == f"{output}\n"
     assert list(contents(output)) == ["a.png", "b.png", "c.jpg", "sub/a.png"]
     lines = err.splitlines()
-    assert lines[-1] == "encode: left out 4 of 8 files (1 hidden ones were passed over)"
+    assert lines[-1] == "encode: left out 3 of 7 images (1 hidden passed over)"
     starts = [
         "encode: left out 'cut.png': the encoded image can't be decoded as PNG",
         "encode: left out 'link': is a link to a folder",
-        "encode: left out 'notes.txt': the encoded image is not in a format read here",
         "encode: left out 'pipe': ",
+        "encode: passed over 1 file that is no image, such as 'notes.txt'",
     ]
     for line, start in zip(sorted(lines[:-1]), starts, strict=True):
         assert line.startswith(start)
     assert_encodes(TINY, contents(output), folder)
+
+
+def test_other_files_of_a_folder_are_no_fault(tmp_path, folder, capsys):
+    (folder / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
+    (folder / "captions.json").write_text("{}")
+    (folder / "a.png").rename(folder / "no ending")  # is an image all the same
+    for output in (tmp_path / "t.safetensors", tmp_path / "t.npy"):
+        assert encode(TINY, folder, "-o", output) == 0
+        out, err = capsys.readouterr()
+        assert out == f"{output}\n"
+        assert "2 files that are no images" in err
+    assert list(contents(tmp_path / "t.safetensors")) == [
+        "b.png",
+        "c.jpg",
+        "no ending",
+        "sub/a.png",
+    ]
+    # Given by name it was meant, and so is an image in a format that isn't read.
+    (folder / "scan.tiff").write_bytes(b"II*\0")
+    assert encode(TINY, folder / "captions.json", "-o", tmp_path / "u.safetensors") == 1
+    assert encode(TINY, folder, "-o", tmp_path / "v.safetensors") == 1
+    assert "'scan.tiff'" in stderr(capsys)
 
 
 def test_without_a_single_image_nothing_is_written(tmp_path, output, capsys):
@@ -259,7 +287,7 @@ def test_an_array_is_written_whole_or_not_at_all(tmp_path, folder, encoded, caps
         (["images", "-o", "t.npy", "--shard-size", "2"], "can't say which images its rows are"),
         (["images", "-o", "t.safetensors", "--shard-size", "0"], "expected 1 or more images"),
         (["nowhere", "-o", "t.safetensors"], "got 'nowhere', which does not exist"),
-        (["empty", "-o", "t.safetensors"], "found no files in empty, expected images"),
+        (["empty", "-o", "t.safetensors"], "found no images in empty, expected"),
         (["images/a.png", "images/sub/a.png", "-o", "t.npy"], "both be called 'a.png'"),
         (["images", "images/a.png", "-o", "t.npy", "--backend", "x"], "'x'"),
     ],
@@ -289,11 +317,11 @@ def test_a_bundle_for_videos_takes_no_images(output, tiny_bundle, folder, capsys
 def test_a_second_run_encodes_nothing(tmp_path, output, folder, encoded, capsys):
     for options in ([], ["--shard-size", 3]):
         encode(TINY, folder, "-o", output, *options)
-        first, before = encoded[:], {path: path.stat() for path in tmp_path.glob("t*")}
+        first, before = encoded[:], versions(tmp_path)
         encoded.clear()
         assert encode(TINY, folder, "-o", output, *options) == 0
         assert (first, encoded) == ([3, 1], [])
-        assert {path: path.stat() for path in tmp_path.glob("t*")} == before
+        assert versions(tmp_path) == before
 
 
 @pytest.mark.parametrize("options", [[], ["--shard-size", 2]])
