@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from vzip.runtime.errors import InvalidInputError
@@ -9,6 +11,10 @@ from vzip.runtime.pictures.images import MAX_PIXELS
 
 DEFAULT_FRAMES = 8
 """As many as Video-LLaVA was trained with."""
+
+
+MAX_FRAMES = 2**24
+"""Most frames of a video: 38 hours at 120 a second."""
 
 
 def frame_positions(total: int, count: int) -> list[int]:
@@ -78,6 +84,26 @@ def cut_off(name: str, got: str, stated: str) -> InvalidInputError:
         cause="it is cut off",
         cure="copy or record it again, or save what is there with 'ffmpeg -i IN -c copy OUT.mp4'",
     )
+
+
+def check_frame_count(count: int, path: Path, name: str) -> None:
+    """Refuse a video that goes on and on, such as one whose header shows one frame for ever.
+
+    Args:
+        count: Frames, or packets of all streams, that were found until now.
+        path: The file.
+        name: The video, as it should stand in the message.
+
+    Raises:
+        InvalidInputError: There are more than `MAX_FRAMES`, or more than the file has bytes.
+    """
+    if count > MAX_FRAMES or (count % 1024 == 0 and count > path.stat().st_size):
+        raise InvalidInputError(
+            f"{name} has more than {count - 1} frames",
+            expected=f"at most {MAX_FRAMES}, and a byte at least for each",
+            cause="its header is damaged, or it never ends",
+            cure="take a part of it with 'ffmpeg -ss FROM -t LENGTH -i IN OUT.mp4'",
+        )
 
 
 def without_picture(name: str) -> InvalidInputError:

@@ -19,16 +19,21 @@ What happens to the odd ones:
 | rotated or mirrored by its metadata, as phones do | upright; with OpenCV rotation only |
 | fewer frames than asked | all of them, each once |
 | several pictures in one file | the first that is no cover art |
+| time that starts late or again, jumps, comes twice or is missing | all frames, in order |
+| recordings joined by `cat`: TS, VOB and other MPEG, MKV, WebM, AVI, Ogg, fragments | all of them |
+| recordings joined by `cat`: MP4, FLV, WMV, of which readers see the first alone | refused |
 | alpha, more than 8 bits a channel, HDR | 8 bits RGB, without alpha and tone mapping |
 | pixels that are not square | taken as they are, as Video-LLaVA's decoder does |
-| cut off: MP4, MOV, MKV, WebM, AVI, whose header states their length | refused |
+| cut off: MP4, MOV, MKV, WebM, AVI, whose boxes state their length | refused |
 | cut off: others | what is there, unless a wanted frame is damaged |
 | damaged where a frame is wanted, no frames, sound alone, too large | refused |
+| more frames stated than a file of its size can hold | refused before it is opened |
 
 Memory holds the frames that are returned and what the decoder keeps, however long the video is.
 PyAV reads a file once to learn when its frames are shown and decodes from the key frame before each
-wanted one. OpenCV (and PyAV, of an AVI, whose packets don't say when they are shown) decodes a file
-twice from its beginning, which takes minutes for a long film.
+wanted one. OpenCV (and PyAV, where packets don't say in what order they are shown, as in an AVI and
+where recordings are joined) decodes a file twice from its beginning, which takes minutes for a long
+film. Where frames change their size, OpenCV gives all of them in the size of the first.
 """
 
 from __future__ import annotations
@@ -44,6 +49,7 @@ from PIL import Image
 
 from vzip.runtime.errors import InvalidInputError, missing
 from vzip.runtime.guard import door
+from vzip.runtime.pictures.containers import check_container
 from vzip.runtime.pictures.frames import DEFAULT_FRAMES, frame_positions
 from vzip.runtime.pictures.images import Channels, ImageSource, check_channels, load_image
 
@@ -137,6 +143,7 @@ def sample_frames(
             ),
             cure="convert it with 'ffmpeg -i IN OUT.mp4'",
         )
+    check_container(path, name)
     return _reader()(path, name, lambda total: frame_positions(total, count))
 
 

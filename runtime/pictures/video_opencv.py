@@ -7,13 +7,23 @@ containers. So frames are counted by decoding them, and taken by decoding them o
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from vzip.runtime.pictures.frames import check_frame_size, cut_off, damaged, without_picture
+from vzip.runtime.pictures.containers import is_whole
+from vzip.runtime.pictures.frames import (
+    check_frame_count,
+    check_frame_size,
+    cut_off,
+    damaged,
+    without_picture,
+)
+
+_RETRIES = 64  # packets in a row that give no frame, after which a file is taken to be at its end
 
 
 def read(path: Path, name: str, choose: Callable[[int], list[int]]) -> list[Image.Image]:
@@ -31,22 +41,34 @@ def read(path: Path, name: str, choose: Callable[[int], list[int]]) -> list[Imag
         InvalidInputError: No moving picture, no frames, cut off, damaged, or too large.
     """
     with _opened(path, name) as capture:
-        total = 0
-        while capture.grab():
-            total += 1
-        _check_whole(capture, total, name)
+        total = skipped = 0
+        for total, skipped in enumerate(_grabbed(capture), 1):  # noqa: B007
+            check_frame_count(total, path, name)
+        _check_end(capture, total, skipped > 0, is_whole(path), name)
     wanted = choose(total)
     images = []
     with _opened(path, name) as capture:
-        for position in range(wanted[-1] + 1):
-            whole = capture.grab()
-            if whole and position in wanted:
+        for position, _ in enumerate(itertools.islice(_grabbed(capture), wanted[-1] + 1)):
+            if position in wanted:
                 whole, pixels = capture.retrieve()  # uint8 [H, W, 3], blue first
                 if whole:
                     images.append(Image.fromarray(pixels[:, :, ::-1].copy()))
-            if not whole:
-                raise damaged(name, f"OpenCV gives no frame {position} of {total}")
+    if len(images) != len(wanted):
+        raise damaged(name, f"OpenCV gives {len(images)} of {len(wanted)} frames")
     return images
+
+
+def _grabbed(capture: Any) -> Iterator[int]:
+    """Yield after each frame; how many packets before it gave none, which ends no file."""
+    skipped = 0
+    while True:
+        for failed in range(_RETRIES):
+            if capture.grab():
+                skipped += failed
+                break
+        else:
+            return
+        yield skipped
 
 
 @contextlib.contextmanager
@@ -69,12 +91,17 @@ def _opened(path: Path, name: str) -> Iterator[Any]:
         capture.release()
 
 
-def _check_whole(capture: Any, total: int, name: str) -> None:
-    """Refuse a file without frames, or with far fewer than its header says."""
+def _check_end(capture: Any, total: int, skipped: bool, whole: bool | None, name: str) -> None:
+    """Refuse a file without frames, or one that holds fewer than it states for it is damaged."""
     import cv2
 
     stated = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-    if total < 0.9 * stated - 2:  # an estimate: length times rate
-        raise cut_off(name, f"{total} frames", f"{stated} frames")
+    # This is length times rate, and far too high where time starts late or has holes. So it is
+    # believed where boxes say that the file is cut off, or where frames can't be decoded.
+    if total < 0.9 * stated - 2:
+        if whole is False or total == 0:
+            raise cut_off(name, f"{total} frames", f"{stated} frames")
+        if skipped and whole:
+            raise damaged(name, f"OpenCV gives {total} of {stated} frames")
     if total == 0:
         raise without_picture(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from array import array
@@ -14,7 +15,15 @@ import numpy as np
 from PIL import Image
 
 from vzip.runtime.errors import InvalidInputError
-from vzip.runtime.pictures.frames import check_frame_size, cut_off, damaged, without_picture
+from vzip.runtime.pictures.containers import is_whole
+from vzip.runtime.pictures.frames import (
+    check_frame_count,
+    check_frame_size,
+    cut_off,
+    damaged,
+    without_picture,
+)
+from vzip.runtime.pictures.images import MAX_PIXELS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -59,29 +68,59 @@ def read(path: Path, name: str, choose: Callable[[int], list[int]]) -> list[Imag
     try:
         # Without "file:", libavformat takes a name such as "concat:a|b" for a protocol.
         with av.open(f"file:{path}") as container:
-            index = _index(container, _picture(container, name), name)
+            index = _index(container, _picture(container, name), path, name)
         if index is None:
             return _by_order(path, name, choose)
         stamps = [int(index.shown[each]) for each in choose(len(index.shown))]
         with av.open(f"file:{path}") as container:
-            frames = _at(container, _picture(container, name), stamps, index, name)
-            return [_image(each, name) for each in frames]
+            images = []
+            for frame, stamp in _at(container, _picture(container, name), stamps, index, name):
+                # The decoder gives other frames than the packets announce, or can't go to them.
+                if frame is None or frame.pts != stamp:
+                    return _by_order(path, name, choose)
+                images.append(_image(frame, name))
+            return images
     except av.FFmpegError as error:
         raise damaged(name, error.strerror or error) from error
 
 
 def _by_order(path: Path, name: str, choose: Callable[[int], list[int]]) -> list[Image.Image]:
-    """Return frames of a file that doesn't say when they are shown: count them, then take them."""
+    """Return frames of a file whose stamps don't say in what order they are shown.
+
+    They are counted by decoding them, and taken by decoding them once more.
+    """
     import av
 
     with av.open(f"file:{path}") as container:
-        total = sum(1 for _ in container.decode(_picture(container, name)))
+        total = 0
+        for total, _ in enumerate(_decoded(container, _picture(container, name)), 1):
+            check_frame_count(total, path, name)
     if total == 0:
         raise without_picture(name)
     wanted = set(choose(total))
     with av.open(f"file:{path}") as container:
-        frames = container.decode(_picture(container, name))
-        return [_image(each, name) for n, each in enumerate(frames) if n in wanted]
+        frames = _decoded(container, _picture(container, name))
+        taken = itertools.islice(frames, max(wanted) + 1)
+        return [_image(each, name) for n, each in enumerate(taken) if n in wanted]
+
+
+def _decoded(container: Any, stream: Any) -> Iterator[Any]:
+    """Yield the frames of a stream; of one that has no header, those that can be decoded.
+
+    A broadcast begins, ends and is joined in the middle of pictures that need others.
+    """
+    import av
+
+    errors = () if _has_header(container) else (av.InvalidDataError,)
+    for packet in container.demux(stream):
+        with contextlib.suppress(*errors):
+            yield from packet.decode()
+
+
+def _has_header(container: Any) -> bool:
+    """Return whether a container has a header that says what it holds."""
+    found: bool = container.format.name.startswith(_STATE_THEIR_LENGTH)
+    return found
 
 
 def _picture(container: Any, name: str) -> Any:
@@ -98,6 +137,8 @@ def _picture(container: Any, name: str) -> Any:
         raise damaged(name, "PyAV has no decoder for its codec")
     check_frame_size(stream.codec_context.width, stream.codec_context.height, name)
     stream.thread_type = "AUTO"
+    # Frames may grow behind the header: the decoder refuses them before it allocates them.
+    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
     return stream
 
 
@@ -121,21 +162,51 @@ class _Demuxed:
 
     shown: array[int] = field(default_factory=lambda: array("q"))
     keys: array[int] = field(default_factory=lambda: array("q"))
-    timed: bool = True
+    ordered: bool = True
     first: float = math.inf
     last: float = -math.inf
     broken: bool = False
 
 
-def _index(container: Any, stream: Any, name: str) -> _Index | None:
-    """Read a file to its end without decoding; None where packets don't say when they are shown.
+class _Order:
+    """Whether stamps come as those of one unbroken recording do.
+
+    A key frame is shown after all that was decoded before it, and what is decoded after it is shown
+    after that too. Where a recording is joined to another, stamps start again and this fails.
+    """
+
+    def __init__(self) -> None:
+        self._before: float = -math.inf  # the last stamp that was decoded before the last key frame
+        self._last: float = -math.inf
+        self._first: int | None = None
+
+    def takes(self, stamp: int | None, key: bool) -> bool:
+        """Take the next packet's stamp; return whether it fits to those before it."""
+        if stamp is None or (self._first is None and not key):
+            return False
+        if self._first is None:
+            self._first = stamp
+        if key:
+            self._before = self._last
+        fits = stamp > self._before and stamp >= self._first
+        self._last = max(self._last, stamp)
+        return fits
+
+
+def _index(container: Any, stream: Any, path: Path, name: str) -> _Index | None:
+    """Read a file to its end without decoding.
+
+    Returns:
+        None where the packets don't say in what order their frames are shown: no stamps, stamps
+        that start again or come twice, or a beginning that needs what isn't there.
 
     Raises:
         InvalidInputError: It holds no frame, or is cut off.
     """
     # An AVI has no such times; libavformat's are those of decoding.
-    found = _Demuxed(timed=container.format.name != "avi")
-    for packet in container.demux():
+    found, order = _Demuxed(ordered=container.format.name != "avi"), _Order()
+    for count, packet in enumerate(container.demux()):
+        check_frame_count(count, path, name)
         if packet.size == 0:  # ends a stream
             continue
         found.broken = packet.is_corrupt
@@ -143,32 +214,35 @@ def _index(container: Any, stream: Any, name: str) -> _Index | None:
             base = float(packet.time_base)
             found.first = min(found.first, packet.pts * base)
             found.last = max(found.last, (packet.pts + (packet.duration or 0)) * base)
-        # Cut away by an edit list; or known to be damaged, as by bad reception.
-        unwanted = packet.is_discard or packet.is_corrupt
-        if packet.stream.index != stream.index or unwanted:
+        if packet.stream.index != stream.index:
             continue
-        if packet.pts is None:
-            found.timed = False
+        # What bad reception damaged may be shown or not, and so may what stands at a joint.
+        found.ordered &= order.takes(packet.pts, packet.is_keyframe) and not packet.is_corrupt
+        if packet.is_discard or packet.pts is None:  # cut away by an edit list
             continue
         found.shown.append(packet.pts)
         if packet.is_keyframe:
             found.keys.append(packet.pts)
     shown = np.sort(np.array(found.shown, np.int64))
-    _check_whole(container, found, shown * float(stream.time_base), name)
-    if not found.timed:
+    if not is_whole(path):
+        _check_end(container, found, shown * float(stream.time_base), name)
+    if not found.ordered or (np.diff(shown) == 0).any():
         return None
     if not len(shown):
         raise without_picture(name)
-    found_by_time = container.format.name.startswith(_FIND_KEYS)
+    # libavformat doesn't find times below zero.
+    found_by_time = container.format.name.startswith(_FIND_KEYS) and shown[0] >= 0
     keys = np.sort(np.array(found.keys if found_by_time else [], np.int64))
     return _Index(shown, keys)
 
 
-def _check_whole(container: Any, found: _Demuxed, seconds: NDArray[np.floating], name: str) -> None:
+def _check_end(container: Any, found: _Demuxed, seconds: NDArray[np.floating], name: str) -> None:
     """Refuse a file that ends in the middle of a packet, or long before its header says."""
-    if not container.format.name.startswith(_STATE_THEIR_LENGTH):
+    if not _has_header(container):
         return
     stated = 0.0 if container.duration is None else container.duration / 1e6
+    if container.format.name.startswith("matroska") and 0 < found.first < stated:
+        stated -= found.first  # it states when it ends, and may begin late
     got = max(found.last - found.first, 0.0)
     # A file need not say how long its last frame is shown: as long as any other, at most.
     longest = (
@@ -178,38 +252,46 @@ def _check_whole(container: Any, found: _Demuxed, seconds: NDArray[np.floating],
         raise cut_off(name, f"{got:.1f} s", f"{stated:.1f} s" if stated else "more")
 
 
-def _at(container: Any, stream: Any, stamps: list[int], index: _Index, name: str) -> Iterator[Any]:
-    """Yield the frames that are shown at ascending times, from a file that is just opened."""
-    frames: Iterator[Any] = container.decode(stream)
+def _at(
+    container: Any, stream: Any, stamps: list[int], index: _Index, name: str
+) -> Iterator[tuple[Any, int]]:
+    """Yield the first frame at or after each of ascending times, and the time; None for no frame.
+
+    The file is just opened.
+    """
+    frames: Iterator[Any] | None = container.decode(stream)
     frame, reached = None, int(index.shown[0])
     for stamp in stamps:
         keys = index.keys[index.keys <= stamp]
         if len(keys) and keys[-1] > reached:
-            frame, frames = None, _from_key(container, stream, keys, stamp, name)
-        while frame is None or frame.pts < stamp:
+            frame, frames = None, _from_key(container, stream, keys, stamp)
+        while frames is not None and (frame is None or frame.pts < stamp):
             frame = next((each for each in frames if each.pts is not None), None)
             if frame is None:
-                raise _nothing_at(stamp, stream, name)
+                if _has_header(container):
+                    at = float(stamp * stream.time_base)
+                    raise damaged(name, f"nothing comes of it at {at:.2f} s")
+                break
             reached = frame.pts
-        yield frame
+        yield frame, stamp
 
 
 def _from_key(
-    container: Any, stream: Any, keys: NDArray[np.int64], stamp: int, name: str
-) -> Iterator[Any]:
-    """Return decoded frames from a key frame at or before a time."""
+    container: Any, stream: Any, keys: NDArray[np.int64], stamp: int
+) -> Iterator[Any] | None:
+    """Return decoded frames from a key frame at or before a time; None where none is found."""
+    import av
+
     for key in keys[::-1]:  # the last; those before it where libavformat lands behind it
-        container.seek(int(key), stream=stream)
+        try:
+            container.seek(int(key), stream=stream)
+        except av.FFmpegError:  # a live recording has no table of its key frames
+            return None
         frames = container.decode(stream)
         first = next(frames, None)
         if first is not None and first.pts is not None and first.pts <= stamp:
             return itertools.chain([first], frames)
-    raise _nothing_at(stamp, stream, name)
-
-
-def _nothing_at(stamp: int, stream: Any, name: str) -> InvalidInputError:
-    """Return the error for a wanted frame that the decoder doesn't give."""
-    return damaged(name, f"nothing comes of it at {float(stamp * stream.time_base):.2f} s")
+    return None
 
 
 def _image(frame: Any, name: str) -> Image.Image:
@@ -217,7 +299,8 @@ def _image(frame: Any, name: str) -> Image.Image:
     from av.sidedata.sidedata import Type
 
     if frame.is_corrupt:
-        raise damaged(name, f"the frame at {frame.time:.2f} s is damaged")
+        at = "of unknown time" if frame.time is None else f"at {frame.time:.2f} s"
+        raise damaged(name, f"the frame {at} is damaged")
     check_frame_size(frame.width, frame.height, name)
     image: Image.Image = frame.to_image()
     # By key: iterating gives the data before PyAV 19 and their types since.

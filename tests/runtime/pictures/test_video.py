@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
+import struct
 import subprocess
 import sys
+import zlib
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -17,6 +21,7 @@ from tests.refusals import Said
 from vzip.runtime.errors import InvalidInputError, MissingDependencyError
 from vzip.runtime.pictures import frames as frames_module
 from vzip.runtime.pictures import video, video_opencv, video_pyav
+from vzip.runtime.pictures.containers import is_whole
 from vzip.runtime.pictures.frames import frame_positions
 from vzip.runtime.pictures.video import is_video, sample_frames
 
@@ -220,6 +225,343 @@ def test_a_long_video_is_never_in_memory(reader, tmp_path):
     peak, growth = (int(number) * 1024 for number in done.stdout.split())
     assert peak < len(frames) * 480 * 640 * 3 // 2, "all frames at once, as YUV 4:2:0"
     assert growth < 20 * 480 * 640 * 3, "a second reading frees what the first took"
+
+
+# --- stamps ----------------------------------------------------------------------------------
+
+
+def write_stamped(
+    path: Path,
+    frames: list[np.ndarray],
+    codec: str = "libx264",
+    *,
+    stamps: list[int] | None = None,
+    late: float = 0,
+    form: str | None = None,
+    options: dict[str, str] | None = None,
+    encoder: dict[str, str] | None = None,
+) -> Path:
+    """Write a clip with these stamps, in hundredths of a second, that begins `late`, in seconds."""
+    with av.open(str(path), "w", format=form, options=options or {}) as container:
+        quick = {"deadline": "realtime", "cpu-used": "8"} if codec == "libvpx" else {}
+        stream = container.add_stream(codec, rate=10, options=encoder or quick)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.gop_size, stream.bit_rate = 12, 8_000_000
+        # Of a fixed rate unless stamps are given: that's all that MPEG-2 and an AVI know.
+        base = Fraction(1, 10) if stamps is None else Fraction(1, 100)
+        stream.codec_context.time_base = base
+        if codec in ("libx264", "mpeg2video"):
+            stream.codec_context.max_b_frames = 2
+
+        def mux(packets: list[av.Packet]) -> None:
+            for packet in packets:
+                assert packet.pts is not None
+                assert packet.dts is not None
+                packet.pts += int(late / packet.time_base)
+                packet.dts += int(late / packet.time_base)
+                container.mux(packet)
+
+        for index, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels)
+            frame.pts = index if stamps is None else stamps[index]
+            frame.time_base = base
+            mux(stream.encode(frame))
+        mux(stream.encode())
+    return path
+
+
+SHOWN = pictures(40, 48, 32)
+CODECS = {".mpg": "mpeg2video", ".vob": "mpeg2video", ".avi": "mjpeg", ".mov": "mjpeg",
+          ".webm": "libvpx", ".ogv": "libvpx", ".wmv": "wmv2"}  # fmt: skip
+
+
+def which(images: list[Image.Image]) -> list[int]:
+    """Say which of `SHOWN` each frame is."""
+    shown = np.array(SHOWN, np.int16)
+    return [
+        int(np.abs(shown - np.asarray(image, np.int16)).mean(axis=(1, 2, 3)).argmin())
+        for image in images
+    ]
+
+
+def gives(path: Path, total: int = len(SHOWN)) -> None:
+    """Expect that a file gives the frames of `SHOWN`, in order, whatever is asked for."""
+    for count in (1, 3, total):
+        assert which(sample_frames(path, count)) == frame_positions(total, count), count
+
+
+def join(path: Path, *, late: float = 0, backwards: bool = False) -> Path:
+    """Write the two halves of `SHOWN` as recordings of their own, one behind the other."""
+    codec, form = CODECS.get(path.suffix, "libx264"), "ogg" if path.suffix == ".ogv" else None
+    first = write_stamped(path, SHOWN[:20], codec, form=form, late=late if backwards else 0)
+    data = first.read_bytes()
+    second = write_stamped(path, SHOWN[20:], codec, form=form, late=0 if backwards else late)
+    path.write_bytes(data + second.read_bytes())
+    return path
+
+
+@pytest.mark.parametrize("name", ["ts", "mpg", "vob", "mkv", "webm", "avi", "ogv"])
+def test_joined_recordings_give_the_frames_of_all(name, library, tmp_path):
+    gives(join(tmp_path / f"joined.{name}"))
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("late", [1.05, 2.0, 7200.0, 95442.0])
+def test_time_may_jump_overlap_and_wrap_at_a_joint(late, backwards, library, tmp_path):
+    gives(join(tmp_path / "joined.ts", late=late, backwards=backwards))
+
+
+@pytest.mark.parametrize("name", ["mp4", "flv", "wmv"])
+def test_joined_files_of_which_readers_see_the_first_are_refused(name, library, tmp_path):
+    path = join(tmp_path / f"joined.{name}")
+    refused(path, f"joined.{name}' is 2 recordings", expected="one", cure="concat")
+
+
+def test_fragments_are_no_recordings_of_their_own(library, tmp_path):
+    options = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
+    gives(write_stamped(tmp_path / "clip.mp4", SHOWN, options=options))
+
+
+@pytest.mark.parametrize(
+    ("name", "late"),
+    [
+        *((name, 3600.0) for name in ("ts", "mkv", "mpg", "flv", "webm", "mp4", "mov")),
+        *((name, -1.0) for name in ("ts", "mkv", "mpg", "flv", "webm")),
+        *((name, 95442.0) for name in ("ts", "mpg")),  # 33 bits end within
+        ("webm", -5.0),
+        ("avi", 5.0),  # whose time begins at zero: the writer puts empty frames ahead
+    ],
+)
+def test_time_may_begin_late_or_before_zero(name, late, library, tmp_path):
+    path = tmp_path / f"late.{name}"
+    codec, options = CODECS.get(path.suffix, "libx264"), {"avoid_negative_ts": "disabled"}
+    gives(write_stamped(path, SHOWN, codec, late=late, options=options))
+
+
+@pytest.mark.parametrize("name", ["mkv", "mp4", "ts", "flv", "avi"])
+def test_time_may_have_holes(name, library, tmp_path):
+    path, gaps = tmp_path / f"holes.{name}", [1, 3, 2, 50, 1, 1, 7, 200] * 5
+    codec = "mpeg4" if name == "avi" else "libx264"
+    gives(write_stamped(path, SHOWN, codec, stamps=np.cumsum(gaps).tolist()))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_packets_may_have_no_stamps(kept, library, tmp_path):
+    path = join(tmp_path / "joined.ts")
+    data = bytearray(path.read_bytes())
+    headers = [found.start() for found in re.finditer(rb"\x00\x00\x01\xe0", data)]
+    assert len(headers) == 40
+    for number, start in enumerate(headers):
+        if number % 3 >= kept:
+            data[start + 7] &= 0x3F  # neither PTS nor DTS: what stands there is stuffing
+    path.write_bytes(data)
+    gives(path)
+
+
+@pytest.mark.parametrize("name", ["mkv", "mp4", "ts"])
+def test_groups_may_be_open(name, library, tmp_path):
+    options = {"x264-params": "open-gop=1:bframes=3:keyint=10:b-pyramid=normal"}
+    gives(write_stamped(tmp_path / f"clip.{name}", SHOWN, encoder=options))
+
+
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+def test_frames_may_be_hidden(codec, library, tmp_path):
+    options = {"auto-alt-ref": "1", "lag-in-frames": "16", "deadline": "good", "cpu-used": "4"}
+    gives(write_stamped(tmp_path / "clip.webm", SHOWN, codec, encoder=options))
+
+
+@pytest.mark.parametrize(
+    ("edits", "expected"),
+    [
+        ([(1.0, 0.2)], range(10)),
+        ([(0.5, 1.2), (0.5, 0.2)], [*range(10, 15), *range(5)]),
+        ([(1.0, 0.2), (1.0, 0.2)], [*range(10), *range(10)]),
+        ([(3.0, -1), (1.0, 0.7)], range(5, 15)),
+    ],
+    ids=["cut", "exchanged", "twice", "late"],
+)
+def test_edit_lists_say_what_is_shown(edits, expected, library, tmp_path):
+    """Time is counted from the decoder's start, 0.2 s ahead of the first frame's."""
+    path = write_stamped(tmp_path / "clip.mp4", SHOWN[:30])
+    data = path.read_bytes()
+    place = data.index(b"mdhd") + 16
+    scale = int.from_bytes(data[place : place + 4], "big")
+    set_box(path, b"elst", b"".join(
+        struct.pack(">IiI", int(1000 * length), int(start * scale) if start >= 0 else -1, 1 << 16)
+        for length, start in edits
+    ), len(edits))  # fmt: skip
+    expected = [*expected]
+    for count in (1, 4, len(expected)):
+        taken = which(sample_frames(path, count))
+        assert taken == [expected[each] for each in frame_positions(len(expected), count)]
+
+
+def set_box(path: Path, kind: bytes, table: bytes, entries: int) -> None:
+    """Replace a table of an MP4 whose header is at its end."""
+    data = bytearray(path.read_bytes())
+    assert data.index(b"moov") > data.index(b"mdat")
+    start = data.index(kind) - 4
+    end = start + int.from_bytes(data[start : start + 4], "big")
+    box = struct.pack(">I4sII", 16 + len(table), kind, 0, entries) + table
+    for parent in (b"moov", b"trak", b"edts", b"mdia", b"minf", b"stbl"):
+        place = data.index(parent) - 4
+        length = int.from_bytes(data[place : place + 4], "big")
+        if place < start < place + length:
+            data[place : place + 4] = struct.pack(">I", length + len(box) - end + start)
+    data[start:end] = box
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["mkv", "webm", "mp4", "ts", "avi"])
+def test_every_file_of_a_recorder_that_begins_new_ones_is_whole(name, library, tmp_path):
+    """ffmpeg's segment muxer goes on counting time from file to file."""
+    forms = {"mkv": "matroska", "ts": "mpegts"}
+    codec = {"webm": "libvpx", "avi": "mpeg4"}.get(name, "libx264")
+    options = {"segment_time": "1.2", "segment_format": forms.get(name, name)}
+    write_stamped(tmp_path / f"part%d.{name}", SHOWN, codec, form="segment", options=options)
+    parts = sorted(tmp_path.iterdir())
+    assert len(parts) > 2
+    found = [which(sample_frames(part, 100)) for part in parts]
+    assert [index for part in found for index in part] == [*range(40)]
+    for part, indices in zip(parts, found, strict=True):
+        assert which(sample_frames(part, 3)) == [
+            indices[each] for each in frame_positions(len(indices), 3)
+        ]
+
+
+@pytest.mark.parametrize("late", [0, 3600])
+@pytest.mark.parametrize("name", ["mkv", "webm"])
+def test_a_live_recording_has_no_table_of_key_frames(name, late, library, tmp_path):
+    path = tmp_path / f"live.{name}"
+    codec = CODECS.get(path.suffix, "libx264")
+    gives(write_stamped(path, SHOWN, codec, late=late, options={"live": "1"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "late"),
+    [("mkv", 0), ("mkv", 5), ("mkv", 3600), ("webm", 3600), ("mp4", 3600), ("avi", 0), ("avi", 5)],
+)
+def test_what_begins_late_and_is_cut_off_is_refused(name, late, library, tmp_path):
+    path = tmp_path / f"late.{name}"
+    options = {"mp4": {"movflags": "+faststart"}}.get(name, {"cluster_time_limit": "500"})
+    codec = {"avi": "mpeg4"}.get(name, CODECS.get(path.suffix, "libx264"))
+    write_stamped(path, SHOWN, codec, late=late, options=options)
+    data = path.read_bytes()
+    for part in (0.5, 0.7):
+        path.write_bytes(data[: int(len(data) * part)])
+        refused(path, f"late.{name}", cause="cut off")
+
+
+def test_what_is_missing_behind_the_last_frame_is_no_loss(library, tmp_path):
+    """The table of key frames and the tags stand at the end."""
+    path = write_stamped(tmp_path / "clip.mkv", SHOWN, late=3600)
+    data = path.read_bytes()
+    cut = data[: data.rindex(b"\x1c\x53\xbb\x6b") + 3]  # in the middle of Cues
+    path.write_bytes(cut)
+    assert is_whole(path) is False
+    if library == "av":
+        gives(path)
+    else:
+        refused(path, "states", cause="cut off")  # it can't tell when time began
+
+
+def test_a_duration_that_lies_is_not_believed(library, tmp_path):
+    path = write_stamped(tmp_path / "clip.mkv", SHOWN)
+    data = path.read_bytes()
+    start = data.index(b"\x44\x89\x88") + 3
+    path.write_bytes(data[:start] + struct.pack(">d", 1e9) + data[start + 8 :])
+    gives(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("clip.mkv", True), ("clip.mp4", True), ("clip.avi", True), ("clip.ts", None)],
+)
+def test_boxes_say_whether_a_file_is_whole(name, expected, tmp_path):
+    path = write_stamped(tmp_path / name, SHOWN, CODECS.get(Path(name).suffix, "libx264"))
+    assert is_whole(path) is expected
+    data = path.read_bytes()
+    path.write_bytes(data[:-1])
+    assert is_whole(path) is (False if expected else None)
+    path.write_bytes(data + data)
+    assert is_whole(path) is expected
+    path.write_bytes(data + data[:-1])
+    assert is_whole(path) is (False if expected else None)
+
+
+# --- what never ends -------------------------------------------------------------------------
+
+
+def claiming(path: Path, samples: int) -> Path:
+    """Write an MP4 of 20 frames that states so many, of a byte each."""
+    write_stamped(path, SHOWN[:20])
+    set_box(path, b"stts", struct.pack(">II", samples, 1), 1)
+    set_box(path, b"stsc", struct.pack(">III", 1, samples, 1), 1)
+    data = path.read_bytes()
+    start = data.index(b"stsz") + 8
+    path.write_bytes(data[:start] + struct.pack(">II", 1, samples) + data[start + 8 :])
+    return path
+
+
+def test_an_mp4_that_states_more_frames_than_it_can_hold_is_not_opened(tmp_path, monkeypatch):
+    """FFmpeg takes 24 bytes for each when it opens it: 2 GB for this file of 3 KB."""
+
+    def refuse() -> None:
+        raise AssertionError("a reader was asked")
+
+    monkeypatch.setattr(video, "_reader", refuse)
+    path = claiming(tmp_path / "clip.mp4", 30_000_000)
+    said = ("30000000 frames", f"{path.stat().st_size} bytes")
+    refused(path, said, expected="each byte", cause="damaged")
+    fragments = {"movflags": "frag_keyframe+empty_moov"}
+    path = write_stamped(tmp_path / "fragments.mp4", SHOWN, options=fragments)
+    data = bytearray(path.read_bytes())
+    start = data.index(b"trun") + 4
+    data[start : start + 8] = struct.pack(">II", 0, 10_000_000)  # sizes as said once for all
+    path.write_bytes(data)
+    refused(path, "states 100000", expected="each byte")
+    path = write_stamped(tmp_path / "edits.mp4", SHOWN)
+    edit = struct.pack(">IiI", 4000, 2560, 1 << 16)
+    set_box(path, b"elst", edit * 5000, 5000)
+    refused(path, "states 5000 edits")
+
+
+def test_boxes_in_boxes_are_no_recursion(tmp_path):
+    head = b"\0\0\0\x10ftypisom\0\0\0\0"
+    nested = b"".join(struct.pack(">I4s", 8 * (20_000 - depth), b"moov") for depth in range(20_000))
+    (tmp_path / "clip.mp4").write_bytes(head + nested)
+    refused(tmp_path / "clip.mp4", "decoded")
+
+
+def test_a_packed_header_is_read_as_far_as_any_is(tmp_path, monkeypatch):
+    boxes = struct.pack(">I4sIII", 20, b"stsz", 0, 1, 10**9)
+    for header, got in ((boxes, "1000000000 frames"), (bytes(2**26 + 1), "67108864 bytes")):
+        content = struct.pack(">I", len(header)) + zlib.compress(header)
+        packed = struct.pack(">I4s", 8 + len(content), b"cmvd") + content
+        packed = struct.pack(">I4s", 8 + len(packed), b"cmov") + packed
+        packed = struct.pack(">I4s", 8 + len(packed), b"moov") + packed
+        (tmp_path / "clip.mov").write_bytes(b"\0\0\0\x08wide" + packed)
+        refused(tmp_path / "clip.mov", got)
+
+
+@pytest.mark.parametrize("name", ["clip.mkv", "joined.ts"])
+def test_frames_are_counted_as_they_come(name, library, tmp_path, monkeypatch):
+    path = tmp_path / name
+    join(path) if name == "joined.ts" else write_stamped(path, SHOWN)
+    monkeypatch.setattr(frames_module, "MAX_FRAMES", 40)
+    gives(path)
+    monkeypatch.setattr(frames_module, "MAX_FRAMES", 39)
+    refused(path, "more than 39 frames", expected="at most 39")
+
+
+def test_frames_that_grow_behind_the_header_are_not_allocated(tmp_path, monkeypatch):
+    small = write_stamped(tmp_path / "small.ts", SHOWN[:20]).read_bytes()
+    large = write_stamped(tmp_path / "large.ts", pictures(20, 640, 480)).read_bytes()
+    (tmp_path / "joined.ts").write_bytes(small + large)
+    assert {each.size for each in sample_frames(tmp_path / "joined.ts")} == {(48, 32), (640, 480)}
+    monkeypatch.setattr(video_pyav, "MAX_PIXELS", 640 * 480 - 1)
+    assert {each.size for each in sample_frames(tmp_path / "joined.ts")} == {(48, 32)}
 
 
 # --- upright ---------------------------------------------------------------------------------
