@@ -193,15 +193,14 @@ def say(text: str, *, end: str = "\n") -> None:
 def complain(text: str, *, end: str = "\n") -> None:
     """Tell the user about an error or a verdict that says no, on standard error.
 
-    Where standard error can't be written, nobody is told, and the command goes on.
+    Where standard error can't be written, nobody is told, and the command goes on: a log on a full
+    disk, or a reader of it that went away, is no reason to lose the result.
     """
     if sys.stderr is None:  # print would take standard output in its place
         return
     try:
         print(text, end=end, file=sys.stderr, flush=True)  # noqa: T201  what a command line is for
-    except BrokenPipeError:
-        raise
-    except OSError:  # a log on a full disk: the result is still to be had
+    except OSError:
         _drop(sys.stderr)
 
 

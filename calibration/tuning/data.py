@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
-from vzip.runtime.errors import InvalidInputError, missing
+from vzip.runtime.errors import InvalidInputError, missing, printable
 from vzip.runtime.pictures.images import MAX_ENCODED_BYTES
 
 if TYPE_CHECKING:
@@ -245,7 +245,9 @@ class DemoData:
 
 def _name(entry: Any, place: int) -> str:
     known = entry.get("id") if isinstance(entry, dict) else None
-    return f"record {place}" if known is None else f"record {place} (id {str(known)[:60]})"
+    return (
+        f"record {place}" if known is None else printable(f"record {place} (id {str(known)[:60]})")
+    )
 
 
 def _parse(entry: Any) -> tuple[str, tuple[Turn, ...]] | str:
@@ -273,6 +275,8 @@ def _turns(said: Any) -> tuple[Turn, ...] | str:
         value = each.get("value") if isinstance(each, dict) else None
         if not isinstance(value, str) or each.get("from") != speaker:
             return f"has no text from {speaker!r} at place {place} of its conversations"
+        if not _is_text(value):
+            return f"has half a character (a lone surrogate) at place {place} of its conversations"
         texts.append(value)
     marks = sum(text.count(IMAGE_MARK) for text in texts)
     if marks != 1 or IMAGE_MARK not in texts[0]:
@@ -281,6 +285,15 @@ def _turns(said: Any) -> tuple[Turn, ...] | str:
     if not all(texts):
         return "has an empty question or answer"
     return tuple(Turn(*pair) for pair in zip(texts[::2], texts[1::2], strict=True))
+
+
+def _is_text(value: str) -> bool:
+    """Return whether a text of JSON can be written: an escape may name half a character."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _line(left_out: SkippedRecord) -> str:

@@ -29,6 +29,7 @@ from vzip.runtime.console import progress
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.llm.local.transformers import TransformersLLM
 from vzip.runtime.machine.process import peak_bytes
+from vzip.runtime.wording import counted
 
 NAMED: Final = 10
 """Records left out that are named while a run begins; its report names all of them."""
@@ -201,24 +202,33 @@ def tune_projector(
         losses, before = list(state["losses"]), float(state["seconds"])
         if workers.first:
             say(f"resumed after step {len(losses)} of {schedule.steps}")
-    steps = range(len(losses), schedule.steps)
-    for number in progress(steps, desc="steps", unit="step"):
+
+    def seconds() -> float:
+        return before + time.monotonic() - started
+
+    def report() -> dict[str, Any]:
+        return _report(job, llm, ready, losses, workers=workers, seconds=seconds())
+
+    if workers.first:
+        session.check(report())  # a report that can't be written is known before the training
+    for number in progress(range(len(losses), schedule.steps), desc="steps", unit="step"):
         losses.append(tuner.step(number, ready.examples, lambda i: _features(store, ready, i)))
-        if workers.first and (number + 1) % job.save_steps == 0:
+        done = number + 1
+        # The last one too: whatever ends what follows, nothing is trained again.
+        if workers.first and (done % job.save_steps == 0 or done == schedule.steps):
             session.save(
                 {
                     **tuner.state(),
                     "losses": losses,
-                    "seconds": before + time.monotonic() - started,
+                    "seconds": seconds(),
                     "records": ready.sha256,
                 }
             )
+        if workers.first and done % job.save_steps == 0:
             recent = losses[-job.save_steps :]
-            say(f"step {number + 1} of {schedule.steps}: loss {sum(recent) / len(recent):.4f}")
+            say(f"step {done} of {schedule.steps}: loss {sum(recent) / len(recent):.4f}")
     if workers.first:
-        seconds = before + time.monotonic() - started
-        report = _report(job, llm, ready, losses, workers=workers, seconds=seconds)
-        session.finish(projector.state_dict(), report)
+        session.finish(projector.state_dict(), report())
 
 
 def _encode(
@@ -259,8 +269,9 @@ def _tell(ready: Prepared, schedule: Schedule, say: Say) -> None:
     """Say what is learned from, and name what is not."""
     images = len(set(ready.digests))
     say(
-        f"{len(ready.examples)} records about {images} images ({ready.encoded} encoded now), "
-        f"{len(ready.left_out)} left out; {schedule.steps} steps"
+        f"{counted(len(ready.examples), 'record')} about {counted(images, 'image')} "
+        f"({ready.encoded} encoded now), {len(ready.left_out)} left out; "
+        f"{counted(schedule.steps, 'step')}"
     )
     for record in ready.left_out[:NAMED]:
         say(f"left out: {record.name} {record.reason}")

@@ -23,7 +23,7 @@ import torch
 
 from vzip.calibration.tuning.workers import Workers
 from vzip.runtime.errors import InvalidInputError, VzipError
-from vzip.runtime.files import atomic, locks
+from vzip.runtime.files import atomic, locks, outputs
 
 PREFIX: Final = "multi_modal_projector."
 """What stands before the names of the tensors that are written, as llava-hf publishes them."""
@@ -60,25 +60,8 @@ class Session:
         workers.gathered(None)  # the others wait until the folder is there
 
     def _begin(self, run: Mapping[str, Any], resume: bool) -> None:
+        check_begun(self.output, resume=resume)
         file = self.folder / _RUN
-        there = file.exists()
-        if resume and not there:
-            raise InvalidInputError(
-                f"there is no run in {self.folder} to resume",
-                expected=f"its {_RUN}",
-                cure="leave out --resume to begin one, or check -o",
-            )
-        if not resume and there:
-            raise InvalidInputError(
-                f"{self.folder} holds a run that was not finished",
-                cure="continue it with --resume, or delete that folder to begin anew",
-            )
-        if not resume and self.output.exists():
-            raise InvalidInputError(
-                f"{self.output} is there already",
-                expected="a new file",
-                cure="delete it or choose another -o",
-            )
         try:
             self.folder.mkdir(exist_ok=True)
             self._lock = _locked(self.folder / _LOCK)
@@ -145,6 +128,16 @@ class Session:
         torch.save(dict(state), file)
         self._write(self.folder / _STATE, file.getbuffer())
 
+    def check(self, report: Mapping[str, Any]) -> None:
+        """Refuse what `finish` couldn't write, while nothing is lost yet.
+
+        Raises:
+            InvalidInputError: The report can't be written here.
+        """
+        _as_text(report)
+        for path in (self.output, self._report):
+            outputs.check_file(path, path.suffix.lower())
+
     def finish(self, tensors: Mapping[str, torch.Tensor], report: Mapping[str, Any]) -> None:
         """Write the projector and its report; then the run is over and its state goes."""
         import safetensors.torch
@@ -153,11 +146,14 @@ class Session:
             {PREFIX + name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
             metadata={"format": "pt"},
         )
-        text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-        self._write(self.output.with_name(self.output.name + REPORT), text.encode())
         self._write(self.output, data)
+        self._write(self._report, _as_text(report))
         for name in (_RUN, _STATE):
             (self.folder / name).unlink(missing_ok=True)
+
+    @property
+    def _report(self) -> Path:
+        return self.output.with_name(self.output.name + REPORT)
 
     def __enter__(self) -> Session:  # noqa: PYI034 - typing.Self is new in Python 3.11
         return self
@@ -188,6 +184,39 @@ class Session:
                 f"{path} can't be written ({error.strerror})",
                 cure="free some space and continue with --resume",
             ) from error
+
+
+def check_begun(output: Path, *, resume: bool) -> None:
+    """Refuse to begin what was begun, and to resume what was not; nothing is read for it.
+
+    Raises:
+        InvalidInputError: As `Session`.
+    """
+    folder = output.with_name(output.name + WORK)
+    there = (folder / _RUN).exists()
+    if resume and not there:
+        raise InvalidInputError(
+            f"there is no run in {folder} to resume",
+            expected=f"its {_RUN}",
+            cure="leave out --resume to begin one, or check -o",
+        )
+    if not resume and there:
+        raise InvalidInputError(
+            f"{folder} holds a run that was not finished",
+            cure="continue it with --resume, or delete that folder to begin anew",
+        )
+    if not resume and output.exists():
+        raise InvalidInputError(
+            f"{output} is there already",
+            expected="a new file",
+            cure="delete it or choose another -o",
+        )
+
+
+def _as_text(report: Mapping[str, Any]) -> bytes:
+    """Return a report as JSON; half a character of a record's id stands there as its escape."""
+    text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")
 
 
 def _locked(path: Path) -> locks.Lock:

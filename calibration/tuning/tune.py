@@ -7,12 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from vzip.calibration.tuning.data import DEMO, DEMO_SCENES, DemoData, InstructionData
+from vzip.calibration.tuning.data import (
+    DEMO,
+    DEMO_SCENES,
+    DemoData,
+    InstructionData,
+    choose,
+)
 from vzip.export.algorithm import selections
 from vzip.export.algorithm.budget import Budget, Merge
 from vzip.runtime import console
 from vzip.runtime.errors import BudgetError, InvalidInputError, require
 from vzip.runtime.files import outputs
+from vzip.runtime.guard import guarded
 
 if TYPE_CHECKING:
     import torch
@@ -101,16 +108,20 @@ def tune(
             cure="give --tokens, or --dominant and --contextual",
         )
     _check_data(data, images, count=count, save_steps=save_steps)
+    if features is not None:
+        outputs.check_folder(features)
     require("torch", "transformers", "safetensors", needed_for="'vzip tune'", extra="export")
     from vzip.calibration.tuning.features import FrozenTower, check_tunable
     from vzip.calibration.tuning.job import Job, run_of, tune_projector
-    from vzip.calibration.tuning.session import Session
+    from vzip.calibration.tuning.session import Session, check_begun
     from vzip.calibration.tuning.trainer import TuningRecipe
     from vzip.calibration.tuning.workers import Workers
     from vzip.export.pipeline import WeightSource
     from vzip.runtime.llm.local.transformers import TransformersLLM
 
     workers = Workers.of_environment()
+    if workers.first:
+        check_begun(projector, resume=resume)
     place = _device(device, workers.local)
     recipe = TuningRecipe(
         num_train_epochs=num_train_epochs,
@@ -140,13 +151,15 @@ def tune(
         records = DemoData(count or DEMO_SCENES, seed, config.tower.image_size)
     else:
         records = InstructionData(Path(data), Path(images or ""))
+    taken = None if data == DEMO else count
+    choose(records, taken, seed)  # says now what it would say behind the weights
     weights, named = source.load()
     job = Job(
         model=named,
         weights=weights,
         budget=budget,
         data=records,
-        count=None if data == DEMO else count,
+        count=taken,
         recipe=recipe,
         features=None if features is None else Path(features),
         save_steps=save_steps,
@@ -194,7 +207,12 @@ def _device(name: str, local: int) -> torch.device:
         ) from error
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
+    with guarded(
+        InvalidInputError, f"--device {name} can't be used here", cure="name one that is there"
+    ):
+        torch.zeros(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     return device
 
 

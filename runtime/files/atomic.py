@@ -19,6 +19,7 @@ TEMPORARY: Final = ".vzip-tmp"
 ASIDE: Final = ".vzip-old"
 
 _UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV}
+_TRIED: Final = 4096  # bytes: a block, which an empty file doesn't take
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -93,6 +94,22 @@ def replace_file(path: Path, data: bytes | memoryview) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _flush(path.parent)
+
+
+def try_file(path: Path) -> None:
+    """Write what `replace_file` would write at first, a few kilobytes of it, and remove it again.
+
+    Raises:
+        OSError: A file of that name can't be written now; nothing is left.
+    """
+    temporary = _hidden(path, TEMPORARY)
+    try:
+        with temporary.open("xb") as file:
+            file.write(bytes(_TRIED))
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def is_temporary(path: Path) -> bool:

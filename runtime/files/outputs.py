@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Mapping
@@ -44,7 +45,7 @@ def check_file(path: Pathlike, *suffixes: str, exact: bool = False) -> Path:
             f"the output is '{path}', but the folder '{path.parent}' does not exist",
             cure="create the folder first",
         )
-    _check_access(path.parent)
+    _check_access(path.parent, path.name)
     return path
 
 
@@ -100,15 +101,33 @@ def _bytes(data: bytes | str) -> bytes:
     return data.encode(errors="backslashreplace") if isinstance(data, str) else data
 
 
-def _check_access(folder: Path) -> None:
-    """Refuse a folder that can't be written to, or the nearest one above it that is there."""
+def _check_access(folder: Path, name: str = "results.json") -> None:
+    """Refuse a folder that can't be written to, or that can't be made, by trying it.
+
+    A file is written there and removed again, since permissions don't say everything: the disk may
+    be full, a quota be used up, a name be too long for what is written beside it at first.
+    """
     there = folder.absolute()
+    missing = []
     while not there.exists():
+        missing.append(there)
         there = there.parent
     if not there.is_dir():
         raise _unwritable(folder, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
     if not os.access(there, os.W_OK | os.X_OK):
         raise _unwritable(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+    made = []
+    try:
+        for each in reversed(missing):
+            each.mkdir()
+            made.append(each)
+        atomic.try_file(folder / name)
+    except OSError as error:
+        raise _unwritable(folder / name if not missing else folder, error) from error
+    finally:
+        for each in reversed(made):
+            with contextlib.suppress(OSError):  # another command writes there now
+                each.rmdir()
 
 
 def _either(suffixes: tuple[str, ...]) -> str:

@@ -26,9 +26,11 @@ from vzip.calibration.tuning.data import DemoData
 from vzip.calibration.tuning.features import FeatureStore
 from vzip.calibration.tuning.session import Session
 from vzip.calibration.tuning.trainer import Tuner
+from vzip.calibration.tuning.workers import Workers
 from vzip.export.pipeline import WeightSource
 from vzip.runtime import console
 from vzip.runtime.errors import BudgetError, CheckpointError, InvalidInputError
+from vzip.runtime.files import atomic
 from vzip.runtime.llm.local.transformers import TransformersLLM
 
 SCENES = 20
@@ -117,8 +119,9 @@ def killing(function: Callable[..., Any], number: int, *, after: bool) -> Callab
         (Tuner, "step", 8, False),  # two steps behind what is saved
         (Session, "save", 3, True),
         (Session, "finish", 1, False),
-        (Session, "_write", 5, False),  # the report is there, the projector is not
-        (Session, "_write", 5, True),  # the projector is there, the run is not over
+        (Session, "_write", 5, False),  # all is trained, and nothing of it is there
+        (Session, "_write", 5, True),  # the projector is there, the report is not
+        (Session, "_write", 6, True),  # both are there, the run is not over
     ],
 )
 def test_interrupted_and_resumed_is_the_same_to_the_last_bit(
@@ -493,3 +496,100 @@ def test_libraries_draw_bars_only_where_somebody_watches(
     with console.loading_quietly():
         assert logging.is_progress_bar_enabled() is watched
     assert logging.is_progress_bar_enabled()
+
+
+# What fails late, and what fails first
+
+
+def test_an_id_that_is_half_a_character_costs_no_training(
+    instructions: Path, opened_once: None, tmp_path: Path
+) -> None:
+    entries = json.loads((instructions / "data.json").read_text())[:4]
+    lost = {"id": "\ud800", "image": "absent.png", "conversations": entries[0]["conversations"]}
+    said = [{"from": "human", "value": "<image>\nwhat \udc80"}, {"from": "gpt", "value": "it"}]
+    half = {"id": "\x1b[31m\udfff", "image": entries[0]["image"], "conversations": said}
+    (instructions / "half.json").write_text(json.dumps([*entries, lost, half]))
+    output = tmp_path / "projector.safetensors"
+    assert from_json(instructions, output, "--num-train-epochs", "1", data="half.json")
+    left_out = report_of(output)["data"]["left_out"]
+    assert [each["name"] for each in left_out] == [
+        "record 5 (id \\x1b[31m\\udfff)",
+        "record 4 (id \\ud800)",
+    ]
+    assert "half a character" in left_out[0]["reason"]
+    assert not (tmp_path / "projector.safetensors.work" / "run.json").exists()
+
+
+def test_whatever_a_report_holds_it_is_written(tmp_path: Path) -> None:
+    output = tmp_path / "projector.safetensors"
+    with Session(output, {}, resume=False, workers=Workers()) as session:
+        report = {"source": "caf\u00e9 \udcff \ud800"}
+        session.check(report)
+        session.finish({"weight": torch.zeros(1)}, report)
+    assert report_of(output) == report
+    assert "caf\u00e9" in output.with_name(output.name + ".json").read_text()
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_what_ends_the_last_step_loses_no_training(
+    opened_once: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupt: Any
+) -> None:
+    output = tmp_path / "projector.safetensors"
+    steps: list[int] = []
+    step = Tuner.step
+
+    def counted(self: Tuner, number: int, *rest: Any) -> float:
+        steps.append(number)
+        return step(self, number, *rest)
+
+    def failing(path: Path, data: bytes) -> None:
+        if path.parent == tmp_path:
+            raise interrupt
+        replace(path, data)
+
+    monkeypatch.setattr(Tuner, "step", counted)
+    replace = atomic.replace_file
+    few = ("--num-train-epochs", "1")  # five steps, and a state after three
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "replace_file", failing)
+        with pytest.raises((KeyboardInterrupt, InvalidInputError)):
+            tune(output, *few)
+    assert len(steps) == 5
+    assert tune(output, *few, "--resume")
+    assert len(steps) == 5
+    assert len(report_of(output)["losses"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "got"),
+    [
+        (("--resume",), "no run"),
+        (("--count", "999"), "4 usable records"),
+        (("--features", "FILE"), "FILE"),
+        (("--device", "cuda:99"), "cuda:99"),
+        (("--save-steps", "0"), "--save-steps 0"),
+        (("--learning-rate", "-1"), "learning_rate"),
+    ],
+)
+def test_what_can_fail_cheaply_fails_before_weights_are_read(
+    instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Any, got: str
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(WeightSource, "load", never)
+    (tmp_path / "FILE").write_text("")
+    options = [str(tmp_path / "FILE") if each == "FILE" else each for each in options]
+    entries = json.loads((instructions / "data.json").read_text())[:4]
+    (instructions / "four.json").write_text(json.dumps(entries))
+    with refused(InvalidInputError, got=got):
+        from_json(instructions, tmp_path / "p.safetensors", *options, data="four.json")
+
+
+@pytest.mark.parametrize("name", ["absent/p.safetensors", "p.bin", "x" * 240 + ".safetensors"])
+def test_an_output_that_cant_be_written_fails_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(WeightSource, "config", lambda _: pytest.fail("the model was read"))
+    with refused(InvalidInputError, got=str(tmp_path / name)[:100]):
+        tune(tmp_path / name)

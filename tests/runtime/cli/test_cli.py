@@ -696,3 +696,25 @@ def test_show_that_can_not_write_keeps_the_old_picture(image, tmp_path, capsys, 
     assert "No space left on device" in one_line(capsys)
     assert output.read_text() == "old"
     assert sorted(tmp_path.iterdir()) == [image, output]
+
+
+def test_a_reader_of_standard_error_that_went_away_ends_no_command(tmp_path: Path) -> None:
+    code = (
+        "import os, pathlib, sys\n"
+        "from vzip.runtime.console import emit, run_command, say\n"
+        "def work():\n"
+        "    for number in range(9):\n"
+        "        say(f'step {number}')\n"
+        f"    pathlib.Path({str(tmp_path / 'result')!r}).write_text('whole')\n"
+        "    emit('done')\n"
+        "    return 0\n"
+        "sys.exit(run_command(work, prog='vzip'))\n"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=writing, check=False
+    )
+    os.close(writing)
+    assert (result.returncode, result.stdout) == (0, b"done\n")
+    assert (tmp_path / "result").read_text() == "whole"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import faults
 from tests.refusals import refused
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.files.outputs import check_file, check_folder
@@ -38,3 +39,33 @@ def test_a_folder_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with refused(InvalidInputError, got=(str(tmp_path / "file" / "sub"), "ot a directory")):
         check_folder(tmp_path / "file" / "sub")
+
+
+def test_trying_leaves_nothing(tmp_path: Path) -> None:
+    check_file(tmp_path / "a.png", ".png")
+    check_folder(tmp_path / "new" / "deep")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "there.png").write_bytes(b"x")
+    check_file(tmp_path / "there.png", ".png")
+    assert (tmp_path / "there.png").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_full_disk_and_names_that_cant_be_written_are_known_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def check(name: str) -> None:
+        if kind == "file":
+            check_file(tmp_path / f"{name}.png", ".png")
+        else:
+            check_folder(tmp_path / name / "deep")
+
+    # What is written beside it at first has a longer name.
+    with refused(InvalidInputError, got=str(tmp_path)):
+        check(("x" * 247) if kind == "file" else "x" * 256)
+    with refused(InvalidInputError, got=str(tmp_path)):
+        check("a\0b")
+    faults.fill_disk(monkeypatch)
+    with refused(InvalidInputError, got=(str(tmp_path), "No space left"), cure="room"):
+        check("a")
+    assert list(tmp_path.iterdir()) == []
