@@ -2,12 +2,15 @@
 
 Kept patches stay as they are, inside a thin white line. All others are dark and grey, and where the
 contextual groups are known each is tinted in its group's colour; the target of a group, which the
-others were merged into, has a bright frame of that colour. A line below counts the tokens.
+others were merged into, has a bright frame of that colour and the group's number. A line below
+counts the tokens, and a legend the tokens of each group.
+
+Ten colours can be told apart, with red-green and blue-yellow blindness too; from the eleventh group
+on they come again with stripes.
 """
 
 from __future__ import annotations
 
-import colorsys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +30,24 @@ _LINE = 2  # pixels of the line around kept patches, and of a target's frame
 _WHITE = (255, 255, 255)
 _INK, _PAPER = (232, 233, 238), (20, 21, 25)  # of the legend
 _LEGEND_HEIGHT, _FONT_SIZE = 34, 15
+_SWATCH, _GAP = 16, 6  # of a group's entry in the legend
+_NUMBERED = 14  # smallest patch that a number fits into, in pixels of the drawing
+
+# The least difference between two of them, as they are and as they tint light and dark places, is
+# the largest that a search over 12³ saturated colours found: in CIE Lab, of what people with full
+# colour vision, protanopia, deuteranopia and tritanopia see (Machado, Oliveira and Fernandes 2009).
+_COLOURS = (
+    (255, 238, 0),
+    (68, 0, 255),
+    (255, 0, 51),
+    (68, 255, 255),
+    (255, 153, 153),
+    (187, 68, 255),
+    (255, 119, 0),
+    (136, 170, 255),
+    (204, 255, 136),
+    (255, 17, 170),
+)
 
 
 @dataclass(frozen=True)
@@ -94,12 +115,13 @@ def overlay(
     if groups is not None:
         targets = _targets(groups, kept, tokens=tokens, cls_token=cls_token)
         patch_groups = groups[first_patch:].reshape(cells.rows, cells.cols)
-        _tint(picture, patch_groups, _colours(len(targets)), cells)
+        _tint(picture, patch_groups, cells)
     inside = cells.spread(patch_kept)
     picture[_grown(inside, _LINE)] = _WHITE
     picture[inside] = view[inside]
-    for target, colour in zip(targets - first_patch, _colours(len(targets)), strict=True):
-        _frame(picture, *divmod(int(target), cells.cols), colour, cells)
+    places = [divmod(int(target), cells.cols) for target in targets - first_patch]
+    for colour, place in zip(_colours(np.arange(len(places))), places, strict=True):
+        _frame(picture, *place, colour, cells)
 
     has_cls = cls_token and 0 in kept
     what = f"CLS + {len(kept) - 1} patches" if has_cls else f"{len(kept)} patches"
@@ -111,7 +133,11 @@ def overlay(
             f"{len(kept)} kept ({what})",
             f"{len(targets)} contextual (merged from {np.count_nonzero(groups >= 0)})",
         )
-    return _with_legend(picture, texts)
+    counts = [] if groups is None else np.bincount(groups[groups >= 0]).tolist()
+    page = _with_legend(picture, texts, counts)
+    if cells.cell >= _NUMBERED:
+        _number(page, places, cells)
+    return page
 
 
 def _grid(grid: tuple[int, int], image_size: int) -> _Grid:
@@ -193,22 +219,29 @@ def _dimmed(view: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return dimmed
 
 
-def _tint(
-    picture: NDArray[np.uint8],
-    groups: NDArray[np.int64],
-    colours: NDArray[np.uint8],
-    cells: _Grid,
-) -> None:
+def _tint(picture: NDArray[np.uint8], groups: NDArray[np.int64], cells: _Grid) -> None:
     """Colour the patches of each group of a picture, in place; groups: int64 [rows, cols]."""
-    merged = groups >= 0
-    wash = np.zeros((cells.rows, cells.cols, 3), np.float32)
-    wash[merged] = colours[groups[merged]]
-    wash = wash.repeat(cells.cell, axis=0).repeat(cells.cell, axis=1)
-    where = cells.spread(merged)
+    spread = groups.repeat(cells.cell, axis=0).repeat(cells.cell, axis=1)
+    where = spread >= 0
+    wash = _colours(spread[where]) * _striped(spread)[where][:, None]
     # Partly as light falls on the picture, so that its shapes stay; partly flat, for dark places.
     light = picture[where].max(axis=1, keepdims=True).astype(np.float32) / 102
-    tinted = 0.45 * picture[where] + (0.14 + 0.26 * light) * wash[where]
+    tinted = 0.45 * picture[where] + (0.16 + 0.34 * light) * wash
     picture[where] = tinted.clip(0, 255).astype(np.uint8)
+
+
+def _striped(groups: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return how strong the colour of each pixel is; groups: int64 [H, W], one group for each.
+
+    The first ten groups are flat, the next ten have stripes, the next ten stripes the other way,
+    and so on with finer ones.
+    """
+    rows, columns = np.indices(groups.shape)
+    turn, direction = np.divmod(groups // len(_COLOURS) - 1, 2)
+    width = 6 // (1 + np.maximum(turn, 0)) + 2
+    dark = (rows + np.where(direction == 0, columns, -columns)) // width % 2 == 1
+    strong: NDArray[np.float32] = np.where(dark & (groups >= len(_COLOURS)), 0.35, 1)
+    return strong.astype(np.float32)
 
 
 def _grown(inside: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:
@@ -233,26 +266,41 @@ def _frame(
     patch[:, :line] = patch[:, -line:] = colour
 
 
-def _colours(count: int) -> NDArray[np.uint8]:
-    """Return uint8 [count, 3], bright colours of which neighbours differ most.
-
-    Steps of the golden ratio spread the hues evenly for any count, and put the next one far away.
-    """
-    hues = [(0.08 + index * 0.6180339887) % 1 for index in range(count)]
-    saturations = [(0.85, 0.6)[index % 2] for index in range(count)]
-    colours = [
-        colorsys.hsv_to_rgb(hue, saturation, 1.0)
-        for hue, saturation in zip(hues, saturations, strict=True)
-    ]
-    return np.array(np.multiply(255, colours).reshape(count, 3), np.uint8)
+def _colours(groups: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Return uint8 [count, 3], the colour of each of some groups, int64 [count]."""
+    return np.array(_COLOURS, np.uint8)[groups % len(_COLOURS)]
 
 
-def _with_legend(picture: NDArray[np.uint8], texts: tuple[str, ...]) -> Image.Image:
-    """Return the picture with a line of text below."""
+def _number(page: Image.Image, places: list[tuple[int, int]], cells: _Grid) -> None:
+    """Write a group's number into each target's patch."""
+    font = ImageFont.load_default(min(_FONT_SIZE, cells.cell * 0.45))
+    draw = ImageDraw.Draw(page)
+    for group, (row, col) in enumerate(places):
+        middle = ((col + 0.5) * cells.cell, (row + 0.5) * cells.cell)
+        draw.text(middle, str(group), _WHITE, font, anchor="mm", stroke_width=1, stroke_fill=_PAPER)
+
+
+def _with_legend(
+    picture: NDArray[np.uint8], texts: tuple[str, ...], counts: list[int]
+) -> Image.Image:
+    """Return the picture with a line of text below, and the number of tokens in each group."""
     height, width = picture.shape[:2]
-    page = Image.new("RGB", (width, height + _LEGEND_HEIGHT), _PAPER)
+    font, small = ImageFont.load_default(_FONT_SIZE), ImageFont.load_default(_FONT_SIZE - 2)
+    entries = [f"{group}: {count}" for group, count in enumerate(counts)]
+    wide = _SWATCH + 3 * _GAP + max((int(small.getlength(each)) for each in entries), default=0)
+    columns, high = (width - 2 * _GAP) // wide, _SWATCH + _GAP
+    below = _LEGEND_HEIGHT + -(-len(entries) // columns) * high
+    page = Image.new("RGB", (width, height + below), _PAPER)
     page.paste(Image.fromarray(picture), (0, 0))
-    font = ImageFont.load_default(_FONT_SIZE)
-    place = (12, height + _LEGEND_HEIGHT // 2)
-    ImageDraw.Draw(page).text(place, "   ·   ".join(texts), _INK, font, anchor="lm")
+    draw = ImageDraw.Draw(page)
+    place = (2 * _GAP, height + _LEGEND_HEIGHT // 2)
+    draw.text(place, "   ·   ".join(texts), _INK, font, anchor="lm")
+    for group, entry in enumerate(entries):
+        row, column = divmod(group, columns)
+        left, top = 2 * _GAP + column * wide, height + _LEGEND_HEIGHT + row * high - _GAP // 2
+        flat = np.full((_SWATCH, _SWATCH), group, np.int64)
+        swatch = _colours(flat) * _striped(flat)[..., None]
+        page.paste(Image.fromarray(swatch.astype(np.uint8)), (left, top))
+        middle = (left + _SWATCH + _GAP, top + _SWATCH // 2)
+        draw.text(middle, entry, _INK, small, anchor="lm")
     return page

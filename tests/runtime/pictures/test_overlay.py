@@ -106,7 +106,7 @@ def test_groups_have_one_colour_each() -> None:
         if group < 0:
             assert (result[patch] == 180).all()
             continue
-        inner = result[patch][4:-4, 4:-4].reshape(-1, 3)
+        inner = result[patch][4:30, 4:-4].reshape(-1, 3)  # above its number, where it has one
         assert (inner == inner[0]).all()
         assert np.ptp(inner[0].astype(int)) > 30  # a colour, not grey
         assert inner.mean() < 0.7 * 180  # and darker than what was kept
@@ -128,7 +128,7 @@ def test_targets_alone_have_a_frame() -> None:
     brights = set()
     for patch in set(range(16)) - {0, 5}:
         edge = result[patch][1, 8:-8].reshape(-1, 3)
-        inner = result[patch][80, 80]
+        inner = result[patch][20, 80]
         if patch in targets:
             assert (edge == edge[0]).all()
             assert edge[0].max() == 255
@@ -144,21 +144,83 @@ def test_targets_alone_have_a_frame() -> None:
     assert len(brights) == 3
 
 
-def test_many_groups_have_different_colours() -> None:
+def in_groups(count: int, shade: str = "grey") -> Image.Image:
+    """Draw 24 × 24 patches, none kept, in so many groups of neighbours."""
     tokens = 24 * 24
-    groups = np.arange(tokens, dtype=np.int64) * 30 // tokens
-    rest = np.arange(tokens)
-    groups[rest[:: tokens // 30][:30]] = np.arange(30)
-    picture = overlay(
-        Image.new("RGB", (48, 48), "grey"),
+    groups = np.arange(tokens, dtype=np.int64) * count // tokens
+    groups[np.arange(tokens)[:: tokens // count][:count]] = np.arange(count)
+    return overlay(
+        Image.new("RGB", (48, 48), shade),
         indices(),
         grid=(24, 24),
         cls_token=False,
         prep=preprocessing(48),
         groups=groups,
     )
-    middle = patches(picture, (24, 24), 28)[:, 14, 14]
-    assert len({tuple(colour) for colour in middle.tolist()}) == 30
+
+
+@pytest.mark.parametrize("count", [10, 20, 30, 50])
+def test_many_groups_look_different(count: int) -> None:
+    found = patches(in_groups(count), (24, 24), 28)
+    # Behind the frames and numbers of targets; stripes go on from patch to patch.
+    for group in range(count):
+        members = [p for p in range(576) if p * count // 576 == group and p % (576 // count) > 0]
+        others = {p for p in range(576) if p * count // 576 not in (group,)}
+        assert members
+        alike = [p for p in others if np.array_equal(found[p], found[members[0]])]
+        assert not alike, (group, alike[:3])
+
+
+# Linear RGB as it is seen with full colour vision, protanopia, deuteranopia and tritanopia:
+# Machado, Oliveira and Fernandes 2009, severity 1.
+SEEN_WITH = {
+    "all": np.eye(3),
+    "no red": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "no green": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "no blue": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+}
+
+
+def differences(colours: Array, eyes: str) -> Array:
+    """Return the CIE Lab differences (ΔE 1976) of each pair of colours, uint8 [n, 3]."""
+    c = colours / 255
+    linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+    linear = (linear @ np.array(SEEN_WITH[eyes]).T).clip(0, 1)
+    to_xyz = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175]]
+    to_xyz.append([0.0193339, 0.119192, 0.9503041])
+    xyz = linear @ np.array(to_xyz).T / (0.95047, 1, 1.08883)
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    x, y, z = f[:, 0], f[:, 1], f[:, 2]
+    lab = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
+    found = np.linalg.norm(lab[:, None] - lab[None], axis=2)
+    return found[np.triu_indices(len(colours), 1)]
+
+
+@pytest.mark.parametrize("eyes", list(SEEN_WITH))
+def test_ten_groups_can_be_told_apart(eyes: str) -> None:
+    """Where the picture is light and where it is dark, in the frames and in the legend."""
+    for shade, least in (("#e0e0e0", 12), ("#808080", 10), ("#303030", 8)):
+        picture = in_groups(10, shade)
+        cells = patches(picture, (24, 24), 28)
+        tinted = np.array([cells[group * 576 // 10 + 30][14, 14] for group in range(10)])
+        assert differences(tinted, eyes).min() > least, shade
+        framed = np.array([cells[57 * group][1, 14] for group in range(10)])
+        assert differences(framed, eyes).min() > 19
+        legend = np.asarray(picture)[MIN_SIDE + 34 :].reshape(-1, 3)
+        for colour in framed:
+            assert (legend == colour).all(axis=1).sum() >= 100
 
 
 @pytest.mark.parametrize(
@@ -212,7 +274,9 @@ def test_legend(
     picture = overlay(
         noise(32, 32), kept, grid=(4, 4), cls_token=True, prep=preprocessing(32), groups=groups
     )
-    assert [part for text in texts for part in text.split("   ·   ")] == expected
+    assert texts[0].split("   ·   ") == expected
+    # The tokens of each group, in the legend; then its number, in its target's patch.
+    assert texts[1:] == (["0: 5", "1: 4", "2: 5", "0", "1", "2"] if with_groups else [])
     legend = np.asarray(picture)[MIN_SIDE:]
     assert legend.max() > 180  # it can be read
     assert legend[:, -20:].max() < 40  # and is not cut off
