@@ -33,8 +33,6 @@ Draw = Callable[[random.Random], Trial]
 Door = Callable[[Path], Draw]
 
 DOORS: dict[str, Door] = {}
-HEAVY: dict[str, Door] = {}
-"""Those that need torch or transformers."""
 
 
 def door(table: dict[str, Door]) -> Callable[[Door], Door]:

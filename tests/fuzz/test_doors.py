@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz.bounds import judge
-from tests.fuzz.doors import DOORS, HEAVY, Door
+from tests.fuzz.doors import DOORS, Door
+from tests.fuzz.heavy import HEAVY
 
 SEED = 20261128
 QUICK, MANY = 200, 2000
