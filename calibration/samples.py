@@ -13,6 +13,7 @@ import numpy as np
 from vzip.export.pictures.glance import Glance
 from vzip.runtime.bundle.manifest import Manifest
 from vzip.runtime.errors import InvalidInputError, missing
+from vzip.runtime.guard import door
 from vzip.runtime.pictures.images import MAX_ENCODED_BYTES, ImageSource, load_image
 from vzip.runtime.pictures.preprocess import pixel_values, tower_image
 from vzip.runtime.wording import are
@@ -85,6 +86,7 @@ class Samples(Sequence[Sample]):
         self.left_out = tuple(left_out)
 
     @classmethod
+    @door(InvalidInputError, "the images '{source}' can't be read", cure="check the path")
     def open(cls, source: str, *, count: int | None, seed: int = 0) -> Samples:
         """Find, read and hash images.
 
@@ -237,6 +239,7 @@ class Samples(Sequence[Sample]):
         return self._images[place]
 
 
+@door(InvalidInputError, "the images '{source}' can't be read", cure="check the path")
 def images_of(
     source: str | None, *, model: str, count: int | None, say: Callable[[str], None]
 ) -> tuple[str, list[tuple[str, Callable[[], ImageSource]]]]:

@@ -14,10 +14,12 @@ from vzip.export.pipeline import WeightSource
 from vzip.runtime import console
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.bundle.writer import update_manifest
-from vzip.runtime.errors import CheckpointError, require
+from vzip.runtime.errors import BundleError, CheckpointError, require
+from vzip.runtime.guard import door
 from vzip.runtime.pictures.images import ImageSource, load_image
 
 
+@door(BundleError, "the bundle '{bundle}' can't be checked", reads=False)
 def check(
     bundle: str | os.PathLike[str],
     images: Sequence[ImageSource] | None = None,

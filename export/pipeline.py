@@ -26,7 +26,8 @@ from vzip.export.pictures import reference_images
 from vzip.runtime import console
 from vzip.runtime.bundle import manifest as form
 from vzip.runtime.bundle.writer import bundle_writer
-from vzip.runtime.errors import InvalidInputError, ParityError, require
+from vzip.runtime.errors import ExportError, InvalidInputError, ParityError, require
+from vzip.runtime.guard import door
 from vzip.runtime.models import locate
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ class WeightSource:
         )
 
 
+@door(ExportError, "'{model}' can't be exported", reads=False)
 def export(
     model: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,

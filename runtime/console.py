@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from vzip.runtime.errors import InvalidInputError, VzipError
+from vzip.runtime.guard import said_by
 from vzip.runtime.machine import process
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FAILED = 2
+_LOOK = "free some memory or disk, or run it with -vv, which says where it stopped"
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 PIPE_CLOSED = 141  # 128 + SIGPIPE
 
@@ -75,6 +77,13 @@ def run_command(command: Callable[[], int], *, prog: str) -> int:
         except BrokenPipeError:
             _drop(sys.stdout)
             return PIPE_CLOSED
+        except (OSError, MemoryError) as error:
+            # The machine's own refusals, wherever they come up: no line of ours raises these.
+            refusal = VzipError(f"'{prog}' can't go on", cause=said_by(error), cure=_LOOK)
+            refusal.__cause__ = error
+            _log_origin(refusal)
+            complain(f"{prog}: error: {refusal}")
+            return FAILED
         return status
 
 

@@ -189,7 +189,7 @@ class VisionEncoder:
             "device": self._device,
         }
 
-    @door(InvalidInputError, "the images can't be encoded")
+    @door(InvalidInputError, "the images can't be encoded", reads=False)
     def encode(
         self,
         images: ImageSource | Sequence[ImageSource],
@@ -241,7 +241,7 @@ class VisionEncoder:
         """Return the embeddings of `image_tokens` alone, float32 or float16 [n, L]."""
         return self.image_tokens(image, channels=channels).embeds
 
-    @door(InvalidInputError, "the image '{image}' can't be encoded")
+    @door(InvalidInputError, "the image '{image}' can't be encoded", reads=False)
     def image_tokens(self, image: ImageSource, *, channels: Channels = "rgb") -> EncodedImage:
         """Return all that the language model gets for one image.
 
@@ -283,7 +283,7 @@ class VisionEncoder:
         )
         return EncodedImage(np.concatenate([tokens.embeds[0], others]), tokens.kept)
 
-    @door(InvalidInputError, "the video's frames can't be encoded")
+    @door(InvalidInputError, "the video's frames can't be encoded", reads=False)
     def video_embeds(self, frames: Sequence[ImageSource], *, channels: Channels = "rgb") -> Array:
         """Return all that the language model gets for a clip.
 
@@ -315,7 +315,7 @@ class VisionEncoder:
         tokens = embeds.reshape(-1, embeds.shape[-1])
         return tokens if newline is None else np.concatenate([tokens, newline_row(newline, tokens)])
 
-    @door(InvalidInputError, "the array can't be encoded")
+    @door(InvalidInputError, "the array can't be encoded", reads=False)
     def run(self, array: Array, *, on_device: bool = False) -> CompressedTokens:
         """Return the compressed tokens of an array that is exactly what the graph takes.
 

@@ -28,7 +28,13 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _LONGEST: Final = 200  # characters of a value or of another library's line in a message
-_BUGS: Final = (AssertionError, NameError)  # of vzip's own code they can't come from input
+# What can't come from input where vzip's own code raises it; and what can't where that code does
+# not read input, but works with what was checked before.
+_BUGS: Final = (AssertionError, NameError)
+_BUGS_OF_WORK: Final = (
+    *_BUGS, ArithmeticError, AttributeError, LookupError, NotImplementedError, StopIteration,
+    TypeError, ValueError,
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -62,7 +68,7 @@ def guarded(
 
 
 def door(
-    kind: type[VzipError], got: str, *, expected: str = "", cure: str = ""
+    kind: type[VzipError], got: str, *, expected: str = "", cure: str = "", reads: bool = True
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Guard a whole function; a decorator. Not for generators, whose body runs later.
 
@@ -72,6 +78,9 @@ def door(
             ``{self.path}`` for what an argument has.
         expected: As for `guarded`.
         cure: As for `guarded`; ``{path}`` likewise.
+        reads: Whether the function itself makes sense of foreign input. One that works with what
+            others have read raises no KeyError and the like by its own lines but by a bug of ours,
+            and such a bug passes.
     """
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
@@ -85,7 +94,8 @@ def door(
             except VzipError:
                 raise
             except BaseException as error:
-                if not _is_foreign(error) or _is_miscall(error):
+                bugs = _BUGS if reads else _BUGS_OF_WORK
+                if not _is_foreign(error, bugs) or _is_miscall(error):
                     raise
                 bound = signature.bind(*args, **kwargs)
                 bound.apply_defaults()
@@ -136,11 +146,11 @@ class _Filled(string.Formatter):
 _FILLED: Final = _Filled()
 
 
-def _is_foreign(error: BaseException) -> bool:
+def _is_foreign(error: BaseException, bugs: tuple[type[Exception], ...] = _BUGS) -> bool:
     """Return whether an error can come from input."""
     if not isinstance(error, Exception):
         return type(error).__name__ == "PanicException"  # pyo3's: it has no module to import
-    return not (isinstance(error, _BUGS) and _innermost(error.__traceback__).startswith("vzip."))
+    return not (isinstance(error, bugs) and _innermost(error.__traceback__).startswith("vzip."))
 
 
 def _innermost(trace: TracebackType | None) -> str:

@@ -9,13 +9,15 @@ from typing import Final
 
 from vzip.calibration.samples import images_of
 from vzip.runtime import console
-from vzip.runtime.errors import require
+from vzip.runtime.errors import BundleError, require
 from vzip.runtime.files import outputs
+from vzip.runtime.guard import door
 
 IMAGES: Final = 4
 """Images in a report where nothing else is asked for."""
 
 
+@door(BundleError, "no report of the bundle '{bundle}' can be made", reads=False)
 def report(
     bundle: str | os.PathLike[str],
     output: str | os.PathLike[str],

@@ -14,8 +14,9 @@ from vzip.calibration.sweeping.advice import Advice, SweepLimits, advise
 from vzip.export import EXPORT_PACKAGES
 from vzip.export.algorithm.budget import Budget, Merge
 from vzip.runtime import console
-from vzip.runtime.errors import InvalidInputError, MissingDependencyError, require
+from vzip.runtime.errors import ExportError, InvalidInputError, MissingDependencyError, require
 from vzip.runtime.files import outputs
+from vzip.runtime.guard import door
 from vzip.runtime.models import DEMO, locate
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Swept:
         return {**self.result.to_json(), "advice": advice}
 
 
+@door(ExportError, "'{model}' can't be swept", reads=False)
 def sweep(
     model: str,
     tokens: Sequence[int],

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import numpy as np
 
 from vzip.runtime.errors import InvalidInputError, missing, printable
+from vzip.runtime.guard import door
 from vzip.runtime.pictures.images import MAX_ENCODED_BYTES
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def digest_of(image: bytes | NDArray[np.uint8]) -> str:
     return hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).hexdigest()
 
 
+@door(InvalidInputError, "no {count} records can be chosen with the seed {seed}")
 def choose(data: Data, count: int | None, seed: int) -> list[TuningRecord]:
     """Choose records by a seed, in the order of the data.
 
@@ -130,6 +132,7 @@ class InstructionData:
         InvalidInputError: The file can't be read or is no JSON list, or there is no such folder.
     """
 
+    @door(InvalidInputError, "the data '{path}' can't be read", cure="check --data and --images")
     def __init__(self, path: Path, folder: Path) -> None:
         self.source = str(path)
         if not folder.is_dir():

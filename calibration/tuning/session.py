@@ -24,6 +24,7 @@ import torch
 from vzip.calibration.tuning.workers import Workers
 from vzip.runtime.errors import InvalidInputError, VzipError
 from vzip.runtime.files import atomic, locks, outputs
+from vzip.runtime.guard import door
 
 PREFIX: Final = "multi_modal_projector."
 """What stands before the names of the tensors that are written, as llava-hf publishes them."""
@@ -49,6 +50,7 @@ class Session:
             `resume` is false, or the other way round; it is another one, or still running.
     """
 
+    @door(InvalidInputError, "the run of '{output}' can't be begun", cure="choose another -o")
     def __init__(
         self, output: Path, run: Mapping[str, Any], *, resume: bool, workers: Workers
     ) -> None:
@@ -92,6 +94,7 @@ class Session:
                 cure="give the options that it was begun with, or delete the folder to begin anew",
             )
 
+    @door(InvalidInputError, "the run in '{self.folder}' can't be resumed", cure="delete it")
     def load(self, records: str, device: torch.device) -> dict[str, Any] | None:
         """Return the last state that was saved, None before the first.
 

@@ -19,7 +19,7 @@ from vzip.export.algorithm.budget import Budget, Merge
 from vzip.runtime import console
 from vzip.runtime.errors import BudgetError, InvalidInputError, require
 from vzip.runtime.files import outputs
-from vzip.runtime.guard import guarded
+from vzip.runtime.guard import door, guarded
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 SUFFIX: Final = ".safetensors"
 
 
+@door(InvalidInputError, "the projector of '{model}' can't be tuned", reads=False)
 def tune(
     model: str,
     data: str,

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from vzip.export import families
 from vzip.export.architecture import (
@@ -34,6 +34,7 @@ from vzip.export.checkpoint.tensor_names import (
 )
 from vzip.export.checkpoint.weights import VisionWeights, check_tensor
 from vzip.runtime.errors import CheckpointError
+from vzip.runtime.guard import door
 from vzip.runtime.models import locate
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_COMPARE: Final = "compare it with the published one, or download it again"
 CONFIG = "config.json"
 # In the order in which transformers looks for them.
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -67,6 +69,11 @@ class Checkpoint:
     config: dict[str, Any]
 
     @classmethod
+    @door(
+        CheckpointError,
+        "the checkpoint '{model}' can't be read",
+        cure=_COMPARE,
+    )
     def open(cls, model: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
         """Open a checkpoint; from the hub, download its ``config.json``.
 
@@ -138,6 +145,11 @@ class Checkpoint:
         owner = self.tower or self
         raise owner.folder.missing(["preprocessor_config.json"], purpose="image preprocessing")
 
+    @door(
+        CheckpointError,
+        "the configuration of '{self.model_id}' can't be understood",
+        cure=_COMPARE,
+    )
     def vision(self, media: Media | None = None) -> VisionConfig:
         """Return the architecture of the vision side, feature layers and preprocessing.
 
@@ -154,6 +166,11 @@ class Checkpoint:
         return families.describe(self.config, self.preprocessor(chosen), tower=tower, media=chosen)
 
 
+@door(
+    CheckpointError,
+    "the configuration of '{model}' can't be understood",
+    cure=_COMPARE,
+)
 def vision_config(
     model: str | os.PathLike[str], *, revision: str | None = None, media: Media | None = None
 ) -> VisionConfig:
@@ -176,6 +193,11 @@ def vision_config(
     return known or Checkpoint.open(model, revision=revision).vision(media)
 
 
+@door(
+    CheckpointError,
+    "the tensors of '{checkpoint.model_id}' can't be read",
+    cure=_COMPARE,
+)
 def read_vision(checkpoint: Checkpoint, media: Media | None = None) -> VisionWeights:
     """Read tower, projector and, where the model has one, the newline embedding.
 
@@ -207,6 +229,11 @@ def read_vision(checkpoint: Checkpoint, media: Media | None = None) -> VisionWei
     return VisionWeights(config, tensors)
 
 
+@door(
+    CheckpointError,
+    "the projector '{path}' can't be read",
+    cure=_COMPARE,
+)
 def read_projector(path: str | os.PathLike[str], config: ProjectorConfig) -> dict[str, Tensor]:
     """Read a projector from a file of its own, such as a tuned one.
 

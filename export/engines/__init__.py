@@ -6,7 +6,8 @@ import os
 from typing import TYPE_CHECKING
 
 from vzip.runtime import console
-from vzip.runtime.errors import InvalidInputError, ParityError
+from vzip.runtime.errors import BackendError, InvalidInputError, ParityError
+from vzip.runtime.guard import door
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from vzip.export.engines.tensorrt.request import BuildRequest
 
 
+@door(BackendError, "no engine of the bundle '{bundle}' can be built", reads=False)
 def build(
     bundle: str | os.PathLike[str],
     *,

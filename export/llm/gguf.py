@@ -21,6 +21,7 @@ from vzip.export.llm.gguf_vocab import Vocabulary, read_vocabulary
 from vzip.runtime.console import progress
 from vzip.runtime.errors import CheckpointError, InvalidInputError, missing
 from vzip.runtime.files import atomic, codec
+from vzip.runtime.guard import door
 from vzip.runtime.llm.local.gguf_model import Key
 from vzip.runtime.llm.text_side import TextCheckpoint
 
@@ -37,6 +38,7 @@ _FILE_TYPES: Final = {
 """dtype of the matrices → gguf's name of the file's type."""
 
 
+@door(CheckpointError, "the LLM of '{model}' can't be converted")
 def convert(
     model: str | Path,
     path: Path,

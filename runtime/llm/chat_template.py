@@ -6,9 +6,10 @@ Rendering it needs transformers' tokenizers and Jinja; what comes out, `Words`, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from vzip.runtime.errors import CheckpointError
+from vzip.runtime.guard import door
 from vzip.runtime.llm.prompts import (
     FirstTurn,
     Kind,
@@ -23,6 +24,7 @@ _QUESTION_MARK = "(the question)"
 _ANSWER_MARK = "(the answer)"
 
 _MISTYPED_EOS = "<\\s>"
+_GIVE_WHOLE: Final = "give a whole llava-hf checkpoint with its tokenizer"
 
 
 class HubTokenizer:
@@ -49,17 +51,32 @@ class HubTokenizer:
         self.eos_id = int(tokenizer.eos_token_id)
         self._tokenizer = tokenizer
 
+    @door(
+        CheckpointError,
+        "the LLM's tokenizer has no id {token_id}",
+        cure=_GIVE_WHOLE,
+    )
     def token(self, token_id: int) -> str | None:
         """Return a token as text; None for an id beyond the vocabulary."""
         token: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
         return token
 
+    @door(
+        CheckpointError,
+        "the LLM's tokenizer can't take a text",
+        cure=_GIVE_WHOLE,
+    )
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Return a text's ids."""
         # verbose=False: no warning beyond model_max_length, since we check the context ourselves
         ids: list[int] = self._tokenizer(text, add_special_tokens=special, verbose=False).input_ids
         return ids
 
+    @door(
+        CheckpointError,
+        "the LLM's tokenizer can't give a text",
+        cure=_GIVE_WHOLE,
+    )
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of some ids, without special tokens."""
         text: str = self._tokenizer.decode(
@@ -139,6 +156,11 @@ def words_of(
     return Words(first, LaterTurn(*split(text)))
 
 
+@door(
+    CheckpointError,
+    "{name}: the LLM's chat template or tokenizer can't be used",
+    cure="repair chat_template.jinja, or fetch the published checkpoint again",
+)
 def make_prompts(
     name: str, tokenizer: Any, placeholders: Mapping[Kind, int], template: str | None
 ) -> Prompts:

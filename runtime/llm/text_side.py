@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from vzip.runtime.errors import CheckpointError, first_line, missing
+from vzip.runtime.guard import door
 from vzip.runtime.llm.chat_template import make_prompts
 from vzip.runtime.llm.prompts import KINDS, Kind, Prompts
 from vzip.runtime.llm.shown import Shown, TokenSpec, check_shown
@@ -26,6 +27,8 @@ TEXT_FILES: Final = ("*.json", "*.jinja", "*.model")
 
 # Families, and their LLMs, that were trained with LLaVA-1.5's words; others need a chat template.
 _LLAVA_15_WORDS: Final = {"llava": ("llama", "mistral"), "video_llava": ("llama",)}
+
+_GIVE_WHOLE: Final = "give a whole llava-hf checkpoint with its tokenizer"
 
 LARGEST: Final = {"float32": 3.4028235e38, "bfloat16": 3.3895314e38, "float16": 65504.0}
 """dtype → largest magnitude."""
@@ -135,6 +138,11 @@ class TextFiles:
     ends: tuple[int, ...]
 
     @classmethod
+    @door(
+        CheckpointError,
+        "{name}: the text side of '{model}' can't be read",
+        cure=_GIVE_WHOLE,
+    )
     def read(cls, name: str, model: str | Path, revision: str | None = None) -> TextFiles:
         """Read a checkpoint's configuration and tokenizer.
 
@@ -169,7 +177,7 @@ class TextFiles:
         except Exception as error:  # of a damaged file the libraries raise anything
             raise CheckpointError(
                 f"{name}: the text side of {str(model)!r} can't be read ({first_line(error)})",
-                cure="give a whole llava-hf checkpoint with its tokenizer",
+                cure=_GIVE_WHOLE,
             ) from error
         _check_attention(name, str(model), config)
         template = processor.get("chat_template") or tokenizer.chat_template
@@ -177,6 +185,11 @@ class TextFiles:
             template = template["default"]
         return cls(name, str(model), folder, revision, config, tokenizer, template, ends)
 
+    @door(
+        CheckpointError,
+        "{self.name}: the words of '{self.model}' can't be read",
+        cure=_GIVE_WHOLE,
+    )
     def side(self, tokens: TokenSpec | None) -> TextSide:
         """Return the text side.
 
@@ -238,6 +251,11 @@ class TextCheckpoint(TextSide):
     dtype: str
 
     @classmethod
+    @door(
+        CheckpointError,
+        "{name}: the text side of '{model}' can't be read",
+        cure=_GIVE_WHOLE,
+    )
     def open(
         cls,
         name: str,

@@ -42,6 +42,7 @@ DEFAULT_LIMIT: Final = 2**30
 
 _ENTRY = re.compile(r"([0-9a-f]{64})\.([0-9a-f]{64})\.safetensors")
 _ABANDONED = 3600.0  # seconds after which a temporary file's writer is taken for dead
+_ELSEWHERE: Final = "choose another folder for the cache"
 
 
 class TokenCache:
@@ -55,7 +56,7 @@ class TokenCache:
     @door(
         InvalidInputError,
         "'{folder}' can't be a token cache",
-        cure="choose another folder for the cache",
+        cure=_ELSEWHERE,
     )
     def __init__(
         self, folder: str | os.PathLike[str], *, limit: int | None = DEFAULT_LIMIT
@@ -83,7 +84,7 @@ class TokenCache:
     @door(
         InvalidInputError,
         "the token cache '{self.folder}' can't be read",
-        cure="choose another folder for the cache",
+        cure=_ELSEWHERE,
     )
     def get(self, image_sha256: str, bundle_fingerprint: str) -> ImageTokens | None:
         """Return the tokens of an image, or None if they aren't there.
@@ -108,7 +109,7 @@ class TokenCache:
     @door(
         InvalidInputError,
         "the token cache '{self.folder}' can't be written",
-        cure="choose another folder for the cache",
+        cure=_ELSEWHERE,
     )
     def put(self, origin: Origin, image: ImageTokens) -> None:
         """Store the tokens of an image, and make room for them.
@@ -140,7 +141,7 @@ class TokenCache:
     @door(
         InvalidInputError,
         "the token cache '{self.folder}' can't be written",
-        cure="choose another folder for the cache",
+        cure=_ELSEWHERE,
     )
     def remove(self, image_sha256: str, bundle_fingerprint: str) -> None:
         """Forget an image; what isn't there needs no forgetting."""
@@ -149,7 +150,7 @@ class TokenCache:
     @door(
         InvalidInputError,
         "the token cache '{self.folder}' can't be read",
-        cure="choose another folder for the cache",
+        cure=_ELSEWHERE,
     )
     def fingerprints(self) -> set[str]:
         """Return the fingerprints of all bundles that have an entry."""

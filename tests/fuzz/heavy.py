@@ -332,7 +332,7 @@ def a_command(folder: Path) -> Draw:
 
     def draw(rng: random.Random) -> Trial:
         words = [each.format(**places) for each in rng.choice(COMMANDS).split()]
-        for _ in range(rng.choice((1, 1, 2))):
+        for _ in range(rng.choice((1, 1, 2)) if len(words) > 1 else 0):
             place, text = rng.randrange(1, len(words)), rng.choice(TEXTS)
             if rng.random() < 0.8:
                 words[place] = text

@@ -79,6 +79,25 @@ def test_what_can_only_be_a_bug_of_ours_passes(line: str) -> None:
         exec(line, {"__name__": "a_package"})
 
 
+def test_what_works_with_checked_values_shows_its_bugs_and_not_those_of_packages() -> None:
+    """An index beyond our own list is our bug; one beyond a package's isn't."""
+
+    @door(BundleError, "x", reads=False)
+    def work(module: str, line: str) -> None:
+        exec(line, {"__name__": module})
+
+    for line in ("[][1]", "{}['a']", "None.x", "1/0", "int('x')"):
+        with pytest.raises(Exception) as caught:  # noqa: PT011
+            work(some_module_of_ours.__name__, line)
+        assert not isinstance(caught.value, BundleError)
+        with refused(BundleError):
+            work("a_package", line)
+    with refused(BundleError, cause="MemoryError"):
+        work(some_module_of_ours.__name__, "raise MemoryError")
+    with refused(BundleError, cause="No space left"):
+        work(some_module_of_ours.__name__, "raise OSError(28, 'No space left on device')")
+
+
 @door(BundleError, "the bundle '{path}' at {size} can't be read", cure="look at '{path}'")
 def opened(path: object, *, size: object = 3) -> object:
     if isinstance(path, Exception):
@@ -135,3 +154,19 @@ def test_the_original_is_there_to_be_looked_at(
 
 def test_an_error_s_fields_are_as_they_were_given() -> None:
     says(BundleError("a\x1b", cure="c"), got="a\x1b", cure="c")
+
+
+def test_a_machine_s_refusal_of_a_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> int:
+        raise OSError(30, "Read-only file system", "a.png")
+
+    assert console.run_command(command, prog="vzip show") == console.FAILED
+    said = capsys.readouterr().err
+    assert said.startswith("vzip show: error: ")
+    assert "OSError: Read-only file system" in said
+    assert said.count("\n") == 1
+
+
+def test_a_bug_of_a_command_keeps_its_traceback() -> None:
+    with pytest.raises(KeyError):
+        console.run_command(lambda: {}["a"], prog="vzip show")

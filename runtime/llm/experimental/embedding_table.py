@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from vzip.runtime.errors import CheckpointError, first_line
+from vzip.runtime.guard import door
 from vzip.runtime.llm.text_side import TextCheckpoint, fetch
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class EmbeddingTable:
     raw: npt.NDArray[Any]
 
     @classmethod
+    @door(CheckpointError, "the token embeddings of '{checkpoint.files.model}' can't be mapped")
     def of(cls, checkpoint: TextCheckpoint) -> EmbeddingTable:
         """Find and map the table of a checkpoint; its rows are read as they are asked for.
 

@@ -26,6 +26,7 @@ from vzip.runtime.errors import (
     InvalidInputError,
 )
 from vzip.runtime.files import codec
+from vzip.runtime.guard import door
 from vzip.runtime.llm.conversation import GreedyLLM
 from vzip.runtime.llm.local.gguf_model import (
     NAME,
@@ -71,6 +72,7 @@ class LlamaCppLLM(GreedyLLM):
 
     name = NAME
 
+    @door(CheckpointError, "llama.cpp: '{path}' can't be opened", cure="make it again")
     def __init__(
         self,
         path: Path,

@@ -15,6 +15,7 @@ import numpy as np
 from vzip.runtime.backends.onnxruntime import import_onnxruntime, open_session
 from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.errors import BackendError, BundleError, InvalidInputError, first_line
+from vzip.runtime.guard import door
 from vzip.runtime.llm.conversation import GreedyLLM
 from vzip.runtime.llm.json_tokenizer import JsonTokenizer
 from vzip.runtime.llm.llm_files import (
@@ -51,6 +52,7 @@ class OnnxRuntimeLLM(GreedyLLM):
 
     name = NAME
 
+    @door(BackendError, "the LLM of the bundle '{bundle.path}' can't be opened")
     def __init__(
         self, bundle: Bundle, *, tokens: TokenSpec | None = None, threads: int | None = None
     ) -> None:

@@ -29,6 +29,7 @@ from vzip.runtime.errors import (
     first_line,
     missing,
 )
+from vzip.runtime.guard import door
 from vzip.runtime.llm.contract import DEFAULT_MAX_NEW_TOKENS
 from vzip.runtime.llm.conversation import (
     GreedyLLM,
@@ -121,6 +122,11 @@ class TransformersLLM(GreedyLLM):
         self.largest = float(torch.finfo(self.dtype).max)
 
     @classmethod
+    @door(
+        CheckpointError,
+        "{model}: its LLM can't be loaded",
+        cure="give a whole llava-hf checkpoint with its tokenizer",
+    )
     def open(
         cls,
         model: str | Path,
