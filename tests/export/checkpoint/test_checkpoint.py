@@ -456,9 +456,9 @@ def test_aliases_need_no_hub(no_hub: None) -> None:
     assert vision_config("llava-1.5-13b").llm_hidden_size == 5120
     assert vision_config("video-llava-7b").tower_module == "video_tower"
     assert vision_config("video-llava-7b", media="image").tower_module == "image_tower"
-    with pytest.raises(AssertionError, match="the hub was asked"):
+    with refused(CheckpointError, cause="the hub was asked"):
         vision_config("llava-1.5-7b", revision="main")  # another revision may differ
-    with pytest.raises(AssertionError, match="the hub was asked"):
+    with refused(CheckpointError, cause="the hub was asked"):
         vision_config("someone/llava")
 
 
