@@ -109,6 +109,7 @@ class WeightSource:
             weights="checkpoint" if self.seed is None else "random",
             seed=self.seed,
             projector=digest,
+            dequantised=weights.dequantised,
         )
 
 

@@ -20,6 +20,7 @@ from vzip.runtime.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
+_LONGEST_NAME = 80
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -157,11 +158,10 @@ def _pickle(path: Path) -> Iterator[Lazy]:
         )
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} can't be loaded with weights_only=True ({_first_line(error)})",
-            cause=(
-                "it is damaged, or holds more than tensors and could run code: get the checkpoint "
-                "as .safetensors"
-            ),
+            f"{path} can't be loaded with weights_only=True: {_more_than_tensors(path)}",
+            expected="tensors and nothing that could run code",
+            cause="it is damaged, or was saved with objects of the program that trained it",
+            cure="get the checkpoint as .safetensors",
         ) from error
     except Exception as error:  # a damaged pickle can end in any of them
         raise _damaged(path, error) from error
@@ -171,6 +171,20 @@ def _pickle(path: Path) -> Iterator[Lazy]:
             expected="a dict of tensors",
         )
     yield {name: partial(_same, t) for name, t in state.items() if isinstance(t, torch.Tensor)}
+
+
+def _more_than_tensors(path: Path) -> str:
+    """Say what a pickle holds besides tensors; nothing of it is loaded."""
+    from torch.serialization import get_unsafe_globals_in_checkpoint
+
+    try:
+        names = get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # noqa: BLE001 - of a damaged pickle: any of them
+        names = []
+    if not names:
+        return "it is no pickle of tensors"
+    shown = ", ".join(name[:_LONGEST_NAME] for name in names[:3])
+    return f"it holds {shown}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _same(tensor: Tensor) -> Tensor:

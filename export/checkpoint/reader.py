@@ -7,7 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,8 +20,11 @@ from vzip.export.architecture import (
     projector_shapes,
     tensor_shapes,
 )
+from vzip.export.checkpoint import leftovers
 from vzip.export.checkpoint.containers import read_index, read_json, read_tensors, tensor_names
+from vzip.export.checkpoint.dequantize import Stored, companions, dequantised, is_quantised
 from vzip.export.checkpoint.folders import Folder, HubFolder, LocalFolder
+from vzip.export.checkpoint.schemes import NONE, Scheme, quantised, read_scheme, signs
 from vzip.export.checkpoint.tensor_names import (
     NEWLINE_EMBEDDING,
     PROJECTOR,
@@ -31,8 +34,10 @@ from vzip.export.checkpoint.tensor_names import (
     missing,
     resolve,
     tower_part,
+    twice,
+    unwrapped,
 )
-from vzip.export.checkpoint.weights import VisionWeights, check_tensor
+from vzip.export.checkpoint.weights import VisionWeights, check_finite, check_tensor
 from vzip.runtime.errors import CheckpointError
 from vzip.runtime.guard import door
 from vzip.runtime.models import locate
@@ -48,6 +53,10 @@ CONFIG = "config.json"
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_SUFFIX = ".index.json"
 ORIGINAL_PROJECTOR = "mm_projector.bin"
+ORIGINAL_ADAPTER = "non_lora_trainables.bin"
+"""What original LLaVA saves beside a LoRA of its LLM: the projector, and the tower if trained."""
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+MODELOPT = "hf_quant_config.json"
 _PROCESSOR_FILES = {
     "image": "preprocessor_config.json",
     "video": "video_preprocessor_config.json",
@@ -217,16 +226,19 @@ def read_vision(checkpoint: Checkpoint, media: Media | None = None) -> VisionWei
         InvalidInputError: The model's family has no graph for `media`.
     """
     config = checkpoint.vision(media)
-    shapes = tensor_shapes(config)
-    own = _Store.open(checkpoint.folder)
-    tensors: dict[str, Tensor] = {}
-    for places in (
-        _tower_places(own, checkpoint, tower_part(config.tower_module)),
-        _projector_places(own, checkpoint),
-        [(NEWLINE_EMBEDDING, own)],
+    shapes, needed = tensor_shapes(config), needed_tensors(config)
+    own = _Store.of(checkpoint)
+    part = tower_part(config.tower_module)
+    _check_adapter(checkpoint.folder, (*part.roots, *PROJECTOR.roots))
+    reading = _Reading(shapes, needed)
+    for part_, store in (
+        _tower_place(own, checkpoint, part),
+        _projector_place(own, checkpoint),
+        (NEWLINE_EMBEDDING, own),
     ):
-        tensors |= _read_part(places, shapes, needed_tensors(config))
-    return VisionWeights(config, tensors)
+        reading.read(part_, store)
+    reading.check_leftovers(skipped=_other_towers(config))
+    return VisionWeights(config, reading.tensors, reading.dequantised)
 
 
 @door(
@@ -245,13 +257,15 @@ def read_projector(path: str | os.PathLike[str], config: ProjectorConfig) -> dic
         Canonical names (``projector.linear_1.weight`` …) → tensors.
 
     Raises:
-        CheckpointError: The file is missing or damaged, or a tensor is or has a wrong shape.
+        CheckpointError: The file is missing or damaged, or a tensor is missing, unknown, of a wrong
+            shape or not finite.
     """
     file = Path(path)
     shapes = {f"projector.{name}": shape for name, shape in projector_shapes(config).items()}
-    files = dict.fromkeys(tensor_names(file), file.name)
-    store = _Store(LocalFolder(file.parent), files, str(file))
-    return _read_part([(STANDALONE_PROJECTOR, store)], shapes, frozenset(shapes))
+    reading = _Reading(shapes, frozenset(shapes))
+    reading.read(STANDALONE_PROJECTOR, _Store.of_file(file))
+    reading.check_leftovers()
+    return reading.tensors
 
 
 @dataclass(frozen=True)
@@ -260,28 +274,68 @@ class _Store:
 
     Attributes:
         folder: The folder.
-        files: Stored tensor name → file name.
+        files: Tensor name → file name; names without what training wraps around a model.
+        stored: The same names → names in the files.
         source: Where the names were read, for messages.
+        indexed: Whether that is an index.
+        scheme: What the folder's configuration says of quantisation.
     """
 
     folder: Folder
     files: Mapping[str, str]
+    stored: Mapping[str, str]
     source: str
+    indexed: bool = False
+    scheme: Scheme = NONE
 
     @classmethod
-    def open(cls, folder: Folder) -> _Store:
+    def of(cls, checkpoint: Checkpoint) -> _Store:
         """Read the names in a folder's tensor file or index; none where it has neither."""
+        folder = checkpoint.folder
+        modelopt = folder.find(MODELOPT)
+        others = [] if modelopt is None else [read_json(modelopt)]
+        scheme = read_scheme(checkpoint.config, *others)
         for single in SINGLE_FILES:
             path = folder.find(single)
             if path is not None:
-                return cls(folder, dict.fromkeys(tensor_names(path), single), str(path))
+                files = dict.fromkeys(tensor_names(path), single)
+                return cls._unwrapped(folder, files, str(path), scheme=scheme)
             index = folder.find(single + INDEX_SUFFIX)
             if index is not None:
-                return cls(folder, read_index(index), str(index))
-        return cls(folder, {}, folder.where)
+                files = read_index(index)
+                return cls._unwrapped(folder, files, str(index), scheme=scheme, indexed=True)
+        path = folder.find(ORIGINAL_ADAPTER) if checkpoint.tower is not None else None
+        if path is not None:
+            files = dict.fromkeys(tensor_names(path), ORIGINAL_ADAPTER)
+            return cls._unwrapped(folder, files, str(path), scheme=scheme)
+        return cls(folder, {}, {}, folder.where, scheme=scheme)
+
+    @classmethod
+    def of_file(cls, path: Path) -> _Store:
+        """Read the names in one file."""
+        files = dict.fromkeys(tensor_names(path), path.name)
+        return cls._unwrapped(LocalFolder(path.parent), files, str(path))
+
+    @classmethod
+    def _unwrapped(
+        cls, folder: Folder, files: Mapping[str, str], source: str, **others: Any
+    ) -> _Store:
+        stored: dict[str, str] = {}
+        for name in files:
+            same = stored.setdefault(unwrapped(name), name)
+            if same != name:
+                raise twice(unwrapped(name), same, name, source=source)
+        unwrapped_files = {name: files[each] for name, each in stored.items()}
+        return cls(folder, unwrapped_files, stored, source, **others)
+
+    def path(self, name: str) -> Path:
+        """Return the file that holds a tensor, which `read` has found."""
+        path = self.folder.find(self.files[name])
+        assert path is not None, name
+        return path
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return stored name → tensor, opening only the files that hold them."""
+        """Return name → tensor, opening only the files that hold them."""
         by_file: dict[str, list[str]] = defaultdict(list)
         for name in names:
             by_file[self.files[name]].append(name)
@@ -293,67 +347,215 @@ class _Store:
                 absent, purpose=f"{count} tensors that {self.source} places there"
             )
         tensors: dict[str, Tensor] = {}
-        for file, stored in by_file.items():
+        for file, wanted in by_file.items():
             path = paths[file]
             assert path is not None
-            _log.info("reading %d tensors of %s", len(stored), path)
-            tensors |= read_tensors(path, stored)
+            _log.info("reading %d tensors of %s", len(wanted), path)
+            stored = read_tensors(path, [self.stored[name] for name in wanted])
+            tensors |= {name: stored[self.stored[name]] for name in wanted}
         return tensors
 
+    def unindexed(self, files: Iterable[str]) -> list[tuple[str, str, Path]]:
+        """Return what files hold that the index doesn't place there: name, name in it, file."""
+        found: list[tuple[str, str, Path]] = []
+        for file in sorted(files) if self.indexed else ():
+            path = self.folder.find(file)
+            assert path is not None, file
+            names = ((unwrapped(stored), stored, path) for stored in sorted(tensor_names(path)))
+            found += [each for each in names if self.files.get(each[0]) != file]
+        return found
 
-Place = tuple[Part, _Store]
+
+class _Reading:
+    """Tensors of the vision side, part by part, and what was left of the files they are in.
+
+    Args:
+        shapes: Canonical name → shape of all that may be read.
+        needed: Those that must be there.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], needed: frozenset[str]) -> None:
+        self._shapes, self._needed = shapes, needed
+        self.tensors: dict[str, Tensor] = {}
+        self._schemes: dict[str, None] = {}
+        self._read: list[tuple[_Store, Part, set[str]]] = []
+
+    @property
+    def dequantised(self) -> str | None:
+        """Names of the schemes that tensors were dequantised from; None where all were whole."""
+        return ", ".join(self._schemes) or None
+
+    def read(self, part: Part, store: _Store) -> None:
+        """Read a part from a store.
+
+        Raises:
+            CheckpointError: A needed tensor isn't there, or one can't be read or used.
+        """
+        wanted = [name for name in self._shapes if name.startswith(part.canonical)]
+        found = resolve(part, wanted, store.files, source=store.source)
+        for name in wanted:
+            if name in self._needed and name not in found:
+                raise self._absent(part, name, store)
+        beside = {name: companions(stored, store.files) for name, stored in found.items()}
+        used = {*found.values(), *(each for more in beside.values() for each in more.values())}
+        tensors = store.read(used)
+        for name, stored in found.items():
+            weight = Stored(
+                store.stored[stored],
+                str(store.path(stored)),
+                self._shapes[name],
+                tensors[stored],
+                {leaf: tensors[each] for leaf, each in beside[name].items()},
+                partial(_around, stored, store),
+            )
+            self.tensors[name] = self._whole(name, weight, store.scheme)
+        self._read.append((store, part, used))
+
+    def _whole(self, name: str, weight: Stored, scheme: Scheme) -> Tensor:
+        """Return a weight as the graph takes it, in the dtype of the checkpoint where it can be."""
+        tensor = weight.tensor
+        if is_quantised(weight) and tensor.numel() and not tensor.is_complex():
+            tensor = dequantised(weight, scheme)
+            self._schemes[scheme.name or _called(weight)] = None
+        elif _channels_last(tuple(tensor.shape), weight.shape):
+            tensor = tensor.permute(0, 3, 1, 2)
+        check_tensor(weight.name, tensor, weight.shape, source=weight.where)
+        if name in self._needed:
+            check_finite(weight.name, tensor, source=weight.where)
+        return tensor
+
+    def _absent(self, part: Part, name: str, store: _Store) -> CheckpointError:
+        """Return the error for a needed tensor that isn't there: why, as far as names tell."""
+        if not store.files:
+            return store.folder.missing(
+                [*SINGLE_FILES, *(single + INDEX_SUFFIX for single in SINGLE_FILES)],
+                purpose=f"the tensors '{part.canonical}…'",
+            )
+        for stored in part.stored(name):
+            sign = signs(_around(stored, store))
+            if sign is not None:
+                return quantised(f"{store.source} lacks '{stored}'", store.scheme, sign)
+        return missing(part, name, store.files, source=store.source)
+
+    def check_leftovers(self, skipped: tuple[str, ...] = ()) -> None:
+        """Raise unless all that wasn't read changes nothing.
+
+        Args:
+            skipped: What names begin with that were left out on purpose.
+
+        Raises:
+            CheckpointError: There is a tensor that would change what the vision side computes.
+        """
+        for store in dict.fromkeys(store.source for store, *_ in self._read):
+            same = [each for each in self._read if each[0].source == store]
+            first = same[0][0]
+            used = {name for *_, names in same for name in names}
+            more = first.unindexed({first.files[name] for name in used})
+            _check_same(first, [each for each in more if each[0] in used])
+            leftovers.check_leftovers(
+                {*first.files, *(name for name, *_ in more)} - used,
+                roots=tuple(root for _, part, _ in same for root in part.roots),
+                harmless=skipped,
+                where=store,
+                scheme=first.scheme,
+            )
 
 
-def _tower_places(own: _Store, checkpoint: Checkpoint, part: Part) -> list[Place]:
-    """Where the tower may be, best first."""
-    places = [(part, own)]
-    if checkpoint.tower is not None and not _holds(part, own):
-        places.append((STANDALONE_TOWER, _Store.open(checkpoint.tower.folder)))
-    return places
+def _check_same(store: _Store, copies: Iterable[tuple[str, str, Path]]) -> None:
+    """Raise where a tensor's copy in another shard isn't equal to the one that was read.
+
+    The index decides here, and in transformers the order of the files.
+    """
+    for name, stored, path in copies:
+        if not read_tensors(path, [stored])[stored].equal(store.read([name])[name]):
+            raise CheckpointError(
+                f"{path} holds another tensor '{stored}' than {store.path(name)}",
+                expected="one, or two that are equal",
+                cause="shards of two checkpoints were merged",
+                cure="download the checkpoint again, or save the model anew",
+            )
 
 
-def _projector_places(own: _Store, checkpoint: Checkpoint) -> list[Place]:
-    """Where the projector may be, best first."""
-    places = [(PROJECTOR, own)]
+def _other_towers(config: VisionConfig) -> tuple[str, ...]:
+    """Return what names of the tower begin with that the other media have, where they have one."""
+    pair = ("image_tower", "video_tower")
+    others = [name for name in pair if config.tower_module in pair and name != config.tower_module]
+    return tuple(root for name in others for root in tower_part(name).roots)
+
+
+def _check_adapter(folder: Folder, roots: tuple[str, ...]) -> None:
+    """Raise where an adapter beside the checkpoint changes what pictures go through.
+
+    One that changes the LLM alone leaves tower and projector as they are.
+    """
+    if folder.find(ADAPTER[0]) is None:
+        return
+    for file in ADAPTER[1:]:
+        path = folder.find(file)
+        names = [] if path is None else map(unwrapped, sorted(tensor_names(path)))
+        ours = [name for name in names if name.startswith(roots) or leftovers.is_visual(name)]
+        if ours:
+            raise CheckpointError(
+                f"{path} holds '{ours[0]}' ({len(ours)} such tensors in all)",
+                expected="an adapter of the LLM alone",
+                cause="this one changes what the vision side computes",
+                cure=leftovers.MERGE,
+            )
+
+
+def _around(name: str, store: _Store) -> tuple[str, ...]:
+    """Return what follows the module's name in the names of all its tensors."""
+    module = name.rpartition(".")[0] + "."
+    return tuple(each.removeprefix(module) for each in store.files if each.startswith(module))
+
+
+def _called(weight: Stored) -> str:
+    """Return a name for the scheme of a weight whose configuration has none."""
+    dtype = str(weight.tensor.dtype).removeprefix("torch.")
+    return f"{dtype} with {' and '.join(sorted(weight.beside))}"
+
+
+def _channels_last(got: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Say whether a convolution has its three colours at the end, as MLX has them."""
+    return len(got) == 4 and got != expected and (got[0], got[3], *got[1:3]) == expected
+
+
+def _tower_place(own: _Store, checkpoint: Checkpoint, part: Part) -> tuple[Part, _Store]:
+    """Return where the tower is: a copy in the checkpoint, else the one that it names."""
+    if checkpoint.tower is None or _holds(part, own):
+        return part, own
+    return STANDALONE_TOWER, _Store.of(checkpoint.tower)
+
+
+def _projector_place(own: _Store, checkpoint: Checkpoint) -> tuple[Part, _Store]:
+    """Return where the projector is: in the checkpoint, else in a file of its own."""
     if checkpoint.tower is not None and not _holds(PROJECTOR, own):
         path = checkpoint.folder.find(ORIGINAL_PROJECTOR)
         if path is not None:
-            files = dict.fromkeys(tensor_names(path), ORIGINAL_PROJECTOR)
-            places.append((STANDALONE_PROJECTOR, _Store(checkpoint.folder, files, str(path))))
-    return places
+            return STANDALONE_PROJECTOR, _Store.of_file(path)
+    return PROJECTOR, own
 
 
 def _holds(part: Part, store: _Store) -> bool:
     return any(name.startswith(part.prefixes) for name in store.files)
 
 
-def _read_part(
-    places: list[Place], shapes: Mapping[str, tuple[int, ...]], needed: frozenset[str]
-) -> dict[str, Tensor]:
-    """Read a part from the last of its places: the others were found not to hold it."""
-    part, store = places[-1]
-    wanted = [name for name in shapes if name.startswith(part.canonical)]
-    found = resolve(part, wanted, store.files, source=store.source)
-    for name in wanted:
-        if name in needed and name not in found:
-            if not store.files:
-                raise store.folder.missing(
-                    [*SINGLE_FILES, *(single + INDEX_SUFFIX for single in SINGLE_FILES)],
-                    purpose=f"the tensors '{part.canonical}…'",
-                )
-            raise missing(part, name, store.files, source=store.source)
-    stored = store.read(found.values())
-    tensors = {name: stored[file_name] for name, file_name in found.items()}
-    for name, tensor in tensors.items():
-        check_tensor(found[name], tensor, shapes[name], source=store.source)
-    return tensors
-
-
 def _config(folder: Folder) -> dict[str, Any]:
     path = folder.find(CONFIG)
-    if path is None:
+    if path is not None:
+        return read_json(path)
+    adapter = folder.find(ADAPTER[0])
+    if adapter is None:
         raise folder.missing([CONFIG], purpose="the model's architecture")
-    return read_json(path)
+    base = read_json(adapter).get("base_model_name_or_path")
+    raise CheckpointError(
+        f"{folder.where} holds a LoRA or another adapter of PEFT",
+        expected="a model",
+        cause=f"its base model is {base!r}",
+        cure=(
+            f"export the base model if the adapter changes the LLM alone; else {leftovers.MERGE}"
+        ),
+    )
 
 
 def _processor(folder: Folder, media: Media) -> dict[str, Any] | None:

@@ -23,11 +23,13 @@ class Part:
         prefixes: What stands for it in files, published layouts first.
         renamed: Prefix → (module as in the canonical name → module as in the file), for layouts
             that number modules.
+        roots: What the names of everything begin with that is stored for this part, known or not.
     """
 
     canonical: str
     prefixes: tuple[str, ...]
     renamed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    roots: tuple[str, ...] = ()
 
     def stored(self, name: str) -> tuple[str, ...]:
         """Return every name that a file may have for a canonical one."""
@@ -55,6 +57,7 @@ def tower_part(module: str) -> Part:
             f"model.{module}.{module}.vision_model.",  # original LLaVA, a copy
             f"model.{module}.{module}.",  # the same, made by transformers 5
         ),
+        roots=(f"{module}.", f"model.{module}."),
     )
 
 
@@ -64,30 +67,48 @@ STANDALONE_TOWER = Part(
         "vision_model.",  # CLIPModel, and CLIPVisionModel before transformers 5
         "",  # CLIPVisionModel of transformers 5
     ),
+    roots=("",),
 )
 
 _NUMBERED = {"linear_1": "0", "linear_2": "2"}  # places in the original's nn.Sequential; 1 is GELU
 
+_PROJECTORS = (
+    "multi_modal_projector.",
+    "model.multi_modal_projector.",
+    "model.mm_projector.",  # original LLaVA
+    "mm_projector.",
+)
 PROJECTOR = Part(
     canonical="projector.",
-    prefixes=(
-        "multi_modal_projector.",
-        "model.multi_modal_projector.",
-        "model.mm_projector.",  # original LLaVA
-        "mm_projector.",
-    ),
+    prefixes=_PROJECTORS,
     renamed={"model.mm_projector.": _NUMBERED, "mm_projector.": _NUMBERED},
+    roots=_PROJECTORS,
 )
 
 STANDALONE_PROJECTOR = Part(
     canonical="projector.",
     prefixes=(*PROJECTOR.prefixes, "projector.", ""),
     renamed=PROJECTOR.renamed,
+    roots=(*PROJECTOR.prefixes, "projector.", "linear_", "projector_layernorm."),
 )
 """A projector in a file of its own, such as ``mm_projector.bin``."""
 
 NEWLINE_EMBEDDING = Part(canonical=NEWLINE, prefixes=(NEWLINE, f"model.{NEWLINE}"))
 """The one tensor that is called like its part."""
+
+
+_WRAPPERS = (
+    "base_model.model.",  # PEFT: also non_lora_trainables.bin, what original LLaVA's LoRA left out
+    "module.",  # DistributedDataParallel and DeepSpeed
+    "_orig_mod.",  # torch.compile
+)
+
+
+def unwrapped(name: str) -> str:
+    """Return a stored name without what training wrapped around the model."""
+    while name.startswith(_WRAPPERS):
+        name = next(name.removeprefix(each) for each in _WRAPPERS if name.startswith(each))
+    return name.replace("._orig_mod.", ".")
 
 
 def resolve(
@@ -111,15 +132,20 @@ def resolve(
     for name in wanted:
         there = [stored for stored in part.stored(name) if stored in available]
         if len(there) > 1:
-            raise CheckpointError(
-                f"{source} holds '{name}' under two names, '{there[0]}' and '{there[1]}'",
-                expected="one",
-                cause="two layouts were merged",
-                cure="remove one of them",
-            )
+            raise twice(name, *there[:2], source=source)
         if there:
             found[name] = there[0]
     return found
+
+
+def twice(name: str, first: str, second: str, *, source: str) -> CheckpointError:
+    """Return the error for a tensor that is there under two names."""
+    return CheckpointError(
+        f"{source} holds '{name}' under two names, '{first}' and '{second}'",
+        expected="one",
+        cause="two layouts were merged",
+        cure="remove one of them",
+    )
 
 
 def missing(part: Part, name: str, available: Collection[str], *, source: str) -> CheckpointError:

@@ -87,6 +87,8 @@ class Model(Record):
         weights: ``checkpoint``, or ``random`` for an architecture without its weights.
         seed: Seed of random weights; None for those of a checkpoint.
         projector: SHA-256 of the file with a tuned projector; None for the model's own.
+        dequantised: The scheme that weights of tower or projector were quantised by in the
+            checkpoint, and were made whole from; None where all were whole.
     """
 
     id: Text
@@ -95,6 +97,7 @@ class Model(Record):
     weights: Literal["checkpoint", "random"]
     seed: Index | None
     projector: Sha256 | None = None
+    dequantised: Text | None = field(default=None, metadata=OPTIONAL)
 
     def __post_init__(self) -> None:
         super().__post_init__()

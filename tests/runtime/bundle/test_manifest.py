@@ -49,13 +49,14 @@ def values(name: str = "tiny_bundle") -> dict[str, Any]:
 
 
 def full() -> dict[str, Any]:
-    """Return the JSON of a good manifest with an engine and a quantised graph."""
+    """Return the JSON of a good manifest with all that it may have."""
     exported = values()
     place = list(exported).index("files")
     parts = list(exported.items())
     result = dict([*parts[:place], ("precisions", {"int8": PRECISION}), *parts[place:]])
     result["files"] |= {"model.int8.onnx": ENTRY, "calibration.int8.json": ENTRY}
     result["engines"] = {"orin-fp16": ENGINE}
+    result["model"]["dequantised"] = "compressed-tensors float-quantized"
     return copy.deepcopy(result)
 
 

@@ -1,0 +1,138 @@
+"""Tensors that nothing was made of: each is known to change nothing, or it is refused by name.
+
+A tower with a layer scale, a projector with a norm or an adapter beside its base weights has every
+tensor that vzip looks for, and would be computed wrongly without a word.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Iterable
+from typing import Final
+
+from vzip.export.checkpoint.dequantize import ACTIVATIONS
+from vzip.export.checkpoint.schemes import Scheme, quantised, signs
+from vzip.runtime.errors import CheckpointError
+
+_log = logging.getLogger(__name__)
+
+_HARMLESS: Final[tuple[tuple[str, str], ...]] = (
+    (r"(.*\.)?position_ids", "counts 0, 1, 2 …, which older transformers saved"),
+    (r"(.*\.)?num_batches_tracked", "counts training steps"),
+    (r"(.*\.)?(text_model|text_projection|visual_projection)\..*", "CLIP's and SigLIP's text side"),
+    (r"(.*\.)?(logit_scale|logit_bias)", "compares pictures with texts"),
+    (r"(.*\.)?vision_model\.head\..*", "SigLIP's pooling head: features are taken before it"),
+    (r"(.*\.)?(vision|video|image)_tower\.head\..*", "likewise, as transformers 5 calls it"),
+    (r"head\..*", "likewise, in a checkpoint of the tower's own"),
+    (rf".*\.({'|'.join(ACTIVATIONS)})", "scales of what a layer takes and gives, not of weights"),
+    (r"(.*\.)?(scaled_fp8|__index_timestamp__)", "marks of the tool that wrote the file"),
+)
+"""Full names, what wraps them taken away → why they change nothing."""
+
+_LLM: Final = re.compile(
+    r"(model\.)?(language_model|text_model|llm)\..*"
+    r"|(model\.)?(layers|embed_tokens|norm|final_layernorm|rotary_emb|embed_positions)\..*"
+    r"|(model\.)?(decoder|transformer|gpt_neox)\..*"
+    r"|(lm_head|embed_out|output|score)\..*"
+)
+_VISION: Final = re.compile(
+    r"vision|visual|image|video|(^|[._])(mm|vit|clip|siglip|eva|dino\w*|vlm|sam)(?=[._\d]|$)"
+    r"|tower|multi_?modal|projector|projection|resampler|perceiver|connector|abstractor|qformer"
+    r"|q_former|aligner|adapter|patch_embed|query_tokens|newline",
+    re.IGNORECASE,
+)
+_ADAPTER: Final = re.compile(
+    r"(^|\.)(lora_\w+|base_layer|modules_to_save|original_module|ia3_\w+|hada_\w+|lokr_\w+"
+    r"|oft_\w+|vera_\w+|ranknum|dora_\w+)(\.|$)"
+)
+
+
+def is_llm(name: str) -> bool:
+    """Say whether a tensor is of the language model."""
+    return _LLM.fullmatch(name) is not None
+
+
+def is_visual(name: str) -> bool:
+    """Say whether a name outside tower and projector is of something that pictures go through."""
+    return not is_llm(name) and _VISION.search(name) is not None
+
+
+def is_adapter(name: str) -> bool:
+    """Say whether a tensor is of PEFT's adapters."""
+    return _ADAPTER.search(name) is not None
+
+
+def check_leftovers(
+    names: Iterable[str],
+    *,
+    roots: tuple[str, ...],
+    harmless: tuple[str, ...],
+    where: str,
+    scheme: Scheme,
+) -> None:
+    """Raise unless what was left unread of a folder or file changes nothing.
+
+    Args:
+        names: Of the tensors that nothing was made of, what wraps them taken away.
+        roots: What names of tower and projector begin with.
+        harmless: What names begin with that were left out on purpose, such as another tower's.
+        where: The folder or file.
+        scheme: What its configuration says of quantisation.
+
+    Raises:
+        CheckpointError: One of them is of the tower, the projector or something else that pictures
+            go through, and vzip doesn't know it.
+    """
+    left = [
+        name
+        for name in sorted(names)
+        if not name.startswith(harmless)
+        and not any(re.fullmatch(pattern, name) for pattern, _ in _HARMLESS)
+    ]
+    unknown = [name for name in left if name.startswith(roots) or is_visual(name)]
+    if unknown:
+        raise _refused(unknown, where, scheme)
+    strange = [name for name in left if not is_llm(name)]
+    if strange:
+        _log.warning(
+            "%s: nobody here knows %s (%d such tensors in all); they are not of the vision side by "
+            "their names and were left out",
+            where,
+            ", ".join(f"'{name}'" for name in strange[:3]),
+            len(strange),
+        )
+
+
+def _refused(names: list[str], where: str, scheme: Scheme) -> CheckpointError:
+    shown = ", ".join(f"'{name}'" for name in names[:3])
+    if len(names) > 3:
+        shown += f" … ({len(names)} in all)"
+    if any(map(is_adapter, names)):
+        return CheckpointError(
+            f"{where} holds {shown}",
+            expected="weights that adapters were merged into",
+            cause="a LoRA or another adapter of PEFT changes what tower or projector compute",
+            cure=MERGE,
+        )
+    sign = signs(leaf for name in names for leaf in _leaves(name))
+    if sign is not None:
+        return quantised(f"{where} holds {shown}", scheme, sign)
+    return CheckpointError(
+        f"{where} holds {shown}",
+        expected="no tensor of tower or projector but those of the architecture in config.json",
+        cause="the model computes more than vzip would, and its tokens would be wrong",
+        cure="export a model of a family that `vzip models` lists, unchanged",
+    )
+
+
+MERGE: Final = (
+    "merge it with PEFT, `PeftModel.from_pretrained(model, folder).merge_and_unload()`, save the "
+    "model with save_pretrained and export that folder"
+)
+
+
+def _leaves(name: str) -> Collection[str]:
+    """Return what may follow the module in a name: one part or two."""
+    parts = name.split(".")
+    return {parts[-1], ".".join(parts[-2:]), ".".join(parts[-3:])}
