@@ -42,8 +42,9 @@ _GENERAL = _words("""
     is_encoder_decoder label2id length_penalty max_length min_length model_type name_or_path
     no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
     output_attentions output_hidden_states output_scores pad_token_id prefix problem_type
-    pruned_heads quantization_config remove_invalid_values repetition_penalty return_dict
-    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
+    compression_config quantization quantization_config
+    remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
+    suppress_tokens task_specific_params temperature
     tf_legacy_loss tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torch_dtype
     torchscript transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
     use_return_dict architectures

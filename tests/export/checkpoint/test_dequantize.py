@@ -443,7 +443,7 @@ def test_sizes_of_blocks_that_are_none(size: object, tmp_path: Path) -> None:
     faulty(written(tmp_path, blocks(16), settings), ("weight_block_size", repr(size)))
 
 
-@pytest.mark.parametrize("size", [2**40, 10**400])
+@pytest.mark.parametrize("size", [2**40, 2**60])
 def test_a_huge_block_takes_no_memory(size: int, tmp_path: Path) -> None:
     settings = FINE_GRAINED | {"weight_block_size": [16, size]}
     change = {FC1: {FC1: F8, FC1 + "_scale_inv": torch.rand(4, 1)}}
