@@ -42,7 +42,7 @@ ACTIVATIONS: Final = (
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredWeight:
     """A weight as its files hold it.
 
     Attributes:
@@ -77,13 +77,13 @@ def companions(name: str, available: Collection[str]) -> dict[str, str]:
     return {each: stored for each, stored in names.items() if stored in available}
 
 
-def is_quantised(stored: Stored) -> bool:
+def is_quantised(stored: StoredWeight) -> bool:
     """Say whether a weight needs something beside it: by its dtype, or by what is there."""
     tensor = stored.tensor
     return bool(stored.beside) or not tensor.is_floating_point() or tensor.element_size() < 2
 
 
-def dequantised(stored: Stored, scheme: Scheme) -> Tensor:
+def dequantised(stored: StoredWeight, scheme: Scheme) -> Tensor:
     """Return a quantised weight as float32.
 
     Args:
@@ -120,7 +120,7 @@ def _numbers() -> tuple[Any, ...]:
     return (*eights, torch.int8)
 
 
-def _contradiction(stored: Stored) -> str:
+def _contradiction(stored: StoredWeight) -> str:
     """Why scales beside a weight that is whole, or complex, are no scheme; empty for others."""
     tensor = stored.tensor
     if tensor.is_floating_point() and tensor.element_size() > 1:
@@ -129,7 +129,7 @@ def _contradiction(stored: Stored) -> str:
     return ""
 
 
-def _scale(stored: Stored, scheme: Scheme) -> Tensor:
+def _scale(stored: StoredWeight, scheme: Scheme) -> Tensor:
     """Return the scale of each number, [rows or 1, columns or 1, …]."""
     names = [each for each in _SCALES if each in stored.beside]
     if len(names) != 1:
@@ -159,7 +159,7 @@ def _scale(stored: Stored, scheme: Scheme) -> Tensor:
     return every[: weight[0], : weight[1]]
 
 
-def _column(stored: Stored, scheme: Scheme, name: str) -> Tensor:
+def _column(stored: StoredWeight, scheme: Scheme, name: str) -> Tensor:
     """Return one number for each output channel, [rows, 1, …]."""
     values = _finite(stored, name)
     if values.numel() != stored.shape[0]:
@@ -167,7 +167,7 @@ def _column(stored: Stored, scheme: Scheme, name: str) -> Tensor:
     return values.reshape(-1, *(1,) * (len(stored.shape) - 1))
 
 
-def _zero(stored: Stored, scheme: Scheme, factor: Tensor) -> Tensor:
+def _zero(stored: StoredWeight, scheme: Scheme, factor: Tensor) -> Tensor:
     """Return the number that stands for 0, of the scale's shape or one for all."""
     import torch
 
@@ -184,7 +184,7 @@ def _zero(stored: Stored, scheme: Scheme, factor: Tensor) -> Tensor:
     return zero.reshape(factor.shape)
 
 
-def _finite(stored: Stored, name: str) -> Tensor:
+def _finite(stored: StoredWeight, name: str) -> Tensor:
     import torch
 
     scale = stored.beside[name]
@@ -206,7 +206,7 @@ def _finite(stored: Stored, name: str) -> Tensor:
     return scale
 
 
-def _misfit(stored: Stored, name: str, scheme: Scheme) -> CheckpointError:
+def _misfit(stored: StoredWeight, name: str, scheme: Scheme) -> CheckpointError:
     known = " or ".join(f"{high} × {wide}" for high, wide in scheme.blocks)
     return CheckpointError(
         f"{stored.what} with a {name} of the shape {list(stored.beside[name].shape)}",
@@ -224,7 +224,7 @@ def _misfit(stored: Stored, name: str, scheme: Scheme) -> CheckpointError:
     )
 
 
-def _four_bits(stored: Stored, scheme: Scheme) -> Tensor:
+def _four_bits(stored: StoredWeight, scheme: Scheme) -> Tensor:
     """Return a weight of bitsandbytes' NF4 or FP4: two numbers a byte, the first in the high bits.
 
     Each is a place in a table of 16, times the largest magnitude of its block; those magnitudes may

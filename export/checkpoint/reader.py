@@ -22,7 +22,7 @@ from vzip.export.architecture import (
 )
 from vzip.export.checkpoint import leftovers
 from vzip.export.checkpoint.containers import read_index, read_json, read_tensors, tensor_names
-from vzip.export.checkpoint.dequantize import Stored, companions, dequantised, is_quantised
+from vzip.export.checkpoint.dequantize import StoredWeight, companions, dequantised, is_quantised
 from vzip.export.checkpoint.folders import Folder, HubFolder, LocalFolder
 from vzip.export.checkpoint.schemes import NONE, Scheme, quantised, read_scheme, signs
 from vzip.export.checkpoint.tensor_names import (
@@ -400,7 +400,7 @@ class _Reading:
         used = {*found.values(), *(each for more in beside.values() for each in more.values())}
         tensors = store.read(used)
         for name, stored in found.items():
-            weight = Stored(
+            weight = StoredWeight(
                 store.stored[stored],
                 str(store.path(stored)),
                 self._shapes[name],
@@ -411,7 +411,7 @@ class _Reading:
             self.tensors[name] = self._whole(name, weight, store.scheme)
         self._read.append((store, part, used))
 
-    def _whole(self, name: str, weight: Stored, scheme: Scheme) -> Tensor:
+    def _whole(self, name: str, weight: StoredWeight, scheme: Scheme) -> Tensor:
         """Return a weight as the graph takes it, in the dtype of the checkpoint where it can be."""
         tensor = weight.tensor
         if is_quantised(weight) and tensor.numel() and not tensor.is_complex():
@@ -509,7 +509,7 @@ def _around(name: str, store: _Store) -> tuple[str, ...]:
     return tuple(each.removeprefix(module) for each in store.files if each.startswith(module))
 
 
-def _called(weight: Stored) -> str:
+def _called(weight: StoredWeight) -> str:
     """Return a name for the scheme of a weight whose configuration has none."""
     dtype = str(weight.tensor.dtype).removeprefix("torch.")
     return f"{dtype} with {' and '.join(sorted(weight.beside))}"
