@@ -125,20 +125,10 @@ def conversation(arguments: argparse.Namespace) -> Conversation:
 
 def tell_if_animated(path: Path, more: str = "") -> None:
     """Say that an image has more frames than the one that is taken, and `more` about it."""
-    if _is_animated(path):
+    from vzip.runtime.pictures.images import is_animated
+
+    if is_animated(path):
         say(f"{path.name} is animated: its first frame is taken{more}")
-
-
-def _is_animated(path: Path) -> bool:
-    """Return whether an image that `load_image` took has more frames than the one it gives."""
-    from PIL import Image, WebPImagePlugin  # noqa: F401  Pillow registers WebP when it is imported
-
-    # A phone's multi-picture JPEG has several pictures too, of which the first is the photo.
-    kinds = ("GIF", "PNG", "WEBP")
-    # On hostile bytes behind the first frame a decoder may raise anything.
-    with contextlib.suppress(Exception), Image.open(path) as picture:
-        return picture.format in kinds and getattr(picture, "is_animated", False)
-    return False
 
 
 def _quiet() -> None:

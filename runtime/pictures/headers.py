@@ -8,6 +8,7 @@ a bound here, which is checked in one pass over the bytes, without decoding:
 | scans of a JPEG | `MAX_SCANS`, fewer for large pictures | each goes over all pixels once more |
 | blocks ahead of the pixels; chunks of a PNG | `MAX_BLOCKS` | Pillow reads them one by one |
 | bytes ahead of a JPEG's pixels | `MAX_HEADER` | EXIF segments are joined one by one |
+| bytes that EXIF's entries refer to | `MAX_EXIF` | each entry may refer to all of them |
 | a PNG's text or colour profile, unpacked | `MAX_CHUNK`, `MAX_PACKED` of them | zlib's bombs |
 | runs of a compressed BMP | `MAX_RUNS` | Pillow unpacks them in Python |
 
@@ -17,10 +18,12 @@ without them: it is the pixels that count.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
 from vzip.runtime.errors import InvalidInputError
 
@@ -45,10 +48,14 @@ MAX_CHUNK = 2**20
 MAX_PACKED = 256
 """Most packed texts and colour profiles of a PNG."""
 
+MAX_EXIF = 2**24
+"""Most bytes that the entries of an EXIF block refer to, all together."""
+
 MAX_RUNS = 2**23
 """Most bytes of a run-length coded BMP: seconds of work, in Pillow's Python."""
 
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # any that may follow a scan's data
+_GIF_DATA = 2**20  # blocks of a frame's pixels: 67 million that can't be compressed have half
 _SCAN, _END = 0xDA, 0xD9
 _BARE = frozenset({0x01, *range(0xD0, 0xD9)})  # markers without a length
 
@@ -87,6 +94,48 @@ def check_scans(scans: int, width: int, height: int, name: str) -> None:
     most = min(MAX_SCANS, MAX_SCANNED // (width * height))
     if scans > most:
         too_many(name, f"{scans} scans", f"at most {most} in a JPEG of {width}×{height} pixels")
+
+
+def is_animated(kind: str | None, data: bytes) -> bool:
+    """Return whether an image has more frames than its first, as far as it can be told.
+
+    Args:
+        kind: As for `check_blocks`; None for no image.
+        data: The encoded image.
+    """
+    with contextlib.suppress(ValueError):
+        if kind == "GIF":
+            return _gif_is_animated(data)
+        if kind == "WEBP":
+            return sum(name == b"ANMF" for name in itertools.islice(_riff(data), MAX_BLOCKS)) > 1
+        if kind == "PNG":
+            chunks = itertools.islice(_chunks(data), MAX_BLOCKS)
+            counts = (data[start + 8 : start + 12] for name, start, _ in chunks if name == b"acTL")
+            return int.from_bytes(next(counts, b""), "big") > 1
+    return False
+
+
+def check_exif(block: bytes, name: str) -> None:
+    """Refuse an EXIF block whose entries refer to the same bytes again and again.
+
+    Pillow copies them for each entry; until its version 12 without end.
+    """
+    block = block.removeprefix(b"Exif\0\0")
+    order: Literal["little", "big"] = "big" if block.startswith(b"MM") else "little"
+
+    def number(place: int, size: int) -> int:
+        return int.from_bytes(block[place : place + size], order)
+
+    large = number(2, 2) == 43  # BigTIFF
+    first, wide, entry = (number(8, 8), 8, 20) if large else (number(4, 4), 4, 12)
+    first += 8 if large else 2
+    copied = 0
+    for place in range(first, min(first + 2**16 * entry, len(block) - entry + 1), entry):
+        start = number(place + 4 + wide, wide)
+        size = 8 * number(place + 4, wide)  # no kind of value is larger
+        copied += min(size, max(0, len(block) - start)) if size > wide else 0
+        if copied > max(MAX_EXIF, 16 * len(block)):
+            too_many(name, f"EXIF entries of more than {copied - 1} bytes", f"at most {MAX_EXIF}")
 
 
 def without_extras(kind: str, data: bytes) -> bytes:
@@ -148,6 +197,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 def _jpeg(data: bytes, name: str) -> Shape:
     """Count a JPEG's segments and scans, up to its end: another picture may follow."""
     blocks, scans, end = 0, 0, 2
+    exif: list[bytes] = []
     for marker, start, after in _segments(data):
         # Pillow reads fill bytes and what else stands between segments one by one.
         blocks, end = blocks + 1 + (0 if scans else start - end), after
@@ -157,9 +207,12 @@ def _jpeg(data: bytes, name: str) -> Shape:
         if end > MAX_HEADER and not scans:
             got = f"more than {MAX_HEADER} bytes ahead of its pixels"
             too_many(name, got, f"at most {MAX_HEADER} in a JPEG")
+        if marker == 0xE1 and not scans and data.startswith(b"Exif\0\0", start + 4):
+            exif.append(data[start + 10 : after])
         scans += marker == _SCAN
         if scans > MAX_SCANS:
             too_many(name, f"more than {MAX_SCANS} scans", f"at most {MAX_SCANS} in a JPEG")
+    check_exif(b"".join(exif), name)
     return Shape(scans=max(1, scans))
 
 
@@ -221,29 +274,71 @@ def _check_packed(chunk: bytes, content: bytes, name: str) -> None:
 
 def _gif(data: bytes, name: str) -> Shape:
     """Return the size that Pillow gives a GIF: the screen, or a first frame beyond it."""
+    place = _gif_frame(data, 13 + _palette(data, 10))
+    if place is None:
+        most = f"at most {MAX_BLOCKS}"
+        too_many(name, f"more than {MAX_BLOCKS} blocks ahead of its pixels", most)
+    width, height = _number(data, 6, 2), _number(data, 8, 2)
+    left, top, w, h = (_number(data, place + at, 2) for at in (1, 3, 5, 7))
+    return Shape((max(width, left + w), max(height, top + h)))
 
-    def number(place: int, size: int = 1) -> int:
-        if place + size > len(data):
-            raise ValueError("its first frame is missing")
-        return int.from_bytes(data[place : place + size], "little")
 
-    width, height, flags = number(6, 2), number(8, 2), number(10)
-    place = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)  # a global palette
+def _gif_frame(data: bytes, place: int) -> int | None:
+    """Return where a GIF's next frame begins; None where it is behind `MAX_BLOCKS` blocks.
+
+    Raises:
+        ValueError: There is none.
+    """
     extension = False
     for _ in range(MAX_BLOCKS):
-        block = number(place)
+        block = _number(data, place)
         if extension:  # its blocks, up to an empty one
             place, extension = place + 1 + block, block > 0
-        elif block == 0x2C:  # the first frame: left, top, width, height
-            left, top, w, h = (number(place + at, 2) for at in (1, 3, 5, 7))
-            return Shape((max(width, left + w), max(height, top + h)))
+        elif block == 0x2C:
+            return place
         elif block == 0x21:  # an extension, and its label
             place, extension = place + 2, True
         elif block == 0:  # Pillow skips stray zeros, so do we
             place += 1
         else:
-            raise ValueError("its first frame is missing")
-    too_many(name, f"more than {MAX_BLOCKS} blocks ahead of its pixels", f"at most {MAX_BLOCKS}")
+            raise ValueError("its next frame is missing")
+    return None
+
+
+def _palette(data: bytes, place: int) -> int:
+    """Return how many bytes a GIF's palette has, by the flags that announce it."""
+    flags = _number(data, place)
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+
+def _number(data: bytes, place: int, size: int = 1) -> int:
+    """Return a number of a GIF; raises ValueError behind its end."""
+    if place + size > len(data):
+        raise ValueError("its next frame is missing")
+    return int.from_bytes(data[place : place + size], "little")
+
+
+def _gif_is_animated(data: bytes) -> bool:
+    """Return whether a GIF has a second frame."""
+    first = _gif_frame(data, 13 + _palette(data, 10))
+    if first is None:
+        return False
+    place = first + 10 + _palette(data, first + 9) + 1  # behind the size of LZW's codes
+    for _ in range(_GIF_DATA):
+        block = _number(data, place)
+        place += 1 + block
+        if block == 0:
+            return _gif_frame(data, place) is not None
+    return False
+
+
+def _riff(data: bytes) -> Iterator[bytes]:
+    """Yield the names of a WebP's chunks."""
+    place = 12
+    while place + 8 <= len(data):
+        yield data[place : place + 4]
+        length = int.from_bytes(data[place + 4 : place + 8], "little")
+        place += 8 + length + length % 2
 
 
 def _webp(data: bytes, _: str) -> Shape:

@@ -44,9 +44,11 @@ from PIL import Image
 
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.guard import door
+from vzip.runtime.pictures import headers
 from vzip.runtime.pictures.headers import (
     MAX_BLOCKS,
     check_blocks,
+    check_exif,
     check_scans,
     too_many,
     without_extras,
@@ -84,6 +86,7 @@ _LOCKS: WeakValueDictionary[int, threading.Lock] = WeakValueDictionary()  # by a
 _LOCKS_LOCK = threading.Lock()
 
 _ORIENTATION = 0x0112  # the EXIF tag
+_EXIF_AS_TEXT = "Raw profile type exif"  # where ImageMagick keeps it in a PNG
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -155,6 +158,19 @@ def load_image(
             "with .cpu().numpy(), a file with .read())"
         ),
     )
+
+
+def is_animated(path: str | Path) -> bool:
+    """Return whether an image file that `load_image` took has more frames than the one it gives.
+
+    A phone's multi-picture JPEG has several pictures too, of which the first is the photo.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(MAX_ENCODED_BYTES)
+    except (OSError, ValueError):  # a NUL in the name is a ValueError
+        return False
+    return headers.is_animated(format_of(data), data)
 
 
 def check_channels(channels: object) -> None:
@@ -383,7 +399,7 @@ def _finish(image: Image.Image, name: str) -> Image.Image:
     _check_mode(image, name)
     image.load()
     # After loading: PNG may carry its EXIF block behind the pixels.
-    method = _TRANSPOSE.get(_orientation(image))
+    method = _TRANSPOSE.get(_orientation(image, name))
     transparent = "A" in image.getbands() or image.info.get("transparency") is not None
     if image.mode == "RGB" and not transparent and method is None:
         return image
@@ -403,8 +419,14 @@ def _finish(image: Image.Image, name: str) -> Image.Image:
     return rgb
 
 
-def _orientation(image: Image.Image) -> Any:
+def _orientation(image: Image.Image, name: str) -> Any:
     """Return an image's EXIF or XMP orientation; 1, which is upright, where none can be read."""
+    block = image.info.get("exif")
+    if block is None and isinstance(text := image.info.get(_EXIF_AS_TEXT), str):
+        with contextlib.suppress(ValueError):
+            block = bytes.fromhex("".join(text.split("\n")[3:]))
+    if isinstance(block, bytes):
+        check_exif(block, name)
     for _ in range(2):  # where Pillow can't read all of it, a second look shows what it has read
         with contextlib.suppress(Exception):  # on hostile bytes it may raise anything
             orientation: Any = image.getexif().get(_ORIENTATION, 1)

@@ -25,7 +25,7 @@ from PIL import Image, ImageFile
 from tests.refusals import Said, refused
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.pictures import headers, images
-from vzip.runtime.pictures.images import MAX_ENCODED_BYTES, MAX_PIXELS, load_image
+from vzip.runtime.pictures.images import MAX_ENCODED_BYTES, MAX_PIXELS, is_animated, load_image
 
 
 def noise(width: int = 31, height: int = 24, channels: int = 3) -> np.ndarray[Any, Any]:
@@ -640,6 +640,43 @@ def gif_ahead(added: bytes) -> bytes:
     return data[:place] + added + data[place:]
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_exif_that_refers_to_itself_is_bounded(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of a thousand entries is all of the block: older versions of Pillow copy it for each."""
+
+    def block(entries: int, size: int) -> bytes:
+        table = b"".join(
+            struct.pack(order + "HHII", 1000 + tag, 7, size, 8) for tag in range(entries)
+        )
+        head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, entries)
+        return head + table + bytes(size)
+
+    def carriers(exif: bytes) -> dict[str, bytes]:
+        jpeg = encoded(Image.fromarray(noise()), "JPEG")
+        parts = [exif[place : place + 65000] for place in range(0, len(exif), 65000)]
+        header = b"".join(segment(0xE1, b"Exif\0\0" + part) for part in parts)
+        text = b"Raw profile type exif\0\nexif\n8\n" + exif.hex().encode()
+        return {
+            "jpeg": jpeg[:2] + header + jpeg[2:],
+            "png": with_chunk(chunk(b"eXIf", exif)),
+            "text": with_chunk(chunk(b"tEXt", text)),
+            "webp": encoded(Image.fromarray(noise()), "WEBP", exif=b"Exif\0\0" + exif),
+        }
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for data in carriers(block(20, 30000)).values():
+            assert load_image(data).size == (31, 24)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("Pillow got it")
+
+    made = carriers(block(1000, 200_000))
+    monkeypatch.setattr(Image.Image, "getexif", refuse)
+    for data in made.values():
+        rejected(data, got="EXIF", expected=f"{2**24}")
+
+
 def test_runs_of_a_bmp_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     head = b"BM" + bytes(8) + struct.pack("<II", 54 + 8, 40)
     head += struct.pack("<iiHHIIiiII", 4, 2, 1, 8, 1, 0, 0, 0, 2, 0)
@@ -807,6 +844,36 @@ def test_an_animation_gives_its_first_frame_and_an_open_one_its_current() -> Non
         assert (np.asarray(load_image(data)) == (255, 0, 0)).all(), name
         image.seek(2)
         assert (np.asarray(load_image(image)) == (0, 0, 255)).all(), name
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("GIF", {}), ("PNG", {}), ("WEBP", {"lossless": True})]
+)
+def test_whether_an_image_is_animated(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    frames = [Image.fromarray(noise() // (1 + index)) for index in range(3)]
+    path = tmp_path / "picture"
+    for count in (1, 2, 3):
+        more = {"save_all": True, "append_images": frames[1:count]} if count > 1 else {}
+        path.write_bytes(encoded(frames[0], name, **options, **more))
+        assert is_animated(path) is (count > 1)
+        data = path.read_bytes()
+        for length in range(0, len(data), 7):
+            path.write_bytes(data[:length])
+            assert is_animated(path) in (True, False)
+    frames[0].save(path, "MPO", save_all=True, append_images=frames[1:])
+    assert not is_animated(path)
+    assert not is_animated(tmp_path / "absent")
+    assert not is_animated(tmp_path)
+
+
+def test_blocks_behind_the_first_frame_are_bounded_too(tmp_path: Path) -> None:
+    frames = [Image.new("L", (8, 8), colour) for colour in (1, 200)]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    second = data.rindex(b"!\xf9")
+    (tmp_path / "a.gif").write_bytes(data[:second] + b"!\xfe\1x\0" * 100 + data[second:])
+    assert is_animated(tmp_path / "a.gif")
+    (tmp_path / "a.gif").write_bytes(data[:second] + b"!\xfe\1x\0" * 2**16 + data[second:])
+    assert not is_animated(tmp_path / "a.gif")  # nobody looks that far
 
 
 def test_multi_picture_jpeg_gives_its_first() -> None:
