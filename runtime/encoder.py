@@ -6,6 +6,7 @@ the bundle's manifest, whichever backend runs it.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -237,22 +238,29 @@ class VisionEncoder:
         pixels = np.stack([tower_image(each, preprocessing) for each in loaded])
         return self._encode_pixels(pixels, on_device)
 
-    def image_embeds(self, image: ImageSource, *, channels: Channels = "rgb") -> Array:
+    def image_embeds(
+        self, image: ImageSource, *, channels: Channels = "rgb", several: bool = False
+    ) -> Array:
         """Return the embeddings of `image_tokens` alone, float32 or float16 [n, L]."""
-        return self.image_tokens(image, channels=channels).embeds
+        return self.image_tokens(image, channels=channels, several=several).embeds
 
     @door(InvalidInputError, "the image '{image}' can't be encoded", reads=False)
-    def image_tokens(self, image: ImageSource, *, channels: Channels = "rgb") -> EncodedImage:
+    def image_tokens(
+        self, image: ImageSource, *, channels: Channels = "rgb", several: bool = False
+    ) -> EncodedImage:
         """Return all that the language model gets for one image.
 
         Where the bundle cuts images into tiles (`Manifest.tiling`), all tiles go through the graph
         in as few calls as its batch allows. Their tokens are those of the base tile as they are,
         then those of the others in the order that the manifest names: see
-        `vzip.runtime.pictures.tiles`.
+        `vzip.runtime.pictures.tiles`. Where it cuts them only if they are alone
+        (`Tiling.only_alone`, LLaVA-OneVision), an image of several is one tile, padded to a square
+        instead of squeezed into it, and a newline embedding if the order has those.
 
         Args:
             image: As for `encode`.
             channels: As for `encode`.
+            several: Whether the prompt holds other images too.
 
         Returns:
             Embeddings [n, L], n = K without tiles; and the kept indices of each tile.
@@ -270,6 +278,12 @@ class VisionEncoder:
             embeds = tokens.embeds.reshape(tokens.embeds.shape[1:])  # [1, K, L] → [K, L]
             return EncodedImage(embeds, tokens.kept)
         newline = self.bundle.newline() if tiling.order == "newline" else None
+        if several and tiling.only_alone:
+            padded = dataclasses.replace(self.manifest.preprocessing, mode="pad_square")
+            pixels = tower_image(load_image(image, channels=channels), padded)
+            tokens = self._encode_pixels(pixels[None], on_device=False)
+            ends = [] if newline is None else [newline_row(newline, tokens.embeds)]
+            return EncodedImage(np.concatenate([tokens.embeds[0], *ends]), tokens.kept)
         tiles = cut(load_image(image, channels=channels), self.manifest.preprocessing, tiling)
         tokens = self._encode_pixels(tiles.images, on_device=False)
         grid, embeds, kept = tiles.grid, tokens.embeds[1:], tokens.kept[1:]

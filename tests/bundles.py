@@ -99,12 +99,12 @@ def pooled(manifest: Manifest) -> Manifest:
     )
 
 
-def tiled(order: Any) -> Change:
+def tiled(order: Any, *, only_alone: bool = False) -> Change:
     """Return how a manifest becomes that of a bundle with tiles."""
     return lambda manifest: dataclasses.replace(
         manifest,
         preprocessing=dataclasses.replace(manifest.preprocessing, mode="stretch"),
-        tiling=Tiling(PINPOINTS, order),
+        tiling=Tiling(PINPOINTS, order, only_alone),
     )
 
 

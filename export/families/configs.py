@@ -187,13 +187,20 @@ def strategy(full: Any, sizes: TowerConfig) -> FeatureStrategy:
     return value
 
 
-def tiling(full: Any, pinpoints: tuple[tuple[int, int], ...], sizes: TowerConfig) -> Tiling:
+def tiling(
+    full: Any,
+    pinpoints: tuple[tuple[int, int], ...],
+    sizes: TowerConfig,
+    *,
+    only_alone: bool = False,
+) -> Tiling:
     """Return how large images are cut.
 
     Args:
         full: The model's configuration, whose pinpoints say how tiles are put together.
         pinpoints: Those of the image processor, which cuts, as (height, width).
         sizes: Of the tower, which takes a tile.
+        only_alone: As `Tiling.only_alone`.
 
     Raises:
         CheckpointError: The two differ, or a resolution is not made of whole tiles.
@@ -207,7 +214,7 @@ def tiling(full: Any, pinpoints: tuple[tuple[int, int], ...], sizes: TowerConfig
     for pair in pinpoints:
         if any(length % side for length in pair):
             raise refused("image_grid_pinpoints", list(pair), f"multiples of image_size {side}")
-    return Tiling(pinpoints)
+    return Tiling(pinpoints, only_alone=only_alone)
 
 
 def token_id(name: str, value: object) -> int:

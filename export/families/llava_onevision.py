@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from vzip.export.architecture import Media, VisionConfig
@@ -62,6 +63,7 @@ class LlavaOnevision(HuggingFaceForm):
         layers = configs.feature_layers(config, -1)
         full = configs.read(LlavaOnevisionConfig, config, kinds=("siglip",))
         sizes = configs.tower(full.vision_config)
+        _check_ratio(full.vision_aspect_ratio)
         video = media == "video"
         return VisionConfig(
             family="llava-onevision",
@@ -80,7 +82,15 @@ class LlavaOnevision(HuggingFaceForm):
             tiling=(
                 None
                 if video
-                else configs.tiling(full, pinpoints(preprocessor, classes=_IMAGE), sizes)
+                else configs.tiling(
+                    full, pinpoints(preprocessor, classes=_IMAGE), sizes, only_alone=True
+                )
             ),
             newline=True,
         )
+
+
+def _check_ratio(value: object) -> None:
+    """Refuse another number of tiles from which on the uncompressed model shrinks a picture."""
+    if not isinstance(value, str) or not re.fullmatch(r"anyres_max_(9|[1-9]\d{1,3})", value):
+        raise configs.refused("vision_aspect_ratio", value, "'anyres_max_9', or a larger number")

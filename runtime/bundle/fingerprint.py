@@ -23,7 +23,11 @@ _KEYS = ("selection", "tower", "token_order", "inputs", "outputs", "preprocessin
 
 
 def fingerprint(
-    manifest: Manifest, quantised: Quantised | None = None, *, cpu_engine: bool = False
+    manifest: Manifest,
+    quantised: Quantised | None = None,
+    *,
+    cpu_engine: bool = False,
+    several: bool = False,
 ) -> str:
     """Return the fingerprint of the bundle that has this manifest.
 
@@ -35,6 +39,7 @@ def fingerprint(
         quantised: Which of its quantised graphs makes the tokens, as `Bundle.quantised` says.
         cpu_engine: Whether a CPU engine does, which may compute in 8 bits; those of two machines
             differ, within what `docs/fastest.md` allows.
+        several: Whether the tokens are those of an image that stands with others in its prompt.
 
     Returns:
         SHA-256, 64 lower-case hexadecimal digits.
@@ -48,7 +53,13 @@ def fingerprint(
         "files": {name: manifest.files[name].sha256 for name in names if name in manifest.files},
         **{key: value[key] for key in _KEYS},
         **({"fastest": True} if cpu_engine else {}),
+        **({"several": True} if several and cuts_only_alone(manifest) else {}),
     }
     # Python writes the shortest text that gives a float back, on every platform.
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def cuts_only_alone(manifest: Manifest) -> bool:
+    """Return whether an image has other tokens where it stands with others in its prompt."""
+    return manifest.tiling is not None and manifest.tiling.only_alone

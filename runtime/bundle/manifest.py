@@ -178,12 +178,15 @@ class Tiling(Record):
         order: ``reference``: the published code's order, without newlines, padding included.
             ``newline``: rows of patches end with the LLM's newline embedding, as it was trained,
             and patches of the padding are left out. See `vzip.runtime.pictures.tiles`.
+        only_alone: Whether an image is cut only where it is the only one of its prompt, as the LLM
+            was trained (LLaVA-OneVision). Of several, each is one tile, padded to a square.
     """
 
     pinpoints: Annotated[
         tuple[tuple[Size, Size], ...], Must(bool, "a list of at least one [height, width]")
     ]
     order: Literal["reference", "newline"] = "reference"
+    only_alone: bool = field(default=False, metadata={"optional": True})
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,12 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         metavar="N",
         help="write files of N images each, FILE-00001-of-….safetensors (default: one file)",
     )
+    parser.add_argument(
+        "--several",
+        action="store_true",
+        help="tokens for prompts that hold several images: LLaVA-OneVision cuts none of them into "
+        "tiles then",
+    )
     add_encoder(parser)
     arguments = parser.read(argv)
     _check_options(arguments.output, arguments.shard_size)
@@ -78,10 +84,11 @@ def _encode(arguments: argparse.Namespace) -> int:
         encoder = stack.enter_context(
             VisionEncoder.open(bundle, arguments.backend, arguments.engine)
         )
-        origin = encoder_origin(encoder)  # a CPU engine's tokens are others than the graph's
+        # A CPU engine's tokens are others than the graph's.
+        origin = encoder_origin(encoder, several=arguments.several)
         check_origin(files, origin)
         store = stack.enter_context(work_store(output, origin))
-        job = EncodeJob(encoder, origin, store, files)
+        job = EncodeJob(encoder, origin, store, files, several=arguments.several)
         images = progress(found.images, desc="encoding", total=len(found.images), unit="image")
         job.run(images)
         left_out = [*found.left_out, *job.left_out]

@@ -47,6 +47,8 @@ class TokenSpec:
         video_token_id: Id of that of a video; None where the LLM has none of its own.
         frame_count: Rows per frame of a video; None for any number.
         closing: Rows behind those of a video's last frame.
+        several_count: Rows per image where the prompt holds several, if that is another number
+            than `count`: LLaVA-OneVision cuts no tiles then.
     """
 
     count: int | None
@@ -55,6 +57,7 @@ class TokenSpec:
     video_token_id: int | None = None
     frame_count: int | None = None
     closing: int = 0
+    several_count: int | None = None
 
     @classmethod
     def of(cls, manifest: Manifest) -> TokenSpec:
@@ -70,21 +73,25 @@ class TokenSpec:
                 cause="they serve to measure speed and can't answer questions",
                 cure="export it again from a checkpoint, without --weights random",
             )
-        tokens = manifest.selection.dominant + manifest.selection.contextual
+        tokens, tiling = manifest.selection.tokens, manifest.tiling
+        several = None
+        if tiling is not None and tiling.only_alone:
+            several = tokens + (tiling.order == "newline")
         return cls(
-            count=tokens if manifest.tiling is None else None,
+            count=tokens if tiling is None else None,
             hidden_size=manifest.llm.hidden_size,
             image_token_id=manifest.llm.image_token_id,
             video_token_id=manifest.llm.video_token_id,
             frame_count=tokens,
             # LLaVA-OneVision ends a video, whose frames it pools, with its newline embedding.
             closing=1 if manifest.tower.pool == 2 else 0,
+            several_count=several,
         )
 
-    def rows(self, frames: int | None) -> int | None:
+    def rows(self, frames: int | None, *, several: bool = False) -> int | None:
         """Return how many rows one image, or a video of so many frames, has; None for any."""
         if frames is None:
-            return self.count
+            return self.several_count if several and self.several_count else self.count
         return None if self.frame_count is None else frames * self.frame_count + self.closing
 
     def check_llm(
@@ -123,6 +130,7 @@ def check_embeds(
     *,
     hidden_size: int,
     count: int | None,
+    untiled: bool = False,
     frames: int | None = None,
     largest: float = float("inf"),
 ) -> None:
@@ -133,6 +141,7 @@ def check_embeds(
         embeds: The tokens, float32 or float16 [n, L].
         hidden_size: L that the LLM takes.
         count: n that the bundle promises; ``None`` without a bundle, or where it varies.
+        untiled: Whether the image is one of several, which this LLM's model doesn't cut.
         frames: Frames of the video; ``None`` for an image.
         largest: Largest magnitude that the LLM's dtype can hold.
 
@@ -153,10 +162,15 @@ def check_embeds(
     )
     if not right_rows or embeds.shape[1] != hidden_size:
         batch = embeds.ndim == 3 and frames is None
+        cure = "give one image of the batch, such as tokens.embeds[0]" if batch else ""
+        if untiled and not batch:
+            cure = (
+                "encode each image with image_embeds(image, several=True): of several none is cut"
+            )
         raise InvalidInputError(
             f"{name}: got tokens of shape {list(embeds.shape)}",
             expected=takes,
-            cure="give one image of the batch, such as tokens.embeds[0]" if batch else "",
+            cure=cure,
         )
     finite = np.isfinite(embeds)
     if not finite.all():
@@ -216,12 +230,15 @@ def check_shown(
             expected="a video's tokens as one array, or a list of images without frames",
         )
     arrays = embeds if isinstance(embeds, (list, tuple)) else [embeds]
+    together = len(arrays) > 1
+    untiled = together and tokens is not None and tokens.several_count is not None
     for number, each in enumerate(arrays):
         check_embeds(
-            f"{name}: image {number}" if several and len(arrays) > 1 else name,
+            f"{name}: image {number}" if together else name,
             each,
             hidden_size=hidden_size,
-            count=None if tokens is None else tokens.rows(frames),
+            count=None if tokens is None else tokens.rows(frames, several=together),
+            untiled=untiled,
             frames=frames,
             largest=largest,
         )

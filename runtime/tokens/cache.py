@@ -210,11 +210,15 @@ def _entry(path: Path, image_sha256: str, bundle_fingerprint: str) -> ImageToken
 
 
 def origin_of(
-    manifest: Manifest, quantised: Quantised | None = None, *, cpu_engine: bool = False
+    manifest: Manifest,
+    quantised: Quantised | None = None,
+    *,
+    cpu_engine: bool = False,
+    several: bool = False,
 ) -> Origin:
     """Return what tokens of a bundle have in common; the rest as `fingerprint` takes it."""
     return Origin(
-        fingerprint=fingerprint(manifest, quantised, cpu_engine=cpu_engine),
+        fingerprint=fingerprint(manifest, quantised, cpu_engine=cpu_engine, several=several),
         model=manifest.model.id,
         token_order=manifest.token_order,
         hidden_size=manifest.llm.hidden_size,
@@ -222,10 +226,10 @@ def origin_of(
     )
 
 
-def encoder_origin(encoder: VisionEncoder) -> Origin:
+def encoder_origin(encoder: VisionEncoder, *, several: bool = False) -> Origin:
     """Return what the tokens of an open encoder have in common."""
     bundle, cpu_engine = encoder.bundle, encoder.cpu_engine
-    return origin_of(bundle.manifest, bundle.quantised, cpu_engine=cpu_engine)
+    return origin_of(bundle.manifest, bundle.quantised, cpu_engine=cpu_engine, several=several)
 
 
 @door(InvalidInputError, "the image can't be hashed")
@@ -282,6 +286,7 @@ def cached_image_embeds(
     cache: TokenCache,
     *,
     channels: Channels = "rgb",
+    several: bool = False,
 ) -> Array:
     """Return `encoder.image_embeds(image)`, from the cache if it has been computed before.
 
@@ -290,6 +295,7 @@ def cached_image_embeds(
         image: As for `VisionEncoder.encode`. A path is read once: what is hashed is encoded.
         cache: Where to look, and where to put what isn't there.
         channels: As for `VisionEncoder.encode`.
+        several: As for `VisionEncoder.image_tokens`.
 
     Returns:
         float32 or float16 [n, L].
@@ -302,11 +308,11 @@ def cached_image_embeds(
     elif isinstance(image, (str, Path)):
         # A text may be a URL or empty, which load_image explains.
         image = read_image(image) if Path(image).is_file() else load_image(image)
-    origin = encoder_origin(encoder)
+    origin = encoder_origin(encoder, several=several)
     digest = image_digest(image)
     found = cache.get(digest, origin.fingerprint)
     if found is not None:
         return found.tokens
-    encoded = encoder.image_tokens(image)
+    encoded = encoder.image_tokens(image, several=several)
     cache.put(origin, ImageTokens(digest, digest, *encoded))
     return encoded.embeds

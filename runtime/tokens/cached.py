@@ -37,8 +37,8 @@ class CachedImages:
         """Look the images up, and decode those that are in no cache.
 
         Args:
-            paths: The image files; each is read once, so that the bytes that are hashed are those
-                that are encoded.
+            paths: The image files of a prompt; each is read once, so that the bytes that are
+                hashed are those that are encoded.
             bundle: The bundle whose tokens are wanted.
             folder: That of the cache; None for none.
 
@@ -50,8 +50,10 @@ class CachedImages:
         # Tokens of the graph and of a CPU engine are told apart. Where either may run, either will
         # do, and those of the graph come first.
         engines = {"may": (False, True), "must": (True,), "never": (False,)}[bundle.cpu_engine]
+        self._several = len(paths) > 1
         origins = [
-            origin_of(bundle.manifest, bundle.quantised, cpu_engine=each) for each in engines
+            origin_of(bundle.manifest, bundle.quantised, cpu_engine=each, several=self._several)
+            for each in engines
         ]
         self._cache = None if folder is None else TokenCache(folder)
         self._digests = [image_digest(data) for _, data in files]
@@ -77,10 +79,10 @@ class CachedImages:
         """
         for digest, image in self.missing.items():
             assert encoder is not None
-            encoded = encoder.image_tokens(image)
+            encoded = encoder.image_tokens(image, several=self._several)
             self._tokens[digest] = encoded.embeds
             if self._cache is not None:
-                origin = encoder_origin(encoder)
+                origin = encoder_origin(encoder, several=self._several)
                 self._cache.put(origin, ImageTokens(digest, digest, *encoded))
         return [self._tokens[digest] for digest in self._digests]
 

@@ -225,12 +225,20 @@ class EncodeJob:
     """
 
     def __init__(
-        self, encoder: VisionEncoder, origin: Origin, store: TokenCache, outputs: Sequence[Output]
+        self,
+        encoder: VisionEncoder,
+        origin: Origin,
+        store: TokenCache,
+        outputs: Sequence[Output],
+        *,
+        several: bool = False,
     ) -> None:
+        """Begin; `several` as for `VisionEncoder.image_tokens`, and as the origin was made."""
         self.left_out: list[tuple[str, str]] = []
         self.encoded = 0
         self.written: list[Path] = []
         self._encoder, self._origin, self._store = encoder, origin, store
+        self._several = several
         self._writings = tuple(_Writing(output, origin, store) for output in outputs)
         self._unwritten = deque(self._writings)
         self._waiting: dict[str, bytes] = {}  # the next batch: digest → encoded image
@@ -284,7 +292,7 @@ class EncodeJob:
         """Run the images that wait."""
         if not self._waiting:
             return
-        results = encode_images(self._encoder, list(self._waiting.values()))
+        results = encode_images(self._encoder, list(self._waiting.values()), several=self._several)
         for digest, result in zip(self._waiting, results, strict=True):
             if isinstance(result, InvalidInputError):
                 self._failed[digest] = str(result)
@@ -394,7 +402,7 @@ class _Writing:
 
 
 def encode_images(
-    encoder: VisionEncoder, images: Sequence[bytes]
+    encoder: VisionEncoder, images: Sequence[bytes], *, several: bool = False
 ) -> list[EncodedImage | InvalidInputError]:
     """Return what the LLM gets for each image, or why it can't be used.
 
@@ -405,7 +413,7 @@ def encode_images(
     """
     try:
         if encoder.manifest.tiling is not None:
-            return [encoder.image_tokens(image) for image in images]
+            return [encoder.image_tokens(image, several=several) for image in images]
         tokens = encoder.encode(list(images))
         kept = tokens.kept[:, None]  # [B, dominant] → [B, 1 tile, dominant]
         return [EncodedImage(*each) for each in zip(tokens.embeds, kept, strict=True)]
@@ -413,7 +421,8 @@ def encode_images(
         if len(images) == 1:
             return [error]
         middle = len(images) // 2  # the others of the batch are good, most likely
-        return encode_images(encoder, images[:middle]) + encode_images(encoder, images[middle:])
+        halves = images[:middle], images[middle:]
+        return [each for half in halves for each in encode_images(encoder, half, several=several)]
 
 
 def _write_npy_header(file: BinaryIO, records: Sequence[TokenRecord]) -> None:

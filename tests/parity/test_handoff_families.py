@@ -171,6 +171,25 @@ def test_uncompressed_features_give_the_untouched_models_answer(tiny):
     assert_said(tiny.llm, embeds, expected, logits)
 
 
+@pytest.mark.slow
+def test_uncompressed_features_of_two_images_give_the_untouched_models_answer(tiny):
+    one, names = picture(tiny.family), picture(tiny.family).keys()
+    other = {name: one[name].flip(-1) for name in names}  # other sizes too, where there are sizes
+    inputs = {name: torch.cat([one[name], other[name]]) for name in names}
+    several = {}
+    if tiny.family.model_type == "llava_onevision":  # its processor cuts no image of several
+        inputs["pixel_values"] = inputs["pixel_values"][:, :1]
+        several = {"batch_num_images": torch.tensor([2])}
+    with torch.no_grad():
+        features = tiny.model.get_image_features(**inputs, **several).pooler_output
+    embeds = [each.reshape(-1, WIDTH).numpy() for each in features]
+    if several:
+        assert [len(each) for each in embeds] == [PATCHES + 1] * 2
+    places = "\n".join(len(each) * "<image>" for each in embeds)
+    expected, logits = answers(tiny, prompt(tiny, places), 10, **inputs, **several)
+    assert_said(tiny.llm, embeds, expected, logits)
+
+
 @pytest.mark.parametrize("tiny", ["video-llava", "onevision"], indirect=True)
 def test_an_uncompressed_video_gives_the_untouched_models_answer(tiny):
     frames = 3

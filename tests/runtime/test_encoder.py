@@ -35,6 +35,7 @@ from vzip.runtime.errors import (
     VzipError,
 )
 from vzip.runtime.machine import process
+from vzip.runtime.pictures.preprocess import tower_image
 from vzip.runtime.pictures.tiles import arrange, arrange_rows, cut
 
 Arrays = dict[str, np.ndarray]
@@ -642,6 +643,30 @@ def test_an_image_with_tiles_is_the_base_tile_and_the_others_in_order(
     assert order == "newline" or len(result) == 7 * len(tiles.images)
     assert result.shape == (7 + len(others), 6)
     assert np.abs(result - np.concatenate([embeds[0], others])).max() < 1e-5
+
+
+@pytest.mark.parametrize("order", ["reference", "newline"])
+def test_one_of_several_images_is_not_cut_where_the_model_cuts_one_alone(
+    tmp_path, tiny_bundle, order
+):
+    image = picture(40, 33)
+    folders = {
+        only_alone: with_newline(
+            tmp_path / str(only_alone), tiny_bundle, tiled(order, only_alone=only_alone)
+        )
+        for only_alone in (False, True)
+    }
+    with VisionEncoder.open(folders[False], "onnxruntime") as encoder:
+        alone = encoder.image_tokens(image)
+        assert np.array_equal(encoder.image_embeds(image, several=True), alone.embeds)
+    with VisionEncoder.open(folders[True], "onnxruntime") as encoder:
+        assert np.array_equal(encoder.image_embeds(image), alone.embeds)
+        embeds, kept = encoder.image_tokens(image, several=True)
+        preprocessing = dataclasses.replace(encoder.manifest.preprocessing, mode="pad_square")
+        base = encoder.run(tower_image(Image.fromarray(image), preprocessing)[None])
+    ends = [NEWLINE[None]] if order == "newline" else []
+    assert np.array_equal(embeds, np.concatenate([base.embeds[0], *ends]))
+    assert np.array_equal(kept, base.kept)
 
 
 @pytest.mark.parametrize("order", ["reference", "newline"])

@@ -333,6 +333,50 @@ def test_tiles_in_rows_are_what_the_model_itself_would_hand_on(
             assert not kept_black(encoder, tiles.images)
 
 
+def prepared(family: str, pictures: list[Image.Image]) -> Any:
+    """Return what the family's own processor makes of the pictures of one prompt."""
+    import transformers
+
+    settings = {k: v for k, v in TINY[family].processor.items() if k != "image_processor_type"}
+    if family in ("llava-next", "llava-onevision"):
+        return processor(family)(images=[pictures], return_tensors="pt")
+    kind = "Siglip" if family == "llava-siglip" else "CLIP"
+    return getattr(transformers, f"{kind}ImageProcessorPil")(**settings)(
+        images=pictures, return_tensors="pt"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_picture_has_the_rows_of_the_untouched_model_alone_and_among_others(
+    family: str, checkpoints: Any, tmp_path: Path
+) -> None:
+    """With all patches but one of each tile; pictures fill their canvas, so none is padding."""
+    folder = checkpoints(family, "llava-hf-single")
+    config = WeightSource(str(folder), media="image").config()
+    patches = config.tokens - has_cls(config)
+    budget = Budget(patches - 2, 1, cls_token=False)
+    tiles = "newline" if config.tiling else "reference"
+    bundle = export(folder, tmp_path / "b", "image", budget, tiles=tiles)
+    side, model = config.tower.image_size, model_of(family)
+    pictures = [picture((2 * side, 2 * side)), picture((2 * side, side)), picture((side, 2 * side))]
+    with VisionEncoder.open(bundle, backend="onnxruntime") as encoder:
+        for prompt in ([pictures[0]], [pictures[1]], pictures[1:], pictures):
+            inputs = dict(prepared(family, prompt))
+            if family == "video-llava":
+                inputs = {"pixel_values_images": inputs["pixel_values"]}
+            inputs.pop("patch_attention_mask", None)
+            with torch.no_grad():
+                expected = model.get_image_features(**inputs, return_dict=True).pooler_output
+            several = len(prompt) > 1
+            got = [encoder.image_tokens(each, several=several) for each in prompt]
+            rows = [len(each.embeds) + len(each.kept) for each in got]
+            assert rows == [len(each) for each in expected]
+            for each, whole in zip(got, expected, strict=True):
+                kept = each.embeds[: patches - 2]
+                assert found_in_order(kept, whole[:patches]) == patches - 2
+
+
 def kept_black(encoder: VisionEncoder, images: NDArray[np.uint8]) -> int:
     """Return how many patches are kept that are black all over, where others were to be had."""
     manifest = encoder.manifest

@@ -447,9 +447,9 @@ def opened(monkeypatch):
             super().__init__(bundle, backend, opened)
             made.append([bundle.path.name, 0])
 
-        def image_tokens(self, image):
+        def image_tokens(self, image, **options):
             made[-1][1] += 1
-            return super().image_tokens(image)
+            return super().image_tokens(image, **options)
 
     monkeypatch.setattr("vzip.runtime.encoder.VisionEncoder", Counted)
     return made

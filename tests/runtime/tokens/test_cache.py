@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.bundles import tiled, with_newline
 from tests.faults import fill_disk
 from tests.places import ROOT
 from tests.refusals import refused
@@ -34,6 +35,7 @@ from vzip.runtime.tokens.cache import (
     origin_of,
     read_image,
 )
+from vzip.runtime.tokens.cached import CachedImages
 from vzip.runtime.tokens.file import ImageTokens, Origin
 
 ORIGIN = Origin("ab" * 32, "tests/tiny", "an order", 6, 7)
@@ -255,9 +257,32 @@ class Counting:
         self.manifest, self.bundle = encoder.manifest, encoder.bundle
         self.calls, self._encoder, self.cpu_engine = 0, encoder, encoder.cpu_engine
 
-    def image_tokens(self, image: Any) -> Any:
+    def image_tokens(self, image: Any, **options: Any) -> Any:
         self.calls += 1
-        return self._encoder.image_tokens(image)
+        return self._encoder.image_tokens(image, **options)
+
+
+@pytest.mark.parametrize("only_alone", [False, True])
+def test_an_image_of_several_is_another_where_it_is_not_cut(tmp_path, tiny_bundle, only_alone):
+    folder = with_newline(tmp_path / "b", tiny_bundle, tiled("reference", only_alone=only_alone))
+    cache, data = TokenCache(tmp_path / "cache"), png()
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    with VisionEncoder.open(folder, "onnxruntime") as opened:
+        encoder: Any = Counting(opened)
+        for several in (False, True, False, True):
+            expected = opened.image_embeds(data, several=several)
+            found = cached_image_embeds(encoder, data, cache, several=several)
+            np.testing.assert_array_equal(found, expected)
+        assert encoder.calls == 1 + only_alone
+        alone = opened.image_embeds(data)
+        assert (len(expected) < len(alone)) == only_alone
+        for count, rows in ((1, len(alone)), (2, len(expected))):
+            images = CachedImages([path] * count, opened.bundle, tmp_path / "cache")
+            assert not images.missing
+            assert [len(each) for each in images.embeds(None)] == [rows] * count
+            images = CachedImages([path] * count, opened.bundle, None)
+            assert [len(each) for each in images.embeds(opened)] == [rows] * count
 
 
 def test_an_image_is_encoded_once(tmp_path, tiny_bundle):
