@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +48,42 @@ def _copy(name: str, folder: Path, origin: Path) -> Path:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU and a TensorRT (VZIP_REQUIRE_GPU)")
+
+
+@pytest.fixture(autouse=True)
+def advice_that_can_be_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where a command's error speaks of an option that the command doesn't have."""
+    from vzip.runtime import console
+    from vzip.runtime.cli import main as cli
+
+    load, complain = cli._load, console.complain
+    running: list[str] = []
+
+    def loading(name: str) -> Callable[..., int]:
+        running[:] = [name]
+        return load(name)
+
+    def complaining(text: str, *, end: str = "\n") -> None:
+        if running and ": error: " in text and not re.search("unrecognized|any more", text):
+            commands = [running[0], *re.findall(r"vzip[ -]([a-z]+)", text)]
+            known = set().union(*map(_options, filter(cli._names().__contains__, commands)))
+            ours = re.sub(r"'(?:ffmpeg|pip) [^']*'", "", text)
+            for option in re.findall(r"(?<![\w-])--?[a-z][a-z-]*(?!\w)", ours):
+                assert option in known, f"'vzip {running[0]}' has no {option}: {text}"
+        complain(text, end=end)
+
+    monkeypatch.setattr(cli, "_load", loading)
+    monkeypatch.setattr(console, "complain", complaining)
+
+
+@functools.cache
+def _options(command: str) -> frozenset[str]:
+    from vzip.runtime.cli.main import _load
+
+    help_, quiet = io.StringIO(), pytest.raises(SystemExit)
+    with contextlib.redirect_stdout(help_), quiet:
+        _load(command)(["-h"], prog=f"vzip {command}")
+    return frozenset(re.findall(r"(?<![\w-])--?[a-z][a-z-]*(?!\w)", help_.getvalue()))
 
 
 @functools.cache

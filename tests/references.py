@@ -32,7 +32,7 @@ def with_reference(path: Path, golden: Arrays, **other: NDArray[Any]) -> Bundle:
         "embeds": golden["embeds"].astype(np.float32),
         **other,
     }
-    with bundle_writer(path) as writer:
+    with bundle_writer(path, replace=True) as writer:
         for name in manifest.files:
             (writer.folder / name).write_bytes((path / name).read_bytes())
         np.savez(writer.folder / "reference.npz", **arrays)  # type: ignore[arg-type]

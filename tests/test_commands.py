@@ -117,6 +117,18 @@ def test_a_mistyped_option_is_answered_with_the_close_one(
         assert f"'vzip {name} -h'" in refused([name, "--nothing-like-it"], capsys)
 
 
+def test_what_is_no_misspelling_is_not_answered_with_another_option(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for argv, cure in (
+        (["build", "x", "--target", "t4"], "'vzip build -h'"),
+        (["check", "x", "--precision", "int8"], "'vzip check -h'"),
+        (["export", "-model", "demo"], "'--model'"),
+        (["export", "--out", "x"], "'--output'"),
+    ):
+        assert cure in refused(argv, capsys)
+
+
 def test_an_old_name_of_an_option_is_answered_with_the_new_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -117,7 +117,7 @@ def plan(model: str, revision: str | None) -> Size:
         raise CheckpointError(
             f"--with-llm: the LLM of '{model}' is a {text.model_type!r}",
             expected=f"one of {', '.join(LLMS)}",
-            cure="leave out --with-llm and run it in another way (--llm)",
+            cure="leave out --with-llm and run it in another way ('vzip ask --llm')",
         )
     rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in _ROPE:
@@ -125,7 +125,7 @@ def plan(model: str, revision: str | None) -> Size:
             f"--with-llm: the LLM of '{model}' has rotary embeddings of the type {rope!r}, "
             "which change with the length of a text",
             expected=f"one of {', '.join(_ROPE)}",
-            cure="leave out --with-llm and run it in another way (--llm)",
+            cure="leave out --with-llm and run it in another way ('vzip ask --llm')",
         )
     with torch.device("meta"):
         shell = transformers.AutoModelForCausalLM.from_config(
@@ -332,7 +332,7 @@ def _tokenizer(llm: TransformersLLM) -> str:
             f"--with-llm: the LLM's tokenizer is a {type(llm.tokenizer).__name__}, which has "
             "no form that the package tokenizers reads",
             expected="one with a tokenizer.json",
-            cure="leave out --with-llm and run the LLM in another way (--llm)",
+            cure="leave out --with-llm and run the LLM in another way ('vzip ask --llm')",
         )
     copy = Tokenizer.from_str(loaded.to_str())
     copy.no_truncation()

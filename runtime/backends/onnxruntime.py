@@ -111,7 +111,7 @@ def open_session(
             cause=(
                 f"memory is short, or it holds what version {onnxruntime.__version__} doesn't know"
             ),
-            cure="update onnxruntime, or export with another --opset",
+            cure="update onnxruntime, or make another with 'vzip export --opset 17'",
         ) from error
     session.disable_fallback()  # a session that failed is not to go on with other providers
     if (active := session.get_providers())[0] != wanted:

@@ -7,7 +7,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vzip.runtime.cli.options import Parser, add_bundle, add_encoder
+from vzip.runtime.cli.options import Parser, add_bundle, add_encoder, refuse_swapped
 from vzip.runtime.console import say, watched
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.llm import DEFAULT_MAX_NEW_TOKENS, TokenSpec, check_max_new_tokens
@@ -82,6 +82,7 @@ def conversation(arguments: argparse.Namespace) -> Conversation:
 
     choice = None if arguments.llm is None else parse(arguments.llm)
     paths: list[Path] = arguments.images
+    refuse_swapped(arguments.bundle, paths)
     video = any(is_video(path) for path in paths)
     frames: list[Image.Image] = []
     if video and arguments.cache is not None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vzip.runtime.cli.options import Parser, add_bundle, add_encoder, add_output
+from vzip.runtime.cli.options import Parser, add_bundle, add_encoder, add_output, refuse_swapped
 from vzip.runtime.console import complain, emit, progress, say
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.files import outputs
@@ -54,6 +54,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     add_encoder(parser)
     arguments = parser.read(argv)
     _check_options(arguments.output, arguments.shard_size)
+    refuse_swapped(arguments.bundle, arguments.images)
     return _encode(arguments)
 
 
@@ -77,7 +78,7 @@ def _encode(arguments: argparse.Namespace) -> int:
     if "image" not in bundle.manifest.media:
         raise InvalidInputError(
             "encode: got images, but this bundle takes video alone",
-            cure="export another with --media image",
+            cure="make another with 'vzip export --media image'",
         )
     files = outputs_of(found.images, output, arguments.shard_size)
     with contextlib.ExitStack() as stack:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NoReturn
@@ -17,6 +18,8 @@ from vzip.runtime.machine import process
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
+
+_MANIFEST = "manifest.json"  # as in a bundle's format; its module takes long to import
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 
@@ -85,22 +88,23 @@ class Parser(argparse.ArgumentParser):
         """Name an option that there is not before argparse asks for what was meant by it."""
         if "-h" in argv or "--help" in argv:
             return
+        known = self._option_string_actions
         for word in argv:
             if word == "--":
                 return
             name = word.partition("=")[0]
-            if not name.startswith("--") or " " in name or name in self._option_string_actions:
+            one_dash = f"-{name}" in known and name not in known  # argparse takes -m and a value
+            if not (name.startswith("--") or one_dash) or " " in name or name in known:
                 continue
             if name in self._renamed:
                 raise InvalidInputError(
                     f"'{self.prog}' has no option {name} any more",
                     cure=f"write {self._renamed[name]}",
                 )
-            known = self._option_string_actions.keys() - {"-h", "--help"}  # are close to --lr
-            close = difflib.get_close_matches(name, sorted(known), n=1)
+            close = f"-{name}" if one_dash else _close(name, known)
             raise InvalidInputError(
                 f"unrecognized arguments: {name}",
-                cure=f"did you mean '{close[0]}'?" if close else self._help(),
+                cure=f"did you mean '{close}'?" if close else self._help(),
             )
 
     def print_help(self, file: SupportsWrite[str] | None = None) -> None:
@@ -116,6 +120,14 @@ class Parser(argparse.ArgumentParser):
 
     def _help(self) -> str:
         return f"'{self.prog} -h' lists the options"
+
+
+def _close(name: str, known: Iterable[str]) -> str | None:
+    """Return the option that a mistyped one was meant for; the dashes make none of them close."""
+    names = sorted(each[2:] for each in known if each.startswith("--"))
+    begun = [each for each in names if each.startswith(name[2:])]
+    found = begun or difflib.get_close_matches(name[2:], names, n=1, cutoff=0.7)
+    return f"--{found[0]}" if found else None
 
 
 def numbers(
@@ -149,6 +161,22 @@ def add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "bundle", metavar="BUNDLE", type=Path, help="the folder that 'vzip export' wrote"
     )
+
+
+def refuse_swapped(bundle: Path, images: Sequence[Path]) -> None:
+    """Name the right order where an image was given first and the bundle after it.
+
+    Raises:
+        InvalidInputError: The bundle is a file, and one of the images is a bundle.
+    """
+    behind = next((each for each in images if os.path.isfile(each / _MANIFEST)), None)  # noqa: PTH113
+    if behind is not None and os.path.isfile(bundle):  # noqa: PTH113  Path's fails on long names
+        raise InvalidInputError(
+            f"the first argument is the file '{bundle}'",
+            expected="the bundle",
+            cause=f"'{behind}' is one",
+            cure="give the bundle first, then the images",
+        )
 
 
 def add_output(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vzip.runtime.cli.asking import tell_if_animated
-from vzip.runtime.cli.options import Parser, add_bundle, add_encoder, add_output
+from vzip.runtime.cli.options import Parser, add_bundle, add_encoder, add_output, refuse_swapped
 from vzip.runtime.console import emit, say
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.files import outputs
@@ -25,6 +25,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     add_output(parser, "FILE.png", "the picture to write")
     arguments = parser.read(argv)
     outputs.check_file(arguments.output, ".png")
+    refuse_swapped(arguments.bundle, [arguments.image])
 
     from vzip.runtime.encoder import VisionEncoder
     from vzip.runtime.pictures.images import load_image

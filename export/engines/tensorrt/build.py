@@ -242,7 +242,7 @@ def _not_taken(bindings: Bindings, parser: Any, messages: _Messages, path: Path)
     return ExportError(
         f"the parser of {bindings} doesn't take {path}: {detail or 'no reason given'}",
         cause="the graph is damaged, or of a newer opset than this TensorRT reads",
-        cure="for TensorRT 8.6 export with --opset 17",
+        cure="for TensorRT 8.6 make it with 'vzip export --opset 17'",
     )
 
 

@@ -614,7 +614,10 @@ def test_an_export_replaces_a_bundle_with_engines_and_forms_of_before(built: Pat
 
     (built / "fastest" / "0123456789abcdef").mkdir(parents=True)
     manifest = read_bundle(built).manifest
-    with bundle_writer(built) as writer:
+    kept = refused(BundleError, got=[f"'{name}'" for name in manifest.engines], cure="--replace")
+    with kept, bundle_writer(built):
+        pytest.fail("an engine was about to go")
+    with bundle_writer(built, replace=True) as writer:
         for name in manifest.files:
             (writer.folder / name).write_bytes((built / name).read_bytes())
         writer.publish(manifest)

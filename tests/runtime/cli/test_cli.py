@@ -325,6 +325,23 @@ def test_a_file_is_no_question_and_a_long_text_is_one(conversation, tmp_path, ca
     assert main(["ask", "b", "a.jpg", f"{'long ' * 2000}?"]) == 0
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["ask", "{image}", "{bundle}", "What is that?"],
+        ["chat", "{image}", "{bundle}"],
+        ["show", "{image}", "{bundle}", "-o", "o.png"],
+        ["encode", "{image}", "{bundle}", "-o", "o.npy"],
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_an_image_before_the_bundle_is_told_the_order(argv, image, capsys):
+    assert main([each.format(image=image, bundle=BUNDLE) for each in argv]) == 2
+    line = one_line(capsys)
+    assert str(image) in line
+    assert f"'{BUNDLE}' is one" in line
+
+
 def test_chat_answers_each_line_as_it_is_made(conversation, monkeypatch):
     monkeypatch.setattr(sys, "stdin", Terminal("one?\n\n  \ntwo? \n三?", terminal=False))
     stdout, stderr = Terminal(terminal=False), Terminal(terminal=False)

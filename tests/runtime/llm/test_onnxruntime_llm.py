@@ -388,7 +388,7 @@ def test_a_placeholder_needs_no_embedding(tmp_path):
 
 def rewritten(bundle: Bundle, folder: Path, change: Callable[[Path], None]) -> Bundle:
     """Return a copy of a bundle, changed, whose manifest has the digests of what is there."""
-    with bundle_writer(folder) as writer:
+    with bundle_writer(folder, replace=True) as writer:
         copy_files(bundle.path, writer.folder, bundle.manifest.files)
         change(writer.folder)
         return writer.publish(bundle.manifest)
@@ -537,6 +537,9 @@ def test_a_package_that_is_absent(plain, package, monkeypatch):
 
 def test_a_bundle_with_an_llm_is_replaced_by_one_without(plain, tmp_path):
     target = rewritten(plain, tmp_path / "x", lambda staged: None).path
+    kept = refused(BundleError, got="the language model", cure="--replace")
+    with kept, bundle_writer(target):
+        pytest.fail("the language model was about to go")
     bundle = rewritten(
         plain, target, lambda staged: [(staged / name).unlink() for name in LLM_FILES] and None
     )
