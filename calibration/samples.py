@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 from vzip.export.pictures.glance import Glance
 from vzip.runtime.bundle.manifest import Manifest
 from vzip.runtime.errors import InvalidInputError, missing
+from vzip.runtime.files.plain import LONGEST_TEXT, NotPlainError, read_plain, read_text
 from vzip.runtime.guard import door
 from vzip.runtime.pictures.images import MAX_ENCODED_BYTES, ImageSource, load_image
 from vzip.runtime.pictures.preprocess import pixel_values, tower_image
@@ -34,6 +36,8 @@ DEMO_IMAGES = 16
 """Scenes that the demo's generator is asked for where no number is given."""
 
 _NAMED = 3  # images that a message names
+
+_LONGEST_PATH = 4096  # characters of a line in a list of images
 
 
 @dataclass(frozen=True)
@@ -326,13 +330,17 @@ def _files(source: str) -> list[tuple[str, Path]]:
             expected=f"a folder, a text file with one path a line, or '{DEMO}'",
             cure="check the path",
         )
-    if path.stat().st_size > MAX_ENCODED_BYTES:
-        raise _no_list(source, "is too large for one")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, LONGEST_TEXT)
     except (OSError, UnicodeDecodeError) as error:
-        raise _no_list(source, "is no readable text") from error
+        large = isinstance(error, OSError) and error.errno == errno.EFBIG
+        raise _no_list(
+            source, "is too large for one" if large else "is no readable text"
+        ) from error
     lines = [line.strip() for line in text.splitlines()]
+    longest = max(map(len, lines), default=0)
+    if longest > _LONGEST_PATH:
+        raise _no_list(source, f"has a line of {longest} characters")
     return [(line, path.parent / line) for line in lines if line and not line.startswith("#")]
 
 
@@ -347,10 +355,8 @@ def _no_list(source: str, why: str) -> InvalidInputError:
 def _read(path: Path) -> bytes:
     """Return a file's bytes; `load_image` then judges them."""
     try:
-        if not path.is_file():
-            raise InvalidInputError("is no file")
-        if (size := path.stat().st_size) > MAX_ENCODED_BYTES:
-            raise InvalidInputError(f"has {size} bytes, more than any image needs")
-        return path.read_bytes()
+        return read_plain(path, MAX_ENCODED_BYTES)
+    except (NotPlainError, FileNotFoundError) as error:
+        raise InvalidInputError("is no file") from error
     except OSError as error:
         raise InvalidInputError(f"can't be read: {error.strerror}") from error

@@ -27,6 +27,7 @@ from vzip.runtime import console
 from vzip.runtime.bundle import manifest as form
 from vzip.runtime.bundle.writer import bundle_writer
 from vzip.runtime.errors import ExportError, InvalidInputError, ParityError, require
+from vzip.runtime.files.plain import open_plain
 from vzip.runtime.guard import door
 from vzip.runtime.models import locate
 
@@ -100,7 +101,7 @@ class WeightSource:
         if self.projector is not None:
             tuned = read_projector(self.projector, weights.config.projector)
             weights = dataclasses.replace(weights, tensors={**weights.tensors, **tuned})
-            with self.projector.open("rb") as file:
+            with open_plain(self.projector) as file:
                 digest = hashlib.sha256(file.read()).hexdigest()
         return weights, form.Model(
             id=model_id,

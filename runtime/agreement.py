@@ -15,6 +15,9 @@ is judged with numpy alone, where it was built.
 
 from __future__ import annotations
 
+import math
+import os
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
@@ -24,6 +27,7 @@ from numpy.typing import NDArray
 
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, REFERENCE_FILE, Manifest
 from vzip.runtime.bundle.precision_record import QUANTISED
+from vzip.runtime.bundle.reader import npy_header
 from vzip.runtime.errors import BundleError, InvalidInputError
 from vzip.runtime.guard import guarded
 
@@ -37,6 +41,7 @@ Run = Callable[[Array], Outputs]
 SCORES: Final = "scores"
 """Beside a graph's outputs: float [b, N], one of each patch, by which the kept ones are chosen."""
 
+_MOST_AXES: Final = 8  # of an array; the product of very many numbers would take long
 _TINY: Final = float(np.finfo(np.float64).tiny)
 
 
@@ -599,24 +604,57 @@ def read_reference(data: Any, manifest: Manifest) -> Reference:
             expected="an archive of numpy arrays",
             cure="export the bundle again",
         ),
-        np.load(data, allow_pickle=False) as arrays,
+        zipfile.ZipFile(data) as archive,
     ):
-        # What is no array in such an archive comes as bytes.
-        found = {name: np.asarray(arrays[name]) for name in arrays.files}
-    count = len(found["input"]) if "input" in found and found["input"].ndim else 0
-    expected = {
+        found = _arrays(archive, data, manifest)
+    return Reference(**found)
+
+
+def _arrays(archive: zipfile.ZipFile, data: Any, manifest: Manifest) -> dict[str, Array]:
+    """Return the arrays of `reference.npz`, each checked before memory is taken for it."""
+    members = {each.filename: each for each in archive.infolist()}
+    room = data.seek(0, os.SEEK_END)
+    headers: dict[str, tuple[tuple[int, ...], np.dtype[Any], int]] = {}
+    for name in ("input", "kept", "scores", "embeds"):
+        member = members.get(f"{name}.npy")
+        if member is None:
+            continue
+        with archive.open(member) as file:
+            shape, dtype = npy_header(file, f"{REFERENCE_FILE}: '{name}'", "an array")  # type: ignore[arg-type]
+            begin = file.tell()
+        # vzip packs nothing; an array that is packed may be of any size.
+        size = math.prod(shape) * dtype.itemsize if len(shape) <= _MOST_AXES else -1
+        packed = member.compress_type != zipfile.ZIP_STORED
+        if packed or begin + size != member.file_size or member.file_size > room:
+            raise BundleError(
+                f"{REFERENCE_FILE} has {member.file_size} {'packed ' * packed}bytes for '{name}', "
+                f"{dtype} {list(shape)}",
+                expected="the bytes of the array as they are",
+                cause="it was made by another tool",
+                cure="export the bundle again",
+            )
+        headers[name] = shape, dtype, begin
+    count = headers["input"][0][0] if "input" in headers and headers["input"][0] else 0
+    expected: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
         "input": ((count, *manifest.input.shape[1:]), (manifest.input.dtype,)),
         "kept": ((count, manifest.selection.dominant), ("int64",)),
         "scores": ((count, manifest.tower.grid[0] * manifest.tower.grid[1]), ("float32",)),
         "embeds": ((count, *manifest.embeds.shape[1:]), ("float32", "float16")),
     }
-    for name, (shape, dtypes) in expected.items():
-        got = found.get(name)
-        if got is None or got.shape != shape or got.dtype.name not in dtypes or not count:
-            shown = "nothing" if got is None else f"{got.dtype} {list(got.shape)}"
+    found = {}
+    for name, (wanted, dtypes) in expected.items():
+        got = headers.get(name)
+        if got is None or got[0] != wanted or got[1].name not in dtypes or not count:
+            shown = "nothing" if got is None else f"{got[1]} {list(got[0])}"
             raise BundleError(
                 f"{REFERENCE_FILE} has {shown} for '{name}'",
-                expected=f"{' or '.join(dtypes)} {[*shape]} of at least one picture",
+                expected=f"{' or '.join(dtypes)} {[*wanted]} of at least one picture",
                 cure="export the bundle again",
             )
-    return Reference(**{name: found[name] for name in expected})
+        shape, dtype, begin = got
+        with archive.open(f"{name}.npy") as file:
+            file.seek(begin)
+            array = np.empty(shape, dtype)
+            array.reshape(-1).view(np.uint8)[:] = np.frombuffer(file.read(), np.uint8)
+        found[name] = array
+    return found

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import numpy as np
 
 from vzip.runtime.errors import InvalidInputError, missing, printable
+from vzip.runtime.files.plain import read_plain, read_text
 from vzip.runtime.guard import door
 from vzip.runtime.pictures.images import MAX_ENCODED_BYTES
 
@@ -28,6 +29,8 @@ DEMO: Final = "demo"
 
 DEMO_SCENES: Final = 4000
 """How many scenes the demo's generator gives where no number is asked for."""
+
+_LONGEST_DATA: Final = 1 << 33  # bytes; LLaVA's own 665,000 records have 1 GB
 
 IMAGE_MARK: Final = "<image>"
 """What stands for the image in LLaVA's JSON, whatever the LLM's placeholder is."""
@@ -143,7 +146,7 @@ class InstructionData:
             )
         self._folder = folder
         try:
-            entries = json.loads(path.read_text(encoding="utf-8"))
+            entries = json.loads(read_text(path, _LONGEST_DATA))
         except OSError as error:
             raise InvalidInputError(
                 f"can't read the data {path} ({error.strerror})",
@@ -177,19 +180,10 @@ class InstructionData:
         """Return an encoded image; see `Data.read`."""
         path = self._folder / image
         try:
-            size = path.stat().st_size
-            if not path.is_file() or size > MAX_ENCODED_BYTES:
-                raise InvalidInputError(
-                    f"the image {image} is no file of at most {MAX_ENCODED_BYTES} bytes",
-                    expected="a picture",
-                )
-            return path.read_bytes()
-        except (OSError, ValueError) as error:
-            if isinstance(error, InvalidInputError):
-                raise
+            return read_plain(path, MAX_ENCODED_BYTES)
+        except OSError as error:
             raise InvalidInputError(
-                f"the image {image} can't be read in {self._folder} "
-                f"({getattr(error, 'strerror', None) or error})",
+                f"the image {image} can't be read in {self._folder} ({error.strerror})",
                 expected="a file",
                 cure="check --images",
             ) from error

@@ -23,6 +23,7 @@ from vzip.export.architecture import needed_tensors
 from vzip.export.graph.traced import Encoder
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.files import codec
+from vzip.runtime.files.plain import read_plain
 from vzip.runtime.pictures.images import load_image
 from vzip.runtime.pictures.preprocess import tower_image
 
@@ -139,8 +140,8 @@ class FeatureStore:
     def get(self, digest: str) -> NDArray[np.float16] | None:
         """Return the features [K, F] of an image, or None if they aren't there or damaged."""
         try:
-            data = self._path(digest).read_bytes()
-        except FileNotFoundError:
+            data = read_plain(self._path(digest), _CHECKSUM + 2 * self._shape[0] * self._shape[1])
+        except OSError:
             return None
         rows, columns = self._shape
         body = memoryview(data)[_CHECKSUM:]

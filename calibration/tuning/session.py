@@ -24,6 +24,7 @@ import torch
 from vzip.calibration.tuning.workers import Workers
 from vzip.runtime.errors import InvalidInputError, VzipError
 from vzip.runtime.files import atomic, locks, outputs
+from vzip.runtime.files.plain import open_plain, read_text
 from vzip.runtime.guard import door
 
 PREFIX: Final = "multi_modal_projector."
@@ -69,7 +70,7 @@ class Session:
             self._lock = _locked(self.folder / _LOCK)
             try:
                 if resume:
-                    self._compare(json.loads(file.read_text(encoding="utf-8")), run)
+                    self._compare(json.loads(read_text(file)), run)
                 else:
                     atomic.replace_file(file, json.dumps(run, indent=1).encode())
             except BaseException:
@@ -109,7 +110,8 @@ class Session:
         if not file.exists():
             return None
         try:
-            state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
+            with open_plain(file) as opened:
+                state: dict[str, Any] = torch.load(opened, map_location=device, weights_only=True)
             found = state["records"]
         except Exception as error:  # a damaged file can end in any of them
             raise InvalidInputError(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vzip.runtime.errors import CheckpointError
+from vzip.runtime.files.plain import open_plain, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +60,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: The file is unreadable, no JSON, or no object.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
     except OSError as error:
         raise CheckpointError(f"can't read {path}: {error.strerror or error}") from error
     except ValueError as error:  # covers wrong JSON and wrong UTF-8
@@ -122,7 +123,7 @@ def _open(path: Path) -> Iterator[Lazy]:
             cure="check the path",
         )
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             start = file.read(len(_LFS_POINTER))
     except OSError as error:
         raise CheckpointError(f"can't read {path}: {error.strerror or error}") from error

@@ -23,10 +23,11 @@ from vzip.runtime.bundle.precision_record import (
     data_file,
     files_of,
 )
-from vzip.runtime.bundle.reader import WAITING_SUFFIX, Bundle, waiting_folder
+from vzip.runtime.bundle.reader import LARGEST_MANIFEST, WAITING_SUFFIX, Bundle, waiting_folder
 from vzip.runtime.bundle.writer import check_unchanged, explaining, file_entry
 from vzip.runtime.errors import BundleError
 from vzip.runtime.files import atomic
+from vzip.runtime.files.plain import read_plain
 
 
 class PrecisionWriter:
@@ -104,7 +105,7 @@ class PrecisionWriter:
                 atomic.replace_file(path, manifest.to_bytes())
             except BaseException:
                 # Flushing the folder may fail after the manifest took its place.
-                if path.read_bytes() != manifest.to_bytes():
+                if read_plain(path, LARGEST_MANIFEST) != manifest.to_bytes():
                     shutil.rmtree(waiting, ignore_errors=True)
                 raise
             settle(bundle.path, manifest, precision)

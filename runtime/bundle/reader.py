@@ -8,10 +8,10 @@ bundle: whoever can write the model can write its digest too, so take bundles fr
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import io
 import os
-import stat
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -44,6 +44,7 @@ from vzip.runtime.bundle.precision_record import (
     graph_file,
 )
 from vzip.runtime.errors import BundleError, InvalidInputError
+from vzip.runtime.files import plain
 from vzip.runtime.guard import door, guarded
 
 if TYPE_CHECKING:
@@ -342,12 +343,12 @@ def open_plain(path: Path) -> BinaryIO:
     Raises:
         BundleError: It is missing, can't be read, or is something else.
     """
-    # NONBLOCK: opening a FIFO must fail below rather than wait for a writer.
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
-        if path.is_symlink():
-            raise not_plain(path, "a symbolic link")
-        descriptor = os.open(path, flags | getattr(os, "O_BINARY", 0))
+        file = plain.open_plain(path, links=False)
+    except plain.NotPlainError as error:
+        link = error.errno == errno.ELOOP
+        found = "a symbolic link" if link else "no plain file (folder, FIFO, device)"
+        raise not_plain(path, found) from error
     except OSError as error:
         raise BundleError(
             f"{path.name} can't be read ({error.strerror})",
@@ -355,12 +356,10 @@ def open_plain(path: Path) -> BinaryIO:
             cause="the bundle is incomplete",
             cure="copy it again with all its files, or export it again",
         ) from error
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-        os.close(descriptor)
-        plain = stat.S_ISREG(status.st_mode)
-        raise not_plain(path, "a hard link" if plain else "no plain file (folder, FIFO, device)")
-    return os.fdopen(descriptor, "rb")
+    if os.fstat(file.fileno()).st_nlink != 1:
+        file.close()
+        raise not_plain(path, "a hard link")
+    return file
 
 
 def waiting_folder(folder: Path, manifest: Manifest, precision: Quantised) -> Path:

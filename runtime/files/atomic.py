@@ -136,11 +136,11 @@ def _make_locked(target: Path) -> tuple[Path, locks.Lock]:
 def _sweep(target: Path) -> None:
     """Remove hidden folders that writers of `target` left when they were killed."""
     for path in target.parent.glob(f".{_escaped(target.name)}.*{TEMPORARY}"):
-        if path.is_symlink() or not path.is_dir():
-            continue
         try:
-            lock = locks.Lock(os.open(path, os.O_RDONLY))
+            lock = locks.on_left(path)
         except OSError:
+            continue  # it is no folder
+        if lock is None:
             continue  # another writer swept it first
         with lock:
             if lock.taken:  # without locks nothing is swept

@@ -7,9 +7,18 @@ takes one decides what that means.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
+
+from vzip.runtime.files import plain
+
+# What POSIX alone has is 0 elsewhere.
+_NO_LINK: Final = getattr(os, "O_NOFOLLOW", 0)
+_NO_WAIT: Final = getattr(os, "O_NONBLOCK", 0)
+_FOLDER: Final = getattr(os, "O_DIRECTORY", 0)
 
 
 class Lock:
@@ -57,24 +66,63 @@ def on_file(path: Path, waiting: Callable[[], object] | None = None) -> Lock:
             wait, see `Lock.taken`.
 
     Raises:
-        OSError: It can't be opened, or is a symbolic link.
+        OSError: It can't be opened; is no plain file, or its folder is a symbolic link.
     """
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-    return Lock(os.open(path, flags, 0o666), waiting)
+    flags = os.O_RDWR | os.O_CREAT | _NO_LINK | _NO_WAIT
+    try:
+        if os.open in os.supports_dir_fd:
+            folder = _open_folder(path.parent)
+            try:
+                descriptor = os.open(path.name, flags, 0o666, dir_fd=folder)
+            finally:
+                os.close(folder)
+        else:
+            descriptor = os.open(path, flags, 0o666)
+    except plain.NotPlainError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # a link, a socket, a folder
+            plain.check_plain(path.lstat(), path)
+        raise
+    try:
+        plain.check_plain(os.fstat(descriptor), path)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return Lock(descriptor, waiting)
 
 
 def on_folder(path: Path) -> Lock:
     """Take the lock of a folder, which is made if it isn't there, without waiting.
 
     Raises:
-        OSError: It can't be made or opened.
+        OSError: It can't be made or opened, or is a symbolic link.
     """
     while True:
         path.mkdir(exist_ok=True)
-        lock = Lock(os.open(path, os.O_RDONLY))
+        lock = Lock(_open_folder(path))
         if lock.taken is False or lock.is_of(path):
             return lock
         lock.close()  # its last user removed it in the moment before it was locked
+
+
+def on_left(path: Path) -> Lock | None:
+    """Take the lock of a folder that somebody left, without waiting; None if it isn't there.
+
+    Raises:
+        OSError: It is no folder, or can't be opened.
+    """
+    try:
+        return Lock(_open_folder(path))
+    except FileNotFoundError:
+        return None
+
+
+def _open_folder(path: Path) -> int:
+    """Open a folder itself: through a link a lock would be made elsewhere."""
+    if path.is_symlink():
+        raise plain.NotPlainError(errno.ELOOP, "its folder is a symbolic link", str(path))
+    return os.open(path, os.O_RDONLY | _FOLDER | _NO_LINK)
 
 
 def _take(descriptor: int, waiting: Callable[[], object] | None) -> bool | None:

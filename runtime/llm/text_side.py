@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from vzip.runtime.errors import CheckpointError, first_line, missing
+from vzip.runtime.files.plain import check_folder_of_plain, read_text
 from vzip.runtime.guard import door
 from vzip.runtime.llm.chat_template import make_prompts
 from vzip.runtime.llm.prompts import KINDS, Kind, Prompts
@@ -162,6 +163,7 @@ class TextFiles:
             raise missing(package, needed_for=f"{name}: tokenizing", extra="export") from error
         folder = fetch(name, model, revision, TEXT_FILES)
         try:
+            check_folder_of_plain(folder)
             config = transformers.AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
@@ -391,4 +393,4 @@ def _ends(folder: Path) -> tuple[int, ...]:
     path = folder / "generation_config.json"
     if not path.is_file():
         return ()
-    return listed_ids(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
+    return listed_ids(json.loads(read_text(path)).get("eos_token_id"))

@@ -31,9 +31,10 @@ picture gives one result, however it comes in.)
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import os
 import re
-import stat
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Union
@@ -43,6 +44,7 @@ import numpy as np
 from PIL import Image
 
 from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.files.plain import NotPlainError, open_plain
 from vzip.runtime.guard import door
 from vzip.runtime.pictures import headers
 from vzip.runtime.pictures.headers import (
@@ -242,26 +244,19 @@ def _from_path(source: str | Path, draft: int | None) -> Image.Image:
         )
     path = Path(source)
     try:
-        # Before opening: opening a named pipe blocks, and a device may never end.
-        status = path.stat()
-        if stat.S_ISDIR(status.st_mode):
-            raise InvalidInputError(
-                f"{name} is a folder",
-                expected="an image file",
-                cure="name one inside it",
-            )
-        if not stat.S_ISREG(status.st_mode):
-            raise InvalidInputError(
-                f"{name} is a device, pipe or socket",
-                expected="an ordinary image file",
-                cure="copy its content into one",
-            )
-        _check_encoded_size(status.st_size, name)
-        with path.open("rb") as file:
+        with open_plain(path) as file:
+            _check_encoded_size(os.fstat(file.fileno()).st_size, name)
             head = file.read(_HEAD)
             _known_format(head, name)
             data = head + file.read(MAX_ENCODED_BYTES)
         _check_encoded_size(len(data), name)  # it may have grown
+    except NotPlainError as error:
+        folder = error.errno == errno.EISDIR
+        raise InvalidInputError(
+            f"{name} is a {'folder' if folder else 'device, pipe or socket'}",
+            expected="an ordinary image file",
+            cure="name one inside it" if folder else "copy its content into one",
+        ) from error
     except FileNotFoundError as error:
         raise InvalidInputError(
             f"{name} does not exist (looked for at {str(path.absolute())!r})",

@@ -38,6 +38,7 @@ film. Where frames change their size, OpenCV gives all of them in the size of th
 
 from __future__ import annotations
 
+import errno
 import importlib
 import re
 import stat
@@ -48,6 +49,7 @@ import numpy as np
 from PIL import Image
 
 from vzip.runtime.errors import InvalidInputError, missing
+from vzip.runtime.files.plain import NotPlainError, open_plain
 from vzip.runtime.guard import door
 from vzip.runtime.pictures.containers import check_container
 from vzip.runtime.pictures.frames import DEFAULT_FRAMES, frame_positions
@@ -154,15 +156,10 @@ def is_video(path: str | Path) -> bool:
     or can't be read is not; neither is an animated GIF, which is an image here.
     """
     try:
-        status = Path(path).stat()
-        if stat.S_ISDIR(status.st_mode):
-            return True
-        if not stat.S_ISREG(status.st_mode):  # opening a named pipe blocks
-            return False
-        with Path(path).open("rb") as file:
+        with open_plain(path) as file:
             head = file.read(_HEAD)
-    except (OSError, ValueError):  # a NUL in the name is a ValueError
-        return False
+    except OSError as error:
+        return isinstance(error, NotPlainError) and error.errno == errno.EISDIR
     return _begins_as_video(head)
 
 
@@ -209,7 +206,7 @@ def _existing(source: str | Path, name: str) -> Path:
         )
     try:
         if stat.S_ISREG(status.st_mode):
-            path.open("rb").close()
+            open_plain(path).close()
     except OSError as error:
         raise _unreadable(name, error) from error
     return path

@@ -9,6 +9,7 @@ encoded again. The folder is trusted as a bundle is: digests find damage, they d
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -20,6 +21,7 @@ from vzip.runtime.bundle.fingerprint import fingerprint
 from vzip.runtime.bundle.precision_record import Quantised
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.files import atomic
+from vzip.runtime.files.plain import NotPlainError, read_plain
 from vzip.runtime.guard import door
 from vzip.runtime.pictures.images import (
     MAX_ENCODED_BYTES,
@@ -264,9 +266,12 @@ def read_image(path: str | os.PathLike[str]) -> bytes:
     """
     path = Path(path)
     try:
-        if path.is_file() and path.stat().st_size <= MAX_ENCODED_BYTES:
-            return path.read_bytes()
+        return read_plain(path, MAX_ENCODED_BYTES)
+    except (NotPlainError, FileNotFoundError):
+        pass
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            load_image(path)
         raise InvalidInputError(
             f"the image '{path}' can't be read: {error.strerror}",
             expected="a readable image file",

@@ -1,9 +1,7 @@
 """Files of compressed tokens, in the safetensors format, read and written without its package.
 
-The format: eight bytes with the length of a header, the header (JSON: for each tensor its dtype,
-shape and place, and one flat object of texts, ``__metadata__``), then the tensors without a gap.
-`docs/tokens.md` says what vzip puts into it. Source: the format's description in the README of
-huggingface/safetensors; `tests/parity/test_token_file_parity.py` holds this module to the package.
+`vzip.runtime.files.tensor_header` says how the format begins, and `docs/tokens.md` what vzip puts
+into it. `tests/parity/test_token_file_parity.py` holds this module to the package.
 """
 
 from __future__ import annotations
@@ -22,6 +20,8 @@ import numpy as np
 
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.files import codec
+from vzip.runtime.files.plain import open_plain
+from vzip.runtime.files.tensor_header import LARGEST_HEADER, METADATA, check_place, read_header
 from vzip.runtime.guard import door
 
 if TYPE_CHECKING:
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 
 FORMAT: Final = "vzip-tokens"
 VERSION: Final = "1"
-LARGEST_HEADER: Final = 100_000_000
-"""Bytes of the header; safetensors itself reads no longer one."""
-
 Dtype = Literal["F32", "F16", "I64"]
 _DTYPES: Final[dict[Dtype, np.dtype[Any]]] = {
     "F32": np.dtype("<f4"),
@@ -41,7 +38,6 @@ _DTYPES: Final[dict[Dtype, np.dtype[Any]]] = {
     "I64": np.dtype("<i8"),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_METADATA: Final = "__metadata__"
 _STAMP: Final = {"format": FORMAT, "version": VERSION}
 _TOKENS, _KEPT = "tokens/", "kept/"
 
@@ -61,7 +57,7 @@ class Origin(codec.Record):
     fingerprint: str
     model: str
     token_order: str
-    hidden_size: int
+    hidden_size: codec.Count
     image_token_id: int
 
 
@@ -188,7 +184,7 @@ def header(origin: Origin, records: Sequence[TokenRecord]) -> bytes:
     tensors: list[tuple[str, Dtype, tuple[int, ...]]]
     tensors = [(_KEPT + each.name, "I64", each.kept) for each in records]
     tensors += [(_TOKENS + each.name, each.dtype, each.shape) for each in records]
-    value: dict[str, object] = {_METADATA: metadata}
+    value: dict[str, object] = {METADATA: metadata}
     place = 0
     for name, dtype, shape in tensors:
         if name in value:
@@ -225,7 +221,7 @@ class TokenFile:
         self._file = file
         self._length = os.fstat(file.fileno()).st_size
         parsed = self._header()
-        self.origin, entries = self._metadata(parsed.pop(_METADATA, None))
+        self.origin, entries = self._metadata(parsed.pop(METADATA, None))
         self._places = self._tensors(parsed)
         self.records = self._records(entries)
 
@@ -243,7 +239,7 @@ class TokenFile:
         """
         path = Path(path)
         try:
-            file = path.open("rb")
+            file = open_plain(path)
         except OSError as error:
             raise InvalidInputError(
                 f"{path}: can't be read ({error.strerror})",
@@ -307,16 +303,10 @@ class TokenFile:
 
     def _header(self) -> dict[str, Any]:
         """Return the header's JSON; the file's position is then that of the first tensor."""
-        length = int.from_bytes(self._file.read(8), "little")
-        if self._length < 10 or not 2 <= length <= min(LARGEST_HEADER, self._length - 8):
-            raise self._malformed(f"its {self._length} bytes are no safetensors file")
-        self._start = 8 + length
         try:
-            value = codec.parse(self._file.read(length))
+            self._start, value = read_header(self._file)
         except ValueError as error:
-            raise self._malformed("its header is no strict JSON") from error
-        if not isinstance(value, dict):
-            raise self._malformed("its header is no object")
+            raise self._malformed(str(error)) from error
         return value
 
     def _metadata(self, found: object) -> tuple[Origin, tuple[_Image, ...]]:
@@ -343,9 +333,14 @@ class TokenFile:
                 entry = codec.read(_Tensor, value)
             except codec.MisfitError as error:
                 raise self._malformed(f"the tensor {name!r} can't be understood") from error
-            begin, end = entry.data_offsets
-            size = math.prod(entry.shape) * _DTYPES[entry.dtype].itemsize
-            if begin != expected or end - begin != size:
+            width = _DTYPES[entry.dtype].itemsize
+            try:
+                begin, end = check_place(
+                    entry.shape, entry.data_offsets, width, self._length - self._start
+                )
+            except ValueError as error:
+                raise self._malformed(f"of the tensor {name!r}, {error}") from error
+            if begin != expected:
                 raise self._malformed(f"the tensor {name!r} doesn't lie where the one before ends")
             found[name], expected = entry, end
         if self._start + expected != self._length:

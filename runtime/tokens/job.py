@@ -22,11 +22,11 @@ import numpy as np
 from vzip.runtime.encoder import EncodedImage
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.files import atomic, locks
+from vzip.runtime.files.tensor_header import LARGEST_HEADER
 from vzip.runtime.guard import door
 from vzip.runtime.pictures.images import FORMATS, format_of
 from vzip.runtime.tokens.cache import TokenCache, image_digest, read_image
 from vzip.runtime.tokens.file import (
-    LARGEST_HEADER,
     ImageTokens,
     Origin,
     TokenFile,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import tracemalloc
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -327,8 +329,62 @@ def test_no_archive(content: bytes, manifest: Manifest) -> None:
 
 def test_pickles_are_not_read(reference: Reference, manifest: Manifest) -> None:
     arrays = {**vars(reference), "kept": np.array([object()], dtype=object)}
-    with refused(BundleError, cause="allow_pickle", expected="archive"):
+    with refused(BundleError, got=("'kept'", "object [1]"), cause="another tool"):
         read_reference(archive(**arrays), manifest)
+
+
+def member(shape: str, data: bytes = b"", *, packed: bool = False, said: int | None = None):
+    """A `reference.npz` whose array of kept tokens has a header of its own."""
+
+    def make(reference: Reference) -> io.BytesIO:
+        header = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+        npy = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+        made = io.BytesIO()
+        with zipfile.ZipFile(made, "w") as zipped:
+            for name, array in vars(reference).items():
+                whole = io.BytesIO()
+                np.save(whole, array)
+                kept = name == "kept"
+                form = zipfile.ZIP_DEFLATED if packed and kept else zipfile.ZIP_STORED
+                zipped.writestr(f"{name}.npy", npy if kept else whole.getvalue(), form)
+        content = made.getvalue()
+        if said is not None:  # both places that say how long it is
+            content = content.replace(len(npy).to_bytes(4, "little"), said.to_bytes(4, "little"))
+        return io.BytesIO(content)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        member("(5, 4)", bytes(160), packed=True),
+        member("(2**31, 4)"),
+        member(f"({10**15}, 4)"),
+        member(f"({'9' * 1000}, 4)"),
+        member("(-5, 4)", bytes(160)),
+        member("(5, 4)", bytes(152)),
+        member("(5, 4)", bytes(168)),
+        member("(" + "2, " * 2000 + ")"),
+        member("(" + "(" * 500 + ")" * 500 + ",)"),
+        member("(5, 4)", bytes(160), said=2**31),
+        member("(5, 4)", bytes(160), packed=True, said=2**31),
+        member("(True, 4)", bytes(32)),
+    ],
+)
+def test_sizes_are_checked_before_memory_is_taken(
+    make: Any, reference: Reference, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    empty = np.empty
+    monkeypatch.setattr(np, "empty", lambda *a, **k: made.append(1) or empty(*a, **k))
+    data = make(reference)
+    tracemalloc.start()
+    with refused(BundleError, got="reference.npz", cure="export the bundle again"):
+        read_reference(data, manifest)
+    assert tracemalloc.get_traced_memory()[1] < 2**21
+    tracemalloc.stop()
+    assert len(made) <= 1  # the pictures, whose sizes were right
 
 
 # What export writes

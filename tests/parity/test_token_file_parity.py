@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.numpy import load, load_file, save_file
 
 from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.files.tensor_header import LARGEST_HEADER
 from vzip.runtime.tokens.file import (
-    LARGEST_HEADER,
     ImageTokens,
     Origin,
     TokenFile,

@@ -41,6 +41,7 @@ from vzip.runtime.bundle.writer import add_engine
 from vzip.runtime.errors import BackendError, BundleError, ParityError
 from vzip.runtime.files import atomic
 from vzip.runtime.files.codec import Scalar
+from vzip.runtime.files.plain import read_plain
 from vzip.runtime.machine import sensors
 
 Keep = Callable[[Bundle, EngineRecord, memoryview], Mapping[str, Scalar] | None]
@@ -270,11 +271,11 @@ def _read_cache(path: Path, say: Say) -> bytes:
     """Return the timing cache; nothing where there is none or none that can be read."""
     if not os.path.lexists(path):
         return b""
-    if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST_CACHE:
-        say(f"warning: {path} is no plain file of a timing cache's size and is ignored")
+    if path.is_symlink():
+        say(f"warning: {path} is a symbolic link and is ignored")
         return b""
     try:
-        return path.read_bytes()
+        return read_plain(path, LARGEST_CACHE)
     except OSError as error:
         say(f"warning: {path} can't be read ({error.strerror}) and is ignored")
         return b""

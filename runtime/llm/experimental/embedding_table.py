@@ -5,7 +5,7 @@ No weight is read but the rows that a prompt needs.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from vzip.runtime.errors import CheckpointError, first_line
+from vzip.runtime.files import codec
+from vzip.runtime.files.plain import LONGEST_TEXT, open_plain, read_plain
+from vzip.runtime.files.tensor_header import check_place, read_header
 from vzip.runtime.guard import door
 from vzip.runtime.llm.text_side import TextCheckpoint, fetch
 
@@ -24,7 +27,6 @@ _INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"
 # In every layout of transformers, old and new, the LLM's table is the only tensor of this name.
 _TABLE: Final = "embed_tokens.weight"
-_LONGEST_HEADER: Final = 100_000_000  # bytes; safetensors itself reads no longer one
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class EmbeddingTable:
     def of(cls, checkpoint: TextCheckpoint) -> EmbeddingTable:
         """Find and map the table of a checkpoint; its rows are read as they are asked for.
 
-        `vzip.runtime.tokens.file` describes safetensors' format. The package safetensors gives
+        `vzip.runtime.files.tensor_header` describes the format. The package safetensors gives
         numpy no bfloat16 and reads a tensor whole.
 
         Raises:
@@ -52,14 +54,14 @@ class EmbeddingTable:
         path = _file_of(checkpoint)
         dtypes = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
         try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length) if length < _LONGEST_HEADER else b"")
-            ((_, entry),) = (each for each in header.items() if each[0].endswith(_TABLE))
-            dtype, (rows, width) = dtypes[entry["dtype"]], entry["shape"]
-            raw = np.memmap(
-                path, dtype, "r", 8 + length + entry["data_offsets"][0], (int(rows), int(width))
-            )
+            with open_plain(path) as file:
+                start, header = read_header(file)
+                ((_, entry),) = (each for each in header.items() if each[0].endswith(_TABLE))
+                dtype, shape = np.dtype(dtypes[entry["dtype"]]), entry["shape"]
+                room = os.fstat(file.fileno()).st_size - start
+                begin, _ = check_place(shape, entry["data_offsets"], dtype.itemsize, room)
+                rows, width = shape
+                raw = np.memmap(file, dtype, "r", start + begin, (rows, width))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise _damaged(
                 checkpoint,
@@ -90,9 +92,9 @@ def _file_of(checkpoint: TextCheckpoint) -> Path:
     index = folder / _INDEX
     if index.is_file():
         try:
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            listed = codec.parse(read_plain(index, LONGEST_TEXT))["weight_map"]
             found = {str(f) for name, f in listed.items() if name.endswith(_TABLE)}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise _damaged(checkpoint, index, "is no index of tensors") from error
         if len(found) != 1:
             raise _damaged(

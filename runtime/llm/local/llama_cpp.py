@@ -26,6 +26,7 @@ from vzip.runtime.errors import (
     InvalidInputError,
 )
 from vzip.runtime.files import codec
+from vzip.runtime.files.plain import open_plain
 from vzip.runtime.guard import door
 from vzip.runtime.llm.conversation import GreedyLLM
 from vzip.runtime.llm.local.gguf_model import (
@@ -330,7 +331,7 @@ def open_for(where: str, bundle: Bundle, *, threads: int | None = None) -> Llama
 def _check_file(path: Path) -> None:
     """Refuse what is no GGUF."""
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             start = file.read(len(_MAGIC))
     except OSError as error:
         raise CheckpointError(

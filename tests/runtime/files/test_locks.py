@@ -8,17 +8,24 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from vzip.runtime.files import locks
+from tests.refusals import refused
+from vzip.export.engines.published import build_lock
+from vzip.runtime.errors import BundleError
+from vzip.runtime.files import locks, plain
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from vzip.runtime.files import locks
+from tests.refusals import refused
+from vzip.export.engines.published import build_lock
+from vzip.runtime.errors import BundleError
+from vzip.runtime.files import locks, plain
 lock = getattr(locks, sys.argv[1])(Path(sys.argv[2]))
 print(lock.taken, flush=True)
 time.sleep(60)
@@ -89,5 +96,65 @@ def test_a_folder_that_was_removed_before_it_was_locked(tmp_path, monkeypatch):
 
 def test_a_link_is_no_file_to_lock(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match="symbolic"):
+    with pytest.raises(plain.NotPlainError, match="symbolic link"):
         locks.on_file(tmp_path / "link")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_no_lock_is_made_through_a_linked_folder(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere")
+    for take in (
+        lambda: locks.on_file(tmp_path / "link" / "lock"),
+        lambda: locks.on_folder(tmp_path / "link"),
+        lambda: locks.on_left(tmp_path / "link"),
+    ):
+        with pytest.raises(plain.NotPlainError, match="symbolic link"):
+            take()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    # A link further up is the user's own way to name a folder.
+    (tmp_path / "elsewhere" / "own").mkdir()
+    with locks.on_file(tmp_path / "link" / "own" / "lock") as lock:
+        assert lock.taken is True
+
+
+def test_a_folder_that_becomes_a_link_meanwhile(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "folder").symlink_to("elsewhere")
+    monkeypatch.setattr(Path, "is_symlink", lambda _: False)  # it was none when it was looked at
+    for take in (
+        lambda: locks.on_file(tmp_path / "folder" / "lock"),
+        lambda: locks.on_folder(tmp_path / "folder"),
+    ):
+        with pytest.raises(OSError, match=r"Not a directory|symbolic"):
+            take()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_folder_that_nobody_left(tmp_path):
+    assert locks.on_left(tmp_path / "gone") is None
+
+
+def test_a_folder_that_can_not_be_written(tmp_path, monkeypatch):
+    really = os.open
+
+    def refuse(path, flags, *rest, **more):
+        if flags & os.O_CREAT:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+        return really(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    before = len([*Path("/proc/self/fd").iterdir()])
+    with pytest.raises(OSError, match="Read-only"):
+        locks.on_file(tmp_path / "lock")
+    assert len([*Path("/proc/self/fd").iterdir()]) == before
+
+
+def test_a_bundle_whose_folder_of_engines_leads_elsewhere(tmp_path):
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "bundle" / "engines").symlink_to(tmp_path / "elsewhere")
+    bundle = types.SimpleNamespace(path=tmp_path / "bundle")
+    with refused(BundleError, got="symbolic link"), build_lock(bundle, print):
+        pass
+    assert list((tmp_path / "elsewhere").iterdir()) == []
