@@ -8,10 +8,11 @@ dead one left behind from what a living one is working on.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from vzip.runtime.files import locks
 
@@ -99,17 +100,34 @@ def replace_file(path: Path, data: bytes | memoryview) -> None:
 def try_file(path: Path) -> None:
     """Write what `replace_file` would write at first, a few kilobytes of it, and remove it again.
 
+    Where the system can, the file never has a name, so that who is killed leaves none behind.
+
     Raises:
         OSError: A file of that name can't be written now; nothing is left.
     """
     temporary = _hidden(path, TEMPORARY)
+    with contextlib.suppress(FileNotFoundError):
+        temporary.lstat()  # of a name that is too long says so
+    try:
+        nameless = os.open(path.parent, os.O_RDWR | os.O_TMPFILE, 0o600)
+    except (AttributeError, OSError):
+        pass  # neither every system nor every file system has them
+    else:
+        with os.fdopen(nameless, "wb") as file:
+            _fill(file)
+        return
     try:
         with temporary.open("xb") as file:
-            file.write(bytes(_TRIED))
-            file.flush()
-            os.fsync(file.fileno())
+            _fill(file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _fill(file: BinaryIO) -> None:
+    """Write a few kilobytes to the disk."""
+    file.write(bytes(_TRIED))
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def is_temporary(path: Path) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.files.plain import open_plain
 
 _MOST_BOXES = 2**22  # of a file that are looked at, one after the other
 _MOST_HEADER = 2**26  # bytes of a packed QuickTime header, unpacked
@@ -43,7 +44,7 @@ def is_whole(path: Path) -> bool | None:
         got to say it.
     """
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         head = file.read(12)
         if head.startswith(_MATROSKA):
             ends = _elements(file, size)
@@ -69,7 +70,7 @@ def check_container(path: Path, name: str) -> None:
             memory; or it is several files, one after the other, of which readers see the first.
     """
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         head = file.read(12)
         if _begins_with_box(head):
             parts = _check_movie(file, size, name)

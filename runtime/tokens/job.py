@@ -22,6 +22,7 @@ import numpy as np
 from vzip.runtime.encoder import EncodedImage
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.files import atomic, locks
+from vzip.runtime.files.plain import open_plain
 from vzip.runtime.files.tensor_header import LARGEST_HEADER
 from vzip.runtime.guard import door
 from vzip.runtime.pictures.images import FORMATS, format_of
@@ -465,7 +466,7 @@ def _may_be_image(path: Path) -> bool:
     if path.suffix.lower() in _SUFFIXES or not path.is_file():
         return True
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             return format_of(file.read(12)) is not None
     except OSError:
         return True  # reading it says what is wrong
