@@ -34,7 +34,7 @@ def check(
 
     Args:
         bundle: The folder.
-        images: Pictures to compare on; None takes vzip's own.
+        images: Pictures to compare on, arrays red first; None takes vzip's own.
         projector: The file with the tuned projector, if the bundle was made with one.
         say: Told, in a line, which limits were missed and by what, if any was; and of pictures
             that prove little.

@@ -229,9 +229,12 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _png(data: bytes, name: str) -> Shape:
-    """Count a PNG's chunks, and see how large its packed texts become."""
-    packed = 0
+    """Count a PNG's chunks up to its second frame, and see how large its packed texts become."""
+    packed, animated, shown = 0, is_animated("PNG", data), False
     for place, (chunk, start, end) in enumerate(_chunks(data)):
+        shown |= chunk == b"IDAT"
+        if shown and animated and chunk == b"fcTL":  # of the next: nobody reads on
+            break
         if place == MAX_BLOCKS:
             too_many(name, f"more than {MAX_BLOCKS} chunks", f"at most {MAX_BLOCKS} in a PNG")
         if chunk in _PACKED:

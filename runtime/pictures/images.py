@@ -377,16 +377,21 @@ def _check_undecoded(image: Image.Image, name: str) -> None:
     if not tiles or file is None:
         return
     codec, _, offset, _ = tiles[0]
-    areas = sum(max(0, (x1 - x0) * (y1 - y0)) for _, (x0, y0, x1, y1), _, _ in tiles)
+    areas = 0
+    for _, (left, top, right, bottom), *_ in tiles:
+        wide, high = min(right, image.width) - left, min(bottom, image.height) - top
+        areas += max(0, wide) * max(0, high)
     if len(tiles) > MAX_BLOCKS or areas > 8 * image.width * image.height:  # a layer for each band
         too_many(name, f"{len(tiles)} tiles or strips", f"at most {MAX_BLOCKS}, each pixel in one")
-    if codec != "jpeg" or getattr(image, "decoderconfig", None) is None:
+    kind = {"jpeg": "JPEG", "zip": "PNG", "bmp_rle": "BMP"}.get(codec)
+    if kind is None or image.format not in (kind, "MPO"):
         return
     place = file.tell()
-    file.seek(offset)
+    file.seek(offset if kind == "JPEG" else 0)  # of several pictures in a file, the current
     data = file.read(MAX_ENCODED_BYTES + 1)
     file.seek(place)
-    check_scans(check_blocks("JPEG", data, name).scans, image.width, image.height, name)
+    shape = check_blocks(kind, data, name)
+    check_scans(shape.scans, image.width, image.height, name)
 
 
 def _finish(image: Image.Image, name: str) -> Image.Image:

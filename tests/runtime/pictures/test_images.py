@@ -629,6 +629,17 @@ def test_blocks_are_counted_before_decoding(
     rejected(made, got=got, expected="at most", cause="busy")
 
 
+def test_blocks_behind_the_pixels_of_a_lazy_image_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = with_chunk(chunk(b"teSt") * 2**17, behind=True)
+    lazy = Image.open(io.BytesIO(data))
+    large = Image.open(io.BytesIO(with_chunk(chunk(b"zTXt", b"a\0\0" + LARGE), behind=True)))
+    never_decoded(monkeypatch)
+    rejected(lazy, got="131072 chunks")
+    rejected(large, got="zTXt 'a'")
+
+
 def jpeg_ahead(added: bytes) -> bytes:
     data = encoded(Image.fromarray(noise()), "JPEG")
     return data[:2] + added + data[2:]
@@ -699,12 +710,19 @@ def test_strips_of_a_lazy_tiff_are_bounded() -> None:
 
 def test_many_frames_cost_nothing() -> None:
     frames = [Image.new("RGB", (2, 2), (10, index, 0)) for index in range(3)]
-    data = encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
-    start = data.index(b"ANMF")
-    end = start + 8 + int.from_bytes(data[start + 4 : start + 8], "little")
-    data = data[:start] + data[start : end + end % 2] * 100_000
-    data = data[:4] + struct.pack("<I", len(data) - 8) + data[8:]
-    assert load_image(data).getpixel((0, 0)) == (10, 0, 0)
+    webp = encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    start = webp.index(b"ANMF")
+    end = start + 8 + int.from_bytes(webp[start + 4 : start + 8], "little")
+    webp = webp[:start] + webp[start : end + end % 2] * 100_000
+    webp = webp[:4] + struct.pack("<I", len(webp) - 8) + webp[8:]
+    png = encoded(frames[0], "PNG", save_all=True, append_images=frames[1:])
+    start = png.rindex(b"fcTL") - 4  # of the last frame
+    png = png[:start] + png[start:-12] * 100_000 + png[-12:]
+    gif = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    start = gif.rindex(b"!\xf9")
+    gif = gif[:start] + gif[start:-1] * 100_000 + gif[-1:]
+    for data in (webp, png, gif):
+        assert load_image(data).getpixel((0, 0)) == (10, 0, 0)
 
 
 # ---- threads -------------------------------------------------------------------------------------
@@ -857,7 +875,7 @@ def test_whether_an_image_is_animated(name: str, options: dict[str, Any], tmp_pa
         path.write_bytes(encoded(frames[0], name, **options, **more))
         assert is_animated(path) is (count > 1)
         data = path.read_bytes()
-        for length in range(0, len(data), 7):
+        for length in range(0, len(data), 101):
             path.write_bytes(data[:length])
             assert is_animated(path) in (True, False)
     frames[0].save(path, "MPO", save_all=True, append_images=frames[1:])
