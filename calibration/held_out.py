@@ -13,16 +13,18 @@ import torch
 from numpy.typing import NDArray
 
 from vzip.calibration.demo import accuracy, dialogue
+from vzip.calibration.demo.digits import require_digits
 from vzip.export.algorithm import visionzip
 from vzip.export.algorithm.budget import Budget
 from vzip.runtime import demo
 from vzip.runtime.console import loading_quietly
-from vzip.runtime.errors import missing
 
 SEED: Final = 90210
 """Of the scenes: one that training never saw, that of `benchmarks/demo_accuracy.py`."""
 
 SCENES: Final = 150
+
+NEEDED_FOR: Final = "the accuracy on the demo's questions"
 
 Array = NDArray[Any]
 
@@ -57,10 +59,7 @@ class DemoQuestions:
     """
 
     def __init__(self, seed: int = SEED, scenes: int = SCENES) -> None:
-        try:
-            import sklearn  # noqa: F401 - the digits are its data
-        except ImportError as error:
-            raise missing("sklearn", needed_for="the demo's questions", extra="demo") from error
+        require_digits(NEEDED_FOR)
         import transformers
 
         folder = demo.checkpoint()

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from vzip.calibration.demo.digits import lacking, require_digits
 from vzip.export.pictures.glance import Glance
 from vzip.runtime.bundle.manifest import Manifest
-from vzip.runtime.errors import InvalidInputError, missing
+from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.files.plain import LONGEST_TEXT, NotPlainError, read_plain, read_text
 from vzip.runtime.guard import door
 from vzip.runtime.pictures.images import MAX_ENCODED_BYTES, ImageSource, load_image
@@ -91,7 +93,15 @@ class Samples(Sequence[Sample]):
 
     @classmethod
     @door(InvalidInputError, "the images '{source}' can't be read", cure="check the path")
-    def open(cls, source: str, *, count: int | None, seed: int = 0) -> Samples:
+    def open(
+        cls,
+        source: str,
+        *,
+        count: int | None,
+        seed: int = 0,
+        shuffled: bool = True,
+        written: Collection[Path] = (),
+    ) -> Samples:
         """Find, read and hash images.
 
         Args:
@@ -100,6 +110,9 @@ class Samples(Sequence[Sample]):
                 lines and those that begin with # are passed over. Or ``demo``.
             count: How many; None for all there are. The demo has no end and needs a number.
             seed: Which of them, and in which order.
+            shuffled: Whether the seed says that; otherwise they are the first, in their order: by
+                name in a folder, as they stand in a list.
+            written: Files that the caller will write: those of an earlier run are no images.
 
         Returns:
             The samples; each was decoded once.
@@ -122,8 +135,11 @@ class Samples(Sequence[Sample]):
             )
         if source == DEMO:
             return cls._demo(count, seed)
-        files = _files(source)
-        order = np.random.default_rng(seed).permutation(len(files))
+        results = {os.path.abspath(path) for path in written}  # noqa: PTH100  links stay
+        files = [each for each in _files(source) if os.path.abspath(each[1]) not in results]  # noqa: PTH100
+        order = list(range(len(files)))
+        if shuffled:
+            order = np.random.default_rng(seed).permutation(len(files)).tolist()
         found: dict[str, Sample] = {}
         left_out = []
         for place in order:
@@ -162,10 +178,7 @@ class Samples(Sequence[Sample]):
                 cause="the generator has no end",
                 cure="give --count",
             )
-        try:
-            import sklearn  # noqa: F401 - the digits are its data
-        except ImportError as error:
-            raise missing("sklearn", needed_for="the demo's generator", extra="demo") from error
+        require_digits("the demo's generator")
         images = []
         for number in range(count):
             paint = _Painter(seed, number)
@@ -245,7 +258,13 @@ class Samples(Sequence[Sample]):
 
 @door(InvalidInputError, "the images '{source}' can't be read", cure="check the path")
 def images_of(
-    source: str | None, *, model: str, count: int | None, say: Callable[[str], None]
+    source: str | None,
+    *,
+    model: str,
+    count: int | None,
+    say: Callable[[str], None],
+    shuffled: bool = True,
+    written: Collection[Path] = (),
 ) -> tuple[str, list[tuple[str, Callable[[], ImageSource]]]]:
     """Return images for a command that need not be given any.
 
@@ -256,20 +275,34 @@ def images_of(
         count: How many; None for all, and for `DEMO_IMAGES` of the demo's generator, which has no
             end.
         say: Told what is left out.
+        shuffled: As `Samples.open` takes it.
+        written: As `Samples.open` takes it.
 
     Returns:
-        What the images are, and each one's name and reader.
+        What the images are, without the folders that they lie in; and each one's name and reader.
 
     Raises:
         InvalidInputError: As `Samples.open`.
     """
     if source is None and model == DEMO:
+        error = lacking("the demo's generator")
+        if error is not None:
+            from vzip.runtime import demo
+
+            say(f"warning: the demo's own pictures are taken, since {error}")
+            pictures = sorted(demo.pictures().glob("*.jpg"))
+            return "the demo's pictures", [(p.name, _opened(p)) for p in pictures[:count]]
         source = DEMO
     if source is None:
         from vzip.export.pictures import reference_images
 
         return "vzip's own photographs", [(p.name, _opened(p)) for p in reference_images()]
-    samples = Samples.open(source, count=DEMO_IMAGES if source == DEMO and count is None else count)
+    samples = Samples.open(
+        source,
+        count=DEMO_IMAGES if source == DEMO and count is None else count,
+        shuffled=shuffled,
+        written=written,
+    )
     if samples.left_out:
         say(samples.describe_left_out())
     if flat := [each for each in samples if each.glance.flat]:
@@ -277,7 +310,9 @@ def images_of(
             f"warning: {len(flat)} of {len(samples)} images {are(len(flat))} flat, one colour all "
             f"over, such as {flat[0].name}: what is measured on them says nothing of others"
         )
-    return f"{source}, SHA-256 {samples.digest[:16]}", [(each.name, each.read) for each in samples]
+    # The page may go to others, whom the names of the user's folders are nothing to.
+    name = Path(os.path.abspath(source)).name  # noqa: PTH100
+    return f"{name}, SHA-256 {samples.digest[:16]}", [(each.name, each.read) for each in samples]
 
 
 def _opened(path: Path) -> Callable[[], ImageSource]:

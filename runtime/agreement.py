@@ -432,13 +432,45 @@ LLM_LOGITS: Final[Mapping[str, Limits]] = {
 }
 
 
-def parity_shown(parity: Mapping[str, object]) -> str:
-    """Return the numbers of a manifest's ``parity`` that its gate judges, in a few words."""
-    return ", ".join(
-        f"{name.replace('_', ' ')} {value:.6g}"
-        for name in ("kept_disagreements", "group_disagreements", "min_cosine", "max_error")
-        if isinstance(value := parity.get(name), (int, float))
+def missed_limits(parity: Mapping[str, object], manifest: Manifest) -> dict[str, str]:
+    """Return which numbers of a manifest's ``parity`` miss its gate, each with its limit in words.
+
+    Args:
+        parity: As `vzip check` records it; numbers that it lacks miss nothing.
+        manifest: Of the bundle.
+    """
+    gate, selection = GRAPH[manifest.precision], manifest.selection
+    images = _number(parity, "images") or 1
+    merged = manifest.tower.tokens - selection.tokens
+    found = {}
+    for name, limit, made in (
+        ("kept_disagreements", gate.disagreements, selection.dominant),
+        ("group_disagreements", gate.disagreements, merged),
+    ):
+        value = _number(parity, name)
+        if value is not None and limit is not None and value > limit * images * max(1, made):
+            found[name] = f"expected at most {limit * images * made:.6g}"
+    lowest, error = _number(parity, "min_cosine"), _number(parity, "max_error")
+    if lowest is not None and gate.every.lowest is not None and not lowest >= gate.every.lowest:
+        found["min_cosine"] = f"expected at least {gate.every.lowest}"
+    # −1 stands for what isn't finite.
+    if error is not None and gate.every.error is not None and not 0 <= error <= gate.every.error:
+        found["max_error"] = f"expected at most {gate.every.error}"
+    return found
+
+
+def missed_shown(parity: Mapping[str, object], manifest: Manifest) -> str:
+    """Return what `missed_limits` finds, in words: each number and its limit."""
+    missed = missed_limits(parity, manifest)
+    return "; ".join(
+        f"{name.replace('_', ' ')} {_number(parity, name):.6g}, {limit}"
+        for name, limit in missed.items()
     )
+
+
+def _number(parity: Mapping[str, object], name: str) -> float | None:
+    value = parity.get(name)
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 # A run beside the reference of its bundle

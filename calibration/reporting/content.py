@@ -17,8 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vzip.calibration.reporting import MOST_IMAGES
 from vzip.export.checkpoint.reader import Checkpoint
 from vzip.export.defaults import FRAMES
+from vzip.export.pages.rendering import mailable
 from vzip.export.plan.llm_cost import LlmShape, llm_shape
 from vzip.runtime.agreement import Agreement, compare
 from vzip.runtime.bundle.manifest import DATA_FILE, EMBEDS, KEPT, MODEL_FILE, Manifest
@@ -34,15 +36,13 @@ from vzip.runtime.pictures.images import ImageSource, load_image
 from vzip.runtime.pictures.overlay import overlay
 from vzip.runtime.pictures.preprocess import pixel_values, tower_image
 from vzip.runtime.pictures.tiles import cut
+from vzip.runtime.wording import counted
 
 Array = NDArray[Any]
 Say = Callable[[str], None]
 
 BACKEND: Final = "onnxruntime"
 """One backend, on the CPU: every precision runs there, or the report says why not."""
-
-MOST_IMAGES: Final = 12
-"""Images that a report shows at most: each is a picture per precision in the page."""
 
 TEXT_TOKENS: Final = 64
 
@@ -168,6 +168,7 @@ class Content:
         batch: Images of one timed call.
         questions: What the accuracy was asked with, and its share and error with all tokens; None
             where there is no accuracy.
+        unasked: Why there is none.
         savings: Or why they aren't known.
         machine: Where latency was measured.
     """
@@ -181,6 +182,7 @@ class Content:
     questions: tuple[Mapping[str, int], tuple[float, float]] | None
     savings: Savings | str
     machine: Mapping[str, Any]
+    unasked: str = "only the demo model, with its own weights, comes with questions to answer"
 
 
 def gather(
@@ -188,6 +190,7 @@ def gather(
     images: Sequence[tuple[str, Callable[[], ImageSource]]],
     *,
     source: str,
+    unasked: str = "",
     step: Say,
 ) -> Content:
     """Run every precision of a bundle on images, and look up the rest.
@@ -196,6 +199,7 @@ def gather(
         bundle: The bundle.
         images: Name of each, and what gives it: 1 to `MOST_IMAGES`.
         source: What they are, for the record.
+        unasked: Why the demo model can't be asked its questions here; empty if it can.
         step: Told what begins.
 
     Raises:
@@ -212,6 +216,7 @@ def gather(
         )
     manifest = bundle.manifest
     loaded = [(name, load_image(read())) for name, read in images]
+    savings = _savings(manifest, [image for _, image in loaded])
     names: list[Quantised] = list(manifest.precisions)
     calibrations: dict[str, Calibration | None] = {
         name: _calibration(bundle, name) for name in names
@@ -223,7 +228,7 @@ def gather(
         }
         tokens: dict[str, list[CompressedTokens]] = {}
         for name in (manifest.precision, *names):
-            step(f"encoding {len(loaded)} images in {name}")
+            step(f"encoding {counted(len(loaded), 'image')} in {name}")
             try:
                 if name not in encoders:
                     opened = VisionEncoder.open(bundle, BACKEND, precision=name)
@@ -232,12 +237,12 @@ def gather(
             except BackendError as error:
                 if name == manifest.precision:
                     raise
-                unusable[name] = str(error)
+                unusable[name] = mailable(str(error), str(bundle.path))
         running = {name: encoders[name] for name in tokens}
         shown = _shown(loaded, tokens, manifest)
         step("timing")
         timings = _timings(running, loaded, manifest)
-        accuracies, questions = _accuracies(running, manifest, step)
+        accuracies, questions = ({}, None) if unasked else _accuracies(running, manifest, step)
     own = [_outputs(each) for each in tokens[manifest.precision]]
     graphs = []
     for name in (manifest.precision, *names):
@@ -263,8 +268,9 @@ def gather(
         source=source,
         batch=_call_size(manifest),
         questions=questions,
-        savings=_savings(manifest, [image for _, image in loaded]),
+        savings=savings,
         machine=machine(),
+        **({"unasked": unasked} if unasked else {}),
     )
 
 
@@ -365,7 +371,8 @@ def _savings(manifest: Manifest, images: Sequence[Image.Image]) -> Savings | str
         checkpoint = Checkpoint.open(manifest.model.id, revision=manifest.model.revision)
         llm = llm_shape(checkpoint.config)
     except CheckpointError as error:
-        return f"The language model's sizes can't be read here: {error}"
+        said = mailable(str(error), manifest.model.id)
+        return f"The language model's sizes can't be read here: {said}"
     unit, units = "image", 1
     if manifest.tiling is not None:
         tiling, prep = manifest.tiling, manifest.preprocessing

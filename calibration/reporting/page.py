@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import datetime, timezone
+from pathlib import Path
 
 from vzip.calibration.reporting.content import Content, Graph, LayerRow, Savings
-from vzip.export.pages.rendering import bar, code, digits, render, size
+from vzip.export.pages.rendering import bar, code, digits, mailable, missed, render, size
+from vzip.runtime.agreement import missed_limits, missed_shown
+from vzip.runtime.wording import counted
 
 Cells = tuple[str, ...]
 
@@ -22,7 +25,7 @@ def page(content: Content) -> str:
     return render(
         __package__,
         "report.jinja",
-        title=f"{manifest.model.id}, {manifest.selection.tokens} tokens",
+        title=f"{_model(content)}, {counted(manifest.selection.tokens, 'token')}",
         content=content,
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         tiles=list(_tiles(content)),
@@ -30,11 +33,9 @@ def page(content: Content) -> str:
         files=[
             (name, size(each.bytes), code(each.sha256)) for name, each in manifest.files.items()
         ],
-        parity=[
-            (name.replace("_", " "), f"{value:.9g}" if isinstance(value, float) else str(value))
-            for name, value in (manifest.parity or {}).items()
-            if name != "passed"
-        ],
+        parity=_parity(content),
+        missed=_missed(content),
+        short=_short,
         precisions=[_precision(graph) for graph in content.graphs],
         effects=lambda graph: _effects(graph, own),
         latency=_latency(content),
@@ -46,8 +47,7 @@ def page(content: Content) -> str:
 def _tiles(content: Content) -> Iterator[Cells]:
     """Yield the numbers at the top of the page, each with what it is."""
     manifest, own = content.manifest, content.graphs[0]
-    rows, columns = manifest.tower.grid
-    yield f"{manifest.selection.tokens} of {rows * columns}", "tokens"
+    yield f"{manifest.selection.tokens} of {manifest.tower.tokens}", "tokens"
     if isinstance(content.savings, Savings):
         saved = content.savings
         share = 1 - saved.llm.kv_bytes(saved.tokens) / saved.llm.kv_bytes(saved.all_tokens)
@@ -62,6 +62,65 @@ def _tiles(content: Content) -> Iterator[Cells]:
             yield f"{overlap:.3f}", f"of the kept tokens stay in {graph.precision}"
 
 
+def _model(content: Content) -> str:
+    """Return the model's id; of a local folder its name alone."""
+    model = content.manifest.model.id
+    return mailable(model, model) if Path(model).is_absolute() else model
+
+
+def _parity(content: Content) -> list[Cells]:
+    """Return the numbers of `vzip check`; one that misses its limit says so, in red."""
+    parity = content.manifest.parity or {}
+    limits = {} if parity.get("passed") else missed_limits(parity, content.manifest)
+    return [
+        (
+            name.replace("_", " "),
+            shown if name not in limits else missed(f"{shown}: missed, {limits[name]}"),
+        )
+        for name, value in parity.items()
+        if name != "passed"
+        for shown in [f"{value:.9g}" if isinstance(value, float) else str(value)]
+    ]
+
+
+def _missed(content: Content) -> str:
+    """Return by what the bundle's graph misses its gate; nothing if it doesn't."""
+    parity = content.manifest.parity
+    if parity is None or parity["passed"]:
+        return ""
+    shown = missed_shown(parity, content.manifest)
+    return shown[:1].upper() + shown[1:] if shown else "Its check failed"
+
+
+def _short(graph: Graph) -> list[str]:
+    """Return what of a quantised graph misses the limits that its calibration had, in words."""
+    if graph.calibration is None:
+        return []
+    values, here, recipe = graph.calibration.agreement, graph.agreement, graph.calibration.recipe
+    found = []
+    for name, option, apart, shown in (
+        ("overlap", "keep_agreement", "mean_overlap", None if here is None else here.mean_overlap),
+        ("cosine", "keep_cosine", "mean_cosine", None if here is None else here.every.mean),
+    ):
+        least = _least(recipe.get(option))
+        if least is None:
+            continue
+        for where, value in (
+            ("on images held apart", values[apart]),
+            ("on the images below", shown),
+        ):
+            if value is not None and not value >= least:
+                found.append(f"mean {name} {value:.4f} {where}, expected at least {least:g}")
+    return found
+
+
+def _least(limit: str | None) -> float | None:
+    try:
+        return None if limit is None else float(limit)
+    except ValueError:  # it had none
+        return None
+
+
 def _facts(content: Content) -> list[Cells]:
     manifest = content.manifest
     model, chosen, tower = manifest.model, manifest.selection, manifest.tower
@@ -70,7 +129,7 @@ def _facts(content: Content) -> list[Cells]:
     cls = "CLS among the dominant" if chosen.cls_token else "without CLS"
     grid = f"{rows} × {columns} tokens{' and CLS' if tower.cls_token else ''}"
     return [
-        ("model", model.id),
+        ("model", _model(content)),
         ("revision", model.revision or "a local folder's"),
         ("family", model.family),
         ("weights", model.weights if model.seed is None else f"{model.weights}, seed {model.seed}"),

@@ -7,11 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from vzip.calibration.demo.digits import lacking
+from vzip.calibration.reporting import MOST_IMAGES
 from vzip.calibration.samples import images_of
+from vzip.export.pages import rendering
 from vzip.runtime import console
-from vzip.runtime.errors import BundleError, require
+from vzip.runtime.errors import BundleError, InvalidInputError, require
 from vzip.runtime.files import outputs
 from vzip.runtime.guard import door
+from vzip.runtime.models import DEMO
+from vzip.runtime.wording import counted
 
 IMAGES: Final = 4
 """Images in a report where nothing else is asked for."""
@@ -47,13 +52,30 @@ def report(
         MissingDependencyError: The extra ``export`` is not installed.
     """
     page_file = outputs.check_file(output, ".html", ".htm")
+    if not 1 <= count <= MOST_IMAGES:
+        raise InvalidInputError(
+            f"count (--count) asks for {counted(count, 'image')}",
+            expected=f"1 to {MOST_IMAGES}: each is in the page once for every precision",
+        )
     require("torch", "transformers", "onnxruntime", needed_for="'vzip report'", extra="export")
+    if (error := rendering.lacking("'vzip report'")) is not None:
+        raise error
     from vzip.calibration.reporting.content import gather
     from vzip.calibration.reporting.page import page
     from vzip.runtime.bundle.reader import read_bundle
 
     opened = read_bundle(bundle, verify=False)  # what runs is verified when it is opened
-    source, shown = images_of(images, model=opened.manifest.model.id, count=count, say=say)
-    content = gather(opened, shown, source=source, step=lambda name: say(f"{name} …"))
+    model = opened.manifest.model
+    asked = model.id == DEMO and model.weights == "checkpoint"
+    unasked = ""
+    if asked and (error := lacking("the accuracy on the demo's questions")) is not None:
+        unasked = str(error)
+        say(f"warning: no accuracy is measured: {error}")
+    source, shown = images_of(
+        images, model=model.id, count=count, say=say, shuffled=False, written=[page_file]
+    )
+    content = gather(
+        opened, shown, source=source, unasked=unasked, step=lambda name: say(f"{name} …")
+    )
     outputs.write_file(page_file, page(content))
     return page_file

@@ -30,6 +30,7 @@ from vzip.runtime.models import DEMO
 from vzip.runtime.pictures.images import ImageSource, load_image
 from vzip.runtime.pictures.preprocess import tower_image
 from vzip.runtime.pictures.tiles import cut
+from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     from vzip.calibration.held_out import Accuracy
@@ -126,6 +127,7 @@ def measure(
     revision: str | None,
     source: str,
     text_tokens: int,
+    asked: bool = True,
     step: Say,
 ) -> Sweep:
     """Measure budgets and merges of one checkpoint, which is read once.
@@ -137,6 +139,7 @@ def measure(
         revision: Commit, branch or tag of a hub repository.
         source: What the images are, for the record.
         text_tokens: Tokens of the text around an image, at least 0.
+        asked: Whether the demo model is asked its questions.
         step: Told what begins.
 
     Raises:
@@ -150,15 +153,15 @@ def measure(
     weights = read_vision(checkpoint)
     config = weights.config
     unit, units, pixels = _inputs(config, images)
-    step(f"tracing the tower with {len(budgets)} ways to compress behind it")
+    step(f"tracing the tower with {counted(len(budgets), 'way')} to compress behind it")
     session = open_sweep(weights, budgets)
     del weights
-    step(f"measuring agreement on {len(pixels)} images")
+    step(f"measuring agreement on {counted(len(pixels), 'image')}")
     kept = _agreements(session, pixels, config)
     step("timing")
     latencies = _latencies(session, pixels[0])
     del session  # a gigabyte or more, for a ViT-L
-    accuracies, questions = _accuracies(checkpoint.model_id, budgets, step)
+    accuracies, questions = _accuracies(checkpoint.model_id if asked else "", budgets, step)
 
     def row(name: str, budget: Budget | None) -> Row:
         tokens = config.grid[0] * config.grid[1] if budget is None else budget.tokens

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from vzip.export.pages import figures, markdown
-from vzip.export.pages.rendering import byte_unit, size
+from vzip.export.pages.rendering import byte_unit, mailable, size
+from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     from vzip.calibration.sweeping.advice import Advice
@@ -22,21 +24,22 @@ def table(sweep: Sweep, advice: Advice | None) -> str:
     per = "" if sweep.unit == "image" else f" per {sweep.unit}, {sweep.units} {sweep.unit}s"
     dtype = f"{llm.dtype}{' (assumed)' if llm.dtype_assumed else ''}"
     measured = (
-        f"Agreement on {sweep.images} images ({_code(sweep.source)}): of every patch's embedding "
-        "with that of the token that stands for it, cosines weighted by attention. Encoder: one "
-        f"{sweep.unit}, ONNX Runtime {machine['packages']['onnxruntime']}, FP32, median and "
-        f"distance of the quartiles of {sweep.everything.latency.calls} calls in turn, on "
-        f"{machine['cores']} cores ({machine['system']}, load {machine['state']['load']}). LLM: a "
-        f"{_code(llm.model_type)} with {llm.layers} layers and hidden size {llm.hidden_size}, "
-        f"{sweep.text_tokens} tokens of text beside the image's; prefill "
+        f"Agreement on {counted(sweep.images, 'image')} ({_code(sweep.source)}): of every patch's "
+        "embedding with that of the token that stands for it, cosines weighted by attention. "
+        f"Encoder: one {sweep.unit}, ONNX Runtime {machine['packages']['onnxruntime']}, FP32, "
+        f"median and distance of the quartiles of {sweep.everything.latency.calls} calls in turn, "
+        f"on {counted(machine['cores'], 'core')} ({machine['system']}, load "
+        f"{machine['state']['load']}). LLM: a {_code(llm.model_type)} with "
+        f"{counted(llm.layers, 'layer')} and hidden size {llm.hidden_size}, "
+        f"{counted(sweep.text_tokens, 'token')} of text beside the image's; prefill "
         f"T(4nd² + 2n²d + 2ndm), predicted; KV cache in {dtype}, predicted."
     )
-    lines = [f"# Budgets of {_code(sweep.model)}", "", measured, ""]
+    lines = [f"# Budgets of {_code(_model(sweep))}", "", measured, ""]
     if sweep.questions is not None:
         asked = sweep.questions
         said = (
-            f"Accuracy on {asked['questions']} questions about {asked['scenes']} held-out scenes "
-            f"(seed {asked['seed']}) ± its standard error."
+            f"Accuracy on {counted(asked['questions'], 'question')} about {asked['scenes']} "
+            f"held-out scenes (seed {asked['seed']}) ± its standard error."
         )
         lines += [said, ""]
     heading = [
@@ -129,6 +132,11 @@ def plot(sweep: Sweep, advice: Advice | None, kind: Literal["svg", "png"]) -> by
     marked = f"; marked: {advice.row.name}" if advice is not None and advice.met else ""
     figure.suptitle(f"Budgets of {name}{marked}", fontsize=12, x=0.01, ha="left")
     return figures.drawn(figure, kind)
+
+
+def _model(sweep: Sweep) -> str:
+    """Return the model's id; of a local folder its name alone."""
+    return mailable(sweep.model, sweep.model) if Path(sweep.model).is_absolute() else sweep.model
 
 
 def _cells(row: Row, sweep: Sweep) -> Sequence[str]:

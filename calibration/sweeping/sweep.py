@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from vzip.calibration.demo.digits import lacking
 from vzip.calibration.samples import images_of
 from vzip.calibration.sweeping.advice import Advice, SweepLimits, advise
 from vzip.export import EXPORT_PACKAGES
 from vzip.export.algorithm.budget import Budget, Merge
+from vzip.export.pages import figures
 from vzip.runtime import console
-from vzip.runtime.errors import ExportError, InvalidInputError, MissingDependencyError, require
+from vzip.runtime.errors import ExportError, InvalidInputError, require
 from vzip.runtime.files import outputs
 from vzip.runtime.guard import door
 from vzip.runtime.models import DEMO, locate
@@ -24,6 +26,11 @@ if TYPE_CHECKING:
 
 TEXT_TOKENS: Final = 64
 """LLaVA-1.5's prompt without its image has about forty tokens, a question some twenty."""
+
+FILES: Final = ("sweep.md", "sweep.json", "sweep.svg", "sweep.png")
+"""What is written into the folder, in this order."""
+
+PLOT: Final = "the plot of a sweep"
 
 
 @dataclass(frozen=True)
@@ -110,10 +117,19 @@ def sweep(
         )
     folder = None if output is None else outputs.check_folder(output)
     require(*EXPORT_PACKAGES, needed_for="'vzip sweep'", extra="export")
+    asked = model_id == DEMO
+    if asked and (error := lacking("the accuracy on the demo's questions")) is not None:
+        if min_accuracy is not None:
+            raise error
+        asked = False
+        say(f"warning: no accuracy is measured: {error}")
+    if folder is not None and (error := figures.lacking(PLOT)) is not None:
+        say(f"warning: no plot will be drawn: {error}")
     from vzip.calibration.sweeping.measure import measure
 
     budgets = _budgets(model, revision, tokens, merges)
-    source, shown = images_of(images, model=model_id, count=count, say=say)
+    written = [] if folder is None else [folder / name for name in FILES]
+    source, shown = images_of(images, model=model_id, count=count, say=say, written=written)
     result = measure(
         model,
         budgets,
@@ -121,13 +137,12 @@ def sweep(
         revision=revision,
         source=source,
         text_tokens=text_tokens,
+        asked=asked,
         step=lambda name: say(f"{name} …"),
     )
     advice = advise(result.rows, limits) if limits.any else None
     found = Swept(result, advice, ())
-    if folder is None:
-        return found
-    return Swept(result, advice, outputs.write_folder(folder, _files(found, say)))
+    return found if folder is None else Swept(result, advice, _write(found, folder, say))
 
 
 def _budgets(
@@ -144,18 +159,19 @@ def _budgets(
     ]
 
 
-def _files(found: Swept, say: Callable[[str], None]) -> dict[str, bytes | str]:
-    """Return table, JSON and, where matplotlib is installed, plots."""
+def _write(found: Swept, folder: Path, say: Callable[[str], None]) -> list[Path]:
+    """Write table and JSON first, and then plots, where matplotlib is installed."""
     from vzip.calibration.sweeping.output import plot, table
 
     record = json.dumps(found.to_json(), indent=1, allow_nan=False)
-    files: dict[str, bytes | str] = {
-        "sweep.md": table(found.result, found.advice),
-        "sweep.json": record + "\n",
-    }
+    shown = table(found.result, found.advice)
     try:
-        files["sweep.svg"] = plot(found.result, found.advice, "svg")
-        files["sweep.png"] = plot(found.result, found.advice, "png")
-    except MissingDependencyError as error:
-        say(f"no plot was drawn: {error}")
-    return files
+        written = outputs.write_folder(folder, {FILES[0]: shown, FILES[1]: record + "\n"})
+    except InvalidInputError:
+        say(shown)  # it took minutes, and is lost otherwise
+        raise
+    if figures.lacking(PLOT) is None:
+        for name in FILES[2:]:
+            drawn = plot(found.result, found.advice, "svg" if name.endswith("svg") else "png")
+            written += outputs.write_folder(folder, {name: drawn})
+    return written

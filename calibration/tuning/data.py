@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
-from vzip.runtime.errors import InvalidInputError, missing, printable
+from vzip.calibration.demo.digits import require_digits
+from vzip.runtime.errors import InvalidInputError, printable
 from vzip.runtime.files.plain import read_plain, read_text
 from vzip.runtime.guard import door
 from vzip.runtime.pictures.images import MAX_ENCODED_BYTES
@@ -206,10 +207,7 @@ class DemoData:
     left_out: Sequence[SkippedRecord] = ()
 
     def __init__(self, count: int, seed: int, side: int) -> None:
-        try:
-            import sklearn  # noqa: F401  the scenes' handwritten digits
-        except ImportError as error:
-            raise missing("sklearn", needed_for="the demo's data", extra="demo") from error
+        require_digits("the demo's data")
         from vzip.calibration.demo import scenes
 
         if count < 1:

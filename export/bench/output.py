@@ -30,11 +30,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, Literal
 
 from vzip.export.pages import figures, markdown
+from vzip.export.pages.rendering import mailable
 
 Result = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -46,16 +46,15 @@ COLUMNS: Final = (
 COLOURS: Final[Mapping[str, str]] = {
     "ours": "#1f6feb", "peer": "#8b949e", "ceiling": "#d1572a", "phase": "#2c8a4b"
 }  # fmt: skip
-_PATH = re.compile(r"(?<![\w.~])/(?:[^\s/:'\",()]+/)*([^\s/:'\",()]+)/?")
 
 
 def without_paths(value: Any) -> Any:
-    """Return a result with every absolute path cut to its last part: it may be committed."""
+    """Return a result with every absolute path cut to its last part: it may go to others."""
     if isinstance(value, dict):
         return {key: without_paths(each) for key, each in value.items()}
     if isinstance(value, list):
         return [without_paths(each) for each in value]
-    return _PATH.sub(r"\1", value) if isinstance(value, str) else value
+    return mailable(value) if isinstance(value, str) else value
 
 
 def sections(result: Result) -> Iterator[tuple[Mapping[str, Any], int, list[Row]]]:

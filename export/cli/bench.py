@@ -9,12 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vzip.export.pages import figures, rendering
 from vzip.runtime.cli.options import Parser, add_output, add_threads, names
 from vzip.runtime.console import emit, emit_json, say
-from vzip.runtime.errors import InvalidInputError, MissingDependencyError, require
+from vzip.runtime.errors import InvalidInputError, require
 from vzip.runtime.files import outputs
 
 NOTHING_RAN = 1
+
+PLOT, PAGE = "the plot of a benchmark", "the page of a benchmark"
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
@@ -27,6 +30,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     folder: Path | None = arguments.output
     if folder is not None:
         outputs.check_folder(folder)
+        _tell_lacking()
     if arguments.rounds < 1:
         raise InvalidInputError(
             f"--rounds is {arguments.rounds}",
@@ -36,7 +40,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     if arguments.peers:
         require("torch", "transformers", "onnxruntime", needed_for="--peers", extra="export")
     from vzip.export.bench.measure import Wanted, bench
-    from vzip.export.bench.output import table
+    from vzip.export.bench.output import table, without_paths
     from vzip.runtime.doctor.environment import gpus
 
     wanted = Wanted(
@@ -46,20 +50,27 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         rounds=arguments.rounds,
         device="cpu" if isinstance(gpus(), str) else "cuda",
     )
-    result = bench(bundles, wanted, command=shlex.join([*prog.split(), *argv]), say=say)
-    if arguments.json:
-        emit_json(result)
-    else:
-        emit(table(result), end="")
-    if folder is not None:
-        for path in write(result, folder):
-            (say if arguments.json else emit)(str(path))
+    command = shlex.join([*prog.split(), *argv])
+    result = without_paths(bench(bundles, wanted, command=command, say=say))
+    paths: list[Path] = []
+    try:
+        if folder is not None:
+            paths = write(result, folder)
+    finally:  # what was measured is told, wherever it can be
+        if arguments.json:
+            emit_json(result)
+        else:
+            emit(table(result), end="")
+    for path in paths:
+        (say if arguments.json else emit)(str(path))
     ran = any(row["kind"] in ("ours", "peer") for row in result["rows"])
     return 0 if ran else NOTHING_RAN
 
 
 def write(result: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write a result, its table, plots and page; each file is there whole or not at all.
+    """Write a result and its table, then plots and a page as far as they can be made here.
+
+    Each file is there whole or not at all.
 
     Raises:
         InvalidInputError: The folder can't be written.
@@ -67,19 +78,28 @@ def write(result: Mapping[str, Any], folder: Path) -> list[Path]:
     from vzip.export.bench.output import plot, table
     from vzip.export.bench.page import page
 
-    files: dict[str, bytes | str] = {
-        "result.json": json.dumps(result, indent=1, allow_nan=False) + "\n",
-        "result.md": table(result),
-    }
+    written = outputs.write_folder(
+        folder,
+        {
+            "result.json": json.dumps(result, indent=1, allow_nan=False) + "\n",
+            "result.md": table(result),
+        },
+    )
     svg = None
-    if any(row["kind"] != "phase" for row in result["rows"]):
-        try:
-            svg = files["result.svg"] = plot(result, "svg")
-            files["result.png"] = plot(result, "png")
-        except MissingDependencyError as error:
-            say(f"no plot was drawn: {error}")
-    files["result.html"] = page(result, svg)
-    return outputs.write_folder(folder, files)
+    if any(row["kind"] != "phase" for row in result["rows"]) and figures.lacking(PLOT) is None:
+        svg = plot(result, "svg")
+        files = {"result.svg": svg, "result.png": plot(result, "png")}
+        written += outputs.write_folder(folder, files)
+    if rendering.lacking(PAGE) is None:
+        written += outputs.write_folder(folder, {"result.html": page(result, svg)})
+    return written
+
+
+def _tell_lacking() -> None:
+    """Say which files will not be written, before anything is measured."""
+    for kind, error in (("plot", figures.lacking(PLOT)), ("page", rendering.lacking(PAGE))):
+        if error is not None:
+            say(f"warning: no {kind} will be written: {error}")
 
 
 def _bundles(folders: Sequence[Path]) -> Mapping[str, Any]:

@@ -130,14 +130,15 @@ def _check_parity(
 
     An engine is compared with the model's tokens too, but by a gate that is wider than a graph's.
     """
-    from vzip.runtime.agreement import parity_shown
+    from vzip.runtime.agreement import missed_shown
     from vzip.runtime.bundle.reader import read_bundle
 
     bundle = read_bundle(path, verify=False)
     parity = bundle.manifest.parity
     if parity is None or parity["passed"] is True:
         return
-    found = f"{bundle.path}: its graph failed its parity check ({parity_shown(parity)})"
+    missed = missed_shown(parity, bundle.manifest) or "it doesn't say by what"
+    found = f"{bundle.path}: its graph failed its parity check ({missed})"
     if not unproven:
         raise ParityError(
             found,

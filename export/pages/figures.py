@@ -5,7 +5,17 @@ from __future__ import annotations
 import io
 from typing import Any, Literal
 
-from vzip.runtime.errors import missing
+from vzip.runtime.errors import MissingDependencyError, missing
+
+
+def lacking(needed_for: str) -> MissingDependencyError | None:
+    """Return what is missing for a plot; None if one can be drawn."""
+    try:
+        import matplotlib.backends.backend_agg  # noqa: F401 - with all that it needs
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return missing("matplotlib", needed_for=needed_for, extra="report")
+    return None
 
 
 def figure(size: tuple[float, float], *, needed_for: str) -> Any:
@@ -16,11 +26,11 @@ def figure(size: tuple[float, float], *, needed_for: str) -> Any:
     Raises:
         MissingDependencyError: It is not installed.
     """
-    try:
-        import matplotlib.backends.backend_agg
-        import matplotlib.figure
-    except ImportError as error:
-        raise missing("matplotlib", needed_for=needed_for, extra="report") from error
+    if (error := lacking(needed_for)) is not None:
+        raise error
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure
+
     made = matplotlib.figure.Figure(figsize=size, layout="constrained")
     matplotlib.backends.backend_agg.FigureCanvasAgg(made)
     return made

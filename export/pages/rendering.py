@@ -1,21 +1,35 @@
 """Web pages that need nothing else: no script, no network, no other file.
 
 Jinja2 escapes all that a template prints, so that a file's name or a text of a bundle stays text.
-`Markup` alone is taken as HTML, and only `code` and `bar` make some. The content security policy in
-`base.jinja` forbids the browser to load anything, whatever slips through.
+`Markup` alone is taken as HTML, and only `code`, `bar` and `missed` make some. The content security
+policy in `base.jinja` forbids the browser to load anything, whatever slips through.
 """
 
 from __future__ import annotations
 
 import base64
+import os
+import re
 from typing import TYPE_CHECKING, Any, Literal
 
-from vzip.runtime.errors import missing
+from vzip.runtime.errors import MissingDependencyError, missing
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
+# Not a part of a web address, of a fraction or of a relative path.
+_PATH = re.compile(r"(?<![\w:/.~])/(?:[^\s/'\"<>:;,()]+/)*([^\s/'\"<>:;,()]+)/?")
+
 Kind = Literal["image/jpeg", "image/svg+xml"]
+
+
+def lacking(needed_for: str) -> MissingDependencyError | None:
+    """Return what is missing for a page; None if one can be made."""
+    try:
+        import jinja2  # noqa: F401 - with markupsafe
+    except ImportError:
+        return missing("jinja2", needed_for=needed_for, extra="report")
+    return None
 
 
 def render(package: str, template: str, **values: Any) -> str:
@@ -29,10 +43,10 @@ def render(package: str, template: str, **values: Any) -> str:
     Raises:
         MissingDependencyError: Jinja2 is not installed.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise missing("jinja2", needed_for="a web page", extra="report") from error
+    if (error := lacking("a web page")) is not None:
+        raise error
+    import jinja2
+
     loaders = [jinja2.PackageLoader(each, "") for each in (package, __package__)]
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader(loaders),
@@ -42,9 +56,32 @@ def render(package: str, template: str, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(digits=digits, size=size, code=code, bar=bar, data=data)
+    environment.filters.update(
+        digits=digits, size=size, code=code, bar=bar, data=data, missed=missed
+    )
     environment.tests["numeric"] = is_numeric
     return environment.get_template(template).render(**values)
+
+
+def mailable(text: str, *folders: str) -> str:
+    """Return text without the folders of this machine, for a page that goes to others.
+
+    Args:
+        text: May hold the names of files, as a message of an error does.
+        folders: Names that become their last part wherever they stand, blanks and all; what else
+            looks like an absolute path becomes its last part too.
+    """
+    for folder in sorted(folders, key=len, reverse=True):
+        if len(folder) > 1:
+            text = text.replace(folder, os.path.basename(folder.rstrip("/")))  # noqa: PTH119
+    return _PATH.sub(r"\1", text)
+
+
+def missed(text: object) -> Markup:
+    """Return text that says what misses a limit, in red."""
+    from markupsafe import Markup
+
+    return Markup('<span class="miss">{}</span>').format(text)
 
 
 def code(text: object) -> Markup:

@@ -6,6 +6,8 @@ import base64
 import dataclasses
 import io
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from PIL import Image
 
 from tests.agreements import agreement
 from tests.export.layouts import write_layout
+from tests.faults import fill_disk
 from tests.pages import HOSTILE, assert_shut
 from tests.precisions import add_precision
 from tests.refusals import refused
+from vzip.calibration import report as write_report
 from vzip.calibration.quantization.quantize import LayerReport, Report
 from vzip.calibration.quantization.recipe import Recipe
 from vzip.calibration.quantization.sensitivity import Effect
@@ -30,7 +34,12 @@ from vzip.runtime.bundle.manifest import Manifest
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.cli.main import main
 from vzip.runtime.encoder import CompressedTokens
-from vzip.runtime.errors import BackendError, BundleError
+from vzip.runtime.errors import (
+    BackendError,
+    BundleError,
+    InvalidInputError,
+    MissingDependencyError,
+)
 from vzip.runtime.machine import timing
 
 
@@ -297,3 +306,95 @@ def test_a_report_that_fails_leaves_the_old_one(
     assert main(["report", *arguments, "-o", str(output)]) == 2
     assert "13 images" in capsys.readouterr().err
     assert output.read_text() == "the old one"
+
+
+@pytest.mark.slow
+def test_a_page_for_others_names_no_folder_and_shows_pictures_in_their_order(
+    tiny_bundle: Path, pictures_of: Any, tmp_path: Path
+) -> None:
+    folder = pictures_of(4)
+    Path(folder / "3.png").rename(folder / os.fsdecode(b"3\xff.png"))
+    there = tmp_path / "models of mine"
+    write_layout("llava-hf-single", there / "my-llava")
+    manifest = read_bundle(tiny_bundle).manifest
+    rewritten = json.loads((tiny_bundle / "manifest.json").read_text())
+    parity = {"images": 2, "min_cosine": 0.25, "max_error": 1e-6, "passed": False}
+    for model in (there / "my-llava", there / "gone"):
+        rewritten["model"]["id"], rewritten["parity"] = str(model), parity
+        (tiny_bundle / "manifest.json").write_text(json.dumps(rewritten))
+        output = tmp_path / "shown" / "page.html"  # among the images, which it is none of
+        given = ["--images", str(folder), "--count", "4"]
+        assert main(["report", str(tiny_bundle), *given, "-o", str(output)]) == 0
+        text = output.read_text(encoding="utf-8")
+        assert str(tmp_path) not in text
+        assert "models of mine" not in text
+        assert model.name in text
+        read = assert_shut(text)
+        places = [read.words.index(f" {name} what the tower") for name in
+                  ("0.png", "1.png", "2.png", "3\\udcff.png")]  # fmt: skip
+        assert places == sorted(places)
+        # As the drawing has it.
+        assert f"{manifest.selection.tokens} of {manifest.tower.tokens} tokens" in read.words
+        # A gate that is missed is said, by what, and is red.
+        assert text.count('class="miss"') == 3
+        assert "0.25: missed, expected at least 0.99999" in read.words
+        assert "The gate of fp32 was missed." in read.words
+        assert "1e-06 " in read.words
+
+
+@pytest.mark.slow
+def test_limits_that_a_quantised_graph_misses_here_are_said(
+    tiny_bundle: Path, images: list[tuple[str, Any]]
+) -> None:
+    add_precision(tiny_bundle, "int8", json.dumps(calibration()))
+    content = gather(read_bundle(tiny_bundle), images, source="two", step=lambda _: None)
+    own, int8 = content.graphs
+    for overlap, said in ((0.5, True), (1.0, False)):
+        changed = dataclasses.replace(int8, agreement=agreement(overlap, 0.999))
+        text = page(dataclasses.replace(content, graphs=(own, changed)))
+        assert ("mean overlap 0.5000 on the images below, expected at least 0.95" in text) is said
+        assert ('class="miss"' in text) is said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["sklearn", "sklearn.datasets"])
+def test_the_demo_is_shown_without_accuracy_where_scikit_learn_is_missing(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    package: str,
+) -> None:
+    bundle = tmp_path / "demo-bundle"
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["export", "--model", "demo", "--no-check", "-o", str(bundle)]) == 0
+    capsys.readouterr()
+    output = tmp_path / "page.html"
+    assert main(["report", str(bundle), "-o", str(output)]) == 0
+    said = capsys.readouterr().err
+    first = said.splitlines()[0]
+    assert "no accuracy" in first
+    assert "pip install 'vzip[demo]'" in first
+    words = assert_shut(output.read_text()).words
+    assert "scene-1.jpg" in words
+    assert "pip install 'vzip[demo]'" in words
+
+
+def test_what_a_report_needs_is_looked_for_before_its_work(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VisionEncoder, "open", lambda *_, **__: pytest.fail("work was begun"))
+    output = tmp_path / "page.html"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "jinja2", None)
+        with refused(MissingDependencyError, got="jinja2", cure="vzip[report]"):
+            write_report(tiny_bundle, output)
+    with refused(InvalidInputError, got="--count", expected="1 to 12"):
+        write_report(tiny_bundle, output, count=0)
+    for wrong in (tmp_path / "absent" / "page.html", tmp_path / "page.txt", tmp_path):
+        with refused(InvalidInputError, got=str(wrong)):
+            write_report(tiny_bundle, wrong)
+    with monkeypatch.context() as patch:
+        fill_disk(patch)
+        with refused(InvalidInputError, got=(str(output), "No space left")):
+            write_report(tiny_bundle, output)
+    assert not output.exists()

@@ -367,7 +367,7 @@ def test_no_budget_that_meets_the_limits_is_exit_status_1_and_no_matplotlib_no_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep.json", "sweep.md"]
     told = capsys.readouterr()
     assert told.out.splitlines()[-1].startswith("none of the 1 has an encoder latency of at most")
-    assert "no plot was drawn: the plot of a sweep needs the package 'matplotlib'" in told.err
+    assert "no plot will be drawn: the plot of a sweep needs the package 'matplotlib'" in told.err
     assert "pip install 'vzip[report]'" in told.err
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.faults import fill_disk
 from tests.pages import HOSTILE, assert_shut
 from tests.references import with_reference
 from tests.refusals import refused
@@ -23,6 +24,7 @@ from vzip.export.bench.measure import Wanted, bench
 from vzip.export.bench.page import page
 from vzip.export.bench.processes import Process, WorkerError, profiles, take_turns
 from vzip.export.bench.stacks import Stack
+from vzip.export.cli import bench as bench_cli
 from vzip.export.cli.bench import main
 from vzip.export.engines.cpu.making import build_cpu
 from vzip.runtime.bundle.reader import read_bundle
@@ -520,6 +522,48 @@ def test_the_command_writes_all_of_it(monkeypatch, tiny, tmp_path, capsys):
     said = capsys.readouterr()
     assert said.out.startswith(output.table(stored))
     assert "onnxruntime:fp32" in said.err
+
+
+def test_what_was_measured_is_written_before_it_is_told_and_told_if_it_cant_be_written(
+    monkeypatch, result, tiny, tmp_path, capsys
+):
+    monkeypatch.setattr(encoder, "bench", lambda *_, **__: result)
+    folder = tmp_path / "out"
+    files = {f"result.{kind}" for kind in ("json", "md", "svg", "png", "html")}
+
+    def broken(*_, **__):
+        assert {path.name for path in folder.iterdir()} == files
+        raise BrokenPipeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench_cli, "emit", broken)
+        with pytest.raises(BrokenPipeError):
+            main([str(tiny), "-o", str(folder)], prog="vzip bench")
+    fill_disk(monkeypatch, after=1)  # the trial succeeds
+    with refused(InvalidInputError, got="No space left"):
+        main([str(tiny), "-o", str(tmp_path / "full")], prog="vzip bench")
+    assert output.table(result).splitlines()[0] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("package", "left"), [("jinja2", ["md", "png", "svg"]), ("matplotlib", ["html", "md"])]
+)
+def test_what_cant_be_drawn_is_said_first(
+    monkeypatch, result, tiny, tmp_path, *, capsys, package, left
+):
+    def work(*_, say, **__):
+        say("measuring")
+        return result
+
+    monkeypatch.setattr(encoder, "bench", work)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main([str(tiny), "-o", str(tmp_path)], prog="vzip bench") == 0
+    said = capsys.readouterr().err.splitlines()
+    assert package in said[0]
+    assert "pip install 'vzip[report]'" in said[0]
+    assert said[1] == "measuring"
+    written = {path.suffix[1:] for path in tmp_path.iterdir() if path.is_file()}
+    assert written == {"json", *left}
 
 
 def test_where_nothing_could_be_timed_the_status_says_so(tiny_bundle, capsys):
