@@ -17,7 +17,7 @@ from tests.refusals import refused
 from vzip.calibration import sweep
 from vzip.calibration.sweeping import measure, output
 from vzip.calibration.sweeping.sweep import FILES, Swept
-from vzip.runtime.errors import InvalidInputError, MissingDependencyError
+from vzip.runtime.errors import InvalidInputError, MissingDependencyError, VzipError
 
 Asked = list[dict[str, Any]]
 
@@ -79,7 +79,7 @@ def test_a_plot_that_fails_costs_no_table(
         raise interrupt
 
     monkeypatch.setattr(output, "plot", failing)
-    with pytest.raises((KeyboardInterrupt, RuntimeError)):
+    with pytest.raises((KeyboardInterrupt, VzipError)):
         sweep("demo", [43], images=str(pictures), output=tmp_path / "out", say=lambda _: None)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(FILES[:2])
 
