@@ -67,7 +67,9 @@ def check(
         )
     media: Media = "image" if "image" in found.manifest.media else "video"
     file = None if projector is None else Path(projector)
-    weights, read = WeightSource(model.id, model.revision, model.seed, file, media).load()
+    weights, read = WeightSource(
+        model.id, model.revision, model.seed, file, media, model.vision_tower
+    ).load()
     if read.projector != model.projector:
         raise CheckpointError(
             f"the projector {projector} has SHA-256 {str(read.projector)[:12]}…",

@@ -55,6 +55,8 @@ class WeightSource:
         projector: A file with a tuned projector that replaces the checkpoint's.
         media: "image" or "video", for models that see the two in different ways; None for the
             family's own choice.
+        vision_tower: Folder or hub id of original LLaVA's tower; None for the one that the
+            checkpoint names.
     """
 
     model: str
@@ -62,6 +64,7 @@ class WeightSource:
     seed: int | None = None
     projector: Path | None = None
     media: Media | None = None
+    vision_tower: str | None = None
 
     def config(self) -> VisionConfig:
         """Read the architecture alone, which is quick.
@@ -71,8 +74,16 @@ class WeightSource:
             InvalidInputError: The model doesn't take the media asked for.
         """
         if self.seed is not None:
-            return vision_config(self.model, revision=self.revision, media=self.media)
-        return Checkpoint.open(self.model, revision=self.revision).vision(self.media)
+            return vision_config(
+                self.model,
+                revision=self.revision,
+                media=self.media,
+                vision_tower=self.vision_tower,
+            )
+        return self._checkpoint().vision(self.media)
+
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint.open(self.model, revision=self.revision, vision_tower=self.vision_tower)
 
     def load(self) -> tuple[VisionWeights, form.Model]:
         """Read or draw the weights.
@@ -94,7 +105,7 @@ class WeightSource:
             weights = random_vision(config, self.seed, dtype=torch.float16)
             model_id, revision = locate(self.model).model_id, self.revision
         else:
-            checkpoint = Checkpoint.open(self.model, revision=self.revision)
+            checkpoint = self._checkpoint()
             weights = read_vision(checkpoint, self.media)
             model_id, revision = checkpoint.model_id, checkpoint.revision
         digest = None
@@ -111,6 +122,7 @@ class WeightSource:
             seed=self.seed,
             projector=digest,
             dequantised=weights.dequantised,
+            vision_tower=None if self.vision_tower is None else locate(self.vision_tower).model_id,
         )
 
 
@@ -129,6 +141,7 @@ def export(
     weights: Literal["checkpoint", "random"] = "checkpoint",
     seed: int | None = None,
     projector: str | os.PathLike[str] | None = None,
+    vision_tower: str | os.PathLike[str] | None = None,
     media: Media | None = None,
     tiles: TileOrder | None = None,
     target: str | None = None,
@@ -165,6 +178,8 @@ def export(
         weights: "random" is the architecture at its true size without the checkpoint's tensors.
         seed: Of random weights, from 0 up; None is 0.
         projector: A file with a tuned projector that replaces the checkpoint's.
+        vision_tower: Folder or hub id of original LLaVA's tower, in the place of the one that its
+            ``mm_vision_tower`` names. A trained copy in the checkpoint still comes first.
         media: What the graph is made for, of models that see images and video in different ways.
             None is the family's own choice.
         tiles: Order of a tiled image's tokens, see `vzip.runtime.bundle.manifest.Tiling`. None is
@@ -201,6 +216,7 @@ def export(
         _seed(weights, seed, with_llm=with_llm),
         None if projector is None else Path(projector),
         media,
+        None if vision_tower is None else os.fspath(vision_tower),
     )
     selections.check(selection)
     config = source.config()
@@ -352,6 +368,8 @@ def export_bundle(
             step(f"the LLM has {llm.plan(source.model, source.revision)}")
         step("reading weights")
         weights, model = source.load()
+        if weights.tower_source:
+            step(f"took the tower from {weights.tower_source}")
         config = weights.config.with_tile_order(tiles)
         manifest = describe(config, model, budget=budget, precision=precision, options=options)
         reference = None

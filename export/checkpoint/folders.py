@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import NoReturn, Protocol
 
 from vzip.runtime.errors import CheckpointError
@@ -186,6 +186,33 @@ class HubFolder:
                 "use --weights random where values don't matter"
             ),
         )
+
+
+def elsewhere(reference: str) -> str:
+    """Return why a tower isn't found by its path; empty where it is no other machine's."""
+    absolute = reference.startswith(("/", "~")) or PureWindowsPath(reference).is_absolute()
+    return "it is a path of the machine that the model was trained on" if absolute else ""
+
+
+def tower_advice(reference: str, folder: Folder, otherwise: str) -> str:
+    """Return what to do about a tower that isn't where the configuration says.
+
+    Args:
+        reference: What ``mm_vision_tower`` names.
+        folder: The model's.
+        otherwise: What the error itself advises, where the path is no other machine's.
+    """
+    name = PureWindowsPath(reference).name  # takes both kinds of slashes
+    near = [] if not isinstance(folder, LocalFolder) else [folder.path, folder.path.parent]
+    there = next((str(each / name) for each in near if (each / name / "config.json").is_file()), "")
+    if not there and not elsewhere(reference):
+        return otherwise
+    known = name.startswith("clip-vit-")
+    such = there or (f"openai/{name}" if known else "openai/clip-vit-large-patch14-336")
+    return (
+        f"export with --vision-tower {such}{'' if there or known else ' if it is this one'} (in "
+        "Python vision_tower=), or name it in config.json's mm_vision_tower"
+    )
 
 
 def _refuse(repo_id: str, revision: str | None, name: str, error: Exception) -> NoReturn:

@@ -23,7 +23,13 @@ from vzip.export.architecture import (
 from vzip.export.checkpoint import leftovers
 from vzip.export.checkpoint.containers import read_index, read_json, read_tensors, tensor_names
 from vzip.export.checkpoint.dequantize import StoredWeight, companions, dequantised, is_quantised
-from vzip.export.checkpoint.folders import Folder, HubFolder, LocalFolder
+from vzip.export.checkpoint.folders import (
+    Folder,
+    HubFolder,
+    LocalFolder,
+    elsewhere,
+    tower_advice,
+)
 from vzip.export.checkpoint.schemes import NONE, Scheme, quantised, read_scheme, signs
 from vzip.export.checkpoint.tensor_names import (
     NEWLINE_EMBEDDING,
@@ -38,7 +44,7 @@ from vzip.export.checkpoint.tensor_names import (
     unwrapped,
 )
 from vzip.export.checkpoint.weights import VisionWeights, check_finite, check_tensor
-from vzip.runtime.errors import CheckpointError
+from vzip.runtime.errors import CheckpointError, InvalidInputError
 from vzip.runtime.guard import door
 from vzip.runtime.models import locate
 
@@ -71,11 +77,13 @@ class Checkpoint:
         model_id: What finds it again: ``demo``, a hub id, or an absolute folder.
         folder: Its files.
         config: Its ``config.json``.
+        vision_tower: Folder or hub id of the tower, in the place of what the configuration names.
     """
 
     model_id: str
     folder: Folder
     config: dict[str, Any]
+    vision_tower: str | None = None
 
     @classmethod
     @door(
@@ -83,12 +91,20 @@ class Checkpoint:
         "the checkpoint '{model}' can't be read",
         cure=_COMPARE,
     )
-    def open(cls, model: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
+    def open(
+        cls,
+        model: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        vision_tower: str | os.PathLike[str] | None = None,
+    ) -> Checkpoint:
         """Open a checkpoint; from the hub, download its ``config.json``.
 
         Args:
             model: An alias, a local folder or a hub id; see `vzip.runtime.models.locate`.
             revision: Branch, tag or commit of a hub repository; None is its main branch.
+            vision_tower: Folder or hub id of original LLaVA's tower, in the place of the one that
+                ``mm_vision_tower`` names.
 
         Raises:
             CheckpointError: It isn't there or can't be reached, or a local folder was given a
@@ -107,7 +123,8 @@ class Checkpoint:
                     cure="leave it out",
                 )
             folder = LocalFolder(location.folder)
-        return cls(location.model_id, folder, _config(folder))
+        named = None if vision_tower is None else os.fspath(vision_tower)
+        return cls(location.model_id, folder, _config(folder), named)
 
     @property
     def revision(self) -> str | None:
@@ -122,6 +139,8 @@ class Checkpoint:
         folder relative to the working directory, then a hub id.
         """
         reference = families.tower_reference(self.config)
+        if self.vision_tower is not None:
+            return self._named_tower(self.vision_tower, inside=reference is None)
         if reference is None:
             return None
         if isinstance(self.folder, LocalFolder) and (self.folder.path / reference).is_dir():
@@ -131,8 +150,32 @@ class Checkpoint:
         except CheckpointError as error:
             raise CheckpointError(
                 f"the tower '{reference}' that {self.folder.where} names in mm_vision_tower: "
-                f"{error}",
-                cause="a local checkpoint may also hold it in a folder of that name",
+                f"{error.got}",
+                expected=error.expected,
+                cause=elsewhere(reference)
+                or error.cause
+                or "a local checkpoint may also hold it in a folder of that name",
+                cure=tower_advice(reference, self.folder, error.cure),
+            ) from error
+
+    @staticmethod
+    def _named_tower(tower: str, *, inside: bool) -> Checkpoint:
+        """Return the checkpoint of the tower that was asked for."""
+        if inside:
+            raise InvalidInputError(
+                f"vision_tower is '{tower}'",
+                expected="none",
+                cause="the model's tower is in its own checkpoint",
+                cure="leave --vision-tower out",
+            )
+        try:
+            return Checkpoint.open(tower)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"vision_tower '{tower}': {error.got}",
+                expected="the folder or hub id of a CLIP checkpoint",
+                cause=error.cause,
+                cure=error.cure,
             ) from error
 
     def preprocessor(self, media: Media) -> dict[str, Any]:
@@ -181,7 +224,11 @@ class Checkpoint:
     cure=_COMPARE,
 )
 def vision_config(
-    model: str | os.PathLike[str], *, revision: str | None = None, media: Media | None = None
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    media: Media | None = None,
+    vision_tower: str | os.PathLike[str] | None = None,
 ) -> VisionConfig:
     """Return a model's architecture, for random weights.
 
@@ -192,14 +239,18 @@ def vision_config(
         model: As for `Checkpoint.open`.
         revision: As for `Checkpoint.open`; with one, the configuration of that revision is read.
         media: As for `Checkpoint.vision`.
+        vision_tower: As for `Checkpoint.open`.
 
     Raises:
         CheckpointError: As `Checkpoint.open` and `families.describe`.
         InvalidInputError: The model's family has no graph for `media`.
     """
     hub_id = locate(model).hub_id
-    known = families.published(hub_id, media) if hub_id is not None and revision is None else None
-    return known or Checkpoint.open(model, revision=revision).vision(media)
+    plain = hub_id is not None and revision is None and vision_tower is None
+    known = families.published(hub_id, media) if plain and hub_id is not None else None
+    if known is not None:
+        return known
+    return Checkpoint.open(model, revision=revision, vision_tower=vision_tower).vision(media)
 
 
 @door(
@@ -211,8 +262,9 @@ def read_vision(checkpoint: Checkpoint, media: Media | None = None) -> VisionWei
     """Read tower, projector and, where the model has one, the newline embedding.
 
     The dead last layers and the post-LayerNorm come along where they are in the checkpoint.
-    Original LLaVA's tower comes from the checkpoint if there is a copy in it, else from the one
-    that it names; its projector from the checkpoint, else from ``mm_projector.bin``.
+    Original LLaVA's tower comes from the checkpoint if it was trained and there is a copy in it,
+    else from the one that it names, as in the original code; its projector from the checkpoint,
+    else from ``mm_projector.bin``.
 
     Args:
         checkpoint: The opened checkpoint.
@@ -231,14 +283,19 @@ def read_vision(checkpoint: Checkpoint, media: Media | None = None) -> VisionWei
     part = tower_part(config.tower_module)
     _check_adapter(checkpoint.folder, (*part.roots, *PROJECTOR.roots))
     reading = _Reading(shapes, needed)
+    tower = _tower_place(own, checkpoint, part)
     for part_, store in (
-        _tower_place(own, checkpoint, part),
+        tower,
         _projector_place(own, checkpoint),
         (NEWLINE_EMBEDDING, own),
     ):
         reading.read(part_, store)
-    reading.check_leftovers(skipped=_other_towers(config))
-    return VisionWeights(config, reading.tensors, reading.dequantised)
+    skipped = _other_towers(config)
+    if tower[1] is not own:
+        skipped += part.roots  # the copy of a tower that was frozen
+    reading.check_leftovers(skipped=skipped)
+    origin = "" if checkpoint.tower is None else tower[1].source
+    return VisionWeights(config, reading.tensors, reading.dequantised, origin)
 
 
 @door(
@@ -521,10 +578,23 @@ def _channels_last(got: tuple[int, ...], expected: tuple[int, ...]) -> bool:
 
 
 def _tower_place(own: _Store, checkpoint: Checkpoint, part: Part) -> tuple[Part, _Store]:
-    """Return where the tower is: a copy in the checkpoint, else the one that it names."""
-    if checkpoint.tower is None or _holds(part, own):
+    """Return where the tower is: a trained one in the checkpoint, else the one that it names."""
+    if checkpoint.tower is None:
         return part, own
-    return STANDALONE_TOWER, _Store.of(checkpoint.tower)
+    copied, trained = _holds(part, own), families.own_tower(checkpoint.config)
+    if copied and trained:
+        return part, own
+    named = _Store.of(checkpoint.tower)
+    if copied or trained:
+        _log.warning(
+            "the tower is the one in %s: %s",
+            named.source,
+            "its copy in the checkpoint isn't used, as by the original code, since "
+            "unfreeze_mm_vision_tower isn't true in config.json"
+            if copied
+            else "config.json says that it was trained, and the checkpoint has no copy of it",
+        )
+    return STANDALONE_TOWER, named
 
 
 def _projector_place(own: _Store, checkpoint: Checkpoint) -> tuple[Part, _Store]:

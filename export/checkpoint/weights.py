@@ -24,6 +24,7 @@ class VisionWeights:
             checkpoint has them. Nothing else.
         dequantised: Name of the scheme that some of them were dequantised from; None where all
             were whole.
+        tower_source: Where the tower was read, where there is a choice (original LLaVA).
 
     Raises:
         CheckpointError: A needed tensor is missing, or one is unknown, of a wrong shape or not
@@ -33,6 +34,7 @@ class VisionWeights:
     config: VisionConfig
     tensors: Mapping[str, Tensor]
     dequantised: str | None = None
+    tower_source: str = ""
 
     def __post_init__(self) -> None:
         shapes = tensor_shapes(self.config)

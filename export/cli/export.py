@@ -43,6 +43,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         weights=arguments.weights,
         seed=arguments.seed,
         projector=arguments.projector,
+        vision_tower=arguments.vision_tower,
         media=arguments.media,
         tiles=arguments.tiles,
         target=arguments.target,
@@ -123,6 +124,12 @@ def _parser(prog: str) -> Parser:
         help="17 for TensorRT 8.6 (default: the target's, or 18 without one)",
     )
     parser.add_argument("--projector", type=Path, metavar="FILE", help="a tuned projector")
+    parser.add_argument(
+        "--vision-tower",
+        metavar="TOWER",
+        help="folder or hub id of original LLaVA's tower, in the place of what mm_vision_tower in "
+        "its config.json names",
+    )
     parser.add_argument(
         "--with-llm",
         action="store_true",

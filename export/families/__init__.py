@@ -75,6 +75,10 @@ class Family(Protocol):
         """Return the folder or hub id that the tower is taken from, None where it is inside."""
         ...
 
+    def own_tower(self, config: Config) -> bool:
+        """Say whether the checkpoint's own tower counts, rather than the one that it names."""
+        ...
+
     def describe(
         self, config: Config, preprocessor: Config | None, tower: Config | None, media: Media
     ) -> VisionConfig:
@@ -103,6 +107,10 @@ class HuggingFaceForm:
     def tower_reference(self, config: Config) -> str | None:  # noqa: ARG002 - the Protocol's
         """Return None: the towers are in the checkpoint."""
         return None
+
+    def own_tower(self, config: Config) -> bool:  # noqa: ARG002 - the Protocol's
+        """Return True: there is no other."""
+        return True
 
 
 _REGISTRY: dict[str, Family] = {}
@@ -173,6 +181,11 @@ def describe(
 def tower_reference(config: Config) -> str | None:
     """Return the folder or hub id of the checkpoint that a model's tower comes from, or None."""
     return family_of(config)[1].tower_reference(config)
+
+
+def own_tower(config: Config) -> bool:
+    """Say whether a model's tower is the one in its checkpoint, rather than the one it names."""
+    return family_of(config)[1].own_tower(config)
 
 
 def chosen_media(config: Config, media: Media | None) -> Media:

@@ -137,7 +137,18 @@ class LlavaOriginal:
         reference = config["mm_vision_tower"]
         if not isinstance(reference, str) or not reference:
             raise configs.refused("mm_vision_tower", reference, "a hub id or a folder")
+        if reference.startswith("clip_4layer_"):
+            expected = "ViP-LLaVA in Hugging Face's form, such as llava-hf/vip-llava-7b-hf"
+            raise configs.refused("mm_vision_tower", reference, expected)
         return reference
+
+    def own_tower(self, config: Config) -> bool:
+        """Say whether the tower was trained: the original code takes a frozen one by its name.
+
+        Of two versions of that code the one has a key for it, the other a list of what is trained.
+        """
+        parts = config.get("mm_tunable_parts") or ""
+        return bool(config.get("unfreeze_mm_vision_tower")) or "mm_vision_tower" in parts
 
     def describe(
         self, config: Config, preprocessor: Config | None, tower: Config | None, media: Media
@@ -195,6 +206,9 @@ class LlavaOriginal:
         parts = config.get("mm_tunable_parts")
         if parts and not (isinstance(parts, str) and set(parts.split(",")) <= _TUNABLE):
             raise configs.refused("mm_tunable_parts", parts, " and ".join(sorted(_TUNABLE)))
+        trained = config.get("unfreeze_mm_vision_tower")
+        if trained is not None and type(trained) is not bool:
+            raise configs.refused("unfreeze_mm_vision_tower", trained, "true or false")
         known_keys.check(config, known=_KNOWN, allowed=_ALLOWED)
 
 

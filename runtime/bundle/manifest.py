@@ -89,6 +89,8 @@ class Model(Record):
         projector: SHA-256 of the file with a tuned projector; None for the model's own.
         dequantised: The scheme that weights of tower or projector were quantised by in the
             checkpoint, and were made whole from; None where all were whole.
+        vision_tower: Hub id or absolute path of the tower's checkpoint, where the export was given
+            one; None where the model's own configuration says it.
     """
 
     id: Text
@@ -98,6 +100,7 @@ class Model(Record):
     seed: Index | None
     projector: Sha256 | None = None
     dequantised: Text | None = field(default=None, metadata=OPTIONAL)
+    vision_tower: Text | None = field(default=None, metadata=OPTIONAL)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -186,7 +189,7 @@ class Tiling(Record):
         tuple[tuple[Size, Size], ...], Must(bool, "a list of at least one [height, width]")
     ]
     order: Literal["reference", "newline"] = "reference"
-    only_alone: bool = field(default=False, metadata={"optional": True})
+    only_alone: bool = field(default=False, metadata=OPTIONAL)
 
 
 @dataclass(frozen=True)

@@ -381,7 +381,9 @@ def write_layout(
     if "image_newline" in vision:
         prefix = "model." if layout.projector.startswith("model.") else ""
         projector[f"{prefix}image_newline"] = vision["image_newline"]
-    config = dict(ORIGINAL_CONFIG if layout.original else tiny.config) | dict(change or {})
+    trained = {"unfreeze_mm_vision_tower": True} if layout.original and layout.tower else {}
+    config = dict(ORIGINAL_CONFIG | trained if layout.original else tiny.config)
+    config |= dict(change or {})
     _write_json(folder / "config.json", {k: v for k, v in config.items() if v is not None})
     if layout.original:
         _write_tower(folder / TOWER_FOLDER, towers["vision_tower"], layout)

@@ -87,7 +87,7 @@ class Ceiling:
 
     def __init__(self, manifest: Manifest, precision: str, batch: int, device: Device) -> None:
         model = manifest.model
-        config = vision_config(model.id, revision=model.revision)
+        config = vision_config(model.id, revision=model.revision, vision_tower=model.vision_tower)
         tokens = manifest.selection.tokens
         self.flops = flops(config, tokens, batch)
         self.work: list[tuple[int, Product | Packed]] = []

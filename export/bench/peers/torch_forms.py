@@ -286,7 +286,9 @@ def _weights(manifest: Manifest) -> VisionWeights:
             cause="PyTorch's forms would need it",
             cure="compare a bundle that was exported without --projector",
         )
-    weights, _ = WeightSource(model.id, revision=model.revision, seed=model.seed).load()
+    weights, _ = WeightSource(
+        model.id, model.revision, seed=model.seed, vision_tower=model.vision_tower
+    ).load()
     config = weights.config
     lacking = {
         "a tower without CLS": config.tower.kind != "clip",

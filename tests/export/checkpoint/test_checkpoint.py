@@ -21,6 +21,7 @@ from tests.refusals import Said, refused
 from vzip.export.architecture import needed_tensors, tensor_shapes
 from vzip.export.checkpoint import reader as module
 from vzip.export.checkpoint.reader import Checkpoint, read_projector, read_vision, vision_config
+from vzip.export.pipeline import WeightSource
 from vzip.runtime.errors import CheckpointError, InvalidInputError
 
 SHARDED = tuple(name for name in LAYOUTS if "single" not in name and "file" not in name)
@@ -264,14 +265,91 @@ def test_a_tensor_that_is_wrong(
     faulty(tmp_path, got, expected=expected)
 
 
-def test_a_copy_of_the_tower_comes_before_the_tower_it_was_made_from(tmp_path: Path) -> None:
-    copied = write_layout("original-copy", tmp_path, seed=1)
-    write_layout("original", tmp_path / "other", seed=2)
+UNFREEZE, PARTS = "unfreeze_mm_vision_tower", "mm_tunable_parts"
+
+
+@pytest.mark.parametrize(
+    ("change", "own"),
+    [
+        ({UNFREEZE: True}, True),
+        ({UNFREEZE: None, PARTS: "mm_vision_tower,mm_mlp_adapter"}, True),
+        ({UNFREEZE: False}, False),
+        ({UNFREEZE: None}, False),
+        ({UNFREEZE: None, PARTS: "mm_mlp_adapter"}, False),
+    ],
+)
+def test_the_tower_s_copy_counts_where_it_was_trained(
+    change: dict[str, Any], own: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in the original code: a tower that was frozen is the one that the checkpoint names."""
+    copied = write_layout("original-copy", tmp_path, seed=1, change=change)
+    named = write_layout("original", tmp_path / "other", seed=2)
     (tmp_path / TOWER_FOLDER / "pytorch_model.bin").write_bytes(
         (tmp_path / "other" / TOWER_FOLDER / "pytorch_model.bin").read_bytes()
     )
-    tensors = read_vision(Checkpoint.open(tmp_path)).tensors
-    assert torch.equal(tensors[Q0], copied[Q0])
+    weights = read_vision(Checkpoint.open(tmp_path))
+    assert torch.equal(weights.tensors[Q0], (copied if own else named)[Q0])
+    assert not torch.equal(copied[Q0], named[Q0])
+    assert (TOWER_FOLDER in weights.tower_source) == (not own)
+    assert (UNFREEZE in caplog.text) == (not own)
+
+
+def test_a_trained_tower_without_a_copy_is_the_one_that_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    named = write_layout("original", tmp_path, change={UNFREEZE: True})
+    assert torch.equal(read_vision(Checkpoint.open(tmp_path)).tensors[Q0], named[Q0])
+    assert "has no copy of it" in caplog.text
+    with refused(CheckpointError, got=f"{UNFREEZE} = 'yes'"):
+        edit_json(tmp_path / "config.json", **{UNFREEZE: "yes"})
+        Checkpoint.open(tmp_path).vision()
+
+
+def test_a_tower_that_is_given_stands_in_the_place_of_the_one_that_is_named(
+    no_hub: None, tmp_path: Path
+) -> None:
+    write_layout("original", tmp_path / "model", change={"mm_vision_tower": "/data/clip"})
+    expected = write_layout("original", tmp_path / "other", seed=2)
+    tower = tmp_path / "other" / TOWER_FOLDER
+    checkpoint = Checkpoint.open(tmp_path / "model", vision_tower=tower)
+    weights = read_vision(checkpoint)
+    assert torch.equal(weights.tensors[Q0], expected[Q0])
+    assert str(tower) in weights.tower_source
+    _, model = WeightSource(str(tmp_path / "model"), vision_tower=str(tower)).load()
+    assert model.vision_tower == str(tower)
+    again = Checkpoint.open(model.id, vision_tower=model.vision_tower)
+    assert torch.equal(read_vision(again).tensors[Q0], expected[Q0])
+    with refused(CheckpointError, got="nowhere", expected="CLIP checkpoint"):
+        Checkpoint.open(tmp_path / "model", vision_tower="./nowhere").vision()
+    write_layout("llava-hf", tmp_path / "hf")
+    with refused(InvalidInputError, got=str(tower), cure="--vision-tower"):
+        Checkpoint.open(tmp_path / "hf", vision_tower=tower).vision()
+
+
+@pytest.mark.parametrize("style", ["/data/models/{}", "C:\\models\\{}", "~/models/{}"])
+def test_a_tower_s_path_on_another_machine_has_a_hint_that_can_be_followed(
+    style: str, no_hub: None, tmp_path: Path
+) -> None:
+    name = "clip-tiny"
+    reference = style.format(name)
+    write_layout("original", tmp_path / "model", change={"mm_vision_tower": reference})
+    missing = ("--vision-tower openai/clip-vit-large-patch14-336", "mm_vision_tower")
+    faulty(tmp_path / "model", reference, cause="machine", cure=missing)
+    # In the checkpoint's folder, or beside it.
+    for place in (tmp_path / "model" / name, tmp_path / name):
+        (tmp_path / "model" / TOWER_FOLDER).rename(place)
+        faulty(tmp_path / "model", reference, cure=f"--vision-tower {place}")
+        checkpoint = Checkpoint.open(tmp_path / "model", vision_tower=place)
+        assert read_vision(checkpoint).config.family == "llava-original"
+        place.rename(tmp_path / "model" / TOWER_FOLDER)
+    reference = style.format("clip-vit-base-patch16")
+    edit_json(tmp_path / "model" / "config.json", mm_vision_tower=reference)
+    faulty(tmp_path / "model", reference, cure="--vision-tower openai/clip-vit-base-patch16 (")
+
+
+def test_vip_llavas_first_form_is_refused_by_its_tower(no_hub: None, tmp_path: Path) -> None:
+    write_layout("original", tmp_path, change={"mm_vision_tower": "clip_4layer_336"})
+    faulty(tmp_path, "mm_vision_tower = 'clip_4layer_336'", expected="llava-hf/vip-llava-7b-hf")
 
 
 def test_the_checkpoints_own_projector_comes_before_the_separate_file(tmp_path: Path) -> None:
