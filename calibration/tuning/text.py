@@ -25,7 +25,7 @@ class Example:
 
     Attributes:
         ids: int32 [T]; K times the placeholder where the image's tokens go.
-        learned: bool [T]; the tokens of the answers and the end-of-sequence token of each.
+        learned: bool [T]; the tokens of the answers and of what closes each.
     """
 
     ids: NDArray[np.int32]
@@ -81,7 +81,7 @@ class Wording:
                 prompt = self._expanded(self._prompts.first(turn.question))
                 end = words.first["image"].end
             else:
-                # Behind the end-of-sequence token of the answer before.
+                # Behind what closes the answer before.
                 prompt = self._prompts.later(turn.question)
                 assert words.later is not None  # `later` checks it
                 end = words.later.end
@@ -132,7 +132,7 @@ class Wording:
             raise InvalidInputError(
                 f"has an answer {answer[:40]!r} that holds one of the LLM's special tokens"
             )
-        return [*ids, self._prompts.eos_id]
+        return [*ids, *self._prompts.closing]
 
     def _encode(self, text: str) -> list[int]:
         """Return a text's ids as they stand behind a special token."""

@@ -291,7 +291,7 @@ def _texts(prompts: Prompts) -> tuple[list[int], ...]:
     first = prompts.first(_QUESTIONS[0])
     if prompts.words.later is None:
         return first, prompts.first(_QUESTIONS[1])
-    return first, [prompts.eos_id, *prompts.later(_QUESTIONS[1])]
+    return first, [*prompts.closing, *prompts.later(_QUESTIONS[1])]
 
 
 def _settings(llm: TransformersLLM, precision: str) -> Settings:

@@ -198,10 +198,10 @@ class Turns(Conversation, Generic[T]):
 
 
 class TokenConversation(Turns[int]):
-    """Turns as ids: answers as the LLM gave them, each closed by an end-of-sequence token.
+    """Turns as ids: answers as the LLM gave them, each closed as the chat template closes it.
 
-    That token is added before the next question where the answer was cut short, as in LLaVA's
-    training.
+    What closes an answer is added before the next question where it was cut short, and stands there
+    for whatever token the LLM ended it with. So the ids are those of the whole conversation.
 
     Args:
         text: The LLM's text side.
@@ -229,16 +229,15 @@ class TokenConversation(Turns[int]):
 
     def _asked(self, question: str, max_new_tokens: int) -> list[int]:
         text, before = self._text, self._history
-        earlier, new = len(before), []
         if not before:
             new = text.first(self.shown, question, expands=self._expands)
         else:
-            new = [] if before[-1] in text.eos_ids else [text.prompts.eos_id]
-            new += text.prompts.later(question)
+            before = text.prompts.closed(before, text.eos_ids)
+            new = text.prompts.later(question)
         unseen = 0 if self._expands else text.unseen_rows(self.shown)
         check_context(
             self._name,
-            earlier=earlier + (unseen if before else 0),
+            earlier=len(before) + (unseen if before else 0),
             new=len(new) + (0 if before else unseen),
             max_new_tokens=max_new_tokens,
             context=self._context,

@@ -8,15 +8,17 @@ says the same to its LLM.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Final, Literal, Protocol
 
 from vzip.runtime.errors import CheckpointError, InvalidInputError
-from vzip.runtime.files.codec import Must, Record
+from vzip.runtime.files.codec import OPTIONAL, Must, Record
 
 Kind = Literal["image", "video"]
 """What a placeholder stands for."""
+
+_ANSWER: Final = "a"  # stands for one, where only what follows it matters
 
 KINDS: Final[tuple[Kind, ...]] = ("image", "video")
 
@@ -71,10 +73,17 @@ class FirstTurn(Record):
 
 @dataclasses.dataclass(frozen=True)
 class LaterTurn(Record):
-    """A later turn, behind the end-of-sequence token of the answer: ``before QUESTION end``."""
+    """A later turn, behind what ends the answer: ``before QUESTION end``.
+
+    Attributes:
+        before: Text between the end of the answer and the question.
+        end: Text behind the question.
+        close: What ends an answer, such as ``<|eot_id|>``; empty for the end-of-sequence token.
+    """
 
     before: str
     end: str
+    close: str = dataclasses.field(default="", metadata=OPTIONAL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +125,8 @@ class Prompts:
 
     Attributes:
         eos_id: Id of the end-of-sequence token.
+        closing: Ids that end an answer before the next question; the LLM says the last of them
+            itself, where that is one token.
         tokenizer: As given.
         words: As given.
 
@@ -129,6 +140,13 @@ class Prompts:
         self.words = words
         self.eos_id = tokenizer.eos_id
         self.tokenizer = tokenizer
+        self._close = (words.later.close if words.later else "") or tokenizer.eos
+        # As they stand in a conversation, behind a word: at the beginning of a text, or behind a
+        # special token, white space can be other ids.
+        self._answer = f"{tokenizer.eos}{_ANSWER}"
+        answer = tokenizer.encode(self._answer, special=False)
+        closed = tokenizer.encode(self._answer + self._close, special=False)
+        self._answered, self.closing = len(closed), tuple(closed[len(answer) :])
         self._name = name
         self._tokens: dict[Kind, tuple[str, int]] = {}
         for kind, token_id in placeholders.items():
@@ -141,6 +159,13 @@ class Prompts:
                     cure="fetch the checkpoint again",
                 )
             self._tokens[kind] = token, token_id
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Ids that end an answer: the end-of-sequence token, and what the template ends it with."""
+        last = self.closing[-1:]
+        own = last and self.tokenizer.token(last[0]) == self._close.strip()
+        return frozenset({self.eos_id, *(last if own else ())})
 
     @property
     def placeholders(self) -> Mapping[Kind, int]:
@@ -187,7 +212,7 @@ class Prompts:
         return f"{turn.before}{places}{turn.after}{question}{turn.end}"
 
     def later(self, question: str) -> list[int]:
-        """Return the ids of a later turn, which follow the end-of-sequence token of the answer.
+        """Return the ids of a later turn, which follow `closing`.
 
         Raises:
             CheckpointError: The LLM's words know no later turns.
@@ -196,14 +221,27 @@ class Prompts:
         turn = self.words.later
         if turn is None:
             raise CheckpointError(
-                f"{self._name}: the LLM's chat template drops the assistant's turns",
+                f"{self._name}: the LLM's chat template drops the assistant's turns, or changes "
+                "turns that are over",
                 cause="it serves one question only",
                 cure="use 'vzip ask', or repair chat_template.jinja",
             )
         # Encoded as it stands in the whole conversation: a word after a special token can be
         # another id than the same word at the beginning of a text.
-        text = f"{self.tokenizer.eos}{turn.before}{question}{turn.end}"
-        return self._checked(self.tokenizer.encode(text, special=False)[1:], {})
+        text = f"{self._answer}{self._close}{turn.before}{question}{turn.end}"
+        return self._checked(self.tokenizer.encode(text, special=False)[self._answered :], {})
+
+    def closed(self, ids: Sequence[int], ends: Collection[int]) -> list[int]:
+        """Return a conversation's ids with its last answer closed as the template closes it.
+
+        Args:
+            ids: All turns so far; the answer with the id that ended it, if one did.
+            ends: Ids that end an answer.
+        """
+        said = list(ids[:-1] if ids[-1] in ends else ids)
+        sizes = range(len(self.closing), 0, -1)
+        held = next((n for n in sizes if tuple(said[-n:]) == self.closing[:n]), 0)
+        return [*said, *self.closing[held:]]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return an answer's text, without special tokens and white space around it."""

@@ -7,7 +7,7 @@ a LLaVA in transformers' layout. `TextFiles` reads the last; neither torch nor a
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -30,6 +30,7 @@ TEXT_FILES: Final = ("*.json", "*.jinja", "*.model")
 _LLAVA_15_WORDS: Final = {"llava": ("llama", "mistral"), "video_llava": ("llama",)}
 
 _GIVE_WHOLE: Final = "give a whole llava-hf checkpoint with its tokenizer"
+_LARGEST_FILE: Final = 2**28  # bytes; the largest tokenizers have 2**25
 
 LARGEST: Final = {"float32": 3.4028235e38, "bfloat16": 3.3895314e38, "float16": 65504.0}
 """dtype → largest magnitude."""
@@ -126,7 +127,8 @@ class TextFiles:
         config: transformers' configuration.
         tokenizer: transformers' tokenizer.
         template: The chat template, in Jinja; None where LLaVA-1.5's words are meant.
-        ends: Ids that generation_config.json says end an answer.
+        template_home: The file that it stands in, for messages; empty without one.
+        ends: Ids that generation_config.json says end an answer, or config.json without it.
     """
 
     name: str
@@ -136,6 +138,7 @@ class TextFiles:
     config: Any
     tokenizer: Any
     template: str | None
+    template_home: str
     ends: tuple[int, ...]
 
     @classmethod
@@ -162,6 +165,7 @@ class TextFiles:
             package = error.name or "transformers"
             raise missing(package, needed_for=f"{name}: tokenizing", extra="export") from error
         folder = fetch(name, model, revision, TEXT_FILES)
+        _check_files(name, folder)
         try:
             check_folder_of_plain(folder)
             config = transformers.AutoConfig.from_pretrained(
@@ -175,17 +179,17 @@ class TextFiles:
             )
             # A damaged configuration fails here, and not in the middle of something.
             placeholder_ids(config), int(config.get_text_config().hidden_size)
-            ends = _ends(folder)
+            ends = _ends(folder, config)
         except Exception as error:  # of a damaged file the libraries raise anything
             raise CheckpointError(
                 f"{name}: the text side of {str(model)!r} can't be read ({first_line(error)})",
                 cure=_GIVE_WHOLE,
             ) from error
         _check_attention(name, str(model), config)
-        template = processor.get("chat_template") or tokenizer.chat_template
-        if isinstance(template, dict):
-            template = template["default"]
-        return cls(name, str(model), folder, revision, config, tokenizer, template, ends)
+        template, home = _template(name, folder, processor, tokenizer)
+        if home:
+            home = f"{home} of {str(model)!r}"
+        return cls(name, str(model), folder, revision, config, tokenizer, template, home, ends)
 
     @door(
         CheckpointError,
@@ -209,6 +213,7 @@ class TextFiles:
             self.config,
             self.tokenizer,
             template=self.template,
+            template_home=self.template_home,
             ends=self.ends,
             tokens=tokens,
         )
@@ -298,6 +303,7 @@ def side_of(
     tokenizer: Any,
     *,
     template: str | None,
+    template_home: str = "",
     ends: Sequence[int],
     tokens: TokenSpec | None,
 ) -> TextSide:
@@ -308,19 +314,20 @@ def side_of(
         config: A LLaVA's configuration.
         tokenizer: Its tokenizer.
         template: Its chat template, or ``None`` for LLaVA-1.5's words.
+        template_home: The file that it stands in, for messages.
         ends: Ids that end an answer, beside the tokenizer's own.
         tokens: What the bundle says about its tokens; None to take any number.
 
     Raises:
         CheckpointError: The tokenizer does not belong to a LLaVA, or the template is not one's.
     """
-    prompts = make_prompts(name, tokenizer, placeholder_ids(config), template)
+    prompts = make_prompts(name, tokenizer, placeholder_ids(config), template, home=template_home)
     text = config.get_text_config()
     context = getattr(text, "max_position_embeddings", None)
     return TextSide(
         name=name,
         prompts=prompts,
-        eos_ids=frozenset({prompts.eos_id, *ends}),
+        eos_ids=prompts.ends | frozenset(ends),
         hidden_size=int(text.hidden_size),
         context=None if context is None else int(context),
         tokens=tokens,
@@ -388,9 +395,57 @@ def _check_attention(name: str, model: str, config: Any) -> None:
             )
 
 
-def _ends(folder: Path) -> tuple[int, ...]:
-    """Return the ids that generation_config.json says end an answer."""
+def _check_files(name: str, folder: Path) -> None:
+    """Refuse a file that transformers would read into all memory."""
+    for path in sorted({path for pattern in TEXT_FILES for path in folder.glob(pattern)}):
+        if path.stat().st_size > _LARGEST_FILE:
+            raise CheckpointError(
+                f"{name}: '{path}' has {path.stat().st_size} bytes",
+                expected=f"at most {_LARGEST_FILE}",
+                cause="no configuration or tokenizer is that large",
+                cure="give a whole llava-hf checkpoint",
+            )
+
+
+def _template(
+    name: str, folder: Path, processor: Mapping[str, Any], tokenizer: Any
+) -> tuple[str | None, str]:
+    """Return the chat template and its file, of which transformers prefers the processor's.
+
+    Raises:
+        CheckpointError: There are several by names, and none that is the default; or it is no text.
+    """
+    raw, old = "chat_template.jinja", "chat_template.json"
+    old = old if (folder / old).is_file() else "processor_config.json"
+    named: list[str] = []
+    for found, file in (
+        (processor.get("chat_template"), old),
+        (tokenizer.chat_template, "tokenizer_config.json"),
+    ):
+        home = raw if (folder / raw).is_file() else file
+        template = found.get("default") if isinstance(found, dict) else found
+        if isinstance(template, str):
+            return template or None, home if template else ""
+        if template is not None:
+            raise CheckpointError(
+                f"{name}: the LLM's chat template in {home} of '{folder}' is a "
+                f"{type(template).__name__}",
+                expected="a text, in Jinja",
+                cure=f"repair {home}",
+            )
+        named += map(str, found or ())
+    if named:
+        raise CheckpointError(
+            f"{name}: the LLM in '{folder}' has the chat templates {', '.join(sorted(set(named)))}",
+            expected="one that is called 'default'",
+            cure="write the one that is meant as chat_template.jinja",
+        )
+    return None, ""
+
+
+def _ends(folder: Path, config: Any) -> tuple[int, ...]:
+    """Return the ids that generation_config.json says end an answer; without it, config.json."""
     path = folder / "generation_config.json"
     if not path.is_file():
-        return ()
+        return listed_ids(getattr(config.get_text_config(), "eos_token_id", None))
     return listed_ids(json.loads(read_text(path)).get("eos_token_id"))

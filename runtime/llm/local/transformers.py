@@ -89,7 +89,13 @@ class TransformersLLM(GreedyLLM):
     name = NAME
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, template: str | None, tokens: TokenSpec | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        template: str | None,
+        template_home: str = "",
+        tokens: TokenSpec | None = None,
     ) -> None:
         """Take a model that is already in memory; `open` is for those that are not.
 
@@ -97,6 +103,7 @@ class TransformersLLM(GreedyLLM):
             model: A model of one of `CLASSES`.
             tokenizer: Its tokenizer.
             template: Its chat template, or ``None`` for LLaVA-1.5's prompt.
+            template_home: The file that it stands in, for messages.
             tokens: What the bundle says about its tokens; ``None`` to take any number.
 
         Raises:
@@ -114,7 +121,15 @@ class TransformersLLM(GreedyLLM):
                 placeholders=placeholder_ids(config),
             )
         ends = listed_ids(model.generation_config.eos_token_id)
-        self.text = side_of(NAME, config, tokenizer, template=template, ends=ends, tokens=tokens)
+        self.text = side_of(
+            NAME,
+            config,
+            tokenizer,
+            template=template,
+            template_home=template_home,
+            ends=ends,
+            tokens=tokens,
+        )
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.dtype = model.get_input_embeddings().weight.dtype
@@ -167,7 +182,7 @@ class TransformersLLM(GreedyLLM):
             torch.set_num_threads(number)
         files = TextFiles.read(NAME, model, revision)
         _check_architecture(files.config, files.model)
-        files.check(tokens)
+        files.side(tokens)  # before weights are read
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         folder = fetch(NAME, model, revision, (*TEXT_FILES, "*.safetensors"))
@@ -200,7 +215,13 @@ class TransformersLLM(GreedyLLM):
             )
         if dtype == "auto" and device == "cpu" and llava.dtype == torch.float16:
             llava = llava.float()
-        return cls(llava.to(device), files.tokenizer, template=files.template, tokens=tokens)
+        return cls(
+            llava.to(device),
+            files.tokenizer,
+            template=files.template,
+            template_home=files.template_home,
+            tokens=tokens,
+        )
 
     def new_cache(self) -> Any:
         """Return an empty KV cache."""
