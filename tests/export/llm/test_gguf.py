@@ -384,7 +384,11 @@ def test_a_tensor_that_is_not_there_or_quantised_is_refused(llava):
     refuses(llava, refused(CheckpointError, got=f"decoder.{name}"))
     state[f"language_model.model.{name}"] = tensor.to(torch.float8_e4m3fn)
     save_file(state, llava / "model.safetensors", metadata={"format": "pt"})
-    wanted = {"got": (name, "float8_e4m3fn"), "expected": "float16", "cure": "llama-quantize"}
+    wanted = {
+        "got": (name, "float8_e4m3fn"),
+        "expected": "16 bits",
+        "cure": "before it was quantised",
+    }
     refuses(llava, refused(CheckpointError, **wanted))
 
 
