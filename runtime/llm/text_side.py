@@ -398,7 +398,7 @@ def _check_attention(name: str, model: str, config: Any) -> None:
 def _check_files(name: str, folder: Path) -> None:
     """Refuse a file that transformers would read into all memory."""
     for path in sorted({path for pattern in TEXT_FILES for path in folder.glob(pattern)}):
-        if path.stat().st_size > _LARGEST_FILE:
+        if path.is_file() and path.stat().st_size > _LARGEST_FILE:
             raise CheckpointError(
                 f"{name}: '{path}' has {path.stat().st_size} bytes",
                 expected=f"at most {_LARGEST_FILE}",
