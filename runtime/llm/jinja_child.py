@@ -29,6 +29,7 @@ def main() -> None:
     request = json.load(sys.stdin)
     sys.path[:] = request["path"]
     _bound()
+    answer: list[tuple[str | None, str | None]]
     try:
         template = _environment().from_string(request["template"])
     except Exception as error:  # noqa: BLE001 - a hostile template can raise any
