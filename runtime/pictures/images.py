@@ -297,15 +297,18 @@ def _pixels(kind: str, data: bytes, name: str, draft: int | None) -> Image.Image
     if shape.size is not None:
         _check_size(*shape.size, name)
     image = _plugin(kind)(io.BytesIO(data))
-    if draft is None or kind != "JPEG":
+    if kind != "JPEG":
         _check_size(image.width, image.height, name)
     else:
         # A decoder that goes over a JPEG more than once holds all of it, whatever size is wanted.
-        _check_size(image.width, image.height, name, MAX_DRAFTED // min(2, shape.scans))
-    check_scans(shape.scans, image.width, image.height, name)
-    if draft is not None:
-        image.draft(None, (draft, draft))  # does nothing but to a JPEG
-        _check_size(image.width, image.height, name)
+        most = MAX_PIXELS if draft is None else MAX_DRAFTED // min(2, shape.scans)
+        smaller = "load_image(…, draft=N)" if draft is None else "a smaller draft"
+        cure = f"if it is a picture, shrink it first, or take {smaller}"
+        _check_size(image.width, image.height, name, most, cure)
+        check_scans(shape.scans, image.width, image.height, name)
+        if draft is not None:
+            image.draft(None, (draft, draft))
+            _check_size(image.width, image.height, name, cure=cure)
     image.load()
     return image
 
@@ -448,8 +451,14 @@ def _check_mode(image: Image.Image, name: str) -> None:
         )
 
 
-def _check_size(width: int, height: int, name: str, most: int | None = None) -> None:
-    """Raise InvalidInputError if an image is empty or has more than `MAX_PIXELS` pixels."""
+def _check_size(
+    width: int,
+    height: int,
+    name: str,
+    most: int | None = None,
+    cure: str = "if it is a picture, shrink it first",
+) -> None:
+    """Raise InvalidInputError if an image is empty or has more than `most` pixels (MAX_PIXELS)."""
     most = MAX_PIXELS if most is None else most
     if width < 1 or height < 1:
         raise InvalidInputError(
@@ -462,7 +471,7 @@ def _check_size(width: int, height: int, name: str, most: int | None = None) -> 
         raise InvalidInputError(
             f"{name} is {width}×{height} = {width * height} pixels",
             expected=f"at most {most}: a larger one is most likely a decompression bomb",
-            cure="if it is a picture, shrink it first, or load_image() a JPEG with draft=",
+            cure=cure,
         )
 
 
