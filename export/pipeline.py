@@ -370,6 +370,8 @@ def export_bundle(
         weights, model = source.load()
         if weights.tower_source:
             step(f"took the tower from {weights.tower_source}")
+        if model.dequantised is not None:
+            step(f"weights quantised by {model.dequantised} are made whole")
         config = weights.config.with_tile_order(tiles)
         manifest = describe(config, model, budget=budget, precision=precision, options=options)
         reference = None

@@ -171,7 +171,15 @@ def _pickle(path: Path) -> Iterator[Lazy]:
             f"{path} holds a {type(state).__name__}",
             expected="a dict of tensors",
         )
-    yield {name: partial(_same, t) for name, t in state.items() if isinstance(t, torch.Tensor)}
+    tensors = {name: each for name, each in state.items() if isinstance(each, torch.Tensor)}
+    if not all(isinstance(name, str) for name in tensors) or (state and not tensors):
+        raise CheckpointError(
+            f"{path} holds no tensors under names, but {', '.join(map(repr, list(state)[:5]))}",
+            expected="a dict of names and tensors",
+            cause="it is a training's state, whose weights are a part of it",
+            cure="save the part with the weights alone",
+        )
+    yield {name: partial(_same, tensor.detach()) for name, tensor in tensors.items()}
 
 
 def _more_than_tensors(path: Path) -> str:
@@ -199,6 +207,13 @@ _OPENERS: Mapping[str, Callable[[Path], AbstractContextManager[Lazy]]] = {
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
+    if any(sign in str(error) for sign in ("Dtype not understood", "unknown variant")):
+        return CheckpointError(
+            f"can't read tensors from {path}: {_first_line(error)}",
+            expected="floating point of 8 bits or more",
+            cause="the checkpoint is quantised to numbers that safetensors or PyTorch lack here",
+            cure="export from the checkpoint as it was before it was quantised",
+        )
     return CheckpointError(
         f"can't read tensors from {path} ({path.stat().st_size} bytes): {_first_line(error)}",
         cause="the file is truncated or damaged",

@@ -29,8 +29,9 @@ _ZERO: Final = "weight_zero_point"
 _SCB: Final = "SCB"  # of bitsandbytes' INT8: the largest magnitude of each output channel
 _BEFORE: Final = "export from the checkpoint as it was before it was quantised"
 _NF4: Final = "weight.quant_state.bitsandbytes__"
+_FORMAT: Final = "weight_format"  # 0 is rows
 _COMPANIONS: Final = (
-    *(*_SCALES, _ZERO, _SCB, "weight_format", "weight.absmax", "weight.quant_map"),
+    *(*_SCALES, _ZERO, _SCB, _FORMAT, "weight.absmax", "weight.quant_map"),
     *("weight.nested_absmax", "weight.nested_quant_map", f"{_NF4}nf4", f"{_NF4}fp4"),
 )
 
@@ -102,6 +103,9 @@ def dequantised(stored: StoredWeight, scheme: Scheme) -> Tensor:
         raise quantised(stored.what, scheme, sign, why=why)
     if stored.tensor.dtype not in _numbers() or set(stored.beside) & set(_BNB4):
         raise quantised(stored.what, scheme, sign, why=_contradiction(stored))
+    if any(bool(each.any()) for name, each in stored.beside.items() if name == _FORMAT):
+        why = "its weight_format says that rows and columns stand in tiles of an older GPU's layout"
+        raise quantised(stored.what, scheme, sign, why=why)
     if _SCB in stored.beside and not set(_SCALES) & set(stored.beside):
         factor = _column(stored, scheme, _SCB) / 127
     else:

@@ -13,7 +13,7 @@ from typing import Final
 
 from vzip.export.checkpoint.dequantize import ACTIVATIONS
 from vzip.export.checkpoint.schemes import Scheme, quantised, signs
-from vzip.runtime.errors import CheckpointError
+from vzip.runtime.errors import CheckpointError, printable
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ _HARMLESS: Final[tuple[tuple[str, str], ...]] = (
 
 _LLM: Final = re.compile(
     r"(model\.)?(language_model|text_model|llm)\..*"
-    r"|(model\.)?(layers|embed_tokens|norm|final_layernorm|rotary_emb|embed_positions)\..*"
+    r"|(model\.)?(layers|embed_tokens|tok_embeddings|norm|final_layernorm|rotary_emb|embed_positions)\..*"
     r"|(model\.)?(decoder|transformer|gpt_neox)\..*"
     r"|(lm_head|embed_out|output|score)\..*"
 )
@@ -98,8 +98,8 @@ def check_leftovers(
         _log.warning(
             "%s: nobody here knows %s (%d such tensors in all); they are not of the vision side by "
             "their names and were left out",
-            where,
-            ", ".join(f"'{name}'" for name in strange[:3]),
+            printable(where),
+            printable(", ".join(f"'{name}'" for name in strange[:3])),
             len(strange),
         )
 
@@ -109,12 +109,7 @@ def _refused(names: list[str], where: str, scheme: Scheme) -> CheckpointError:
     if len(names) > 3:
         shown += f" … ({len(names)} in all)"
     if any(map(is_adapter, names)):
-        return CheckpointError(
-            f"{where} holds {shown}",
-            expected="weights that adapters were merged into",
-            cause="a LoRA or another adapter of PEFT changes what tower or projector compute",
-            cure=MERGE,
-        )
+        return unmerged(f"{where} holds {shown}")
     sign = signs(leaf for name in names for leaf in _leaves(name))
     if sign is not None:
         return quantised(f"{where} holds {shown}", scheme, sign)
@@ -123,6 +118,16 @@ def _refused(names: list[str], where: str, scheme: Scheme) -> CheckpointError:
         expected="no tensor of tower or projector but those of the architecture in config.json",
         cause="the model computes more than vzip would, and its tokens would be wrong",
         cure="export a model of a family that `vzip models` lists, unchanged",
+    )
+
+
+def unmerged(got: str) -> CheckpointError:
+    """Return the error for an adapter that changes what tower or projector compute."""
+    return CheckpointError(
+        got,
+        expected="weights that adapters were merged into",
+        cause="a LoRA or another adapter of PEFT changes what tower or projector compute",
+        cure=MERGE,
     )
 
 

@@ -284,12 +284,8 @@ def read_vision(checkpoint: Checkpoint, media: Media | None = None) -> VisionWei
     _check_adapter(checkpoint.folder, (*part.roots, *PROJECTOR.roots))
     reading = _Reading(shapes, needed)
     tower = _tower_place(own, checkpoint, part)
-    for part_, store in (
-        tower,
-        _projector_place(own, checkpoint),
-        (NEWLINE_EMBEDDING, own),
-    ):
-        reading.read(part_, store)
+    for place in (tower, _projector_place(own, checkpoint), (NEWLINE_EMBEDDING, own)):
+        reading.read(*place)
     skipped = _other_towers(config)
     if tower[1] is not own:
         skipped += part.roots  # the copy of a tower that was frozen
@@ -488,6 +484,12 @@ class _Reading:
                 [*SINGLE_FILES, *(single + INDEX_SUFFIX for single in SINGLE_FILES)],
                 purpose=f"the tensors '{part.canonical}…'",
             )
+        adapters = [each for each in store.files if each.startswith(part.roots)]
+        adapters = [each for each in adapters if leftovers.is_adapter(each)]
+        if adapters:
+            return leftovers.unmerged(
+                f"{store.source} holds '{store.stored[adapters[0]]}' and lacks '{name}'"
+            )
         for stored in part.stored(name):
             sign = signs(_around(stored, store))
             if sign is not None:
@@ -552,12 +554,7 @@ def _check_adapter(folder: Folder, roots: tuple[str, ...]) -> None:
         names = [] if path is None else map(unwrapped, sorted(tensor_names(path)))
         ours = [name for name in names if name.startswith(roots) or leftovers.is_visual(name)]
         if ours:
-            raise CheckpointError(
-                f"{path} holds '{ours[0]}' ({len(ours)} such tensors in all)",
-                expected="an adapter of the LLM alone",
-                cause="this one changes what the vision side computes",
-                cure=leftovers.MERGE,
-            )
+            raise leftovers.unmerged(f"{path} holds '{ours[0]}' ({len(ours)} such tensors in all)")
 
 
 def _around(name: str, store: _Store) -> tuple[str, ...]:

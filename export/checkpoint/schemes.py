@@ -26,7 +26,7 @@ _FINE_GRAINED: Final[Block] = (128, 128)
 # What only one scheme calls a tensor, after the module's name. First come those that others share
 # a name with.
 _SIGNS: Final[tuple[tuple[str, str], ...]] = (
-    (r"(qzeros|qweight)", "packed integers (AWQ or GPTQ)"),
+    (r"(qzeros|qweight|g_idx|weight_g_idx)", "packed integers (AWQ or GPTQ)"),
     (r"(weight_packed|weight_shape)", "packed integers (compressed-tensors)"),
     (r"(weight_scale_2|weight_global_scale|input_global_scale)", "NVFP4"),
     (r"weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)", "bitsandbytes"),
@@ -34,6 +34,7 @@ _SIGNS: Final[tuple[tuple[str, str], ...]] = (
     (r"(W_q|W_q_.*)", "HQQ"),
     (r"weight\._(data|scale|shift)", "quanto"),
     (r"(codes|codebooks)", "AQLM"),
+    (r"_?weight_(qdata|qzeros)", "torchao"),
     (r"(weight_blocks|weight_scales|blocks|.*_blocks)", "MXFP4 or EETQ"),
     (r"(.*_quantizer(\..*)?|.*_amax|pre_quant_scale)", "ModelOpt"),
     (r"(bitmask|compressed|row_offsets|.*bitmask)", "sparse tensors (compressed-tensors)"),

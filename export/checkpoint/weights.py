@@ -80,6 +80,12 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], *, source: s
             cause=("a weight has no imaginary part" if tensor.is_complex() else _QUANTISED),
             cure="export from the checkpoint as it was before it was quantised",
         )
+    if str(tensor.layout) != "torch.strided":
+        raise CheckpointError(
+            f"tensor '{name}' in {source} is of the layout {tensor.layout}",
+            expected="a dense tensor",
+            cure="save it dense",
+        )
     if tuple(tensor.shape) != shape:
         raise CheckpointError(
             f"tensor '{name}' in {source} has shape {list(tensor.shape)}",

@@ -26,6 +26,7 @@ from vzip.runtime.bundle.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS, Manifest
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.console import progress
 from vzip.runtime.encoder import check_outputs
+from vzip.runtime.errors import CheckpointError
 from vzip.runtime.pictures.images import ImageSource, load_image
 from vzip.runtime.pictures.preprocess import Preprocessing, pixel_values, tower_image
 
@@ -114,6 +115,26 @@ class UntouchedModel:
         # Pooled tokens are projected already.
         pooled = weights.config.pool > 1
         self._projector = torch.nn.Identity() if pooled else projector(weights)
+        self._check_finite(weights)
+
+    def _check_finite(self, weights: VisionWeights) -> None:
+        """Raise where the model itself gives what is no number, so that no graph is blamed for it.
+
+        Raises:
+            CheckpointError: It does, of weights that are finite.
+        """
+        for features in self._features:
+            with torch.no_grad():
+                tokens = self._projector(torch.from_numpy(features.hidden[0]).float())
+            if not bool(torch.isfinite(tokens).all()):
+                size = {name: float(each.abs().max()) for name, each in weights.tensors.items()}
+                name = max(size, key=lambda name: size[name])
+                raise CheckpointError(
+                    "the untouched model gives tokens that hold NaN or infinity",
+                    expected="finite ones",
+                    cause=f"numbers of its weights are too large, {size[name]:.1e} in '{name}'",
+                    cure="download the file again, or take an earlier checkpoint of the training",
+                )
 
     def compare(self, bundle: Bundle) -> Parity:
         """Run a bundle's graph on the images and judge what it gives.

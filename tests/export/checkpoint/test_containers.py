@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -130,3 +131,31 @@ def test_what_is_no_index(content: bytes, said: dict[str, Said], tmp_path: Path)
     with refused(CheckpointError, **said) as caught:
         read_index(path)
     assert str(path) in caught.value.got
+
+
+@pytest.mark.parametrize("dtype", ["F6_E2M3", "I4"])
+def test_numbers_that_no_package_here_reads(dtype: str, tmp_path: Path) -> None:
+    size = 64 * int(dtype[1]) // 8
+    header = json.dumps({"a": {"dtype": dtype, "shape": [8, 8], "data_offsets": [0, size]}})
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(size))
+    with refused(CheckpointError, got=(str(path), dtype), cause="quantised"):
+        read_tensors(path, ["a"])
+
+
+@pytest.mark.parametrize(
+    ("state", "got"),
+    [
+        ({"model": STATE, "epoch": 3}, "'model', 'epoch'"),
+        ({0: STATE["b"]}, "0"),
+    ],
+)
+def test_a_state_of_training(state: Any, got: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "t.bin", state)
+    with refused(CheckpointError, got=(str(path), got), cure="weights alone"):
+        tensor_names(path)
+
+
+def test_parameters_are_tensors_without_a_gradient(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.bin", {"a": torch.nn.Parameter(torch.ones(2))})
+    assert not read_tensors(path, ["a"])["a"].requires_grad

@@ -92,6 +92,18 @@ def blocks(size: int, suffix: str = "_scale_inv") -> Change:
     return change
 
 
+def groups(size: int) -> Change:
+    """One scale for some numbers of a row that stand together."""
+
+    def change(name: str, weight: torch.Tensor) -> Tensors:
+        rows, columns = weight.shape
+        scale = torch.rand(rows, columns // size) + 0.5
+        numbers = weight.reshape(rows, -1, size) / scale[:, :, None]
+        return {name: numbers.reshape(rows, columns).to(E4M3), name + "_scale": scale}
+
+    return change
+
+
 def compressed(kind: str, form: str, **weights: Any) -> dict[str, Any]:
     group = {"num_bits": 8, "type": kind, "strategy": "channel", "symmetric": True, **weights}
     return {
@@ -249,6 +261,11 @@ def scalar(shape: tuple[int, ...], suffix: str) -> Change:
             blocks(16, "_scale"),
             compressed("float", "float-quantized", strategy="block", block_structure=[16, 16]),
         ),
+        (
+            blocks(16, "_scale"),
+            compressed("float", "float-quantized", strategy="block", block_structure="16x16"),
+        ),
+        (groups(16), compressed("float", "naive-quantized", strategy="group", group_size=16)),
     ],
 )
 def test_fp8_with_its_scales_is_the_weight(change: Change, settings: Any, tmp_path: Path) -> None:
@@ -378,6 +395,12 @@ def nf4(state: Any, *, absmax: int = 32, table: int = 16) -> Tensors:
             "weight_zero_point",
             {},
         ),
+        (
+            {FC1: Q8, M + "SCB": ones(64), M + "weight_format": torch.tensor(2)},
+            None,
+            "bitsandbytes",
+            {"cause": "weight_format"},
+        ),
         # Schemes that aren't undone: named by the configuration, or by what they call a tensor.
         (
             {M + "qweight": ones(4, 64), M + "qzeros": ones(1, 8), M + "scales": ones(1, 64)},
@@ -394,6 +417,12 @@ def nf4(state: Any, *, absmax: int = 32, table: int = 16) -> Tensors:
         ),
         ({M + "W_q": ones(64, 4), M + "scale": ones(64)}, {"quant_method": "hqq"}, "hqq", {}),
         ({M + "weight._data": Q8, M + "weight._scale": ones(64, 1)}, None, "quanto", {}),
+        (
+            {M + "weight_qdata": Q8, FC1 + "_scale": ones(64)},
+            {"quant_method": "torchao"},
+            "torchao",
+            {},
+        ),
         ({M + "codes": Q8, M + "codebooks": ones(1)}, None, "AQLM", {}),
         (
             {FC1: ones(64, 16, dtype=torch.uint8), FC1 + "_scale": ones(64, 2, dtype=E4M3)}
@@ -410,6 +439,12 @@ def nf4(state: Any, *, absmax: int = 32, table: int = 16) -> Tensors:
             {},
         ),
         ({FC1: torch.ones(64, 4, dtype=torch.int32)}, {"quant_method": "odd"}, "int32", {}),
+        (
+            {FC1: torch.zeros(64, 16, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)},
+            None,
+            "float4",
+            {},
+        ),
         ({FC1: torch.ones(64, 32, dtype=torch.bool)}, None, "bool", {}),
         ({FC1: torch.ones(64, 32, dtype=torch.complex64)}, None, "complex64", {}),
         (
@@ -490,3 +525,21 @@ def test_the_reference_of_an_export_is_the_dequantised_model(tmp_path: Path) -> 
         hidden = tower((pixels - mean) / std, output_hidden_states=True).hidden_states[-2]
     difference = np.abs(features.hidden - hidden.numpy()).max()
     assert difference < 0.1 * hidden.abs().max()  # FP8 has 3 bits
+
+
+@pytest.mark.slow
+def test_a_bundle_says_what_its_weights_were_made_of(tmp_path: Path) -> None:
+    from vzip.export import export
+    from vzip.runtime.cli.main import main
+
+    name = "compressed-tensors float-quantized"
+    folder = written(tmp_path / "fp8", channels(E4M3, 448), compressed("float", name.split()[1]))
+    lines: list[str] = []
+    bundle = export(folder, tmp_path / "out", tokens=16, say=lines.append)
+    assert bundle.manifest.model.dequantised == name
+    assert any(name in line for line in lines)
+    assert main(["check", str(tmp_path / "out")]) == 0
+    whole = written(tmp_path / "whole", {})
+    plain = export(whole, tmp_path / "plain", tokens=16, say=lines.append).manifest
+    assert plain.model.dequantised is None
+    assert "dequantised" not in plain.to_json()["model"]

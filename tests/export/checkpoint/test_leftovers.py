@@ -106,6 +106,17 @@ def test_what_an_adapter_left(name: str, tmp_path: Path) -> None:
     faulty(tmp_path, name.removeprefix("base_model.model."), cure="merge_and_unload")
 
 
+def test_an_adapter_in_the_place_of_weights(tmp_path: Path) -> None:
+    write_layout("llava-hf-single", tmp_path)
+    state = load_file(tmp_path / FILE)
+    for key in [key for key in state if key.startswith(P)]:
+        tensor, rest = state.pop(key), key.removeprefix(P)
+        state[f"{P}original_module.{rest}"] = tensor
+        state[f"{P}modules_to_save.default.{rest}"] = tensor + 1
+    save_file(state, tmp_path / FILE)
+    faulty(tmp_path, (P, "projector.linear_1.weight"), cure="merge_and_unload")
+
+
 def test_every_layout_and_place_is_looked_at(tmp_path: Path) -> None:
     for layout, file, name, where in (
         ("llava-hf", SHARDS[0], T + "odd", "index"),
@@ -357,3 +368,16 @@ def test_positions_of_another_size(tmp_path: Path) -> None:
     name = T + "embeddings.position_embedding.weight"
     add(tmp_path / FILE, name, value=torch.ones(37, 32))
     faulty(tmp_path, (name, "[37, 32]"), expected="[65, 32]", cause="image_size")
+
+
+def test_a_sparse_tensor(tmp_path: Path) -> None:
+    write_layout("llava-hf-bin-single", tmp_path)
+    add(tmp_path / "pytorch_model.bin", FC1, value=torch.ones(64, 32).to_sparse())
+    faulty(tmp_path, (FC1, "sparse"), expected="dense")
+
+
+def test_a_tensor_that_pytorch_quantised(tmp_path: Path) -> None:
+    write_layout("llava-hf-bin-single", tmp_path)
+    value = torch.quantize_per_tensor(torch.ones(64, 32), 0.1, 0, torch.qint8)
+    add(tmp_path / "pytorch_model.bin", FC1, value=value)
+    faulty(tmp_path, (FC1, "qint8"))

@@ -30,7 +30,7 @@ from vzip.runtime.bundle.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.bundle.writer import bundle_writer
 from vzip.runtime.cli.main import main
-from vzip.runtime.errors import ParityError, VzipError
+from vzip.runtime.errors import CheckpointError, ParityError, VzipError
 
 Output = dict[str, NDArray[Any]]
 Exporter = Callable[..., Bundle]
@@ -90,6 +90,16 @@ def export(room: Path, weights: VisionWeights) -> Exporter:
         return made[name]
 
     return exported
+
+
+@pytest.mark.parametrize(
+    "name", ["tower.encoder.layers.1.mlp.fc2.weight", "projector.linear_2.weight"]
+)
+def test_a_model_that_gives_no_numbers_is_named(name: str, weights: VisionWeights) -> None:
+    huge = {name: torch.full_like(weights.tensors[name], 3e38)}
+    broken = dataclasses.replace(weights, tensors={**weights.tensors, **huge})
+    with refused(CheckpointError, got="untouched model", cause=(f"'{name}'", "3.0e+38")):
+        UntouchedModel(broken, IMAGES[:1])
 
 
 def altered(bundle: Bundle, folder: Path, **change: Any) -> Bundle:
