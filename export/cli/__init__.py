@@ -1,1 +1,5 @@
-"""The commands of the exporting side."""
+"""The commands of the exporting side; `main` is that of `vzip-export`."""
+
+from vzip.export.cli.export import main
+
+__all__ = ["main"]
