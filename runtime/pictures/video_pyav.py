@@ -43,6 +43,9 @@ _UPRIGHT = {
 # Containers whose header states how long they are; elsewhere the length is guessed from the data.
 _STATE_THEIR_LENGTH = ("mov", "matroska", "avi")
 
+# Most bytes of a packet by which MPEG-4 says that the last frame stays; no decoder shows it again.
+_REPEATS = 16
+
 # Containers in which libavformat finds a key frame by its time; in MPEG's it lands behind it, and
 # the times that follow differ from those of an unbroken run.
 _FIND_KEYS = ("mov", "matroska", "flv", "asf", "ogg")
@@ -168,6 +171,11 @@ class _Demuxed:
     broken: bool = False
 
 
+def _is_hidden(packet: Any, stream: Any) -> bool:
+    """Return whether a packet is a frame of VP8 that others refer to, and that is never shown."""
+    return stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 0x10
+
+
 class _Order:
     """Whether stamps come as those of one unbroken recording do.
 
@@ -218,8 +226,9 @@ def _index(container: Any, stream: Any, path: Path, name: str) -> _Index | None:
             continue
         # What bad reception damaged may be shown or not, and so may what stands at a joint.
         found.ordered &= order.takes(packet.pts, packet.is_keyframe) and not packet.is_corrupt
-        if packet.is_discard or packet.pts is None:  # cut away by an edit list
-            continue
+        if packet.is_discard or packet.pts is None or _is_hidden(packet, stream):
+            continue  # cut away by an edit list, say
+        found.ordered &= stream.codec_context.name != "mpeg4" or packet.size > _REPEATS
         found.shown.append(packet.pts)
         if packet.is_keyframe:
             found.keys.append(packet.pts)

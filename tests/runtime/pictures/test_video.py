@@ -240,6 +240,7 @@ def write_stamped(
     form: str | None = None,
     options: dict[str, str] | None = None,
     encoder: dict[str, str] | None = None,
+    group: int = 12,
 ) -> Path:
     """Write a clip with these stamps, in hundredths of a second, that begins `late`, in seconds."""
     with av.open(str(path), "w", format=form, options=options or {}) as container:
@@ -247,7 +248,7 @@ def write_stamped(
         stream = container.add_stream(codec, rate=10, options=encoder or quick)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-        stream.gop_size, stream.bit_rate = 12, 8_000_000
+        stream.gop_size, stream.bit_rate = group, 8_000_000
         # Of a fixed rate unless stamps are given: that's all that MPEG-2 and an AVI know.
         base = Fraction(1, 10) if stamps is None else Fraction(1, 100)
         stream.codec_context.time_base = base
@@ -365,10 +366,36 @@ def test_groups_may_be_open(name, library, tmp_path):
     gives(write_stamped(tmp_path / f"clip.{name}", SHOWN, encoder=options))
 
 
-@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
-def test_frames_may_be_hidden(codec, library, tmp_path):
-    options = {"auto-alt-ref": "1", "lag-in-frames": "16", "deadline": "good", "cpu-used": "4"}
-    gives(write_stamped(tmp_path / "clip.webm", SHOWN, codec, encoder=options))
+@pytest.mark.parametrize(
+    ("name", "codec"), [("clip.webm", "libvpx"), ("clip.mkv", "mpeg4"), ("clip.mp4", "mpeg4")]
+)
+def test_packets_may_show_nothing(name, codec, library, tmp_path):
+    """VP8's hidden frames, and MPEG-4's that say that the last one stays: none is a frame."""
+    source = write_stamped(tmp_path / f"all.{name}", SHOWN, codec, group=1)
+    with av.open(str(source)) as given, av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream_from_template(given.streams.video[0])
+        for packet in given.demux(video=0):
+            if packet.size == 0:
+                continue
+            data, stamp, base = bytearray(packet), packet.pts, packet.time_base
+            packet.stream = stream
+            container.mux(packet)
+            if codec == "libvpx":
+                data[0] &= ~0x10  # show_frame
+            else:
+                # A P-VOP in the same second, its time in four bits, a marker, and not coded.
+                data = bytearray(b"\x00\x00\x01\xb6\x50\x9f")
+            more = av.Packet(bytes(data))
+            more.stream, more.time_base = stream, base
+            more.pts = more.dts = stamp + int(Fraction(1, 20) / base)
+            container.mux(more)
+    with av.open(str(tmp_path / name)) as container:
+        assert sum(packet.size > 0 for packet in container.demux(video=0)) == 80
+    shown = [*range(40), 39] if codec == "mpeg4" else [*range(40)]  # the decoder's own end
+    assert len(all_frames(tmp_path / name)) == len(shown)
+    for count in (1, 3, 10, len(shown)):
+        expected = [shown[each] for each in frame_positions(len(shown), count)]
+        assert which(sample_frames(tmp_path / name, count)) == expected
 
 
 @pytest.mark.parametrize(
