@@ -136,6 +136,9 @@ def _contradiction(stored: StoredWeight) -> str:
 def _scale(stored: StoredWeight, scheme: Scheme) -> Tensor:
     """Return the scale of each number, [rows or 1, columns or 1, …]."""
     names = [each for each in _SCALES if each in stored.beside]
+    sign = signs((*stored.beside, *stored.around()))
+    if not names and sign is not None:
+        raise quantised(stored.what, scheme, sign)
     if len(names) != 1:
         raise CheckpointError(
             f"{stored.what} with {' and '.join(names) or 'no scale'} beside it",

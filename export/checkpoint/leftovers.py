@@ -85,10 +85,7 @@ def check_leftovers(
             go through, and vzip doesn't know it.
     """
     left = [
-        name
-        for name in sorted(names)
-        if not name.startswith(harmless)
-        and not any(re.fullmatch(pattern, name) for pattern, _ in _HARMLESS)
+        name for name in sorted(names) if not name.startswith(harmless) and not _is_harmless(name)
     ]
     unknown = [name for name in left if name.startswith(roots) or is_visual(name)]
     if unknown:
@@ -104,10 +101,55 @@ def check_leftovers(
         )
 
 
-def _refused(names: list[str], where: str, scheme: Scheme) -> CheckpointError:
+def check_llm_leftovers(names: Iterable[str], *, where: str, signs_alone: bool = False) -> None:
+    """Raise unless what was left unread of a language model's tensors changes nothing.
+
+    Args:
+        names: Of the tensors that nothing was made of.
+        where: The folder or file.
+        signs_alone: Whether only what is a sign of quantising or of an adapter counts.
+
+    Raises:
+        CheckpointError: One of them would change what the LLM computes.
+    """
+    left = [name for name in sorted(names) if is_llm(name) and not _is_harmless(name)]
+    left = [name for name in left if not name.endswith(".rotary_emb.inv_freq")]  # of rope_theta
+    if signs_alone:
+        left = [name for name in left if is_adapter(name) or signs(_leaves(name))]
+    if not left:
+        return
+    shown = _listed(left)
+    if any(map(is_adapter, left)):
+        raise unmerged(f"{where} holds {shown}")
+    sign = signs(leaf for name in left for leaf in _leaves(name))
+    raise CheckpointError(
+        f"{where} holds {shown}",
+        expected="no tensor of the LLM but those of the architecture in config.json",
+        cause=(
+            "the LLM computes more than would be written"
+            if sign is None
+            else f"the LLM is quantised by {sign}"
+        ),
+        cure=(
+            "take the LLM's checkpoint unchanged"
+            if sign is None
+            else "convert the checkpoint as it was before it was quantised; llama.cpp's "
+            "llama-quantize makes a smaller GGUF of it"
+        ),
+    )
+
+
+def _is_harmless(name: str) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern, _ in _HARMLESS)
+
+
+def _listed(names: list[str]) -> str:
     shown = ", ".join(f"'{name}'" for name in names[:3])
-    if len(names) > 3:
-        shown += f" … ({len(names)} in all)"
+    return shown + (f" … ({len(names)} in all)" if len(names) > 3 else "")
+
+
+def _refused(names: list[str], where: str, scheme: Scheme) -> CheckpointError:
+    shown = _listed(names)
     if any(map(is_adapter, names)):
         return unmerged(f"{where} holds {shown}")
     sign = signs(leaf for name in names for leaf in _leaves(name))

@@ -14,6 +14,7 @@ import torch
 
 from vzip.export.checkpoint.containers import read_index, read_tensors, tensor_names
 from vzip.export.checkpoint.folders import Folder
+from vzip.export.checkpoint.leftovers import check_llm_leftovers
 from vzip.export.checkpoint.reader import INDEX_SUFFIX, SINGLE_FILES
 from vzip.export.checkpoint.tensor_names import Part, missing, resolve
 from vzip.export.checkpoint.weights import check_tensor
@@ -175,8 +176,12 @@ class Stored:
             found = resolve(part, mine, files, source=source)
             for name in mine:
                 if name not in found:
+                    check_llm_leftovers(files, where=source, signs_alone=True)
                     raise missing(part, name, files, source=source)
             names |= found
+        llm = (*_DECODER.prefixes, *_HEAD.prefixes)
+        left = {name for name in files if name.startswith(llm)} - set(names.values())
+        check_llm_leftovers(left - set(_HEAD.stored(HEAD)) if sizes.tied else left, where=source)
         # Sorted by file, so that from a hub one after the other is fetched.
         order = sorted(wanted, key=lambda name: files[names[name]])
         return cls(

@@ -412,6 +412,36 @@ def test_a_model_of_another_kind_is_refused(llava, config, fields):
     refuses(llava, refused(CheckpointError, **fields))
 
 
+Q = "language_model.model.layers.0.self_attn.q_proj."
+
+
+@pytest.mark.parametrize(
+    ("drop", "name", "said"),
+    [
+        ("", Q + "bias", {"cause": "computes more"}),
+        ("", "language_model.model.layers.0.self_attn.q_norm.weight", {"cause": "more"}),
+        ("", "language_model.model.layers.7.input_layernorm.weight", {"cause": "more"}),
+        ("", Q + "lora_A.default.weight", {"cure": "merge_and_unload"}),
+        ("", Q + "weight_scale", {"cause": "quantised"}),
+        (Q + "weight", Q + "qweight", {"cause": "AWQ", "cure": "llama-quantize"}),
+        (Q + "weight", Q + "weight_packed", {"cause": "compressed-tensors"}),
+    ],
+)
+def test_what_nothing_is_made_of_is_refused(llava, drop, name, said):
+    file = llava / "model.safetensors"
+    state = load_file(file)
+    state.pop(drop, None)
+    save_file(state | {name: torch.ones(1)}, file)
+    refuses(llava, refused(CheckpointError, got=(str(file), f"'{name}'"), **said))
+
+
+def test_frequencies_that_older_transformers_saved_are_left_out(llava):
+    file = llava / "model.safetensors"
+    more = {"language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(load_file(file) | more, file)
+    converted(llava)
+
+
 def test_an_interrupted_write_leaves_what_was_there(llava, monkeypatch):
     calls = []
     write = gguf.GGUFWriter.write_tensor_data
