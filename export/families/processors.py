@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from vzip.export.families import Config
 from vzip.runtime.errors import CheckpointError
 from vzip.runtime.pictures.preprocess import Preprocessing
+from vzip.runtime.pictures.resize import Resample
 
 Triple = tuple[float, float, float]
 Pinpoints = tuple[tuple[int, int], ...]
 
-_BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
+_BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, the default of all classes below
 _SUFFIXES = ("Fast", "Pil")  # the same settings, computed by torchvision or Pillow
 _TYPES = ("image_processor_type", "video_processor_type", "feature_extractor_type")
 
@@ -37,7 +38,6 @@ _FIXED: Config = {
     "do_resize": True,
     "do_rescale": True,
     "do_normalize": True,
-    "resample": _BICUBIC,
     "default_to_square": False,
     "use_square_size": False,
 }
@@ -49,7 +49,7 @@ class _Kind:
 
     Attributes:
         crops: Whether it crops the centre after resizing.
-        edges: What ``size`` may name: the short edge, or height and width.
+        edges: What ``size`` may name: the short edge, or height and width; a number is the first.
         pads: Values that ``do_pad`` may have.
         mean: Where the settings have none.
         std: Likewise.
@@ -66,19 +66,19 @@ class _Kind:
 
 _SHORT = ("shortest_edge",)
 _BOTH = ("height", "width")
-_CLIP = _Kind(crops=True, edges=(_SHORT,))
+_CLIP = _Kind(crops=True, edges=(_SHORT, _BOTH))
 # Where tiles are cut, padding is what makes up for pictures with fewer of them in a batch.
 _ANY = (True, False, None)
 
 _KINDS: Mapping[str, _Kind] = {
     "CLIPImageProcessor": _CLIP,
     "CLIPFeatureExtractor": _CLIP,
-    "LlavaImageProcessor": _Kind(crops=True, edges=(_SHORT,), pads=(False, True)),
+    "LlavaImageProcessor": _Kind(crops=True, edges=(_SHORT, _BOTH), pads=(False, True)),
     "VideoLlavaImageProcessor": _CLIP,
     "VideoLlavaVideoProcessor": _CLIP,
     "SiglipImageProcessor": _Kind(crops=False, edges=(_BOTH,), mean=_HALF, std=_HALF),
     "LlavaNextImageProcessor": _Kind(
-        crops=True, edges=(_SHORT,), pads=_ANY, pinpoints=_NEXT_PINPOINTS
+        crops=True, edges=(_SHORT, _BOTH), pads=_ANY, pinpoints=_NEXT_PINPOINTS
     ),
     "LlavaOnevisionImageProcessor": _Kind(
         crops=False, edges=(_BOTH, _SHORT), pads=_ANY, pinpoints=_ONEVISION_PINPOINTS
@@ -108,6 +108,8 @@ def preprocessing(
     Returns:
         Mode "pad_square" where the settings or the model pad, "stretch" where both edges are
         resized to the input's (so with tiles, whose base tile it describes), else "resize_crop".
+        What crops nothing, because the picture has the input's size already, is the same with and
+        without a crop.
 
     Raises:
         CheckpointError: Another processor, or a setting that is not computed here.
@@ -120,24 +122,32 @@ def preprocessing(
             raise _refused(key, got, f"{expected!r}")
     # null: pictures are taken to be RGB already, which is no difference to those that are.
     _check_switch(settings, "do_convert_rgb", (True, None))
-    _check_switch(settings, "do_center_crop", (True,) if kind.crops else (False, None))
     _check_switch(settings, "do_pad", kind.pads)
-    edge = _side(settings, "size", kind.edges)
-    stretched = not kind.crops or kind.pinpoints is not None
-    if kind.crops:
-        crop = _side(settings, "crop_size", (_BOTH,))
+    edge, parts = _side(settings, "size", kind.edges)
+    pads = pad_to_square or (kind.pinpoints is None and settings.get("do_pad") is True)
+    tiled = kind.pinpoints is not None
+    # Before the crop the picture is a square then, or each of its tiles is.
+    square = tiled or pads or parts == _BOTH
+    # Tiles are cut in the crop's size even where nothing is cropped.
+    named = settings.get("crop_size") is not None or kind.crops
+    may_crop: tuple[bool | None, ...] = (False, None, True) if tiled else (False, None)
+    _check_switch(settings, "do_center_crop", (True, False) if kind.crops else may_crop)
+    crops = settings.get("do_center_crop", kind.crops) is True
+    if crops or (tiled and named):
+        crop, _ = _side(settings, "crop_size", (_BOTH,))
         if crop != image_size:
             raise _refused("crop_size", crop, f"{image_size}, the tower's image_size")
-    if stretched and edge != image_size:
-        raise _refused("size", edge, f"{image_size}, the tower's image_size")
-    if edge < image_size:
-        raise _refused("size", edge, f"at least crop_size {image_size}")
-    pads = pad_to_square or settings.get("do_pad") is True
+    elif not square:
+        raise _refused("do_center_crop", settings.get("do_center_crop"), "True with a short edge")
+    # A larger square is cropped, which mode "stretch" doesn't do.
+    if edge < image_size or (edge != image_size and (not crops or (square and not pads))):
+        wanted = f"{image_size}, the tower's image_size"
+        raise _refused("size", edge, wanted if square else f"at least crop_size {image_size}")
     return Preprocessing(
         image_size=image_size,
-        mode="stretch" if stretched else "pad_square" if pads else "resize_crop",
+        mode="pad_square" if pads else "stretch" if square else "resize_crop",
         shortest_edge=edge,
-        resample="bicubic",
+        resample=_resample(settings),
         mean=_triple(settings, "image_mean", kind.mean),
         std=_triple(settings, "image_std", kind.std),
         rescale_factor=_number("rescale_factor", settings.get("rescale_factor", _RESCALE)),
@@ -195,7 +205,18 @@ def _check_switch(settings: Config, key: str, allowed: tuple[bool | None, ...]) 
         raise _refused(key, got, f"{allowed[0]} with {kind}")
 
 
-def _side(settings: Config, key: str, choices: tuple[tuple[str, ...], ...]) -> int:
+def _resample(settings: Config) -> Resample:
+    names: tuple[Resample, ...] = get_args(Resample)
+    value = settings.get("resample", _BICUBIC)
+    if type(value) is not int or not 0 <= value < len(names):
+        raise _refused("resample", value, "a number of Pillow's: 0 to 5")
+    return names[value]
+
+
+def _side(
+    settings: Config, key: str, choices: tuple[tuple[str, ...], ...]
+) -> tuple[int, tuple[str, ...]]:
+    """Return the number of pixels, and which of the choices it is of."""
     value: Any = settings.get(key)
     named = value if isinstance(value, dict) else dict.fromkeys(choices[0], value)
     sides = list(named.values())
@@ -203,7 +224,7 @@ def _side(settings: Config, key: str, choices: tuple[tuple[str, ...], ...]) -> i
     if not known or any(type(side) is not int or side != sides[0] for side in sides):
         parts = " or ".join(" and ".join(parts) for parts in choices)
         raise _refused(key, value, f"one number of pixels, or {parts} alike")
-    return int(sides[0])
+    return int(sides[0]), next(parts for parts in choices if set(named) == set(parts))
 
 
 def _triple(settings: Config, key: str, default: Triple) -> Triple:

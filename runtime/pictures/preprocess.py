@@ -8,7 +8,7 @@ The reference is transformers 5 with the Pillow backend: `CLIPImageProcessorPil`
 
 Two stages, because a graph may hold the second one itself:
 
-1. `tower_image`, uint8 [H, W, 3], with Pillow's antialiased bicubic: (pad to a square with the mean
+1. `tower_image`, uint8 [H, W, 3], with one of Pillow's filters: (pad to a square with the mean
    colour,) resize the short edge, crop the centre; or resize both edges, whatever becomes of the
    proportions.
 2. `pixel_values`: rescale, subtract the mean, divide by the deviation. float32 [B, 3, H, W].
@@ -24,7 +24,7 @@ from PIL import Image
 
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.files.codec import Must, Record, within
-from vzip.runtime.pictures.resize import resize, resize_rows
+from vzip.runtime.pictures.resize import Resample, pillows, resize, resize_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -56,7 +56,7 @@ class Preprocessing(Record):
         mode: `resize_crop`, `pad_square` or `stretch`.
         shortest_edge: What the short edge is resized to, in pixels, before the crop. `stretch`
             crops nothing: there it is `image_size`.
-        resample: The filter; Pillow's antialiased bicubic is the one these families use.
+        resample: Pillow's filter; nearly all use the antialiased bicubic, SigLIP2 bilinear.
         mean: Of red, green, blue, on the scale from 0 to 1.
         std: Of red, green, blue, on the same scale.
         rescale_factor: What a uint8 value is multiplied with first, 1/255.
@@ -68,7 +68,7 @@ class Preprocessing(Record):
     image_size: Side
     mode: Mode
     shortest_edge: Side
-    resample: Literal["bicubic"]
+    resample: Resample
     mean: tuple[Share, Share, Share]
     std: tuple[Positive, Positive, Positive]
     rescale_factor: Positive
@@ -109,11 +109,11 @@ def tower_image(image: Image.Image, prep: Preprocessing) -> NDArray[np.uint8]:
             cure="make it again",
         )
     if prep.mode == "stretch":
-        resized = resize(image, (prep.image_size, prep.image_size))
+        resized = resize(image, (prep.image_size, prep.image_size), prep.resample)
     elif prep.mode == "pad_square" and image.width != image.height:
         resized = _resize_padded(image, prep)
     else:
-        resized = _resize_short_edge(image, prep.shortest_edge)
+        resized = _resize_short_edge(image, prep.shortest_edge, prep.resample)
     return _centre(np.asarray(resized), prep.image_size)
 
 
@@ -150,7 +150,7 @@ def pixel_values(images: NDArray[np.uint8], prep: Preprocessing) -> NDArray[np.f
     return out
 
 
-def _resize_short_edge(image: Image.Image, edge: int) -> Image.Image:
+def _resize_short_edge(image: Image.Image, edge: int, resample: Resample) -> Image.Image:
     """Resize so that the short edge is `edge` pixels; the long one is rounded down."""
     short, long = sorted(image.size)
     resized_long = int(edge * long / short)  # in float64 and truncated, as the processor does
@@ -162,7 +162,7 @@ def _resize_short_edge(image: Image.Image, edge: int) -> Image.Image:
             cure="crop it first",
         )
     size = (edge, resized_long) if image.width <= image.height else (resized_long, edge)
-    return resize(image, size)
+    return resize(image, size, resample)
 
 
 def _resize_padded(image: Image.Image, prep: Preprocessing) -> Image.Image:
@@ -174,7 +174,7 @@ def _resize_padded(image: Image.Image, prep: Preprocessing) -> Image.Image:
 
     Args:
         image: RGB, not square.
-        prep: For `shortest_edge` and `mean`.
+        prep: For `shortest_edge`, `resample` and `mean`.
 
     Returns:
         RGB, shortest_edge × shortest_edge.
@@ -193,7 +193,7 @@ def _resize_padded(image: Image.Image, prep: Preprocessing) -> Image.Image:
     if width > height:
         # Rows that are all background stay so: a row's weights sum to one.
         rows = Image.new("RGB", (edge, side), background)  # after the first pass
-        rows.paste(resize(image, (edge, height)), (0, (side - height) // 2))
+        rows.paste(resize(image, (edge, height), prep.resample), (0, (side - height) // 2))
     else:
         left = (side - width) // 2
 
@@ -202,8 +202,8 @@ def _resize_padded(image: Image.Image, prep: Preprocessing) -> Image.Image:
             padded.paste(image, (left, -top))  # clipped to the strip
             return padded
 
-        rows = resize_rows(strip, (side, side), edge)
-    return rows.resize((edge, edge), Image.Resampling.BICUBIC)
+        rows = resize_rows(strip, (side, side), edge, prep.resample)
+    return rows.resize((edge, edge), pillows(prep.resample))
 
 
 def _centre(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:

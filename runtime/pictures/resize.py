@@ -1,4 +1,4 @@
-"""Pillow's antialiased bicubic, bit for bit, on all cores that this process may use.
+"""Pillow's resizing, bit for bit, on all cores that this process may use.
 
 Pillow resizes in two passes with uint8 in between, mostly first along rows, then along columns. In
 the first pass each row is by itself, so strips of rows can be resized at the same time, and where a
@@ -12,7 +12,7 @@ Pillow is newer than what was looked at, it resizes by itself.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import PIL
 from PIL import Image
@@ -21,6 +21,9 @@ from vzip.runtime.machine.process import cores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
+"""Pillow's filters in the order of their numbers; all but the first are antialiased."""
 
 KNOWN = (13, 0)
 """The newest Pillow whose order of passes is known: 13.0's was found by comparing with both."""
@@ -31,26 +34,38 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Return what ``image.resize(size, Image.Resampling.BICUBIC)`` returns.
+def resize(
+    image: Image.Image, size: tuple[int, int], resample: Resample = "bicubic"
+) -> Image.Image:
+    """Return what ``image.resize(size, Image.Resampling.BICUBIC)`` returns, or another filter.
 
     Args:
         image: RGB.
         size: Width and height in pixels.
+        resample: The filter.
     """
     image.load()  # once, not in every thread
 
     def strip(top: int, bottom: int) -> Image.Image:
         return image.crop((0, top, image.width, bottom))
 
-    if image.height <= _strip_rows(image.width) or not _rows_first(image.size, size):
-        return image.resize(size, Image.Resampling.BICUBIC)
-    rows = resize_rows(strip, image.size, size[0])
-    return rows.resize(size, Image.Resampling.BICUBIC)
+    whole = image.height <= _strip_rows(image.width) or resample == "nearest"  # of one pass
+    if whole or not _rows_first(image.size, size):
+        return image.resize(size, pillows(resample))
+    rows = resize_rows(strip, image.size, size[0], resample)
+    return rows.resize(size, pillows(resample))
+
+
+def pillows(resample: Resample) -> Image.Resampling:
+    """Return Pillow's own name of a filter."""
+    return Image.Resampling[resample.upper()]
 
 
 def resize_rows(
-    strip: Callable[[int, int], Image.Image], size: tuple[int, int], width: int
+    strip: Callable[[int, int], Image.Image],
+    size: tuple[int, int],
+    width: int,
+    resample: Resample = "bicubic",
 ) -> Image.Image:
     """Return Pillow's first pass of a picture: resized along its rows alone.
 
@@ -58,6 +73,7 @@ def resize_rows(
         strip: Returns rows top … bottom − 1 of the picture, RGB; called in several threads.
         size: The picture's width and height.
         width: That rows are resized to.
+        resample: The filter.
 
     Returns:
         RGB, `width` and the picture's height.
@@ -67,7 +83,7 @@ def resize_rows(
 
     def pass_over(top: int) -> None:
         part = strip(top, min(size[1], top + count))
-        rows.paste(part.resize((width, part.height), Image.Resampling.BICUBIC), (0, top))
+        rows.paste(part.resize((width, part.height), pillows(resample)), (0, top))
 
     on_cores(pass_over, range(0, size[1], count))
     return rows

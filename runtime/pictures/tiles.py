@@ -86,7 +86,7 @@ def cut(image: Image.Image, prep: Preprocessing, tiling: Tiling) -> Tiles:
     height, width = _fitted(size, canvas_size)
     top, left = (canvas_size[0] - height) // 2, (canvas_size[1] - width) // 2
     canvas = np.zeros((*canvas_size, 3), np.uint8)
-    resized = resize(image, (width, height))
+    resized = resize(image, (width, height), prep.resample)
     canvas[top : top + height, left : left + width] = np.asarray(resized)
     tiles = canvas.reshape(rows, side, columns, side, 3).swapaxes(1, 2)  # [rows, columns, side, …]
     images = np.concatenate([base[None], tiles.reshape(rows * columns, side, side, 3)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from transformers.models.video_llava.image_processing_video_llava import VideoLl
 
 from vzip.runtime.pictures.images import load_image
 from vzip.runtime.pictures.preprocess import Mode, Preprocessing, pixel_values, tower_image
+from vzip.runtime.pictures.resize import Resample, pillows
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -70,7 +71,7 @@ def processor(
 ) -> CLIPImageProcessorPil | LlavaImageProcessorPil | SiglipImageProcessorPil:
     square = {"height": prep.image_size, "width": prep.image_size}
     common: dict[str, Any] = {
-        "resample": Image.Resampling.BICUBIC,
+        "resample": pillows(prep.resample),
         "image_mean": list(prep.mean),
         "image_std": list(prep.std),
         "rescale_factor": prep.rescale_factor,
@@ -128,6 +129,13 @@ def test_odd_sizes(size: tuple[int, int], image_size: int, mode: Mode) -> None:
 @pytest.mark.parametrize("size", [(1600, 1067), (1067, 1600), (800, 800), (4000, 3000)])
 def test_photographs(size: tuple[int, int], mode: Mode) -> None:
     assert_equal_to_reference(photo(*size), preprocessing(mode, 336))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("resample", get_args(Resample))
+@pytest.mark.parametrize("size", [(1600, 1067), (107, 1600), (90, 33), (300, 301)])
+def test_filters(size: tuple[int, int], resample: Resample, mode: Mode) -> None:
+    assert_equal_to_reference(photo(*size), preprocessing(mode, 112, resample=resample))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -590,17 +590,19 @@ TYPE = "image_processor_type"
         ("llava", TYPE, "LlavaNextImageProcessor", "CLIPImageProcessor,"),
         ("llava", TYPE, ["CLIPImageProcessor"], "CLIPImageProcessor,"),
         ("llava", TYPE, "absent", "CLIPImageProcessor,"),
-        ("llava", "resample", 2, "3"),
+        *(("llava", "resample", value, "0 to 5") for value in (6, -1, None, 3.0, "bicubic", True)),
         *(("llava", key, False, "True") for key in ("do_resize", "do_normalize")),
         ("llava", "do_convert_rgb", False, "True"),
         ("llava", "do_rescale", None, "True"),
-        ("llava", "do_center_crop", False, "True with CLIPImageProcessor"),
+        ("llava", "do_center_crop", False, "True with a short edge"),
         ("llava", "do_pad", True, "False with CLIPImageProcessor"),
         ("llava", "default_to_square", True, "False"),
         ("llava", "crop_size", {"height": 32, "width": 28}, "one number of pixels"),
         ("llava", "crop_size", 28, "32"),
         ("llava", "crop_size", "absent", "one number of pixels"),
-        ("llava", "size", {"height": 32, "width": 32}, "one number of pixels"),
+        ("llava", "size", {"height": 40, "width": 40}, "32"),
+        ("llava", "size", {"height": 32, "width": 30}, "one number of pixels"),
+        ("llava", "size", {"shortest_edge": 32, "longest_edge": 64}, "one number of pixels"),
         ("llava", "size", {"shortest_edge": 32.0}, "one number of pixels"),
         ("llava", "size", 16, "at least crop_size 32"),
         ("llava", "image_mean", [0.5, 0.5], "three numbers"),
@@ -618,7 +620,7 @@ TYPE = "image_processor_type"
             for points in ([], [[32, 64], 64], [[32, 0]], [[32, 64, 3]])
         ),
         ("llava-onevision", TYPE, "SiglipImageProcessor", "LlavaOnevisionImageProcessor"),
-        ("llava-onevision", "do_center_crop", True, "False with LlavaOnevision"),
+        ("llava-onevision", "crop_size", 36, "38"),
         ("video-llava", TYPE, "LlavaImageProcessor", "VideoLlavaImageProcessor"),
         ("vip-llava", TYPE, "SiglipImageProcessor", "CLIPImageProcessor"),
     ],
@@ -628,11 +630,39 @@ def test_processor_settings_that_are_refused(
 ) -> None:
     got = f"{key} = {None if value == 'absent' else value!r}"
     said: dict[str, Said] = {"expected": expected, "cure": "preprocessor_config.json"}
+    if isinstance(value, dict) and value == {"height": 40, "width": 40}:
+        got = "size = 40"
     if key == "size" and isinstance(value, int):
         sides = ("height", "width") if family == "llava-siglip" else ("shortest_edge",)
         value = dict.fromkeys(sides, value)
     with refused(CheckpointError, got=got, **said):
         tiny(family, **{key: value})
+
+
+def test_settings_that_say_the_same_in_other_words() -> None:
+    """Granite Vision's among them: whatever is cut has the input's size already."""
+    square = {"height": 32, "width": 32}
+    for family, changes in (
+        ("llava-next", ({"size": square}, {"do_center_crop": False}, {"do_pad": False})),
+        (
+            "llava-onevision",
+            ({"do_center_crop": True, "crop_size": 38}, {"size": {"shortest_edge": 38}}),
+        ),
+    ):
+        for change in changes:
+            assert tiny(family, **change) == tiny(family)
+    squeezed = hf(size=square).preprocessing
+    assert (squeezed.mode, squeezed.shortest_edge) == ("stretch", 32)
+    assert hf(size=square, do_center_crop=False).preprocessing == squeezed
+    padded = {TYPE: "LlavaImageProcessor", "do_pad": True}
+    assert hf(size=square, **padded) == hf(**padded)
+
+
+def test_filters_are_read() -> None:
+    """SigLIP2's is bilinear."""
+    names = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+    for number, name in enumerate(names):
+        assert tiny("llava-siglip", resample=number).preprocessing.resample == name
 
 
 def test_other_processor_settings_that_are_refused() -> None:

@@ -232,7 +232,7 @@ INTEGER, POSITIVE, SHARE = "an integer from 1 to 4096", "a positive number", "a 
         ("shortest_edge", "shortest_edge", INTEGER, [-1, None]),
         ("mode", "mode", "'resize_crop', 'pad_square', 'stretch'", ["anyres", []]),
         ("mode", "shortest_edge", "image_size 48", ["stretch"]),
-        ("resample", "resample", "'bicubic'", ["bilinear", 3]),
+        ("resample", "resample", "'bicubic'", ["mks2013", 3, None]),
         ("mean", "mean", "a list of 3", [[0.5, 0.5], 0.5]),
         ("mean", "mean[2]", SHARE, [[0.5, 0.5, x] for x in (1.5, -0.1, "0.5", True, math.nan)]),
         ("std", "std[2]", POSITIVE, [[0.5, 0.5, x] for x in (0.0, math.inf, 10**400)]),

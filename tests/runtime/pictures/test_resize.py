@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -53,12 +54,18 @@ def test_equals_pillows(
     assert np.array_equal(np.asarray(image), np.asarray(noise(*size)))  # left alone
 
 
-def test_any_size_equals_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_filters_are_pillows_in_the_order_of_their_numbers() -> None:
+    numbers = [int(module.pillows(name)) for name in get_args(module.Resample)]
+    assert numbers == list(range(6))
+
+
+@pytest.mark.parametrize("resample", get_args(module.Resample))
+def test_any_size_equals_pillows(resample: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_STRIP_PIXELS", 500)
-    for width, height, columns, rows in np.random.default_rng(0).integers(1, 130, (300, 4)):
+    for width, height, columns, rows in np.random.default_rng(0).integers(1, 130, (200, 4)):
         image = noise(width, height)
-        expected = np.asarray(image.resize((columns, rows), Image.Resampling.BICUBIC))
-        got = np.asarray(resize(image, (int(columns), int(rows))))
+        expected = np.asarray(image.resize((columns, rows), module.pillows(resample)))
+        got = np.asarray(resize(image, (int(columns), int(rows)), resample))
         assert np.array_equal(got, expected), (width, height, columns, rows)
 
 
