@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from tests.fuzz import mutations
-from tests.fuzz.mutations import JSON_VALUES, TEXTS
+from tests.fuzz.mutations import TEXTS
 from tests.places import GOLDEN
 
 Trial = Callable[[], object]
@@ -388,7 +388,7 @@ def odd_array(rng: random.Random) -> Any:
         mode = rng.choice(("1", "L", "P", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "LA",
                            "La", "RGBa", "I;16", "PA", "RGBX"))  # fmt: skip
         image = Image.new(mode, rng.choice(((0, 0), (1, 1), (5, 4), (16, 16), (0, 5), (3000, 1))))
-        image.info = rng.choice(({}, {"transparency": rng.choice(JSON_VALUES)}, {"exif": b"x"}))
+        image.info = rng.choice(({}, {"transparency": mutations.hostile(rng)}, {"exif": b"x"}))
         if rng.random() < 0.2:
             image.close()
         return image
@@ -500,6 +500,7 @@ def _tokens() -> tuple[Any, list[Any]]:
     return origin, images
 
 
+@door(DOORS)
 def a_token_file(folder: Path) -> Draw:
     from vzip.runtime.tokens.file import TokenFile, to_bytes
 
@@ -639,6 +640,7 @@ def http(body: bytes, kind: str = "application/json", status: str = "200 OK") ->
     return f"{head}Connection: close\r\n\r\n".encode() + body
 
 
+@door(DOORS)
 def a_servers_answer(folder: Path) -> Draw:
     from vzip.runtime.llm.server.vllm import VllmServer
     from vzip.runtime.llm.shown import TokenSpec

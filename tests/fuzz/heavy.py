@@ -127,6 +127,7 @@ TEMPLATES = (
 )  # fmt: skip
 
 
+@door(HEAVY)
 def a_chat_template(folder: Path) -> Draw:
     import transformers
 
@@ -185,6 +186,7 @@ def images_of_samples(folder: Path) -> Draw:
     return draw
 
 
+@door(HEAVY)
 def tunings_data(folder: Path) -> Draw:
     from vzip.calibration.tuning.data import InstructionData, choose
 

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import random
+import re
 import struct
 import zipfile
 import zlib
@@ -40,6 +41,11 @@ TEXTS: tuple[str, ...] = (
 )  # fmt: skip
 
 
+def hostile(rng: random.Random) -> Any:
+    """Return one of `JSON_VALUES` that may be changed."""
+    return copy.deepcopy(rng.choice(JSON_VALUES))
+
+
 def json_value(rng: random.Random, value: Any) -> bytes:
     """Return JSON with one to three of its values replaced, removed, doubled or moved."""
     made = copy.deepcopy(value)
@@ -55,13 +61,16 @@ def json_bytes(rng: random.Random, data: bytes) -> bytes:
     return json_value(rng, json.loads(data))
 
 
+_RAWS = 10  # that a text holds: one may have 200,000 characters, and be there a thousand times
+
+
 def dump(value: Any) -> bytes:
     """Return JSON in which `Raw` stands as it is."""
     raws: list[str] = []
 
     def plain(each: Any) -> Any:
         if isinstance(each, Raw):
-            raws.append(each.text)
+            raws.append(each.text if len(raws) < _RAWS else "0")
             return f"@raw{len(raws) - 1}@"
         if isinstance(each, dict):
             return {key: plain(inner) for key, inner in each.items()}
@@ -70,9 +79,7 @@ def dump(value: Any) -> bytes:
         return each
 
     text = json.dumps(plain(value))
-    for number, raw in enumerate(raws):
-        text = text.replace(f'"@raw{number}@"', raw)
-    return text.encode()
+    return re.sub('"@raw([0-9]+)@"', lambda found: raws[int(found[1])], text).encode()
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
@@ -94,12 +101,12 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
 def _change(rng: random.Random, value: Any) -> Any:
     places = _places(value)
     if not places or rng.random() < 0.03:
-        return rng.choice(JSON_VALUES)
+        return hostile(rng)
     # A deep list of numbers has most places: every depth is as likely.
     holder, key = rng.choice(places if rng.random() < 0.5 else places[: max(1, len(places) // 4)])
     kind = rng.random()
     if kind < 0.65:
-        holder[key] = rng.choice(JSON_VALUES)
+        holder[key] = hostile(rng)
     elif kind < 0.75:
         del holder[key]
     elif kind < 0.85:
