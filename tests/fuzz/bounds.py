@@ -19,13 +19,17 @@ class TimeUp(BaseException):
     """A trial lasted too long."""
 
 
-def judge(trial: Callable[[], object]) -> str | None:
+def judge(trial: Callable[[], object], seconds: float = SECONDS) -> str | None:
     """Run a trial and return what is wrong with how it ended; None if nothing is.
 
     It may return, or raise an error of vzip whose text is one line that can be printed.
+
+    Args:
+        trial: The trial.
+        seconds: How long it may take.
     """
     try:
-        with bounded():
+        with bounded(seconds):
             trial()
     except VzipError as error:
         text = str(error)
@@ -34,7 +38,7 @@ def judge(trial: Callable[[], object]) -> str | None:
         if len(text) > 9000:
             return f"a line of {len(text)} characters: {text[:200]!r}"
     except TimeUp:
-        return f"more than {SECONDS} s"
+        return f"more than {seconds} s"
     except (KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:  # noqa: BLE001 - what is looked for
@@ -43,7 +47,7 @@ def judge(trial: Callable[[], object]) -> str | None:
 
 
 @contextlib.contextmanager
-def bounded() -> Iterator[None]:
+def bounded(seconds: float) -> Iterator[None]:
     """Bound the time and the address space of what is done inside."""
     assert threading.current_thread() is threading.main_thread(), "signals come to this one"
 
@@ -53,7 +57,7 @@ def bounded() -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     before = signal.signal(signal.SIGALRM, ring)
     resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEMORY, hard))
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
