@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, cast
 
 from vzip.export.architecture import (
@@ -15,7 +16,9 @@ from vzip.export.architecture import (
 )
 from vzip.export.families import Config, known_keys
 from vzip.runtime.bundle.manifest import Tiling
+from vzip.runtime.config_numbers import check_numbers
 from vzip.runtime.errors import CheckpointError
+from vzip.runtime.pictures.preprocess import MAX_RESIZED_PIXELS
 
 refused = known_keys.refused
 
@@ -37,6 +40,9 @@ _HARMLESS = frozenset(
         "vocab_size",
     }
 )
+MAX_PINPOINTS = 1024
+"""Most resolutions that are believed, of each of which every picture's merit is computed."""
+
 _HARMLESS_TOWER = frozenset({"logit_scale_init_value", "projection_dim", "vocab_size"})
 
 
@@ -57,7 +63,7 @@ def read(config_class: Any, config: Config, *, kinds: tuple[TowerKind, ...]) -> 
     if kind not in tuple(map(_type, kinds)):  # a list in the file is no key
         expected = " or ".join(repr(_type(each)) for each in kinds)
         raise refused("vision_config.model_type", kind, expected)
-    known_keys.check_numbers(config)
+    check_numbers(config)
     known_keys.check_class(config, _classes(config_class))
     known_keys.check(config, known=known(config_class))
     if isinstance(vision, dict):
@@ -106,7 +112,7 @@ def complete(config_class: Any, config: Config) -> Any:
     """
     from huggingface_hub.errors import StrictDataclassError
 
-    known_keys.check_numbers(config)  # the class loops over some of them
+    check_numbers(config)  # the class loops over some of them
     try:
         return config_class.from_dict(copy.deepcopy(dict(config)))  # it takes parts out
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
@@ -211,7 +217,12 @@ def tiling(
             "image_grid_pinpoints", own, f"those of the image processor, {list(pinpoints)}"
         )
     side = sizes.image_size
+    if len(pinpoints) > MAX_PINPOINTS:
+        raise refused("image_grid_pinpoints", len(pinpoints), f"at most {MAX_PINPOINTS}")
     for pair in pinpoints:
+        if math.prod(pair) > MAX_RESIZED_PIXELS:
+            expected = f"at most {MAX_RESIZED_PIXELS} pixels"
+            raise refused("image_grid_pinpoints", list(pair), expected)
         if any(length % side for length in pair):
             raise refused("image_grid_pinpoints", list(pair), f"multiples of image_size {side}")
     return Tiling(pinpoints, only_alone=only_alone)
@@ -221,10 +232,10 @@ def token_id(name: str, value: object) -> int:
     """Return the id of a placeholder that is an entry of the vocabulary.
 
     Raises:
-        CheckpointError: It is no integer of 0 or above.
+        CheckpointError: It is no integer of 0 or above, or larger than any vocabulary.
     """
-    if type(value) is not int or value < 0:
-        raise refused(name, value, "an integer of 0 or above")
+    if type(value) is not int or not 0 <= value < 2**31:
+        raise refused(name, value, "an integer of 0 or above, of a vocabulary")
     return value
 
 

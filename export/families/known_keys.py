@@ -7,9 +7,6 @@ other scales. Read without those, it would be exported as a model that it isn't.
 * off: null, false, zero or empty, as transformers and LLaVA write what isn't used;
 * of the vision side, by its name or because it stands in a part that is: refused by name;
 * any other: named in a warning, and taken to be the language model's.
-
-Numbers that sizes and loops are made of have bounds, which hold before anything is made of them:
-transformers' classes themselves loop over some.
 """
 
 from __future__ import annotations
@@ -17,12 +14,13 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from vzip.export.families import Config
+from vzip.runtime.config_numbers import inside as _inside
+from vzip.runtime.config_numbers import shown
 from vzip.runtime.errors import CheckpointError
-from vzip.runtime.pictures.preprocess import MAX_IMAGE_SIZE
 
 _log = logging.getLogger(__name__)
 
@@ -74,32 +72,6 @@ _VISION = re.compile(
 )
 # What was trained, and how, says nothing about what is computed.
 _TRAINING = re.compile(r"^(tune|freeze|unfreeze|pretrain|train)_|_lr$")
-
-_LAYERS, _WIDTH, _COUNT = 1000, 2**17, 2**31
-_BOUNDS: Mapping[str, int] = {
-    "head_dim": _WIDTH,
-    "hidden_size": _WIDTH,
-    "image_seq_length": _COUNT,
-    "image_size": MAX_IMAGE_SIZE,
-    "intermediate_size": 2**20,
-    "max_position_embeddings": _COUNT,
-    "max_window_layers": _LAYERS,
-    "mm_hidden_size": _WIDTH,
-    "num_attention_heads": 2**12,
-    "num_channels": 2**12,
-    "num_hidden_layers": _LAYERS,
-    "num_key_value_heads": 2**12,
-    "num_labels": 2**16,
-    "patch_size": MAX_IMAGE_SIZE,
-    "projection_dim": _WIDTH,
-    "video_seq_length": _COUNT,
-    "vocab_size": 2**24,
-}
-"""Largest values that are believed: several times those of the largest models there are."""
-
-_ZERO = frozenset({"max_window_layers", "num_labels", "projection_dim"})  # may say: none
-_DEEPEST = 20
-_LONGEST = 100  # characters of a value in a message
 
 
 def check(
@@ -185,21 +157,6 @@ def check_class(config: Config, classes: Collection[str], *, part: str = "") -> 
             raise refused(_inside(part, f"auto_map.{key}"), code, expected)
 
 
-def check_numbers(config: Config, part: str = "") -> None:
-    """Refuse numbers that no model has, in a configuration and its parts.
-
-    Raises:
-        CheckpointError: A size is no integer or out of its bounds, or a number isn't finite.
-    """
-    for key, value in _numbers(config, part):
-        bound = _BOUNDS.get(key.rpartition(".")[2])
-        least = 0 if key.rpartition(".")[2] in _ZERO else 1
-        if bound is not None and (type(value) is not int or not least <= value <= bound):
-            raise refused(key, value, f"an integer from {least} to {bound}")
-        if isinstance(value, (int, float)) and not abs(value) < 2**63:
-            raise refused(key, value, "a number of less than 2**63")
-
-
 @functools.cache
 def keys_of(config_class: Any) -> frozenset[str]:
     """Return the keys that a configuration class of transformers writes."""
@@ -214,37 +171,6 @@ def refused(key: str, got: object, expected: str) -> CheckpointError:
         cause="vzip doesn't know this variant of the model",
         cure="compare the file with the published one",
     )
-
-
-def shown(value: object) -> str:
-    """Return a value as it stands in a message."""
-    if type(value) is int and value.bit_length() > 128:
-        return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
-
-
-def _numbers(config: Config, part: str) -> Iterator[tuple[str, object]]:
-    """Every number, text and truth of a configuration, with its place."""
-    rest: list[tuple[str, object, int]] = [(part, config, 0)]
-    while rest:
-        place, value, depth = rest.pop()
-        if depth > _DEEPEST:
-            raise CheckpointError(
-                f"config.json has more than {_DEEPEST} parts inside each other at {place[:40]}",
-                cause="it is damaged",
-                cure="compare it with the published one",
-            )
-        if isinstance(value, Mapping):
-            rest += [(_inside(place, str(key)), each, depth + 1) for key, each in value.items()]
-        elif isinstance(value, (list, tuple)):
-            rest += [(f"{place}[]", each, depth + 1) for each in value]
-        elif value is not None:
-            yield place, value
-
-
-def _inside(part: str, key: str) -> str:
-    return f"{part}.{key}" if part else key
 
 
 def _is_off(value: object) -> bool:

@@ -32,6 +32,7 @@ from vzip.export.families.known_parts import (
     SIGLIP_PROCESSOR_384,
 )
 from vzip.export.families.processors import WHOLE, preprocessing
+from vzip.runtime.config_numbers import check_numbers
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionConfig
@@ -108,7 +109,7 @@ class Llava(HuggingFaceForm):
             tower=sizes,
             projector=configs.projector(full, sizes, layers, bias=full.multimodal_projector_bias),
             feature_layers=layers,
-            image_token_id=full.image_token_index,
+            image_token_id=configs.token_id("image_token_index", full.image_token_index),
             preprocessing=preprocessing(
                 preprocessor,
                 image_size=sizes.image_size,
@@ -181,7 +182,7 @@ class LlavaOriginal:
 
     def _check(self, config: Config) -> None:
         """Refuse variants of the original code's models that are not LLaVA-1.5."""
-        known_keys.check_numbers(config)
+        check_numbers(config)
         kind = config.get("model_type")
         if kind not in _TYPES:  # a tuple: a list in the file is no key
             raise configs.refused("model_type", kind, " or ".join(map(repr, _TYPES)))

@@ -56,7 +56,7 @@ class VideoLlava(HuggingFaceForm):
             tower=sizes,
             projector=configs.projector(full, sizes, layers, bias=full.multimodal_projector_bias),
             feature_layers=layers,
-            image_token_id=full.image_token_index,
+            image_token_id=configs.token_id("image_token_index", full.image_token_index),
             preprocessing=preprocessing(
                 preprocessor, image_size=sizes.image_size, classes=_CLASSES
             ),

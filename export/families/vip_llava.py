@@ -60,7 +60,7 @@ class VipLlava(HuggingFaceForm):
                 full, sizes, layers, bias=True, norm_eps=full.projector_layernorm_eps
             ),
             feature_layers=layers,
-            image_token_id=full.image_token_index,
+            image_token_id=configs.token_id("image_token_index", full.image_token_index),
             preprocessing=preprocessing(preprocessor, image_size=sizes.image_size, classes=WHOLE),
             media=media,
         )

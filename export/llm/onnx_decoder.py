@@ -23,6 +23,7 @@ from vzip.runtime.agreement import LLM_LOGITS
 from vzip.runtime.bundle import manifest as form
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.bundle.writer import BundleWriter
+from vzip.runtime.config_numbers import check_numbers
 from vzip.runtime.console import watched
 from vzip.runtime.errors import CheckpointError, ExportError, ParityError
 from vzip.runtime.llm.llm_files import Settings
@@ -110,6 +111,7 @@ def plan(model: str, revision: str | None) -> Size:
             f"{', '.join(CLASSES.values())}",
             cure="export the llava-hf twin of the checkpoint",
         )
+    check_numbers(config)
     kind = config["model_type"]
     rest = {key: value for key, value in config.items() if key != "model_type"}
     text = transformers.AutoConfig.for_model(kind, **rest).get_text_config()

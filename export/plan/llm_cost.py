@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from vzip.runtime.config_numbers import check_numbers
 from vzip.runtime.errors import CheckpointError
 
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -115,6 +116,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises:
         CheckpointError: transformers can't read it.
     """
+    check_numbers(config)
     if "vision_config" not in config:
         return config
     import transformers

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from vzip.runtime.config_numbers import check_numbers
 from vzip.runtime.errors import CheckpointError, first_line, missing
 from vzip.runtime.files.plain import check_folder_of_plain, read_text
 from vzip.runtime.guard import door
@@ -166,6 +167,7 @@ class TextFiles:
             raise missing(package, needed_for=f"{name}: tokenizing", extra="export") from error
         folder = fetch(name, model, revision, TEXT_FILES)
         _check_files(name, folder)
+        _check_numbers(name, folder)
         try:
             check_folder_of_plain(folder)
             config = transformers.AutoConfig.from_pretrained(
@@ -405,6 +407,24 @@ def _check_files(name: str, folder: Path) -> None:
                 cause="no configuration or tokenizer is that large",
                 cure="give a whole llava-hf checkpoint",
             )
+
+
+def _check_numbers(name: str, folder: Path) -> None:
+    """Refuse sizes that no model has, before transformers loops over them."""
+    try:
+        config = json.loads(read_text(folder / "config.json"))
+    except (OSError, ValueError, RecursionError):
+        return  # transformers says what is wrong with it
+    if isinstance(config, dict):
+        try:
+            check_numbers(config)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{name}: '{folder}': {error.got}",
+                expected=error.expected,
+                cause=error.cause,
+                cure=error.cure,
+            ) from error
 
 
 def _template(

@@ -495,6 +495,13 @@ CLIP_OR = "'clip_vision_model' or 'siglip_vision_model'"
         ("vip-llava", LAYER, "last", f"{LAYER} = 'last'", "a list of layers"),
         ("video-llava", "vision_config", SIGLIP, "'siglip_vision_model'", "'clip_vision_model'"),
         ("video-llava", "video_token_index", -1, "video_token_index = -1", "an integer of 0"),
+        *(
+            (family, "image_token_index", value, "image_token_index", "an integer of 0")
+            for family in ("llava", "vip-llava", "llava-next", "video-llava", "llava-onevision")
+            for value in (-1, 2**31)
+        ),
+        ("llava-next", POINTS, [[32, 32 * n] for n in range(1, 1100)], POINTS, "at most 1024"),
+        ("llava-next", POINTS, [[32, 32], [32 * 512, 32 * 512]], POINTS, "pixels"),
         ("llava-onevision", "vision_config", VISION, "'clip_vision_model'", "'siglip_vision_mo"),
         ("llava-onevision", "video_token_index", None, "no LlavaOnevisionConfig", ""),
         *(
@@ -509,8 +516,9 @@ CLIP_OR = "'clip_vision_model' or 'siglip_vision_model'"
 def test_configurations_that_are_refused(
     family: str, key: str, value: Any, got: str, expected: Said
 ) -> None:
+    points = {POINTS: value} if key == POINTS and expected in ("at most 1024", "pixels") else {}
     with refused(CheckpointError, got=got, expected=expected):
-        tiny(family, {key: value})
+        tiny(family, {key: value}, **points)
 
 
 def test_a_configuration_of_nothing_is_refused() -> None:

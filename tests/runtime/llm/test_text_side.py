@@ -97,3 +97,15 @@ def test_what_is_no_text_side_of_a_llava(tmp_path):
     path.unlink()
     with refused(CheckpointError, got=str(folder), cure="llava-hf"):
         TextCheckpoint.open("vllm", folder)
+
+
+@pytest.mark.parametrize("value", [10**9, 10**30, -1, 2.5, "2", True])
+def test_sizes_that_no_llm_has_are_refused_before_a_list_of_layers_is_made(tmp_path, value):
+    folder = tmp_path / "llava"
+    checkpoint_of(folder, model_type="llava")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= {"model_type": "qwen2", "num_hidden_layers": value}
+    (folder / "config.json").write_text(json.dumps(config))
+    for opened in (lambda each: TextCheckpoint.open("vllm", each), TransformersLLM.open):
+        with refused(CheckpointError, got=("text_config.num_hidden_layers", str(folder))):
+            opened(folder)
