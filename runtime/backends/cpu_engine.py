@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Final
 
 from vzip.runtime import console
-from vzip.runtime.bundle import graph_check
+from vzip.runtime.bundle import graph_check, graph_rules
 from vzip.runtime.bundle.engine_record import CpuTarget, EngineRecord
-from vzip.runtime.bundle.reader import FASTEST, Bundle, naming, open_engine
+from vzip.runtime.bundle.reader import FASTEST, Bundle, naming, open_engine, weights
 from vzip.runtime.errors import BackendError, BundleError, InvalidInputError, VzipError
 from vzip.runtime.machine import sensors
 from vzip.runtime.machine.record import processor
@@ -159,20 +159,23 @@ def read_engine(bundle: Bundle, name: str) -> bytes:
             cure=cure,
         )
     source, file_name = bundle.at(record.precision), f"engines/{name}.plan"
-    weights = f"{source.graph_file}.data"
-    listed = bundle.manifest.files.get(weights)
+    data_file = f"{source.graph_file}.data"
+    listed = bundle.manifest.files.get(data_file)
     operators = graph_check.CPU_ENGINE | (graph_check.QUANTISED if source.quantised else set())
     with naming(bundle.path):
         graph_check.check_graph(
             model,
             file=file_name,
-            data_file=weights,
+            data_file=data_file,
             data_bytes=None if listed is None else listed.bytes,
             operators=operators,
         )
+        with weights(bundle.path, bundle.manifest, data_file) as read:
+            batch = bundle.manifest.batch.max
+            graph_rules.check_encoder(model, read, file=file_name, batch=batch)
         shared = bool(graph_check.external_tensors(model, file=file_name))
     if shared:
-        with bundle.open_file(weights):  # which compares its digest
+        with bundle.open_file(data_file):  # which compares its digest
             pass
     return model
 

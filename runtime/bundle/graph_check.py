@@ -4,7 +4,8 @@ An ONNX file may name any path of the machine as the home of a tensor, and any o
 library that a runtime has loaded; runtimes have followed such names out of the model's folder.
 Digests in a manifest don't help against someone who wrote both, so a bundle's reader walks the
 model itself. The walk knows only the fields that lead to a tensor or a node, refuses what it
-doesn't understand in them, and skips everything else by length.
+doesn't understand in them, and skips everything else by length. What a graph computes, and how
+much of it, is looked at by `vzip.runtime.bundle.graph_rules`.
 
 Source: onnx.proto of ONNX 1.23; `tests/parity/test_graph_check_parity.py` compares its numbers.
 """
@@ -70,8 +71,12 @@ EXTERNAL = 1  # TensorProto.DataLocation.EXTERNAL
 ENTRY_KEY, ENTRY_VALUE = 1, 2
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_ENTRIES = ["length", "location", "offset"]
 _HOLD_GRAPHS = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 _DEEPEST = 64  # protobuf itself stops at 100
+_MOST = 2**16
+_MOST_OPERATORS = 1000  # different ones; ONNX has two hundred
+_LONGEST_SHOWN = 80
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,7 @@ def check_graph(
         others, allowed = held - operators, "those that docs/bundle.md lists"
     if others:
         raise BundleError(
-            f"{file} holds the operators {', '.join(sorted(others))}",
+            f"{file} holds the operators {', '.join(sorted(others)[:8])[:400]}",
             expected=allowed,
             cause="it was edited, or made by another tool or version",
             cure="export the bundle again",
@@ -140,21 +145,21 @@ def check_graph(
     for tensor in found:
         if tensor.location != data_file:
             raise BundleError(
-                f"{file}: the tensor {tensor.name!r} lies in {tensor.location!r}",
+                f"{file}: the tensor {shown(tensor.name)} lies in {shown(tensor.location)}",
                 expected=f"{data_file!r}",
                 cause="a graph may not read other files",
                 cure="don't use this bundle",
             )
         if data_bytes is None:
             raise BundleError(
-                f"{file}: the tensor {tensor.name!r} lies in {data_file}, which the manifest "
+                f"{file}: the tensor {shown(tensor.name)} lies in {data_file}, which the manifest "
                 "doesn't list",
                 cause="the bundle is incomplete",
                 cure="export it again",
             )
         if tensor.offset + tensor.length > data_bytes:
             raise BundleError(
-                f"{file}: the tensor {tensor.name!r} takes bytes {tensor.offset} to "
+                f"{file}: the tensor {shown(tensor.name)} takes bytes {tensor.offset} to "
                 f"{tensor.offset + tensor.length} of {data_file}, which has {data_bytes}",
                 cause="the files don't belong together",
                 cure="export the bundle again",
@@ -191,32 +196,48 @@ def _read(model: bytes, file: str) -> tuple[list[ExternalTensor], set[str]]:
 def _walk(model: bytes) -> tuple[list[ExternalTensor], set[str]]:
     found: list[ExternalTensor] = []
     operators: set[str] = set()
-    pending = [("ModelProto", memoryview(model), 0)]
     seen_graph = False
-    while pending:
-        kind, data, depth = pending.pop()
-        if depth > _DEEPEST:
-            raise MalformedError(f"messages nested more than {_DEEPEST} deep")
-        if kind == "TensorProto":
-            found.extend(_external(data))
-            continue
-        children, names = [], {NODE_OPERATOR: "", NODE_DOMAIN: ""}
-        for number, wire, value in fields(data):
-            if kind == "NodeProto" and number in names:
-                names[number] = text(wire, value)  # the last one counts, as for every reader
+    # Messages are read as they are come to, in the file's order: what is held is the way to one.
+    way = [_Message("ModelProto", memoryview(model))]
+    while way:
+        here = way[-1]
+        for number, wire, value in here.fields:
+            if number in here.names:
+                here.names[number] = text(wire, value)  # the last one counts, as for every reader
                 continue
-            child = PATHS[kind].get(number)
+            child = PATHS[here.kind].get(number)
             if child is None:
                 continue
-            children.append((child, length_delimited(wire, value, child), depth + 1))
+            data = length_delimited(wire, value, child)
             seen_graph = seen_graph or child == "GraphProto"
-        if kind == "NodeProto":
-            domain = names[NODE_DOMAIN].removeprefix("ai.onnx") and names[NODE_DOMAIN] + "::"
-            operators.add(domain + names[NODE_OPERATOR])
-        pending.extend(reversed(children))
+            if child == "TensorProto":
+                found.extend(external(data))
+                if len(found) > _MOST:
+                    raise MalformedError(f"more than {_MOST} external tensors", "fewer")
+                continue
+            way.append(_Message(child, data))
+            break
+        else:
+            way.pop()
+            if here.kind == "NodeProto":
+                domain = here.names[NODE_DOMAIN]
+                domain = domain.removeprefix("ai.onnx") and domain + "::"
+                operators.add(domain + here.names[NODE_OPERATOR])
+                if len(operators) > _MOST_OPERATORS:
+                    raise MalformedError(f"more than {_MOST_OPERATORS} operators", "fewer")
+        if len(way) > _DEEPEST + 1:
+            raise MalformedError(f"messages nested more than {_DEEPEST} deep")
     if not seen_graph:
         raise MalformedError("there is no graph in it")
     return found, operators
+
+
+class _Message:
+    """A message that is being read."""
+
+    def __init__(self, kind: str, data: memoryview) -> None:
+        self.kind, self.fields = kind, fields(data)
+        self.names = {NODE_OPERATOR: "", NODE_DOMAIN: ""} if kind == "NodeProto" else {}
 
 
 def _read_varint(data: memoryview, place: int) -> tuple[int, int]:
@@ -273,7 +294,13 @@ def text(wire: int, value: int | memoryview) -> str:
         raise MalformedError("a text is not UTF-8") from error
 
 
-def _external(data: memoryview) -> Iterator[ExternalTensor]:
+def shown(value: object) -> str:
+    """Return what a file holds as it stands in messages."""
+    said = repr(value)
+    return said if len(said) <= _LONGEST_SHOWN else f"{said[: _LONGEST_SHOWN - 1]}…"
+
+
+def external(data: memoryview) -> Iterator[ExternalTensor]:
     """Yield the external tensor that a TensorProto is, if it is one."""
     name, external, entries = "", False, list[tuple[str, str]]()
     for number, wire, value in fields(data):
@@ -287,16 +314,18 @@ def _external(data: memoryview) -> Iterator[ExternalTensor]:
                 if part in {ENTRY_KEY, ENTRY_VALUE}:
                     pair[part - 1] = text(part_wire, part_value)
             entries.append((pair[0], pair[1]))
+            if len(entries) > len(_ENTRIES) + 1:  # enough to see what is wrong
+                break
     if not external and not entries:
         return
     keys = sorted(key for key, _ in entries)
     values = dict(entries)
     numbers = [values.get(key, "") for key in ("offset", "length")]
-    if keys != ["length", "location", "offset"] or not all(
+    if keys != _ENTRIES or not all(
         number.isascii() and number.isdigit() and len(number) < 20 for number in numbers
     ):
         raise MalformedError(
-            f"the external tensor {name!r} is described by {entries}",
+            f"the external tensor {shown(name)} is described by {shown(entries)}",
             "exactly one each of location, offset and length, the last two in digits",
         )
     yield ExternalTensor(name, values["location"], int(numbers[0]), int(numbers[1]))

@@ -7,6 +7,7 @@ bundle: whoever can write the model can write its digest too, so take bundles fr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal
 
 import numpy as np
 
-from vzip.runtime.bundle import graph_check
+from vzip.runtime.bundle import graph_check, graph_rules
 from vzip.runtime.bundle.engine_record import ENGINE_SUFFIX, ENGINES_FOLDER, EngineRecord
 from vzip.runtime.bundle.manifest import (
     DATA_FILE,
@@ -49,6 +50,8 @@ from vzip.runtime.guard import door, guarded
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from vzip.runtime.bundle.graph_parts import Read
 
 LARGEST_MANIFEST: Final = 2**20
 """Bytes of manifest.json that are read at most; ours have three thousand."""
@@ -473,10 +476,11 @@ def _check_file(folder: Path, manifest: Manifest, name: str, *, verify: bool) ->
 
 
 def check_graphs(folder: Path, manifest: Manifest, *, verify: bool) -> None:
-    """Check the digests of graphs, and where their tensors lie.
+    """Check where the tensors of graphs lie; of those that are verified, what they compute too.
 
     Raises:
-        BundleError: A digest is another one, or a tensor lies outside the bundle.
+        BundleError: A digest is another one, a tensor lies outside the bundle, or an operator can't
+            be run or takes too much: see `vzip.runtime.bundle.graph_rules`.
     """
     for graph in _GRAPHS:
         if graph in manifest.files:
@@ -498,7 +502,29 @@ def _read_graph(folder: Path, manifest: Manifest, graph: str, *, verify: bool) -
         data_bytes=None if data is None else data.bytes,
         operators=_OPERATORS.get(graph, graph_check.QUANTISED),
     )
+    if not verify:  # constants may lie in a file that nobody has compared with its digest
+        return model
+    with weights(folder, manifest, data_file) as read:
+        if graph == LLM_FILE:
+            graph_rules.check_decoder(model, read, file=graph)
+        else:
+            graph_rules.check_encoder(model, read, file=graph, batch=manifest.batch.max)
     return model
+
+
+@contextmanager
+def weights(folder: Path, manifest: Manifest, name: str) -> Iterator[Read]:
+    """Give what reads parts of a listed file of weights, which is opened when one is asked for."""
+    with contextlib.ExitStack() as stack:
+        opened: list[BinaryIO] = []
+
+        def read(tensor: graph_check.ExternalTensor) -> bytes:
+            if not opened:
+                opened.append(stack.enter_context(_open_listed(folder, manifest, name)))
+            opened[0].seek(tensor.offset)
+            return opened[0].read(tensor.length)
+
+        yield read
 
 
 def _check_size(name: str, size: int, entry: FileEntry) -> None:
