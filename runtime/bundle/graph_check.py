@@ -44,7 +44,7 @@ CPU_ENGINE: Final = OWN | {
 """Operators of an engine for ONNX Runtime's CPU; three are that runtime's own."""
 
 LLM: Final = None
-"""A decoder may hold any of ONNX's own operators, but no graph inside one: no loop, no branch."""
+"""A decoder: any of ONNX's own operators that `vzip.runtime.bundle.graph_rules` knows."""
 
 # Message → field number → message in that field: every way from a model to a tensor.
 PATHS: dict[str, dict[int, str]] = {
@@ -75,6 +75,7 @@ _ENTRIES = ["length", "location", "offset"]
 _HOLD_GRAPHS = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 _DEEPEST = 64  # protobuf itself stops at 100
 _MOST = 2**16
+_MOST_MESSAGES = 2**18  # nodes, attributes and tensors; ours have some ten thousand
 _MOST_OPERATORS = 1000  # different ones; ONNX has two hundred
 _LONGEST_SHOWN = 80
 
@@ -196,7 +197,7 @@ def _read(model: bytes, file: str) -> tuple[list[ExternalTensor], set[str]]:
 def _walk(model: bytes) -> tuple[list[ExternalTensor], set[str]]:
     found: list[ExternalTensor] = []
     operators: set[str] = set()
-    seen_graph = False
+    seen_graph, messages = False, 0
     # Messages are read as they are come to, in the file's order: what is held is the way to one.
     way = [_Message("ModelProto", memoryview(model))]
     while way:
@@ -210,6 +211,9 @@ def _walk(model: bytes) -> tuple[list[ExternalTensor], set[str]]:
                 continue
             data = length_delimited(wire, value, child)
             seen_graph = seen_graph or child == "GraphProto"
+            messages += 1
+            if messages > _MOST_MESSAGES:
+                raise MalformedError(f"more than {_MOST_MESSAGES} messages", "fewer")
             if child == "TensorProto":
                 found.extend(external(data))
                 if len(found) > _MOST:

@@ -58,11 +58,13 @@ _IDLE: Final[Mapping[str, frozenset[int]]] = {
     "TensorProto": frozenset({12, 13, 14, 16}),
     "ValueInfoProto": frozenset({3, 4}),
 }
-_TYPED: Final = {  # field of a TensorProto → bytes of an element (None: varints), its data types
-    4: (4, {FLOAT}),
-    5: (None, {UINT8, INT8, INT32, BOOL, FLOAT16, BFLOAT16, FLOAT8}),
-    7: (None, {INT64}),
-    10: (8, {DOUBLE}),
+_TYPED: Final[
+    Mapping[int, tuple[int | None, frozenset[int]]]
+] = {  # field of a TensorProto → bytes of an element (None: varints), its data types
+    4: (4, frozenset({FLOAT})),
+    5: (None, frozenset({UINT8, INT8, INT32, BOOL, FLOAT16, BFLOAT16, FLOAT8})),
+    7: (None, frozenset({INT64})),
+    10: (8, frozenset({DOUBLE})),
 }
 _RAW = 9
 _ATTRIBUTE_FIELDS: Final = {2: 1, 3: 2, 4: 3, 7: 6, 8: 7}  # field → AttributeProto.AttributeType
@@ -282,24 +284,22 @@ def _attribute(data: memoryview) -> tuple[str, Any]:
     if kind != _ATTRIBUTE_FIELDS[number]:
         raise MalformedError(f"the attribute {shown(name)} is of the type {kind}",
                              f"{_ATTRIBUTE_FIELDS[number]}")  # fmt: skip
-    if number in {2, 3, 4} and len(values) != 1:
-        raise MalformedError(f"the attribute {shown(name)} has two values", "one")
-    if number == 2:
-        (numbers,) = _floats(values)
-        return name, numbers
-    if number == 3:
-        if not isinstance(values[0], int):
-            raise MalformedError(f"the attribute {shown(name)} holds no integer")
-        return name, _signed(values[0])
+    return name, _attribute_value(name, number, values)
+
+
+def _attribute_value(name: str, number: int, values: list[int | memoryview]) -> Any:
+    """Return what the fields of one number hold."""
     if number == 4:
-        return name, bytes(length_delimited(2, values[0], "text"))
+        (only,) = values[-1:]
+        return bytes(length_delimited(2 if isinstance(only, memoryview) else 0, only, "text"))
     if sum(map(_size, values)) > 10 * _LONGEST_ATTRIBUTE:
-        raise MalformedError(
-            f"the attribute {shown(name)} is long", f"{_LONGEST_ATTRIBUTE} numbers"
-        )
-    if number == 7:
-        return name, tuple(_floats(values))
-    return name, tuple(map(_signed, _varints(values)))
+        raise MalformedError(f"the attribute {shown(name)} is long", "a few numbers")
+    several = _floats(values) if number in {2, 7} else [*map(_signed, _varints(values))]
+    if number in {7, 8}:
+        return tuple(several)
+    if len(several) != 1 or isinstance(values[0], int) != (number == 3):
+        raise MalformedError(f"the attribute {shown(name)} has {len(several)} values", "one")
+    return several[0]
 
 
 def _constant(data: memoryview) -> Constant:
@@ -327,26 +327,16 @@ def _constant(data: memoryview) -> Constant:
     place = next(external(data), None)
     if len(homes) + (place is not None) > 1:
         raise MalformedError(f"the constant {shown(name)} lies in two places", "one")
-    count = math.prod(shape)
-    parts: list[int | memoryview] = []
-    width: int | None = ELEMENT_BYTES[dtype]
-    if place is not None:
-        held = place.length
-    else:
-        number, parts = next(iter(homes.items()), (_RAW, []))
-        if number == _RAW:
-            if len(parts) > 1:
-                raise MalformedError(f"the constant {shown(name)} has two values", "one")
-        else:
-            width, kinds = _TYPED[number]
-            if dtype not in kinds:
-                raise MalformedError(f"the constant {shown(name)} has numbers of another type")
-        held = sum(map(_size, parts)) if width is not None else sum(map(_count, parts))
-    if held != count * (width or 1):
+    number, parts = next(iter(homes.items()), (_RAW, []))
+    width, kinds = _TYPED.get(number, (ELEMENT_BYTES[dtype], {dtype}))
+    if dtype not in kinds or (number == _RAW and len(parts) > 1):
+        raise MalformedError(f"the constant {shown(name)} has numbers of another type", "its own")
+    held = sum(map(_count if width is None else _size, parts)) if place is None else place.length
+    if held != math.prod(shape) * (width or 1):
         raise MalformedError(
             f"the constant {shown(name)} {list(shape)} has {held} "
-            + ("bytes" if width is not None else "numbers"),
-            f"{count * (width or 1)}",
+            + ("numbers" if width is None else "bytes"),
+            f"{math.prod(shape) * (width or 1)}",
         )
     return Constant(name, dtype, shape, place, tuple(parts), packed=width is None)
 
@@ -377,7 +367,7 @@ def _input(data: memoryview) -> Input:
             shapes.append(length_delimited(wire, value, "TensorShapeProto"))
     if dtype not in ELEMENT_BYTES or len(shapes) != 1:
         raise MalformedError(f"the input {shown(name)} has no type or shape of numbers", "both")
-    extents = []
+    extents: list[int | str] = []
     for number, wire, value in fields(shapes[0]):
         if number != 1 or len(extents) == LARGEST_RANK:
             raise MalformedError(f"the shape of the input {shown(name)} has other fields")

@@ -254,7 +254,7 @@ def check_encoder(model: bytes, read: Read, *, file: str, batch: int) -> None:
         uses = _last_uses(parts)
         for size in sizes:
             choice = dict.fromkeys(names, size)
-            _Walk(parts, read, choice, A_PICTURE.times(size), uses, place).run()
+            _Walk(parts, read, choice, A_PICTURE.times(size), uses=uses, place=place).run()
 
 
 def check_decoder(model: bytes, read: Read, *, file: str) -> None:
@@ -279,7 +279,7 @@ def check_decoder(model: bytes, read: Read, *, file: str) -> None:
         uses = _last_uses(parts)
         for prompt in _PROMPTS:
             choice = dict(zip(names, prompt, strict=False))
-            _Walk(parts, read, choice, A_PROMPT, uses, place).run()
+            _Walk(parts, read, choice, A_PROMPT, uses=uses, place=place).run()
 
 
 @contextmanager
@@ -324,6 +324,7 @@ class _Walk:
         read: Read,
         choice: Mapping[str, int],
         limits: Limits,
+        *,
         uses: Mapping[str, int],
         place: list[str],
     ) -> None:
