@@ -59,7 +59,7 @@ class UnfitError(Exception):
 
 
 @dataclass(frozen=True)
-class Limits:
+class GraphLimits:
     """What a graph may take at the most.
 
     Attributes:
@@ -74,17 +74,17 @@ class Limits:
     alive: int
     products: int
 
-    def times(self, count: int) -> Limits:
+    def times(self, count: int) -> GraphLimits:
         """Return the limits of a graph that takes several pictures."""
-        return Limits(*(count * each for each in (self.value, self.values, self.alive,
+        return GraphLimits(*(count * each for each in (self.value, self.values, self.alive,
                                                   self.products)))  # fmt: skip
 
 
-A_PICTURE: Final = Limits(value=2**27, values=2**34, alive=2**29, products=2**43)
+A_PICTURE: Final = GraphLimits(value=2**27, values=2**34, alive=2**29, products=2**43)
 """Of each picture of a call. The largest tower that is exported, SigLIP so400m at 384 pixels, has
 2**23, 2**31, 2**25 and 2**39."""
 
-A_PROMPT: Final = Limits(value=2**28, values=2**36, alive=2**31, products=2**46)
+A_PROMPT: Final = GraphLimits(value=2**28, values=2**36, alive=2**31, products=2**46)
 """Of a decoder that is given 256 tokens after 256 others; one of 70 billion weights has 2**34
 elements in all and 2**44 products."""
 
@@ -323,7 +323,7 @@ class _Walk:
         parts: Parts,
         read: Read,
         choice: Mapping[str, int],
-        limits: Limits,
+        limits: GraphLimits,
         *,
         uses: Mapping[str, int],
         place: list[str],
