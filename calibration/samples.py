@@ -15,7 +15,7 @@ import numpy as np
 from vzip.calibration.demo.digits import lacking, require_digits
 from vzip.export.pictures.glance import Glance
 from vzip.runtime.bundle.manifest import Manifest
-from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.errors import InvalidInputError, printable
 from vzip.runtime.files.plain import LONGEST_TEXT, NotPlainError, read_plain, read_text
 from vzip.runtime.guard import door
 from vzip.runtime.pictures.images import MAX_ENCODED_BYTES, ImageSource, load_image
@@ -202,7 +202,9 @@ class Samples(Sequence[Sample]):
         """Return one line that counts what was left out and names the first of it."""
         if not self.left_out:
             return "nothing was left out"
-        first = "; ".join(f"{each.name}: {each.reason}" for each in self.left_out[:_NAMED])
+        first = "; ".join(
+            f"{printable(each.name)}: {each.reason}" for each in self.left_out[:_NAMED]
+        )
         return (
             f"left out: {len(self.left_out) - self.duplicates} that can't be read and "
             f"{self.duplicates} duplicates ({first})"

@@ -1,7 +1,8 @@
 """What every command line of vzip shares: its streams, one-line errors, and exit statuses.
 
 Standard output has results alone. Standard error has errors (`complain`), what goes on (`say`, not
-with ``--quiet``) and, with ``--verbose``, what the modules of vzip log.
+with ``--quiet``) and, with ``--verbose``, what the modules of vzip log. What a terminal would take
+for a command, or show in another order than it has, is escaped in all of it (`visible`).
 
 Exit statuses: 0 done, 1 a verdict that says no (``vzip check``), 2 an error that is the caller's to
 mend (a `VzipError`, or an option that does not exist), 130 interrupted, 141 the reader of our
@@ -18,7 +19,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TextIO, TypeVar
 
 from vzip.runtime.errors import InvalidInputError, VzipError
 from vzip.runtime.guard import said_by
@@ -33,6 +34,14 @@ FAILED = 2
 _LOOK = "free some memory or disk, or run it with -vv, which says where it stopped"
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 PIPE_CLOSED = 141  # 128 + SIGPIPE
+
+
+# What moves the cursor, colours, answers, beeps or hides (C0 but for line ends and tabs, DEL, C1),
+# what ends a line for some alone, and what lets a text look as if it stood in another order.
+_HIDDEN: Final = (*range(9), *range(0x0B, 0x20), *range(0x7F, 0xA0), 0x2028, 0x2029,
+                  *range(0x202A, 0x202F), *range(0x2066, 0x206A))  # fmt: skip
+_VISIBLE: Final = {code: chr(code).encode("unicode_escape").decode() for code in _HIDDEN}
+_JSON: Final = {code: f"\\u{code:04x}" for code in _HIDDEN}
 
 
 class Verbosity(enum.IntEnum):
@@ -58,7 +67,12 @@ def run_command(command: Callable[[], int], *, prog: str) -> int:
     Returns:
         The exit status, for ``sys.exit``.
     """
-    with _open_streams(), warnings.catch_warnings(), contextlib.ExitStack() as at_the_end:
+    with (
+        _open_streams(),
+        warnings.catch_warnings(),
+        _visible_messages(),
+        contextlib.ExitStack() as at_the_end,
+    ):
         at_the_end.callback(set_verbosity, Verbosity.NORMAL)
         at_the_end.callback(process.limit_threads, None)
         try:
@@ -126,6 +140,41 @@ def _open_streams() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _visible_messages() -> Iterator[None]:
+    """Let Python's warnings, and logs that nobody else shows, be `visible` while a command runs."""
+    import logging
+
+    last = logging.lastResort
+
+    def show(*warning: Any) -> None:
+        message, category, filename, line, file, source = (*warning, None, None)[:6]
+        text = warnings.formatwarning(message, category, filename, line, source)
+        with contextlib.suppress(OSError, AttributeError):  # closed, or not there at all
+            (file or sys.stderr).write(visible(text))
+
+    warnings.showwarning = show  # type: ignore[assignment]  # `catch_warnings` puts the old one back
+    logging.lastResort = _handler("%(message)s", logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.lastResort = last
+
+
+def _handler(form: str, level: int = 0) -> logging.StreamHandler[TextIO]:
+    """Return what writes logs to standard error."""
+    import logging
+
+    class Visible(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return visible(super().format(record))
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Visible(form))
+    handler.setLevel(level)
+    return handler
+
+
 def set_verbosity(verbosity: Verbosity) -> None:
     """Set how much is said on standard error until the command ends.
 
@@ -155,15 +204,21 @@ def set_verbosity(verbosity: Verbosity) -> None:
     if verbosity == Verbosity.QUIET:
         warnings.simplefilter("ignore")
     elif verbosity > Verbosity.NORMAL:
-        _log_handler = logging.StreamHandler(sys.stderr)
-        _log_handler.setFormatter(
-            logging.Formatter("%(relativeCreated).0f ms %(name)s: %(message)s")
-        )
+        _log_handler = _handler("%(relativeCreated).0f ms %(name)s: %(message)s")
         logger.addHandler(_log_handler)
 
 
+def visible(text: str) -> str:
+    """Return a text for people: control characters and such are escaped, as Python writes them.
+
+    Line ends and tabs stay, and so do letters of all scripts and what joins them. A name in a line
+    of its own has no line end to give: `vzip.runtime.errors.printable` escapes that too.
+    """
+    return text.replace("\r\n", "\n").translate(_VISIBLE)
+
+
 def emit(text: str, *, end: str = "\n") -> None:
-    """Write to standard output at once, so that a reader sees text as it is made.
+    """Write to standard output at once, so that a reader sees text as it is made; see `visible`.
 
     Args:
         text: What to write.
@@ -172,6 +227,20 @@ def emit(text: str, *, end: str = "\n") -> None:
     Raises:
         InvalidInputError: Standard output is closed or full.
     """
+    _write(visible(text) + end)
+
+
+def emit_json(value: Any) -> None:
+    """Write a command's table as JSON, of Python's own containers, to standard output.
+
+    What is read of it is exact: characters are escaped as JSON does.
+    """
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    _write(text.translate(_JSON) + "\n")
+
+
+def _write(text: str) -> None:
+    """Write to standard output at once."""
     if sys.stdout is None:
         raise InvalidInputError(
             "standard output is closed, so the result has nowhere to go",
@@ -179,18 +248,13 @@ def emit(text: str, *, end: str = "\n") -> None:
         )
     with _writing():
         try:
-            sys.stdout.write(text + end)
+            sys.stdout.write(text)
         except UnicodeEncodeError:
             # A terminal that can't show a character gets its escape rather than a traceback.
             encoding = sys.stdout.encoding
             shown = text.encode(encoding, errors="backslashreplace").decode(encoding)
-            sys.stdout.write(shown + end)
+            sys.stdout.write(shown)
         sys.stdout.flush()
-
-
-def emit_json(value: Any) -> None:
-    """Write a command's table as JSON, of Python's own containers, to standard output."""
-    emit(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
 
 
 def say(text: str, *, end: str = "\n") -> None:
@@ -200,7 +264,7 @@ def say(text: str, *, end: str = "\n") -> None:
 
 
 def complain(text: str, *, end: str = "\n") -> None:
-    """Tell the user about an error or a verdict that says no, on standard error.
+    """Tell the user about an error or a verdict that says no, on standard error; see `visible`.
 
     Where standard error can't be written, nobody is told, and the command goes on: a log on a full
     disk, or a reader of it that went away, is no reason to lose the result.
@@ -208,7 +272,7 @@ def complain(text: str, *, end: str = "\n") -> None:
     if sys.stderr is None:  # print would take standard output in its place
         return
     try:
-        print(text, end=end, file=sys.stderr, flush=True)  # noqa: T201  what a command line is for
+        print(visible(text), end=end, file=sys.stderr, flush=True)  # noqa: T201  what a command line is for
     except OSError:
         _drop(sys.stderr)
 
@@ -286,5 +350,5 @@ def progress(
         from tqdm import tqdm
     except ImportError:
         return items
-    bar: Iterable[T] = tqdm(items, desc=desc, total=total, unit=unit, leave=False)
+    bar: Iterable[T] = tqdm(items, desc=visible(desc), total=total, unit=unit, leave=False)
     return bar

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from vzip.runtime.cli.options import Parser, add_bundle, add_encoder, refuse_swapped
 from vzip.runtime.console import say, watched
-from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.errors import InvalidInputError, printable
 from vzip.runtime.llm import DEFAULT_MAX_NEW_TOKENS, TokenSpec, check_max_new_tokens
 from vzip.runtime.llm.opening import RUNNERS, own, parse
 from vzip.runtime.pictures.frames import DEFAULT_FRAMES
@@ -129,7 +129,7 @@ def tell_if_animated(path: Path, more: str = "") -> None:
     from vzip.runtime.pictures.images import is_animated
 
     if is_animated(path):
-        say(f"{path.name} is animated: its first frame is taken{more}")
+        say(f"{printable(path.name)} is animated: its first frame is taken{more}")
 
 
 def _quiet() -> None:

@@ -192,3 +192,16 @@ def test_a_file_that_changes_meanwhile_is_an_error(folder: Path, manifest: Manif
     paint(folder / samples[0].name, 99)
     with refused(InvalidInputError, got=samples[0].name):
         list(samples.batches(manifest, 8))
+
+
+def test_a_list_has_lines_of_paths(tmp_path):
+    source = tmp_path / "list.txt"
+    source.write_text("x" * 5000 + ".png\n")
+    with refused(
+        InvalidInputError, got=("list.txt", "5004 characters"), expected="one path a line"
+    ):
+        Samples.open(str(source), count=None)
+    with source.open("wb") as file:
+        file.truncate(2**40)
+    with refused(InvalidInputError, got="too large", expected="one path a line"):
+        Samples.open(str(source), count=None)

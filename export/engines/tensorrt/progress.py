@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from vzip.runtime.console import watched
+from vzip.runtime.console import visible, watched
 
 _SHOWN = 2  # phases at a time: the build, and what it is at; deeper ones come by the thousand
 
@@ -111,7 +111,7 @@ class _Counter:
         self._write("")
 
     def _write(self, text: str) -> None:
-        sys.stderr.write(f"\r{text}\x1b[K")  # and erase what a longer line left
+        sys.stderr.write(f"\r{visible(text)}\x1b[K")  # and erase what a longer line left
         sys.stderr.flush()
 
 

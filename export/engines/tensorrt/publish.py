@@ -272,7 +272,7 @@ def _read_cache(path: Path, say: Say) -> bytes:
     if not os.path.lexists(path):
         return b""
     if path.is_symlink():
-        say(f"warning: {path} is a symbolic link and is ignored")
+        say(f"warning: {path} is no plain file (a symbolic link) and is ignored")
         return b""
     try:
         return read_plain(path, LARGEST_CACHE)

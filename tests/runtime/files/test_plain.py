@@ -248,12 +248,12 @@ ELSEWHERE = {
     "runtime/llm/experimental/embedding_table.py: np.memmap": "an open file",
     "runtime/llm/llm_files.py: np.memmap": "an open file",
     "calibration/tuning/session.py: torch.load": "an open file",
+    "runtime/llm/jinja_child.py: json.load": "standard input, which is ours",
     # Paths that were looked at just before, of libraries that take nothing else.
     "export/checkpoint/containers.py: safe_open": "behind open_plain",
     "export/checkpoint/containers.py: torch.load": "behind open_plain",
     "runtime/pictures/video_pyav.py: av.open": "behind open_plain",
     "runtime/pictures/video_opencv.py: cv2.VideoCapture": "behind open_plain",
-    "runtime/cli/asking.py: Image.open": "behind load_image",
     # What is written, locked or flushed.
     "runtime/files/plain.py: os.open": "this",
     "runtime/files/locks.py: os.open": "a lock",
