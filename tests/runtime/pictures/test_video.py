@@ -380,6 +380,8 @@ def test_packets_may_show_nothing(name, codec, library, tmp_path):
             data, stamp, base = bytearray(packet), packet.pts, packet.time_base
             packet.stream = stream
             container.mux(packet)
+            if stamp * base >= Fraction(1, 2):  # none of the frames that are taken is one of them
+                continue
             if codec == "libvpx":
                 data[0] &= ~0x10  # show_frame
             else:
@@ -390,12 +392,9 @@ def test_packets_may_show_nothing(name, codec, library, tmp_path):
             more.pts = more.dts = stamp + int(Fraction(1, 20) / base)
             container.mux(more)
     with av.open(str(tmp_path / name)) as container:
-        assert sum(packet.size > 0 for packet in container.demux(video=0)) == 80
-    shown = [*range(40), 39] if codec == "mpeg4" else [*range(40)]  # the decoder's own end
-    assert len(all_frames(tmp_path / name)) == len(shown)
-    for count in (1, 3, 10, len(shown)):
-        expected = [shown[each] for each in frame_positions(len(shown), count)]
-        assert which(sample_frames(tmp_path / name, count)) == expected
+        assert sum(packet.size > 0 for packet in container.demux(video=0)) == 45
+    assert len(all_frames(tmp_path / name)) == 40
+    gives(tmp_path / name)
 
 
 @pytest.mark.parametrize(
