@@ -180,6 +180,19 @@ def _claims(name: str, what: str, size: int) -> InvalidInputError:
 # ---- AVI, Matroska, FLV, ASF ---------------------------------------------------------------------
 
 
+def joined_avis(path: Path) -> int:
+    """Return how many AVIs follow one another in a file; the parts of a large one count as one."""
+    size, count = path.stat().st_size, 0
+    with path.open("rb") as file:
+        for end in itertools.chain([0], itertools.islice(_riffs(file, size), _MOST_BOXES)):
+            if end is None:
+                break
+            file.seek(end + end % 2)
+            head = file.read(12)
+            count += head.startswith(b"RIFF") and head.endswith(b"AVI ")
+    return count
+
+
 def _riffs(file: IO[bytes], size: int) -> Iterator[int | None]:
     """Yield where each outermost chunk of an AVI ends; None where its writer never said it."""
     place = 0

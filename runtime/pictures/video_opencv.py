@@ -14,7 +14,8 @@ from typing import Any
 
 from PIL import Image
 
-from vzip.runtime.pictures.containers import is_whole
+from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.pictures.containers import is_whole, joined_avis
 from vzip.runtime.pictures.frames import (
     check_frame_count,
     check_frame_size,
@@ -40,6 +41,7 @@ def read(path: Path, name: str, choose: Callable[[int], list[int]]) -> list[Imag
     Raises:
         InvalidInputError: No moving picture, no frames, cut off, damaged, or too large.
     """
+    _check_joined(path, name)
     with _opened(path, name) as capture:
         total = skipped = 0
         for total, skipped in enumerate(_grabbed(capture), 1):  # noqa: B007
@@ -56,6 +58,20 @@ def read(path: Path, name: str, choose: Callable[[int], list[int]]) -> list[Imag
     if len(images) != len(wanted):
         raise damaged(name, f"OpenCV gives {len(images)} of {len(wanted)} frames")
     return images
+
+
+def _check_joined(path: Path, name: str) -> None:
+    """Refuse AVIs one after the other, of which FFmpeg before 7 sees the first alone."""
+    import cv2
+
+    parts = joined_avis(path)
+    if parts > 1 and int(cv2.__version__.partition(".")[0]) < 5:
+        raise InvalidInputError(
+            f"{name} is {parts} recordings, one after the other",
+            expected="one",
+            cause=f"OpenCV {cv2.__version__} sees the first alone",
+            cure="install PyAV, which sees them all: pip install 'vzip[video]'",
+        )
 
 
 def _grabbed(capture: Any) -> Iterator[int]:

@@ -114,7 +114,10 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
     """
     import av
 
-    errors = () if _has_header(container) else (av.InvalidDataError,)
+    errors: tuple[type[Exception], ...] = ()
+    if not _has_header(container):
+        errors = (av.InvalidDataError,)
+        stream.thread_type = "SLICE"  # with several frames at once, others go with a damaged one
     for packet in container.demux(stream):
         with contextlib.suppress(*errors):
             yield from packet.decode()

@@ -710,15 +710,16 @@ def test_strips_of_a_lazy_tiff_are_bounded() -> None:
 
 def test_many_frames_cost_nothing() -> None:
     frames = [Image.new("RGB", (2, 2), (10, index, 0)) for index in range(3)]
-    webp = encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    many: dict[str, Any] = {"save_all": True, "append_images": frames[1:], "duration": 100}
+    webp = encoded(frames[0], "WEBP", lossless=True, **many)
     start = webp.index(b"ANMF")
     end = start + 8 + int.from_bytes(webp[start + 4 : start + 8], "little")
     webp = webp[:start] + webp[start : end + end % 2] * 100_000
     webp = webp[:4] + struct.pack("<I", len(webp) - 8) + webp[8:]
-    png = encoded(frames[0], "PNG", save_all=True, append_images=frames[1:])
+    png = encoded(frames[0], "PNG", **many)
     start = png.rindex(b"fcTL") - 4  # of the last frame
     png = png[:start] + png[start:-12] * 100_000 + png[-12:]
-    gif = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    gif = encoded(frames[0], "GIF", **many)
     start = gif.rindex(b"!\xf9")
     gif = gif[:start] + gif[start:-1] * 100_000 + gif[-1:]
     for data in (webp, png, gif):
@@ -886,7 +887,7 @@ def test_whether_an_image_is_animated(name: str, options: dict[str, Any], tmp_pa
 
 def test_blocks_behind_the_first_frame_are_bounded_too(tmp_path: Path) -> None:
     frames = [Image.new("L", (8, 8), colour) for colour in (1, 200)]
-    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=100)
     second = data.rindex(b"!\xf9")
     (tmp_path / "a.gif").write_bytes(data[:second] + b"!\xfe\1x\0" * 100 + data[second:])
     assert is_animated(tmp_path / "a.gif")
