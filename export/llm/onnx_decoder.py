@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from vzip.export.checkpoint.reader import Checkpoint
+from vzip.export.checkpoint.schemes import read_scheme
 from vzip.export.graph.trace import save
 from vzip.export.llm.decoder_graph import Decoder, trace
 from vzip.runtime.agreement import LLM_LOGITS
@@ -35,6 +36,8 @@ from vzip.runtime.machine import sensors
 
 LLMS: Final = ("llama", "mistral", "qwen2")
 """``model_type`` of the language models whose graphs are tested."""
+
+_WHOLE: Final = "fp8"  # transformers makes these weights whole itself, where there is no GPU
 
 # Rotary embeddings that are the same at every length; "dynamic" and "longrope" are not.
 _ROPE: Final = ("default", "linear", "llama3", "yarn")
@@ -112,6 +115,17 @@ def plan(model: str, revision: str | None) -> Size:
             cure="export the llava-hf twin of the checkpoint",
         )
     check_numbers(config)
+    scheme = read_scheme(config).name
+    if scheme and scheme != _WHOLE:
+        raise CheckpointError(
+            f"--with-llm: '{model}' is quantised by {scheme}",
+            expected="weights of 16 bits or more, or fine-grained fp8",
+            cause="the LLM's graph is made of whole weights",
+            cure=(
+                "leave out --with-llm and run the LLM in another way ('vzip ask --llm'), or export "
+                "the checkpoint as it was before it was quantised"
+            ),
+        )
     kind = config["model_type"]
     rest = {key: value for key, value in config.items() if key != "model_type"}
     text = transformers.AutoConfig.for_model(kind, **rest).get_text_config()

@@ -135,6 +135,26 @@ def test_the_original_layout_is_refused(checkpoint, tmp_path):
         llm.plan(str(folder), None)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "name"),
+    [
+        ({"quant_method": "awq", "bits": 4}, "awq 4 bits"),
+        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "float-quantized"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes fp4"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, None),
+    ],
+)
+def test_a_quantised_llm_is_refused_before_any_work(checkpoint, scheme, name, tmp_path):
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "quantised"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": scheme}))
+    if name is None:
+        llm.plan(str(folder), None)
+        return
+    with refused(CheckpointError, got=(str(folder), name), cure="--with-llm"):
+        llm.plan(str(folder), None)
+
+
 # ── refused after a comparison ──────────────────────────────────────────────────────────────────
 
 
