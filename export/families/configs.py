@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import math
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from vzip.export.architecture import (
 )
 from vzip.export.families import Config, known_keys
 from vzip.runtime.bundle.manifest import Tiling
-from vzip.runtime.config_numbers import check_numbers
+from vzip.runtime.config_numbers import check_numbers, shown
 from vzip.runtime.errors import CheckpointError
 from vzip.runtime.pictures.preprocess import MAX_RESIZED_PIXELS
 
@@ -68,7 +69,25 @@ def read(config_class: Any, config: Config, *, kinds: tuple[TowerKind, ...]) -> 
     known_keys.check(config, known=known(config_class))
     if isinstance(vision, dict):
         check_tower(vision, "vision_config")
+    _check_llm(config.get("text_config"))
     return complete(config_class, config)
+
+
+def _check_llm(text: object) -> None:
+    """Refuse an LLM that transformers doesn't know: it would list the 500 that it does."""
+    import transformers
+
+    kind = text.get("model_type") if isinstance(text, dict) else None
+    kinds = transformers.CONFIG_MAPPING
+    if kind is not None and (not isinstance(kind, str) or kind not in kinds):
+        close = difflib.get_close_matches(str(kind), list(kinds), n=3)
+        raise CheckpointError(
+            f"config.json has text_config.model_type = {shown(kind)}",
+            expected=" or ".join(map(repr, close))
+            or "a language model of transformers, such as 'llama', 'mistral' or 'qwen2'",
+            cause=f"transformers {transformers.__version__} has no such model",
+            cure="compare the file with the published one, or install a newer transformers",
+        )
 
 
 def known(config_class: Any) -> frozenset[str]:

@@ -247,7 +247,10 @@ class _Asked:
         before_question, end = _split(one.text)
         before, found, after = before_question.partition(token)
         if not found or token in after:
-            raise _no_place(kind, token, before_question, none.text, rendered=form.shown)
+            written = _written(before_question, none.text)
+            word, whose = written.strip(), "the template writes"
+            _check_id(self.name, self.tokenizer, kind, token, word=word, whose=whose)
+            raise _no_place(kind, token, written, rendered=form.shown)
         between = None
         if two.text is not None:
             middle = two.text[
@@ -347,15 +350,43 @@ def _split(text: str) -> tuple[str, str]:
     return before, end
 
 
-def _no_place(
-    kind: Kind, token: str, before: str, none: str | None, *, rendered: bool
-) -> _FaultError:
-    """Return the fault of a template that writes something else for an image, or nothing."""
-    without = (none or "").partition(_QUESTION)[0]
+def _written(before: str, none: str | None) -> str:
+    """Return what a template writes for an image, by what it writes without one."""
+    if none is None:
+        return ""
+    without = none.partition(_QUESTION)[0]
     start = _common(before, without)
     end = _common(before[start:][::-1], without[start:][::-1])
-    written = before[start : len(before) - end]
-    instead = f", but writes {written[:80]!r} there" if written and none is not None else ""
+    return before[start : len(before) - end]
+
+
+def _check_id(name: str, tokenizer: Any, kind: Kind, token: str, *, word: str, whose: str) -> None:
+    """Refuse a configuration whose placeholder is another token than the word that is meant.
+
+    Args:
+        name: The LLM's name.
+        tokenizer: The checkpoint's.
+        kind: What the placeholder is for.
+        token: That of the configuration's id.
+        word: What stands for an image in a prompt; no token of the tokenizer is no contradiction.
+        whose: Who says so, for the message.
+    """
+    ids: dict[str, int] = getattr(tokenizer, "get_added_vocab", dict)()
+    if word != token and word in ids:
+        own = tokenizer.convert_tokens_to_ids(token)
+        raise CheckpointError(
+            f"{name}: config.json's id of an {kind}, {own}, is {token!r} in the tokenizer, and "
+            f"{whose} {word!r}, which is {ids[word]}",
+            expected="the same token of both",
+            cause="configuration and tokenizer are of two versions of the model",
+            cure=f"set {kind}_token_index in config.json to {ids[word]} if the rest is right, or "
+            "take all files of the published checkpoint",
+        )
+
+
+def _no_place(kind: Kind, token: str, written: str, *, rendered: bool) -> _FaultError:
+    """Return the fault of a template that writes something else for an image, or nothing."""
+    instead = f", but writes {written[:80]!r} there" if written else ""
     return _FaultError(
         f"has no place for {kind}s{instead}",
         f"{token!r} once for each {kind}, before or behind the question",
@@ -401,6 +432,9 @@ def make_prompts(
     """
     adapted = HubTokenizer(name, tokenizer)
     known = {k: i for k, i in placeholders.items() if adapted.token(i) is not None}
+    for kind in known if template is None else ():
+        token = str(tokenizer.convert_ids_to_tokens(known[kind]))
+        _check_id(name, tokenizer, kind, token, word=f"<{kind}>", whose="LLaVA's word is")
     # Without a placeholder there is nothing to ask the template; `Prompts` says which one it is.
     words = words_of(name, tokenizer, known, template if known else None, home=home)
     return Prompts(name, adapted, words, placeholders)

@@ -183,8 +183,10 @@ class TextFiles:
             placeholder_ids(config), int(config.get_text_config().hidden_size)
             ends = _ends(folder, config)
         except Exception as error:  # of a damaged file the libraries raise anything
+            # Of an LLM that it doesn't know, transformers lists the 500 that it does.
+            reason = first_line(error).partition(" Should contain one of")[0]
             raise CheckpointError(
-                f"{name}: the text side of {str(model)!r} can't be read ({first_line(error)})",
+                f"{name}: the text side of {str(model)!r} can't be read ({reason})",
                 cure=_GIVE_WHOLE,
             ) from error
         _check_attention(name, str(model), config)

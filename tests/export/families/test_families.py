@@ -483,7 +483,7 @@ CLIP_OR = "'clip_vision_model' or 'siglip_vision_model'"
         ("llava", "vision_config", VISION | {"num_channels": 1}, "num_channels = 1", "3"),
         ("llava", "vision_config", VISION | {"patch_size": [4, 4]}, "patch_size is [4, 4]", ""),
         ("llava", "vision_config", VISION | {"layer_norm_eps": "x"}, "no LlavaConfig", ""),
-        ("llava", "text_config", NONSENSE, "no LlavaConfig", ""),
+        ("llava", "text_config", NONSENSE, "text_config.model_type = 'nonsense'", "'qwen2'"),
         ("llava", "projector_hidden_act", "silu", "activation is 'silu'", "gelu"),
         ("llava", FULL, "cls", "no LlavaConfig", ""),
         ("llava", "model_type", "llava_nextt", "'llava_nextt'", "llava ("),
@@ -510,7 +510,7 @@ CLIP_OR = "'clip_vision_model' or 'siglip_vision_model'"
         ),
         ("llava-next", POINTS, PINPOINTS[1:], POINTS, "[(32, 64), (64, 32)"),
         ("llava-next", POINTS, "absent", f"{POINTS} = [[336, 672], [", ""),
-        ("llava-next", "text_config", NONSENSE, "no LlavaNextConfig", ""),
+        ("llava-next", "text_config", TEXT | {"model_type": "qwen2_"}, "'qwen2_'", "'qwen2'"),
     ],
 )
 def test_configurations_that_are_refused(

@@ -109,3 +109,32 @@ def test_sizes_that_no_llm_has_are_refused_before_a_list_of_layers_is_made(tmp_p
     for opened in (lambda each: TextCheckpoint.open("vllm", each), TransformersLLM.open):
         with refused(CheckpointError, got=("text_config.num_hidden_layers", str(folder))):
             opened(folder)
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_an_image_s_id_that_is_another_token_than_the_template_s_word(tmp_path, template):
+    folder = tmp_path / "llava"
+    checkpoint_of(folder, model_type="llava")
+    config = json.loads((folder / "config.json").read_text())
+    right = config["image_token_index"]
+    (folder / "config.json").write_text(json.dumps(config | {"image_token_index": 3}))
+    if not template:
+        (folder / "chat_template.jinja").unlink()
+    for opened in (lambda each: TextCheckpoint.open("vllm", each), TransformersLLM.open):
+        with refused(
+            CheckpointError,
+            got=("image, 3, is '<pad>'", f"'<image>', which is {right}"),
+            cure=f"image_token_index in config.json to {right}",
+        ):
+            opened(folder)
+
+
+def test_an_llm_that_transformers_does_not_know_is_named_without_the_list_of_all(tmp_path):
+    folder = tmp_path / "llava"
+    checkpoint_of(folder, model_type="llava")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["model_type"] = "nonsense"
+    (folder / "config.json").write_text(json.dumps(config))
+    with refused(CheckpointError, got="nonsense") as caught:
+        TextCheckpoint.open("vllm", folder)
+    assert "gpt" not in str(caught.value)
