@@ -44,6 +44,7 @@ from vzip.export.checkpoint.tensor_names import (
     unwrapped,
 )
 from vzip.export.checkpoint.weights import VisionWeights, check_finite, check_tensor
+from vzip.runtime.bundle.manifest import MANIFEST_FILE
 from vzip.runtime.errors import CheckpointError, InvalidInputError
 from vzip.runtime.guard import door
 from vzip.runtime.models import locate
@@ -612,6 +613,13 @@ def _config(folder: Folder) -> dict[str, Any]:
     if path is not None:
         return read_json(path)
     adapter = folder.find(ADAPTER[0])
+    if adapter is None and folder.find(MANIFEST_FILE) is not None:
+        raise CheckpointError(
+            f"{folder.where} holds a bundle ({MANIFEST_FILE})",
+            expected="a model: the folder of a checkpoint, a hub id or an alias",
+            cause="bundles are made of checkpoints",
+            cure=f"give the checkpoint that it was exported from, model.id in its {MANIFEST_FILE}",
+        )
     if adapter is None:
         raise folder.missing([CONFIG], purpose="the model's architecture")
     base = read_json(adapter).get("base_model_name_or_path")

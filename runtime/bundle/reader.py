@@ -13,6 +13,7 @@ import errno
 import hashlib
 import io
 import os
+import shlex
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ from vzip.runtime.bundle.precision_record import (
 from vzip.runtime.errors import BundleError, InvalidInputError
 from vzip.runtime.files import plain
 from vzip.runtime.guard import door, guarded
+from vzip.runtime.models import ALIASES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -280,10 +282,14 @@ def read_bundle(path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
     with naming(folder):
         if not folder.is_dir():
             found = "a file" if folder.exists() else "nothing"
+            model = os.fspath(path)
             raise BundleError(
                 f"found {found}",
                 expected="the folder that `vzip export -o` wrote",
+                cause=f"{model!r} is a model's alias" if model in ALIASES else "",
+                cure=f"export it first: vzip export --model {model}" if model in ALIASES else "",
             )
+        _check_no_checkpoint(folder)
         with open_plain(folder / MANIFEST_FILE) as file:
             data = file.read(LARGEST_MANIFEST + 1)
         if len(data) > LARGEST_MANIFEST:
@@ -297,6 +303,28 @@ def read_bundle(path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
         check_files(folder, manifest, verify=verify)
         check_graphs(folder, manifest, verify=verify)
     return Bundle(folder, manifest)
+
+
+def _check_no_checkpoint(folder: Path) -> None:
+    """Refuse a checkpoint's folder where a bundle is expected; other folders are not looked at.
+
+    Raises:
+        BundleError: There is no manifest, but a model's configuration.
+    """
+    if (folder / MANIFEST_FILE).exists():
+        return
+    for name, what, command in (
+        ("config.json", "a checkpoint", f"vzip export --model {shlex.quote(str(folder))}"),
+        ("adapter_config.json", "an adapter of PEFT", ""),
+    ):
+        if (folder / name).is_file():
+            raise BundleError(
+                f"found {what} ({name})",
+                expected="a bundle: the folder that `vzip export -o` wrote",
+                cure=f"export it first, and give what that writes: {command}"
+                if command
+                else "merge it into its base model, export that, and give the bundle",
+            )
 
 
 @contextmanager

@@ -487,6 +487,12 @@ def test_video_has_settings_of_its_own(tmp_path: Path) -> None:
     assert mean("video") == (0.5, 0.5, 0.5)
 
 
+def test_a_bundle_where_a_checkpoint_is_expected_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "model.onnx").write_bytes(b"")
+    faulty(tmp_path, "holds a bundle", expected="checkpoint", cure="model.id")
+
+
 # Original LLaVA's tower
 
 

@@ -562,3 +562,28 @@ def test_refuses_a_bundle_that_lacks_the_newline_that_its_tokens_take(
         (writer.folder / "image_newline.npy").write_bytes(npy(NEWLINE))
         bundle = writer.publish(manifest)
     assert np.array_equal(bundle.newline(), NEWLINE)
+
+
+@pytest.mark.parametrize(
+    ("files", "got", "cure"),
+    [
+        (("config.json", "model.safetensors"), "a checkpoint", "vzip export --model"),
+        (("adapter_config.json",), "an adapter", "merge it"),
+    ],
+)
+def test_a_checkpoint_where_a_bundle_is_expected_is_called_one(tmp_path, files, got, cure):
+    folder = tmp_path / "my llava"
+    folder.mkdir()
+    for name in files:
+        (folder / name).write_text("{}")
+    with refused(BundleError, got=(got, str(folder)), cure=cure):
+        read_bundle(folder)
+    if "config.json" in files:
+        with refused(BundleError, cure=f"'{folder}'"):  # quoted for a shell
+            read_bundle(folder)
+
+
+def test_an_alias_where_a_bundle_is_expected_is_called_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with refused(BundleError, cause="alias", cure="vzip export --model llava-1.5-7b"):
+        read_bundle("llava-1.5-7b")
