@@ -37,10 +37,10 @@ class GraphOptions:
     opset: Literal[17, 18] = 18
 
     def __post_init__(self) -> None:
-        if self.batch < 1:
+        if type(self.batch) is not int or self.batch < 1:
             raise ExportError(
-                f"batch is {self.batch}",
-                expected="at least 1",
+                f"batch is {self.batch!r}",
+                expected="an integer of at least 1",
             )
         if self.opset not in (17, 18):
             raise ExportError(

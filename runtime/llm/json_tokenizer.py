@@ -40,8 +40,9 @@ class JsonTokenizer:
             cure="update tokenizers, or export the bundle again",
         ):
             self._tokenizer: Any = tokenizers.Tokenizer.from_str(data.decode())
-        eos_id = self._tokenizer.token_to_id(eos)
-        if eos_id is None or (bos is not None and self._tokenizer.token_to_id(bos) is None):
+            eos_id = self._tokenizer.token_to_id(eos)
+            lacks_bos = bos is not None and self._tokenizer.token_to_id(bos) is None
+        if eos_id is None or lacks_bos:
             raise CheckpointError(
                 f"the LLM's tokenizer lacks {eos!r} or {bos!r}",
                 expected="both to be tokens of its",
@@ -50,6 +51,7 @@ class JsonTokenizer:
             )
         self.bos, self.eos, self.eos_id = bos, eos, int(eos_id)
 
+    @door(CheckpointError, "the LLM's tokenizer has no id {token_id}", cure=_EXPORT_AGAIN)
     def token(self, token_id: int) -> str | None:
         """Return a token as text; None for an id beyond the vocabulary."""
         if token_id < 0:

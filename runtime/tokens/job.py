@@ -202,7 +202,7 @@ def work_store(output: Path, origin: Origin) -> Iterator[TokenCache]:
     """
     import shutil  # with its compressors it takes longer to import than this package
 
-    folder = output.with_name(f".{output.stem}.vzip-parts")
+    folder = _parts(output)
     with _lock(folder, output):
         store = TokenCache(folder, limit=None)
         for found in store.fingerprints():
@@ -488,6 +488,13 @@ def _check_fingerprint(path: Path, found: str, origin: Origin) -> None:
         )
 
 
+@door(InvalidInputError, "'{output}' can't be written", cure="choose another name with -o")
+def _parts(output: Path) -> Path:
+    """Return where the finished images of a run lie meanwhile."""
+    return output.with_name(f".{output.stem}.vzip-parts")
+
+
+@door(InvalidInputError, "'{output}' can't be written", cure="choose another name with -o")
 def _lock(folder: Path, output: Path) -> locks.Lock:
     """Make the folder of a run and hold its lock; where there are no locks, go on without."""
     try:

@@ -10,11 +10,13 @@ import random
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from tests.fuzz import mutations
-from tests.fuzz.doors import Door, Draw, Spoilt, Trial, door, encoded_pictures, inside
+from tests.fuzz.doors import Door, Draw, Spoilt, Trial, door, encoded_pictures, inside, odd_array
 from tests.fuzz.mutations import TEXTS
 from tests.places import GOLDEN
 
@@ -315,10 +317,29 @@ COMMANDS = (
 )
 
 
-@door(HEAVY)
-def a_command(folder: Path) -> Draw:
+def _run(folder: Path, words: list[str], questions: str) -> None:
+    """Run a command in a folder; it has to say on standard error why it isn't done."""
     from vzip.runtime.cli.main import main
 
+    said = io.StringIO()
+    stdin, sys.stdin = sys.stdin, io.StringIO(questions)
+    try:
+        with (
+            inside(folder),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(said),
+        ):
+            status = main(words)
+    finally:
+        sys.stdin = stdin
+    lines = said.getvalue().splitlines()
+    assert status in (0, 1, 2), (status, words)
+    assert status != 2 or "error: " in lines[-1], (lines[-3:], words)
+    assert all(each.isprintable() for each in lines), (lines[-3:], words)
+
+
+@door(HEAVY)
+def a_command(folder: Path) -> Draw:
     picture = folder / "picture.png"
     picture.write_bytes(encoded_pictures()["png"])
     nothing = folder / "nothing"
@@ -342,23 +363,194 @@ def a_command(folder: Path) -> Draw:
             words = words[:1]
         questions = rng.choice(TEXTS)
 
+        return lambda: _run(folder, words, questions)
+
+    return draw
+
+
+# ── values of options, graphs, folders, the environment ─────────────────────────────────────────
+
+NUMBERS: tuple[Any, ...] = (
+    None, 0, -1, 1, 2, 5, 64, 576, 2**31, 2**63, 2**70, 10**400, -(10**400), float("nan"),
+    float("inf"), -0.0, 1.5, True, "", "64",
+)  # fmt: skip
+
+
+@door(HEAVY)
+def numbers_of_an_export(folder: Path) -> Draw:
+    from tests.export import layouts
+    from vzip.export import export
+
+    place = folder / "model"
+    layouts.write_layout("llava-hf", place)
+    file = folder / "file"
+    file.write_bytes(b"x")
+
+    def draw(rng: random.Random) -> Trial:
+        values: dict[str, Any] = {}
+        for name in rng.sample(
+            ("tokens", "dominant", "contextual", "merge", "selection", "seed", "media", "tiles",
+             "target", "dtype", "batch", "max_batch", "graph_input", "opset", "projector",
+             "revision", "weights"), rng.choice((1, 2, 3)),
+        ):  # fmt: skip
+            values[name] = rng.choice((*NUMBERS, *TEXTS))
+        # What is accepted is not exported: a file stands where the bundle's folder would be made.
+        return lambda: export(place, file / "out", **values, check_images=[], say=lambda _: None)
+
+    return draw
+
+
+@door(HEAVY)
+def numbers_of_a_plan(folder: Path) -> Draw:
+    from tests.export import layouts
+    from vzip.export.hardware import find_device
+    from vzip.export.plan.model import read_model
+
+    all_spoilt = []
+    for family in ("llava", "llava-next", "llava-onevision"):
+        place = folder / family
+        layouts.write_layout(layouts.layouts_of(family)[0], place, family=family)
+        all_spoilt.append(Spoilt(place, ["config.json"]))
+
+    def draw(rng: random.Random) -> Trial:
+        spoilt = rng.choice(all_spoilt)
+        spoilt.draw(rng)
+        text = rng.choice(("l4", "orin-nx-16gb", *TEXTS))
+
         def trial() -> None:
-            said = io.StringIO()
-            stdin, sys.stdin = sys.stdin, io.StringIO(questions)
-            try:
-                with (
-                    inside(folder),
-                    contextlib.redirect_stdout(io.StringIO()),
-                    contextlib.redirect_stderr(said),
-                ):
-                    status = main(words)
-            finally:
-                sys.stdin = stdin
-            lines = said.getvalue().splitlines()
-            assert status in (0, 1, 2), (status, words)
-            assert status != 2 or "error: " in lines[-1], (lines[-3:], words)
-            assert all(each.isprintable() for each in lines), (lines[-3:], words)
+            find_device(text)
+            model = read_model(spoilt.folder)
+            str((model.llm_parameters, model.read_parameters, model.prefill_flops(64)))
+            json.dumps(model.llm_tokens(4, 5))
 
         return trial
+
+    return draw
+
+
+@door(HEAVY)
+def a_graph(folder: Path) -> Draw:
+    """Read and described, not run: `tests/runtime/bundle` holds what may be run."""
+    from tests.fuzz.doors import refresh, tiny
+    from vzip.export.graph.reading import read_graph
+    from vzip.export.inspect.describe import describe_graph
+    from vzip.runtime.bundle.reader import read_bundle
+
+    bundle = tiny(folder)
+    spoilt = Spoilt(bundle, ["model.onnx"])
+
+    def draw(rng: random.Random) -> Trial:
+        spoilt.draw(rng)
+        if (bundle / "model.onnx").is_file() and (bundle / "model.onnx").stat().st_size:
+            refresh(bundle)
+
+        def trial() -> None:
+            found = read_bundle(bundle)
+            read_graph(found, "fuzz")
+            list(describe_graph(bundle))
+
+        return trial
+
+    return draw
+
+
+@door(HEAVY)
+def a_folder_to_encode(folder: Path) -> Draw:
+    pictures = encoded_pictures()
+    output = folder / "out.safetensors"
+
+    def draw(rng: random.Random) -> Trial:
+        place = folder / "pictures"
+        shutil.rmtree(place, ignore_errors=True)
+        (place / "below").mkdir(parents=True)
+        for name in rng.sample(list(pictures), 3):
+            data = pictures[name]
+            data = mutations.of_name(name)(rng, data) if rng.random() < 0.6 else data
+            odd = rng.choice((os.fsencode(name), b"\xff.png", b"a\nb.png", b"\x1b[2J.png", b"%s"))
+            (place / rng.choice((".", "below")) / os.fsdecode(odd)).write_bytes(data)
+        if rng.random() < 0.2:
+            os.mkfifo(place / "fifo.png")
+        if output.is_file() and rng.random() < 0.4:
+            output.write_bytes(mutations.damaged(rng, output.read_bytes()))
+        elif rng.random() < 0.5:
+            output.unlink(missing_ok=True)
+        parts = folder / ".out.vzip-parts"
+        shutil.rmtree(parts, ignore_errors=True)
+        if rng.random() < 0.3:
+            parts.mkdir()
+            entry = parts / f"{'0' * 64}.{'1' * 64}.safetensors"
+            entry.write_bytes(rng.randbytes(30))
+        words = ["encode", str(GOLDEN / "tiny_bundle"), str(place), "-o", str(output)]
+        return lambda: _run(folder, [*words, "--backend", "onnxruntime"], "")
+
+    return draw
+
+
+@door(HEAVY)
+def the_environment(folder: Path) -> Draw:
+    from vzip.calibration.tuning.workers import Workers
+    from vzip.export.checkpoint.reader import Checkpoint
+    from vzip.runtime.llm.server.http_client import Client
+    from vzip.runtime.machine import process
+
+    del folder
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "HF_ENDPOINT", "HF_TOKEN", "http_proxy",
+             "HTTPS_PROXY", "no_proxy", "ALL_PROXY", "HOME", "SSL_CERT_FILE", "TMPDIR",
+             "OMP_NUM_THREADS", "VLLM_API_KEY")  # fmt: skip
+    values = [each for each in TEXTS if "\0" not in each and mutations.SURROGATE not in each]
+
+    def draw(rng: random.Random) -> Trial:
+        changed = {name: rng.choice(values) for name in rng.sample(names, 3)}
+        url = rng.choice(("http://example.invalid:9", "https://127.0.0.1:9"))
+
+        def ask() -> None:
+            Client("fuzz", url, "VLLM_API_KEY").get("/v1/models")
+
+        chosen: Trial = rng.choice(
+            (
+                Workers.of_environment,
+                ask,
+                process.threads,
+                lambda: Checkpoint.open("~/x"),
+                lambda: Checkpoint.open("someone/something"),
+            )
+        )
+
+        def trial() -> None:
+            before = dict(os.environ)
+            os.environ.update(changed)
+            try:
+                chosen()
+            finally:
+                os.environ.clear()
+                os.environ.update(before)
+
+        return trial
+
+    return draw
+
+
+@door(HEAVY)
+def an_overlay(folder: Path) -> Draw:
+    from vzip.runtime.bundle.manifest import Manifest
+    from vzip.runtime.pictures.overlay import overlay
+
+    del folder
+    manifest = Manifest.from_bytes((GOLDEN / "tiny_bundle/manifest.json").read_bytes())
+    image = Image.new("RGB", (20, 16))
+
+    def draw(rng: random.Random) -> Trial:
+        one, other = odd_array(rng), odd_array(rng)
+        kept = np.array([0, 3, 5, 7])
+        groups = np.full(17, -1)
+        if isinstance(one, np.ndarray):
+            kept = one
+        if isinstance(other, np.ndarray) and rng.random() < 0.5:
+            groups = other
+        picture = one if isinstance(one, Image.Image) else image
+        grid = rng.choice((manifest.tower.grid, (0, 0), (-1, 4), (10**9, 10**9), (1, 16)))
+        return lambda: overlay(
+            picture, kept, grid=grid, cls_token=True, prep=manifest.preprocessing, groups=groups
+        )
 
     return draw

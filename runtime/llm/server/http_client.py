@@ -23,6 +23,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from vzip.runtime.errors import BackendError, InvalidInputError, VzipError
+from vzip.runtime.guard import door, guarded
 from vzip.runtime.llm.server.allowance import (
     Allowance,
     HeldHttp,
@@ -72,6 +73,7 @@ class Client:
         InvalidInputError: The address or the key can't be one, or there is no such time.
     """
 
+    @door(InvalidInputError, "{name}: '{url}' can't be a server's address", cure="check it")
     def __init__(
         self, name: str, url: str, key_variable: str, seconds: float | None = None
     ) -> None:
@@ -141,14 +143,20 @@ class Client:
     @contextlib.contextmanager
     def errors(self, allowance: Allowance) -> Iterator[None]:
         """Turn what goes wrong on the way into one of our errors."""
-        try:
-            yield
-        except urllib.error.HTTPError as error:
-            with error:
-                raise self._refusal(error, allowance) from None
-        except (OSError, http.client.HTTPException) as error:
-            what, cure = self._trouble(error, allowance)
-            raise self.broken(what, cure=cure) from error
+        guard = guarded(
+            BackendError,
+            f"{self._name}: the server at {self.url} can't be asked",
+            cure="check its address, and the proxies that the environment names",
+        )
+        with guard:
+            try:
+                yield
+            except urllib.error.HTTPError as error:
+                with error:
+                    raise self._refusal(error, allowance) from None
+            except (OSError, http.client.HTTPException) as error:
+                what, cure = self._trouble(error, allowance)
+                raise self.broken(what, cure=cure) from error
 
     def _open(
         self, path: str, data: bytes | None, allowance: Allowance
