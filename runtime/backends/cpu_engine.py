@@ -185,6 +185,11 @@ def weights_folder(bundle: Bundle, name: str) -> Path:
     return bundle.at(bundle.manifest.engines[name].precision).weights_folder
 
 
+def held_weights(bundle: Bundle, name: str) -> dict[str, bytes]:
+    """Return the weights of a CPU engine that are small enough, see `Bundle.held_weights`."""
+    return bundle.at(bundle.manifest.engines[name].precision).held_weights()
+
+
 def build_command(bundle: Bundle) -> str:
     """Return the command that makes a CPU engine."""
     return f"vzip build {bundle.path} --cpu"

@@ -22,6 +22,7 @@ from vzip.runtime.machine.record import processor
 # Where external data lies when the session is made from bytes (ONNX Runtime 1.19 or newer).
 _FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 _NO_INTEGERS_KEY = "session.disable_quant_qdq"
+_IN_MEMORY = "add_external_initializers_from_files_in_memory"  # not in the oldest versions
 _FATAL_ONLY = 4  # what it logs of errors, it raises as well
 
 
@@ -68,6 +69,7 @@ def open_session(
     extra: str,
     fp8: bool = False,
     threads: int | None = None,
+    held: Callable[[], Mapping[str, bytes]] = dict,
 ) -> Any:
     """Return a session that runs on a device and nowhere else.
 
@@ -80,6 +82,7 @@ def open_session(
         extra: The extra of this distribution that brings the package.
         fp8: Whether the graph quantises to FP8.
         threads: How many threads run an operator on the CPU; None for `process.threads`.
+        held: Gives files of external data that are not to be mapped, by name; called after `graph`.
 
     Raises:
         InvalidInputError: The number of threads makes no sense.
@@ -100,7 +103,10 @@ def open_session(
     if fp8:
         # ONNX Runtime 1.31 makes integer MatMuls of these too, and then can't run them.
         options.add_session_config_entry(_NO_INTEGERS_KEY, "1")
-    model = graph()
+    model, files = graph(), held()
+    if files and hasattr(options, _IN_MEMORY):  # ONNX Runtime has its own copy afterwards
+        sizes = [len(each) for each in files.values()]
+        getattr(options, _IN_MEMORY)([*files], [*files.values()], sizes)
     try:
         with in_utf8(folder) as named:
             options.add_session_config_entry(_FOLDER_KEY, named)
@@ -157,6 +163,7 @@ class _OnnxRuntime:
             extra_outputs,
             fp8=bundle.quantised == "fp8",
             threads=threads,
+            held=bundle.held_weights,
         )
 
     def _import(self) -> Any:
@@ -171,6 +178,7 @@ class _OnnxRuntime:
         *,
         fp8: bool = False,
         threads: int | None = None,
+        held: Callable[[], Mapping[str, bytes]] = dict,
     ) -> None:
         """Open a session on this class's device."""
 
@@ -189,6 +197,7 @@ class _OnnxRuntime:
             extra=self.extra,
             fp8=fp8,
             threads=threads,
+            held=held,
         )
         self.threads = self._session.get_session_options().intra_op_num_threads
 
@@ -249,6 +258,7 @@ class OnnxRuntimeCpu(_OnnxRuntime):
                 folder,
                 extra_outputs,
                 threads=threads,
+                held=lambda: cpu_engine.held_weights(bundle, name),
             )
 
     @classmethod

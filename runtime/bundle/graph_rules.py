@@ -81,8 +81,8 @@ class GraphLimits:
 
 
 A_PICTURE: Final = GraphLimits(value=2**27, values=2**34, alive=2**29, products=2**43)
-"""Of each picture of a call. The largest tower that is exported, SigLIP so400m at 384 pixels, has
-2**23, 2**31, 2**25 and 2**39."""
+"""Of each picture of a call. LLaVA-1.5's tower, CLIP ViT-L/14 at 336 pixels, has 2**23, 2**30,
+2**24 and 2**38; SigLIP so400m at 384 has about twice as much."""
 
 A_PROMPT: Final = GraphLimits(value=2**28, values=2**36, alive=2**31, products=2**46)
 """Of a decoder that is given 256 tokens after 256 others; one of 70 billion weights has 2**34

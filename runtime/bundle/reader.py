@@ -58,6 +58,9 @@ if TYPE_CHECKING:
 LARGEST_MANIFEST: Final = 2**20
 """Bytes of manifest.json that are read at most; ours have three thousand."""
 
+HELD_BYTES: Final = 2**26
+"""Files of weights up to here are read; larger ones are mapped, so that memory holds them once."""
+
 FASTEST: Final = "fastest"
 """What is asked for as a precision to run a CPU engine and nothing else."""
 
@@ -208,6 +211,30 @@ class Bundle:
             others = set(self.manifest.files) - {LLM_DATA_FILE}
             check_files(self.path, self.manifest, verify=True, leave=others)
             return _read_graph(self.path, self.manifest, LLM_FILE, verify=True)
+
+    def held_weights(self, name: str | None = None) -> dict[str, bytes]:
+        """Return a file of weights that is small enough to be held, after checking its digest.
+
+        What is held isn't mapped: nobody can cut or change it behind a session.
+
+        Args:
+            name: A key of the manifest's `files`; None for that of the graph of `read_model`.
+
+        Returns:
+            Name → content; nothing for a file above `HELD_BYTES`, or where there is none.
+
+        Raises:
+            BundleError: It is missing, no plain file, or differs from the manifest.
+        """
+        name = _GRAPHS[self.graph_file] if name is None else name
+        entry = self.manifest.files.get(name)
+        if entry is None or entry.bytes > HELD_BYTES:
+            return {}
+        with naming(self.path), _open_listed(self.path, self.manifest, name) as file:
+            data = file.read(HELD_BYTES + 1)
+            _check_size(name, len(data), entry)
+            _check_digest(name, hashlib.sha256(data).hexdigest(), entry)
+        return {name: data}
 
     @contextmanager
     def open_file(self, name: str) -> Iterator[BinaryIO]:

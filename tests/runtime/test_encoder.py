@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from tests.bundles import NEWLINE, Change, as_it_is, patches_alone, pooled, tiled, with_newline
+from tests.places import GOLDEN
 from tests.refusals import refused
 from vzip.runtime import CompressedTokens, VisionEncoder, backends, encoder, open_llm
 from vzip.runtime.backends import open_backend
@@ -258,6 +259,20 @@ def test_a_session_has_as_many_threads_as_were_asked_for(tiny_bundle, golden, mo
         VisionEncoder.open(tiny_bundle, threads=0)
     with refused(InvalidInputError, got=("threads=2", "'vllm'")):
         open_llm(tiny_bundle, "vllm:http://127.0.0.1:9", threads=2)
+
+
+def test_weights_that_are_cut_behind_an_encoder_stay_whole(tiny_bundle, golden):
+    """In a process of its own: where the file is mapped, SIGBUS ends it."""
+    code = (
+        "import os, sys; import numpy as np; from vzip.runtime import VisionEncoder;"
+        "encoder = VisionEncoder.open(sys.argv[1], backend='onnxruntime');"
+        "os.truncate(sys.argv[1] + '/model.onnx.data', 0);"
+        "print(encoder.run(np.load(sys.argv[2])['images'][:2]).kept.tolist())"
+    )
+    images = GOLDEN / "tiny_golden.npz"
+    command = [sys.executable, "-c", code, str(tiny_bundle), str(images)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{golden['kept'][:2].tolist()}\n"), done.stderr
 
 
 @pytest.mark.parametrize("command", ["encode", "show"])

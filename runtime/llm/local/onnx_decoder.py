@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vzip.runtime.backends.onnxruntime import import_onnxruntime, open_session
+from vzip.runtime.bundle.manifest import LLM_DATA_FILE
 from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.errors import BackendError, BundleError, InvalidInputError, first_line
 from vzip.runtime.guard import door
@@ -108,6 +109,7 @@ class OnnxRuntimeLLM(GreedyLLM):
             providers=_PROVIDERS,
             extra=EXTRA,
             threads=threads,
+            held=lambda: bundle.held_weights(LLM_DATA_FILE),
         )
         names = cache_names(settings.layers)
         self._inputs = [INPUT, *(f"past_{name}" for name in names)]
