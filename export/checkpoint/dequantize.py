@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from vzip.export.checkpoint.schemes import Scheme, quantised, signs
+from vzip.export.checkpoint.schemes import SCALED, Scheme, quantised, signs
 from vzip.runtime.errors import CheckpointError
 from vzip.runtime.guard import said_by
 
@@ -137,7 +137,7 @@ def _scale(stored: StoredWeight, scheme: Scheme) -> Tensor:
     """Return the scale of each number, [rows or 1, columns or 1, …]."""
     names = [each for each in _SCALES if each in stored.beside]
     sign = signs((*stored.beside, *stored.around()))
-    if not names and sign is not None:
+    if not names and sign not in (None, SCALED):
         raise quantised(stored.what, scheme, sign)
     if len(names) != 1:
         raise CheckpointError(

@@ -21,6 +21,9 @@ Block = tuple[int, int]
 
 _KEYS: Final = ("quantization_config", "compression_config", "quantization")
 _PARTS: Final = ("text_config", "vision_config", "llm_config", "language_config")
+SCALED: Final = "numbers beside their scales"
+"""What is undone, where its parts fit each other."""
+
 _FINE_GRAINED: Final[Block] = (128, 128)
 
 # What only one scheme calls a tensor, after the module's name. First come those that others share
@@ -39,7 +42,7 @@ _SIGNS: Final[tuple[tuple[str, str], ...]] = (
     (r"(.*_quantizer(\..*)?|.*_amax|pre_quant_scale)", "ModelOpt"),
     (r"(bitmask|compressed|row_offsets|.*bitmask)", "sparse tensors (compressed-tensors)"),
     (r"(scales|biases)", "MLX"),
-    (r"(weight_scale|weight_scale_inv|scale_weight|weight_zero_point)", "scaled numbers"),
+    (r"(weight_scale|weight_scale_inv|scale_weight|weight_zero_point)", SCALED),
 )
 
 

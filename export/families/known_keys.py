@@ -174,7 +174,7 @@ def refused(key: str, got: object, expected: str) -> CheckpointError:
 
 
 def _is_off(value: object) -> bool:
-    return value is None or value is False or value in ("", [], {})
+    return value is None or value is False or value in (0, "", [], {})
 
 
 def _same(got: object, value: object) -> bool:

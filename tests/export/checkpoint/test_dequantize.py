@@ -287,6 +287,18 @@ def test_blocks_without_a_configuration_are_those_of_deepseek(tmp_path: Path) ->
     assert torch.equal(tensor, numbers.float() * 0.5)
 
 
+@pytest.mark.parametrize("shape", [(), (32,), (32, 1), (32, 1, 1, 1)])
+def test_a_convolution_has_scales_too(shape: tuple[int, ...], tmp_path: Path) -> None:
+    write_layout("llava-hf-single", tmp_path)
+    name = "vision_tower.vision_model.embeddings.patch_embedding.weight"
+    tensors = load_file(tmp_path / FILE)
+    numbers, scale = tensors[name].to(E4M3), torch.rand(shape)
+    save_file(tensors | {name: numbers, f"{name}_scale": scale}, tmp_path / FILE)
+    tensor = read(tmp_path).tensors["tower.embeddings.patch_embedding.weight"]
+    each = scale.reshape(-1, 1, 1, 1)
+    assert torch.equal(tensor, numbers.float() * each)
+
+
 def test_zero_points_are_taken_off(tmp_path: Path) -> None:
     numbers = torch.randint(-100, 100, (64, 32), dtype=torch.int8)
     zero, scale = torch.randint(-9, 9, (64, 1), dtype=torch.int8), torch.rand(64, 1)
@@ -369,6 +381,14 @@ def nf4(state: Any, *, absmax: int = 32, table: int = 16) -> Tensors:
         # Nothing says what one number is.
         ({FC1: F8}, None, "no scale", {"expected": "weight_scale"}),
         ({FC1: Q8}, None, "no scale", {}),
+        ({FC1: Q8, M + "weight_scales": ones(64)}, {"quant_method": "eetq"}, "eetq", {}),
+        ({FC1: F8, FC1 + "_zero_point": ones(1)}, None, "no scale", {}),
+        (
+            {FC1: F8, FC1 + "_scale": ones(1), M + "bias": ones(64, dtype=E4M3)},
+            None,
+            (M + "bias", "no scale"),
+            {},
+        ),
         ({FC1: F16, FC1 + "_scale": ones(1)}, None, FC1, {"cause": "'weight_scale'"}),
         (
             {FC1: F8, FC1 + "_scale": ones(1), FC1 + "_scale_inv": ones(1)},
@@ -467,7 +487,7 @@ def nf4(state: Any, *, absmax: int = 32, table: int = 16) -> Tensors:
     ],
 )
 def test_what_is_refused(
-    beside: Tensors, settings: Any, got: str, said: dict[str, Said], tmp_path: Path
+    beside: Tensors, settings: Any, got: Said, said: dict[str, Said], tmp_path: Path
 ) -> None:
     faulty(written(tmp_path, {FC1: beside}, settings), got, **said)
 

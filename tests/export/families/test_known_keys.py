@@ -216,6 +216,19 @@ def test_unknown_vision_keys_of_hugging_faces_form_are_refused(family: str) -> N
             describe(family, change)
 
 
+OTHER = ("num_register_tokens", "layer_scale_init_value", "qk_norm", "pruned_heads", "rope_theta")
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_a_part_that_towers_lack_is_known_where_it_is_off(key: str) -> None:
+    vision = TINY["llava"].config["vision_config"]
+    for off in (0, 0.0, False, None, {}):
+        assert describe("llava", {"vision_config": {**vision, key: off}}) == describe("llava", {})
+    for on in (1, 0.5, True, {"0": [1]}):
+        with refused(CheckpointError, got=f"vision_config.{key}"):
+            describe("llava", {"vision_config": {**vision, key: on}})
+
+
 def test_keys_that_nobody_knows_are_named(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         describe("llava", {"speculative_heads": 3, "moon_phase": "full"})
