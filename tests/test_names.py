@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.places import GOLDEN
+from vzip.export.checkpoint.containers import read_json, read_tensors
 from vzip.runtime import demo
 from vzip.runtime.cli.main import main
+from vzip.runtime.errors import VzipError
 from vzip.runtime.files.names import in_utf8, typed
 
 NO_TEXT = os.fsdecode(b"n\xffb")
@@ -124,3 +126,17 @@ def test_every_long_command_below_a_folder_that_is_no_text(
         [*tune, "-o", str(place / "p.safetensors")],
     ):
         assert main(command) == 0, (command, capsysbinary.readouterr().err)
+
+
+def test_errors_about_files_are_one_printable_line(tmp_path):
+    folder = tmp_path / "a\x1b[2J\x9b31m\n\u202eb\r"
+    folder.mkdir()
+    (folder / "config.json").write_text("{\x1b[2J")
+    (folder / "pickle.bin").write_bytes(b"\x80\x02c\x1b[2Jos\nsystem\x1b[31m\n.")
+    for use in (
+        lambda: read_json(folder / "config.json"),
+        lambda: read_tensors(folder / "pickle.bin", ["a"]),
+    ):
+        with pytest.raises(VzipError) as caught:
+            use()
+        assert str(caught.value).isprintable()

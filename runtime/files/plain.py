@@ -3,7 +3,7 @@
 What a name leads to need not be a file. Opening a FIFO waits until somebody writes, a device may
 act or never end, and a name that was looked at may be another thing when it is opened. So a file is
 opened without waiting, and what was opened is looked at; what is read has a bound that is known
-before memory is taken for it. `tests/runtime/files/test_doors.py` lists who opens files in another
+before memory is taken for it. `tests/test_doors_of_files.py` lists who opens files in another
 way, and why.
 """
 

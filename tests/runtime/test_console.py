@@ -13,7 +13,6 @@ from PIL import Image
 
 from tests.runtime.llm.fake_chat_server import answer, event, fake_server, send, stream
 from tests.runtime.llm.test_chat_server import EMBEDS, TOKENS, TinyServer
-from vzip.export.checkpoint.containers import read_json, read_tensors
 from vzip.runtime import console
 from vzip.runtime.cli import asking
 from vzip.runtime.cli.main import main
@@ -140,20 +139,13 @@ def test_errors_of_a_server():
             assert str(caught.value).isprintable()
 
 
-def test_errors_that_name_files_and_what_is_in_them(tmp_path: Path):
-    name = HOSTILE.replace("/", "").replace("\0", "").replace("\u2028", "\n")
-    folder = tmp_path / name
+def test_errors_that_name_files(tmp_path: Path):
+    folder = tmp_path / HOSTILE.replace("/", "").replace("\0", "").replace("\u2028", "\n")
     folder.mkdir()
-    (folder / "config.json").write_text("{" + HOSTILE)
-    (folder / "pickle.bin").write_bytes(b"\x80\x02c" + b"\x1b[2Jos\nsystem\x1b[31m\n.")
-    for use in (
-        lambda: load_image(folder / "absent.png"),
-        lambda: load_image(folder / "config.json"),
-        lambda: read_json(folder / "config.json"),
-        lambda: read_tensors(folder / "pickle.bin", ["a"]),
-    ):
+    (folder / "a.png").write_text(HOSTILE)
+    for name in ("absent.png", "a.png"):
         with pytest.raises(VzipError) as caught:
-            use()
+            load_image(folder / name)
         assert str(caught.value).isprintable()
 
 

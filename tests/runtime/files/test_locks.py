@@ -8,15 +8,11 @@ import os
 import signal
 import subprocess
 import sys
-import types
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.refusals import refused
-from vzip.export.engines.published import build_lock
-from vzip.runtime.errors import BundleError
 from vzip.runtime.files import locks, plain
 
 HOLDER = """
@@ -148,13 +144,3 @@ def test_a_folder_that_can_not_be_written(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="Read-only"):
         locks.on_file(tmp_path / "lock")
     assert len([*Path("/proc/self/fd").iterdir()]) == before
-
-
-def test_a_bundle_whose_folder_of_engines_leads_elsewhere(tmp_path):
-    (tmp_path / "bundle").mkdir()
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "bundle" / "engines").symlink_to(tmp_path / "elsewhere")
-    bundle = types.SimpleNamespace(path=tmp_path / "bundle")
-    with refused(BundleError, got="symbolic link"), build_lock(bundle, print):
-        pass
-    assert list((tmp_path / "elsewhere").iterdir()) == []
