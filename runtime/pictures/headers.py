@@ -52,7 +52,7 @@ MAX_EXIF = 2**24
 """Most bytes that the entries of an EXIF block refer to, all together."""
 
 MAX_RUNS = 2**23
-"""Most bytes of a run-length coded BMP: seconds of work, in Pillow's Python."""
+"""Most bytes and most pixels of a run-length coded BMP: seconds of work, in Pillow's Python."""
 
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # any that may follow a scan's data
 _GIF_DATA = 2**20  # blocks of a frame's pixels: 67 million that can't be compressed have half
@@ -360,9 +360,15 @@ def _webp(data: bytes, _: str) -> Shape:
 
 
 def _bmp(data: bytes, name: str) -> Shape:
-    """Refuse a run-length coded BMP that is too long."""
-    if int.from_bytes(data[30:34], "little") in (1, 2) and len(data) > MAX_RUNS:
-        too_many(name, f"{len(data)} bytes of runs", f"at most {MAX_RUNS} in a compressed BMP")
+    """Refuse a run-length coded BMP that is too long or too large."""
+    if int.from_bytes(data[30:34], "little") not in (1, 2):
+        return Shape()
+    width, height = (
+        abs(int.from_bytes(data[at : at + 4], "little", signed=True)) for at in (18, 22)
+    )
+    for count, what in ((len(data), "bytes"), (width * height, "pixels")):
+        if count > MAX_RUNS:
+            too_many(name, f"{count} {what} in runs", f"at most {MAX_RUNS} in a compressed BMP")
     return Shape()
 
 

@@ -696,7 +696,12 @@ def test_runs_of_a_bmp_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.asarray(load_image(data)).tolist() == expected
     monkeypatch.setattr(headers, "MAX_RUNS", len(data))
     assert np.asarray(load_image(data)).tolist() == expected
-    rejected(data + b"\0", got=f"{len(data) + 1} bytes of runs", expected=f"at most {len(data)}")
+    rejected(data + b"\0", got=f"{len(data) + 1} bytes in runs", expected=f"at most {len(data)}")
+    large = data[:18] + struct.pack("<ii", 5000, -5000) + data[26:]  # a file of 70 bytes
+    monkeypatch.undo()
+    never_decoded(monkeypatch)
+    for source in (large, Image.open(io.BytesIO(large))):
+        rejected(source, got="25000000 pixels in runs", expected=f"{2**23}")
 
 
 def test_strips_of_a_lazy_tiff_are_bounded() -> None:
