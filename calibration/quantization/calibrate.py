@@ -12,7 +12,7 @@ import numpy as np
 from vzip.runtime import console
 from vzip.runtime.bundle.manifest import DATA_FILE, MODEL_FILE, FileEntry
 from vzip.runtime.bundle.precision_record import PrecisionRecord, report_file
-from vzip.runtime.errors import BundleError, ExportError, require
+from vzip.runtime.errors import BackendError, BundleError, require
 from vzip.runtime.guard import door
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vzip.runtime.bundle.reader import Bundle
 
 
-@door(ExportError, "the bundle '{bundle}' can't be calibrated", reads=False)
+@door(BackendError, "the bundle '{bundle}' can't be calibrated", reads=False)
 def calibrate(
     bundle: str | os.PathLike[str],
     images: str,

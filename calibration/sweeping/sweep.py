@@ -16,7 +16,7 @@ from vzip.export import EXPORT_PACKAGES
 from vzip.export.algorithm.budget import Budget, Merge
 from vzip.export.pages import figures
 from vzip.runtime import console
-from vzip.runtime.errors import ExportError, InvalidInputError, require
+from vzip.runtime.errors import BackendError, InvalidInputError, require
 from vzip.runtime.files import outputs
 from vzip.runtime.guard import door
 from vzip.runtime.models import DEMO, locate
@@ -53,7 +53,7 @@ class Swept:
         return {**self.result.to_json(), "advice": advice}
 
 
-@door(ExportError, "'{model}' can't be swept", reads=False)
+@door(BackendError, "'{model}' can't be swept", reads=False)
 def sweep(
     model: str,
     tokens: Sequence[int],

@@ -63,7 +63,11 @@ class HubTokenizer:
         cure=_GIVE_WHOLE,
     )
     def token(self, token_id: int) -> str | None:
-        """Return a token as text; None for an id beyond the vocabulary."""
+        """Return a token as text; None for an id beyond the vocabulary.
+
+        Raises:
+            CheckpointError: The tokenizer is damaged.
+        """
         token: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
         return token
 
@@ -73,7 +77,11 @@ class HubTokenizer:
         cure=_GIVE_WHOLE,
     )
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """Return a text's ids."""
+        """Return a text's ids.
+
+        Raises:
+            CheckpointError: The tokenizer is damaged.
+        """
         # verbose=False: no warning beyond model_max_length, since we check the context ourselves
         ids: list[int] = self._tokenizer(text, add_special_tokens=special, verbose=False).input_ids
         return ids
@@ -84,7 +92,11 @@ class HubTokenizer:
         cure=_GIVE_WHOLE,
     )
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of some ids, without special tokens."""
+        """Return the text of some ids, without special tokens.
+
+        Raises:
+            CheckpointError: The tokenizer is damaged.
+        """
         text: str = self._tokenizer.decode(
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )

@@ -53,7 +53,11 @@ class JsonTokenizer:
 
     @door(CheckpointError, "the LLM's tokenizer has no id {token_id}", cure=_EXPORT_AGAIN)
     def token(self, token_id: int) -> str | None:
-        """Return a token as text; None for an id beyond the vocabulary."""
+        """Return a token as text; None for an id beyond the vocabulary.
+
+        Raises:
+            CheckpointError: The tokenizer is damaged.
+        """
         if token_id < 0:
             return None
         token: str | None = self._tokenizer.id_to_token(token_id)
@@ -61,12 +65,20 @@ class JsonTokenizer:
 
     @door(CheckpointError, "the LLM's tokenizer can't take a text", cure=_EXPORT_AGAIN)
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """Return a text's ids."""
+        """Return a text's ids.
+
+        Raises:
+            CheckpointError: The tokenizer is damaged.
+        """
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
         return ids
 
     @door(CheckpointError, "the LLM's tokenizer can't give a text", cure=_EXPORT_AGAIN)
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of some ids, without special tokens."""
+        """Return the text of some ids, without special tokens.
+
+        Raises:
+            CheckpointError: The tokenizer is damaged.
+        """
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text

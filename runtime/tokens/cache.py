@@ -96,6 +96,10 @@ class TokenCache:
         Args:
             image_sha256: What the image goes by; see `image_digest`.
             bundle_fingerprint: `vzip.runtime.bundle.fingerprint.fingerprint` of the bundle.
+
+        Raises:
+            InvalidInputError: They are no digests; the folder can't be read, or what is damaged
+                there can't be removed.
         """
         path = self.path(image_sha256, bundle_fingerprint)
         if not path.is_file():
@@ -146,7 +150,11 @@ class TokenCache:
         cure=_ELSEWHERE,
     )
     def remove(self, image_sha256: str, bundle_fingerprint: str) -> None:
-        """Forget an image; what isn't there needs no forgetting."""
+        """Forget an image; what isn't there needs no forgetting.
+
+        Raises:
+            InvalidInputError: The folder can't be written.
+        """
         self.path(image_sha256, bundle_fingerprint).unlink(missing_ok=True)
 
     @door(
@@ -155,7 +163,11 @@ class TokenCache:
         cure=_ELSEWHERE,
     )
     def fingerprints(self) -> set[str]:
-        """Return the fingerprints of all bundles that have an entry."""
+        """Return the fingerprints of all bundles that have an entry.
+
+        Raises:
+            InvalidInputError: The folder can't be read.
+        """
         matches = (_ENTRY.fullmatch(path.name) for path in self.folder.iterdir())
         return {match[2] for match in matches if match}
 

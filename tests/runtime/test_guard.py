@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import errno
+import http.client
+import json
 import logging
 import re
+import ssl
+import struct
+import tokenize
+import zipfile
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
+from tests import house
 from tests.refusals import refused, says
 from vzip.runtime import console
 from vzip.runtime.bundle import manifest as some_module_of_ours
@@ -38,6 +49,26 @@ class UnprintableError(Exception):
         (AssertionError("in a package"), "AssertionError: in a package"),
         (UnprintableError(), "UnprintableError"),
         (ValueError("x" * 10_000), "ValueError: xxx"),
+        (ValueError("embedded null byte"), "ValueError: embedded null byte"),
+        (OSError(errno.EROFS, "Read-only file system"), "OSError: Read-only"),
+        (OSError(errno.ENAMETOOLONG, "File name too long"), "OSError: File name too long"),
+        (UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates"), "UnicodeEncodeError: 'utf-8'"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), "UnicodeDecodeError: 'utf-8'"),
+        (json.JSONDecodeError("Extra data", "1 2", 2), "JSONDecodeError: Extra data"),
+        (struct.error("unpack requires 4 bytes"), "error: unpack requires 4 bytes"),
+        (zlib.error("Error -3"), "error: Error -3"),
+        (zipfile.BadZipFile("Bad magic number"), "BadZipFile: Bad magic"),
+        (tokenize.TokenError("EOF", (2, 0)), "TokenError: ('EOF', (2, 0))"),
+        (SyntaxError("not a TIFF file"), "SyntaxError: not a TIFF"),
+        (EOFError("end of file"), "EOFError: end of file"),
+        (AttributeError("'list' object has no attribute 'get'"), "AttributeError: 'list'"),
+        (TypeError("'>' not supported"), "TypeError: '>' not supported"),
+        (ZeroDivisionError("division by zero"), "ZeroDivisionError: division"),
+        (Image.DecompressionBombError("too many pixels"), "DecompressionBombError: too many"),
+        (http.client.LineTooLong("header line"), "LineTooLong: got more than"),
+        (ssl.SSLError(1, "wrong version"), "SSLError: wrong version"),
+        (NotImplementedError("zip file version 25.5"), "NotImplementedError: zip file"),
+        (UserWarning("as an error"), "UserWarning: as an error"),
     ],
 )
 def test_what_packages_raise_becomes_the_door_s_error(raised: BaseException, cause: str) -> None:
@@ -170,3 +201,64 @@ def test_a_machine_s_refusal_of_a_command_is_one_line(capsys: pytest.CaptureFixt
 def test_a_bug_of_a_command_keeps_its_traceback() -> None:
     with pytest.raises(KeyError):
         console.run_command(lambda: {}["a"], prog="vzip show")
+
+
+def decorated() -> list[tuple[str, str, str]]:
+    """Return each door in the source: its place, the kind it raises, and what documents it."""
+    found = []
+    for path in house.modules().values():
+        tree = ast.parse(path.read_text("utf-8"))
+        parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+        for node in ast.walk(tree):
+            for call in getattr(node, "decorator_list", ()):
+                if not (isinstance(call, ast.Call) and ast.unparse(call.func) == "door"):
+                    continue
+                assert isinstance(node, ast.FunctionDef)
+                text = ast.get_docstring(node) or ""
+                if node.name == "__init__":  # the class says what making one raises
+                    owner = parents[node]
+                    assert isinstance(owner, ast.ClassDef)
+                    text += ast.get_docstring(owner) or ""
+                place = f"{path.parent.name}/{path.name}:{node.name}"
+                found.append((place, ast.unparse(call.args[0]), text))
+    return found
+
+
+@pytest.mark.parametrize(("place", "kind", "text"), decorated(), ids=lambda each: each[:60])
+def test_a_door_raises_what_it_documents(place: str, kind: str, text: str) -> None:
+    private = place.rpartition(":")[2].startswith("_") and "__init__" not in place
+    _, raises, said = text.partition("Raises:")
+    assert private or (raises and (kind in said or "VzipError" in said)), place
+
+
+PUBLIC = {
+    "vzip.runtime.encoder": ("VisionEncoder.open", "VisionEncoder.encode", "VisionEncoder.run",
+                             "VisionEncoder.image_tokens", "VisionEncoder.video_embeds"),
+    "vzip.runtime.llm.opening": ("open_llm", "parse", "LlmChoice.open"),
+    "vzip.runtime.bundle.reader": ("read_bundle", "Bundle.read_model", "Bundle.read_llm"),
+    "vzip.runtime.pictures.images": ("load_image",),
+    "vzip.runtime.pictures.video": ("sample_frames",),
+    "vzip.runtime.tokens.file": ("TokenFile.open", "TokenFile.read"),
+    "vzip.runtime.tokens.cache": ("TokenCache.get", "TokenCache.put", "TokenCache.__init__"),
+    "vzip.export.pipeline": ("export",),
+    "vzip.export.checking": ("check",),
+    "vzip.export.engines": ("build",),
+    "vzip.export.llm.gguf": ("convert",),
+    "vzip.export.checkpoint.reader": ("Checkpoint.open", "read_vision", "read_projector"),
+    "vzip.calibration.quantization.calibrate": ("calibrate",),
+    "vzip.calibration.tuning.tune": ("tune",),
+    "vzip.calibration.sweeping.sweep": ("sweep",),
+    "vzip.calibration.reporting.report": ("report",),
+    "vzip.calibration.samples": ("Samples.open",),
+}  # fmt: skip
+
+
+def test_what_the_documents_call_is_guarded() -> None:
+    places = {place for place, _, _ in decorated()}
+    for module, names in PUBLIC.items():
+        package, _, name = module.rpartition(".")
+        folder = package.rpartition(".")[2]
+        files = {f"{folder}/{name}.py", f"{name}/__init__.py"}
+        for each in names:
+            function = each.rpartition(".")[2]
+            assert places & {f"{file}:{function}" for file in files}, (module, each)
