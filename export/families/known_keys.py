@@ -129,6 +129,7 @@ def _unknown(config: Config, known: Collection[str]) -> list[str]:
         for key, value in config.items()
         if key not in known
         and key not in _GENERAL
+        and not key.startswith("_")
         and not _is_off(value)
         and not _TRAINING.search(key)
     ]

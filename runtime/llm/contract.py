@@ -29,8 +29,9 @@ class LLM(Protocol):
     """An LLM that takes the tokens of images or a video and text.
 
     `embeds` is float32 or float16 [n, L], in the bundle's token order: what
-    `VisionEncoder.image_embeds` gives of an image, or a list of those of several images, with
-    `frames` None; or what `video_embeds` gives of a video, with `frames` the number of its frames.
+    `VisionEncoder.image_embeds` gives of an image, or a list of those of several images (each made
+    with ``several=True``), with `frames` None; or what `video_embeds` gives of a video, with
+    `frames` the number of its frames.
 
     Attributes:
         name: The name that ``--llm`` knows it by.

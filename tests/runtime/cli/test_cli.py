@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 import vzip.runtime
+from tests.bundles import tiled, with_newline
 from tests.places import GOLDEN
 from tests.refusals import refused
 from vzip.runtime import VisionEncoder, console
@@ -508,6 +509,21 @@ def test_pictures_behind_a_photo_are_no_animation(tmp_path, asked, capsys):
     photo.save(path, format="MPO", save_all=True, append_images=[depth])
     assert ask(BUNDLE, path) == 0
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_of_several_pictures_none_is_cut_where_the_model_cuts_one_alone(tmp_path, asked, cached):
+    bundle = with_newline(tmp_path / "b", BUNDLE, tiled("newline", only_alone=True))
+    pictures = [noise(tmp_path / f"{seed}.png", seed) for seed in (1, 2)]
+    options = ["--cache", tmp_path / "cache"] if cached else []
+    with VisionEncoder.open(bundle, "onnxruntime") as encoder:
+        for some in (pictures[:1], pictures, pictures[:1], pictures):
+            assert ask(bundle, *some, *options) == 0
+            expected = [encoder.image_embeds(each, several=len(some) > 1) for each in some]
+            assert [len(each) for each in asked[-1]] == [len(each) for each in expected]
+            for one, other in zip(asked[-1], expected, strict=True):
+                assert np.array_equal(one, other)
+            assert all((len(each) == 8) == (len(some) > 1) for each in expected)
 
 
 def test_a_picture_in_the_cache_is_not_encoded(image, tmp_path, asked, opened, monkeypatch):

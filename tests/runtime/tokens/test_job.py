@@ -175,6 +175,24 @@ def test_tiles_are_those_of_image_embeds(tmp_path, output, tiny_bundle, order):
                 np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("only_alone", [False, True])
+def test_tokens_for_prompts_with_several_images(tmp_path, output, tiny_bundle, only_alone):
+    change = tiled("newline", only_alone=only_alone)
+    bundle = with_newline(tmp_path / "tiled", tiny_bundle, change)
+    image = draw(tmp_path / "a.png", 3, (40, 33))
+    prints = set()
+    with VisionEncoder.open(bundle, "onnxruntime") as encoder:
+        for several in (False, True):
+            path = output.with_name(f"{several}.safetensors")
+            assert encode(bundle, image, "-o", path, *["--several"] * several) == 0
+            expected = encoder.image_tokens(image, several=several)
+            for one, other in zip(contents(path)["a.png"], expected, strict=True):
+                np.testing.assert_array_equal(one, other)
+            with TokenFile.open(path) as file:
+                prints.add(file.origin.fingerprint)
+    assert len(prints) == 1 + only_alone
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_arrays(tmp_path, folder, whole):
     output = tmp_path / "t.npy"
