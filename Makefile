@@ -5,6 +5,7 @@
 # make test-llms     the tests that run a real LLM on this machine, llama.cpp's among them (pip builds it)
 # make bench-short   ratios of times, compared with the committed ones
 # make test-pythons  the runtime's tests under Python 3.10 with numpy 1.26 and under 3.13
+# make test-newest   the tests of LLMs with the newest transformers that pyproject.toml allows
 # make format        format the code
 #
 # Everything is installed into .venv, in the versions of constraints.txt.
@@ -24,7 +25,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 # ONNX Runtime 1.29 and newer sends telemetry when it is imported; vzip turns that off for itself.
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-fast test-all test-rest test-llms llms bench-short test-pythons lint types format clean
+.PHONY: demo test test-fast test-all test-rest test-llms llms bench-short test-pythons test-newest lint types format clean
 
 demo: $(VENV)/linked
 	$(BIN)/vzip export --model demo --tokens 43 -o $(DEMO_BUNDLE)
@@ -85,6 +86,19 @@ test-pythons: .venv-3.10/ready .venv-3.13/ready
 	.venv-$*/bin/pip install $(PIP_QUIET) "$(NUMPY)" pytest '.[cpu,video]' 'opencv-python-headless>=4.10'
 	touch $@
 
+# The newest transformers that is allowed, over what is locked. What it is going to drop is an error.
+NEWEST := .venv-newest
+TRANSFORMERS := $(shell sed -n 's/^ *"\(transformers[^"]*\)".*/\1/p' pyproject.toml)
+test-newest: $(VENV)/linked $(NEWEST)/ready
+	PYTHONPATH=$(NEWEST) $(PYTEST) -W error::FutureWarning -m "not full" tests/runtime/llm \
+	  tests/export/llm tests/calibration/test_tune.py $(wildcard tests/parity/test_handoff_*.py)
+
+$(NEWEST)/ready: $(VENV)/installed
+	rm -rf $(NEWEST) && mkdir $(NEWEST)
+	grep -v '^transformers==' constraints.txt > $(NEWEST)/constraints.txt
+	$(BIN)/pip install $(PIP_QUIET) --target $(NEWEST) -c $(NEWEST)/constraints.txt "$(TRANSFORMERS)"
+	touch $@
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install $(PIP_QUIET) -c constraints.txt -e '.[dev]'
@@ -96,4 +110,4 @@ $(VENV)/linked: $(VENV)/installed $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf .venv .venv-3.10 .venv-3.13 build *.egg-info $(DEMO_BUNDLE) demo-overlay.png
+	rm -rf .venv .venv-3.10 .venv-3.13 .venv-newest build *.egg-info $(DEMO_BUNDLE) demo-overlay.png

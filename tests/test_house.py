@@ -7,9 +7,11 @@ import importlib.util
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from importlib.metadata import version
 from pathlib import Path
 
 import tomllib
+from packaging.specifiers import SpecifierSet
 
 from tests import house
 from tests.places import ROOT
@@ -108,6 +110,19 @@ def test_the_runtime_imports_numpy_and_pillow_alone() -> None:
 def test_dependencies_of_a_plain_install_are_numpy_and_pillow() -> None:
     names = {entry.split(">")[0] for entry in PYPROJECT["project"]["dependencies"]}
     assert names == {"numpy", "pillow"}
+
+
+def test_transformers_has_an_upper_bound_whose_newest_is_tested() -> None:
+    (wanted,) = (
+        each
+        for each in PYPROJECT["project"]["optional-dependencies"]["export"]
+        if each.startswith("transformers")
+    )
+    assert SpecifierSet(wanted.removeprefix("transformers")).contains(version("transformers"))
+    assert ",<" in wanted
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert "-W error::FutureWarning" in makefile.partition("\ntest-newest:")[2].partition("\n\n")[0]
+    assert "make test-newest" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
 def python(code: str) -> str:

@@ -18,6 +18,7 @@ from vzip.export.graph import passes
 from vzip.export.graph.trace import quiet_exporter
 from vzip.runtime.errors import ExportError
 from vzip.runtime.llm.llm_files import INPUT, LOGITS, cache_names
+from vzip.runtime.llm.local.transformers import cache_argument
 
 OPSET = 18
 """TensorRT takes no part in this graph, so that it needs no older one."""
@@ -36,6 +37,7 @@ class Decoder(torch.nn.Module):
         super().__init__()
         model.set_attn_implementation("eager")
         self.decoder = model.get_decoder()
+        self.cache_argument = cache_argument(self.decoder)
         self.head = model.get_output_embeddings()
         text = model.config.get_text_config()
         self.layers = int(text.num_hidden_layers)
@@ -68,7 +70,7 @@ class Decoder(torch.nn.Module):
             inputs_embeds=inputs_embeds,
             attention_mask=mask[None, None],  # [1, 1, n, m + n]
             position_ids=positions[None],
-            past_key_values=cache,
+            **{self.cache_argument: cache},
             use_cache=True,
         ).last_hidden_state[:, -1]  # [1, L]
         return self.head(last).float(), *cache.parts

@@ -29,7 +29,7 @@ from vzip.runtime.console import watched
 from vzip.runtime.errors import CheckpointError, ExportError, ParityError
 from vzip.runtime.llm.llm_files import Settings
 from vzip.runtime.llm.local.onnx_decoder import OnnxRuntimeLLM
-from vzip.runtime.llm.local.transformers import CLASSES, TransformersLLM
+from vzip.runtime.llm.local.transformers import CLASSES, TransformersLLM, cache_argument
 from vzip.runtime.llm.prompts import Prompts
 from vzip.runtime.llm.shown import TokenSpec
 from vzip.runtime.machine import sensors
@@ -296,7 +296,10 @@ def _untouched(
         if rows is not None:
             embeds[places] = torch.from_numpy(rows)
         result = llm.model(
-            inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1
+            inputs_embeds=embeds,
+            **{cache_argument(llm.model): cache},
+            use_cache=True,
+            logits_to_keep=1,
         )
     logits: NDArray[np.float32] = result.logits[0, -1].float().numpy()
     return logits

@@ -31,7 +31,7 @@ from vzip.runtime.cli.main import main
 from vzip.runtime.errors import BackendError, CheckpointError, InvalidInputError
 from vzip.runtime.llm import TokenSpec
 from vzip.runtime.llm.chat_template import make_prompts
-from vzip.runtime.llm.local.transformers import TransformersLLM
+from vzip.runtime.llm.local.transformers import TransformersLLM, cache_argument
 
 pytestmark = pytest.mark.local_llm
 
@@ -180,6 +180,18 @@ def test_later_turns_feed_only_what_is_new_and_equal_a_full_recompute(llava, wat
     assert list(conversation.ids) == history[: len(conversation.ids)]
     assert history.count(1) == 1, "one beginning of sequence in the whole conversation"
     assert history.count(IMAGE) == count
+
+
+@pytest.mark.parametrize(
+    ("forward", "name"),
+    [
+        (lambda inputs_embeds, past_key_values=None: None, "past_key_values"),
+        (lambda inputs_embeds, cache=None: None, "cache"),
+        (lambda inputs_embeds, cache=None, past_key_values=None: None, "cache"),
+    ],
+)
+def test_the_cache_is_called_what_this_transformers_calls_it(forward, name):
+    assert cache_argument(types.SimpleNamespace(forward=forward)) == name
 
 
 def test_conversations_do_not_share_a_cache(llava):

@@ -213,7 +213,10 @@ class TransformersLLM(GreedyLLM):
                 cause="shards are missing or it is of another layout",
                 cure="give a whole llava-hf checkpoint (--llm)",
             )
-        if dtype == "auto" and device == "cpu" and llava.dtype == torch.float16:
+        # What is quantised as it is loaded is where it belongs, and in its dtype.
+        if getattr(llava, "is_quantized", False):
+            device = str(llava.device)
+        elif dtype == "auto" and device == "cpu" and llava.dtype == torch.float16:
             llava = llava.float()
         return cls(
             llava.to(device),
@@ -237,7 +240,7 @@ class TransformersLLM(GreedyLLM):
             new = torch.tensor([ids], device=self.device)  # [1, m]
             result = self.model(
                 inputs_embeds=self._embeddings(new, rows),
-                past_key_values=cache,
+                **{cache_argument(self.model): cache},
                 use_cache=True,
                 logits_to_keep=1,
             )
@@ -426,12 +429,23 @@ def open_for(
     return TransformersLLM.open(where, tokens=tokens, revision=revision, threads=threads)
 
 
+def cache_argument(model: Any) -> str:
+    """Return what a model of transformers calls its KV cache: another name since 5.24.
+
+    The older name gives a warning with 5.24, and is gone in 5.40.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
 def _check_architecture(config: Any, model: str) -> None:
     """Refuse what is not a LLaVA in transformers' layout."""
-    architectures = config.architectures or []
-    if CLASSES.get(config.model_type) not in architectures:
+    known = CLASSES.get(config.model_type)
+    architectures = config.architectures or [known]  # some configurations name none
+    if known not in architectures or known is None:
+        named = ", ".join(map(str, architectures))
         raise CheckpointError(
-            f"{NAME}: {model!r} is a {config.model_type!r} model ({', '.join(architectures)})",
+            f"{NAME}: {model!r} is a {config.model_type!r} model ({named})",
             expected=f"one of {', '.join(CLASSES.values())}",
             cure="for a checkpoint in the original LLaVA layout give its llava-hf twin, such as "
             "--llm llava-1.5-7b",

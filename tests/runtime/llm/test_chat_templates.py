@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import importlib.util
 import resource
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 
+from tests.bundles import copy_files
 from tests.parity.tiny_llm import IMAGE, make_tokenizer
+from tests.places import GOLDEN
 from tests.refusals import refused
 from tests.runtime.llm.chat_templates import PARTS, TEMPLATES, TEXTS, TOKENS, Template
+from tests.runtime.llm.tiny_checkpoints import WIDTH as LLM_WIDTH
+from tests.runtime.llm.tiny_checkpoints import save_checkpoint, sentencepiece
+from vzip.export.llm import onnx_decoder
+from vzip.export.llm.gguf import convert
+from vzip.runtime.bundle.reader import read_bundle
+from vzip.runtime.bundle.writer import bundle_writer
 from vzip.runtime.errors import CheckpointError, MissingDependencyError
 from vzip.runtime.llm import rendering
 from vzip.runtime.llm.chat_template import make_prompts
 from vzip.runtime.llm.conversation import GreedyLLM
+from vzip.runtime.llm.local.llama_cpp import LlamaCppLLM
+from vzip.runtime.llm.local.onnx_decoder import OnnxRuntimeLLM
+from vzip.runtime.llm.local.transformers import TransformersLLM
 from vzip.runtime.llm.rendering import Chat, render
 from vzip.runtime.llm.text_side import TextSide
 
@@ -152,6 +166,65 @@ def test_a_render_is_transformers_own(name: str) -> None:
         )
         for chat in chats
     ]
+
+
+# ── the same through every local LLM ─────────────────────────────────────────────────────────────
+
+
+def opened(name: str, folder: Path) -> dict[str, GreedyLLM]:
+    """A tiny checkpoint with a template, opened by every local LLM that can be run here."""
+    template = TEMPLATES[name]
+    tokenizer = sentencepiece("prepend")
+    tokenizer.add_special_tokens({"additional_special_tokens": list(TOKENS[5:])})
+    tokenizer.eos_token = template.eos
+    save_checkpoint(folder / "llava", tokenizer, template=template.text)
+    theirs = TransformersLLM.open(folder / "llava", device="cpu")
+    llms: dict[str, GreedyLLM] = {"transformers": theirs}
+    tiny = read_bundle(GOLDEN / "tiny_bundle")
+    with bundle_writer(folder / "bundle") as writer:
+        copy_files(tiny.path, writer.folder, tiny.manifest.files)
+        copy = TransformersLLM.open(folder / "llava", device="cpu")  # its weights are laid out anew
+        onnx_decoder.write(copy, writer.folder, precision="fp32")
+        llms["onnxruntime"] = OnnxRuntimeLLM(writer.publish(tiny.manifest))
+    convert(folder / "llava", folder / "tiny.gguf")
+    if importlib.util.find_spec("llama_cpp"):
+        llms["llama.cpp"] = LlamaCppLLM(folder / "tiny.gguf", tokens=None)
+    return llms
+
+
+def says(step: Any, script: list[int]) -> Any:
+    """A step that runs the LLM, and has it say what is written."""
+    return lambda *call: (step(*call), script.pop(0))[1]
+
+
+@pytest.mark.slow
+@pytest.mark.local_llm
+@pytest.mark.parametrize("name", ["llama-3", "phi-3", "gemma", "chatml", "glm", "llama-2"])
+def test_every_local_llm_has_the_ids_of_apply_chat_template(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for runner, llm in opened(name, tmp_path).items():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            tmp_path / "llava", trust_remote_code=False
+        )
+        image = llm.text.prompts.placeholders["image"]
+        closing = list(llm.text.prompts.closing)
+        said = [tokenizer(each, add_special_tokens=False).input_ids for each in ANSWERS]
+        asked = [theirs(name, tokenizer, turns) for turns in (1, 2, 3)]
+        tails = [asked[n][find(asked[n], closing, len(asked[n - 1])) :] for n in (1, 2)]
+        place = asked[0].index(image)
+        first = [*asked[0][:place], *[image] * 3, *asked[0][place + 1 :]]
+        expected = [*first, *said[0], *tails[0], *said[1], *tails[1]]
+        real = llm.step
+        assert closing[-1] in llm.text.eos_ids
+        for end in ([closing[-1]], [tokenizer.eos_token_id], []):
+            conversation = llm.conversation(np.zeros((3, LLM_WIDTH), np.float32))
+            for question, answer in zip(QUESTIONS, said, strict=True):
+                script = [*answer, *end]
+                monkeypatch.setattr(llm, "step", says(real, script))
+                conversation.ask(question, max_new_tokens=len(script))
+            found = list(conversation.ids)[: len(expected)]
+            assert found == expected, f"{runner}, ended by {end}"
 
 
 # ── what can't be rendered, is dropped or printed ────────────────────────────────────────────────

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.refusals import refused
 from tests.runtime.llm.llm_server_stubs import checkpoint_of
+from vzip.runtime import demo
 from vzip.runtime.errors import CheckpointError, InvalidInputError, VzipError
 from vzip.runtime.llm import TokenSpec
 from vzip.runtime.llm.local.transformers import TransformersLLM
@@ -138,3 +140,96 @@ def test_an_llm_that_transformers_does_not_know_is_named_without_the_list_of_all
     with refused(CheckpointError, got="nonsense") as caught:
         TextCheckpoint.open("vllm", folder)
     assert "gpt" not in str(caught.value)
+
+
+# ── where a chat template stands ─────────────────────────────────────────────────────────────────
+
+TEMPLATE = "USER: <image>\n{{ messages[-1]['content'][-1]['text'] }} ASSISTANT:"
+HOMES = {
+    "chat_template.jinja": TEMPLATE,
+    "chat_template.json": {"chat_template": TEMPLATE},
+    "tokenizer_config.json": {"chat_template": TEMPLATE},
+}
+
+
+def homed(folder: Path, home: str, template: object) -> Path:
+    """A copy of the demo's checkpoint whose template stands in one file."""
+    shutil.copytree(demo.checkpoint(), folder)
+    (folder / "chat_template.jinja").unlink()
+    path = folder / home
+    if isinstance(template, str):
+        path.write_text(template)
+    else:
+        settings = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**settings, **template}))
+    return folder
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_a_template_that_fails_is_named_by_its_file(home, tmp_path):
+    folder = homed(tmp_path / "a", home, HOMES[home])
+    assert TextCheckpoint.open("vllm", folder).prompts.words.first["image"].before == "USER: "
+    broken = json.loads(json.dumps(HOMES[home]).replace("messages[-1]", "raise_exception('no')"))
+    folder = homed(tmp_path / "b", home, broken)
+    for opened in (lambda each: TextCheckpoint.open("vllm", each), TransformersLLM.open):
+        with refused(CheckpointError, got=(home, str(folder), "TemplateError: no"), cure=home):
+            opened(folder)
+
+
+def named(**templates: str) -> dict:
+    return {"chat_template": [{"name": n, "template": t} for n, t in templates.items()]}
+
+
+def test_of_named_templates_the_default_is_taken(tmp_path):
+    several = named(default=TEMPLATE, tool_use="{{ raise_exception('no') }}")
+    folder = homed(tmp_path / "a", "tokenizer_config.json", several)
+    assert TextCheckpoint.open("vllm", folder).files.template == TEMPLATE
+
+
+def test_named_templates_without_a_default_are_named(tmp_path):
+    folder = homed(tmp_path / "a", "tokenizer_config.json", named(rag=TEMPLATE, tool_use=TEMPLATE))
+    with refused(CheckpointError, got="rag, tool_use", expected="'default'", cure="chat_template"):
+        TextCheckpoint.open("vllm", folder)
+
+
+@pytest.mark.parametrize("template", [7, ["a"], {"default": 7}])
+def test_a_template_that_is_no_text_is_refused(template, tmp_path):
+    folder = homed(tmp_path / "a", "chat_template.json", {"chat_template": template})
+    with refused(CheckpointError):
+        TextCheckpoint.open("vllm", folder)
+
+
+def test_a_template_fails_before_weights_are_read(tmp_path):
+    folder = homed(tmp_path / "a", "chat_template.jinja", "{{ 1 / 0 }}")
+    (folder / "model.safetensors").write_bytes(b"not read")
+    with refused(CheckpointError, got="ZeroDivisionError"):
+        TransformersLLM.open(folder)
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
+    folder = homed(tmp_path / "a", "chat_template.jinja", TEMPLATE)
+    with (folder / "tokenizer.json").open("ab") as file:
+        file.truncate(2**28 + 1)  # takes no room on the disk
+    with refused(CheckpointError, got=("tokenizer.json", str(2**28 + 1))):
+        TextCheckpoint.open("vllm", folder)
+
+
+def test_without_generation_config_the_configuration_says_what_ends_answers(tmp_path):
+    folder = Path(shutil.copytree(demo.checkpoint(), tmp_path / "a"))
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = [2, 7]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert TextCheckpoint.open("vllm", folder).eos_ids == {2, 7}
+    assert TransformersLLM.open(folder).text.eos_ids == {2, 7}
+    del config["architectures"]  # as some configurations do
+    (folder / "config.json").write_text(json.dumps(config))
+    assert TransformersLLM.open(folder).text.eos_ids == {2, 7}
+
+
+def test_an_attention_of_the_hub_is_refused(tmp_path):
+    folder = Path(shutil.copytree(demo.checkpoint(), tmp_path / "a"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attn_implementation": "a/kernel"}))
+    with refused(CheckpointError, got="'a/kernel'", cause="never runs", cure="attn_implementation"):
+        TextCheckpoint.open("vllm", folder)
