@@ -103,6 +103,13 @@ def dequantised(stored: StoredWeight, scheme: Scheme) -> Tensor:
         raise quantised(stored.what, scheme, sign, why=why)
     if stored.tensor.dtype not in _numbers() or set(stored.beside) & set(_BNB4):
         raise quantised(stored.what, scheme, sign, why=_contradiction(stored))
+    if tuple(stored.tensor.shape) != stored.shape:  # before scales make it look as it should
+        raise CheckpointError(
+            f"{stored.what} beside {' and '.join(stored.beside) or 'no scale'}",
+            expected=f"the shape {list(stored.shape)} by its configuration",
+            cause="numbers are packed in a way that vzip doesn't know, or of another model",
+            cure=_BEFORE,
+        )
     if any(bool(each.any()) for name, each in stored.beside.items() if name == _FORMAT):
         why = "its weight_format says that rows and columns stand in tiles of an older GPU's layout"
         raise quantised(stored.what, scheme, sign, why=why)

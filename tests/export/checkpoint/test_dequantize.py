@@ -396,7 +396,14 @@ def nf4(state: Any, *, absmax: int = 32, table: int = 16) -> Tensors:
             "weight_scale and weight_scale_inv",
             {"expected": "one scale"},
         ),
-        # Scales that don't fit.
+        # Scales that don't fit, and weights that scales would spread to the right shape.
+        (
+            {FC1: Q8[:1].contiguous(), M + "SCB": ones(64)},
+            None,
+            "[1, 32]",
+            {"expected": "[64, 32]"},
+        ),
+        ({FC1: ones(32, dtype=E4M3), FC1 + "_scale": ones(64, 1)}, None, "[32]", {}),
         ({FC1: F8, FC1 + "_scale": ones(32)}, None, "[32]", {"expected": "64 output channels"}),
         ({FC1: F8, FC1 + "_scale": ones(1, 32)}, None, "[1, 32]", {"cause": "weight_block_size"}),
         (
