@@ -39,7 +39,12 @@ _BUGS_OF_WORK: Final = (
 
 @contextlib.contextmanager
 def guarded(
-    kind: type[VzipError], got: str | Callable[[], str], *, expected: str = "", cure: str = ""
+    kind: type[VzipError],
+    got: str | Callable[[], str],
+    *,
+    expected: str = "",
+    cure: str = "",
+    reads: bool = True,
 ) -> Iterator[None]:
     """Let what is raised inside leave as an error of one kind; a context manager.
 
@@ -52,6 +57,9 @@ def guarded(
             read``. A function is called when it is needed.
         expected: As in `VzipError`.
         cure: As in `VzipError`.
+        reads: Whether the code inside makes sense of foreign input itself. What works with what
+            others have read raises no KeyError and the like by its own lines but by a bug of ours,
+            and such a bug passes.
 
     Raises:
         VzipError: Of that kind; its cause is the original's kind and first line.
@@ -61,7 +69,7 @@ def guarded(
     except VzipError:
         raise
     except BaseException as error:
-        if not _is_foreign(error):
+        if not _is_foreign(error, reads=reads):
             raise
         subject = got if isinstance(got, str) else got()
         raise kind(subject, expected=expected, cause=said_by(error), cure=cure) from error
@@ -78,9 +86,7 @@ def door(
             ``{self.path}`` for what an argument has.
         expected: As for `guarded`.
         cure: As for `guarded`; ``{path}`` likewise.
-        reads: Whether the function itself makes sense of foreign input. One that works with what
-            others have read raises no KeyError and the like by its own lines but by a bug of ours,
-            and such a bug passes.
+        reads: As for `guarded`.
     """
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
@@ -94,8 +100,7 @@ def door(
             except VzipError:
                 raise
             except BaseException as error:
-                bugs = _BUGS if reads else _BUGS_OF_WORK
-                if not _is_foreign(error, bugs) or _is_miscall(error):
+                if not _is_foreign(error, reads=reads) or _is_miscall(error):
                     raise
                 bound = signature.bind(*args, **kwargs)
                 bound.apply_defaults()
@@ -146,10 +151,11 @@ class _Filled(string.Formatter):
 _FILLED: Final = _Filled()
 
 
-def _is_foreign(error: BaseException, bugs: tuple[type[Exception], ...] = _BUGS) -> bool:
+def _is_foreign(error: BaseException, *, reads: bool) -> bool:
     """Return whether an error can come from input."""
     if not isinstance(error, Exception):
         return type(error).__name__ == "PanicException"  # pyo3's: it has no module to import
+    bugs = _BUGS if reads else _BUGS_OF_WORK
     return not (isinstance(error, bugs) and _innermost(error.__traceback__).startswith("vzip."))
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 
 from vzip.runtime.errors import BackendError, InvalidInputError
+from vzip.runtime.guard import guarded
 from vzip.runtime.llm.contract import DEFAULT_MAX_NEW_TOKENS, LLM, Conversation
 
 if TYPE_CHECKING:
@@ -173,13 +174,19 @@ class Turns(Conversation, Generic[T]):
         answer = self._answer = self._answers(asked, max_new_tokens)
         text = shown = ""
         try:
-            for self._history, text in answer:
-                # U+FFFD at the end is the beginning of a character whose other bytes follow.
-                whole = text.startswith(shown) and not text.endswith("\ufffd")
-                if whole and len(text) > len(shown):
-                    piece, shown = text[len(shown) :], text
-                    yield piece
-                    self._check_turn(turn)
+            with guarded(
+                BackendError,
+                f"{self._name}: the LLM failed while it answered",
+                cure="begin a new conversation",
+                reads=False,
+            ):
+                for self._history, text in answer:
+                    # U+FFFD at the end is the beginning of a character whose other bytes follow.
+                    whole = text.startswith(shown) and not text.endswith("\ufffd")
+                    if whole and len(text) > len(shown):
+                        piece, shown = text[len(shown) :], text
+                        yield piece
+                        self._check_turn(turn)
             if len(text) > len(shown):
                 yield text[len(shown) :]
         except Exception:
