@@ -118,7 +118,7 @@ def is_animated(kind: str | None, data: bytes) -> bool:
 def check_exif(block: bytes, name: str) -> None:
     """Refuse an EXIF block whose entries refer to the same bytes again and again.
 
-    Pillow copies them for each entry; until its version 12 without end.
+    Pillow copies them for each entry; version 10.1 does so without end.
     """
     block = block.removeprefix(b"Exif\0\0")
     order: Literal["little", "big"] = "big" if block.startswith(b"MM") else "little"
