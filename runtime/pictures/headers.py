@@ -107,7 +107,8 @@ def is_animated(kind: str | None, data: bytes) -> bool:
         if kind == "GIF":
             return _gif_is_animated(data)
         if kind == "WEBP":
-            return sum(name == b"ANMF" for name in itertools.islice(_riff(data), MAX_BLOCKS)) > 1
+            chunks = itertools.islice(_riff(data), MAX_BLOCKS)
+            return sum(name == b"ANMF" for name, *_ in chunks) > 1
         if kind == "PNG":
             chunks = itertools.islice(_chunks(data), MAX_BLOCKS)
             counts = (data[start + 8 : start + 12] for name, start, _ in chunks if name == b"acTL")
@@ -166,6 +167,16 @@ def without_extras(kind: str, data: bytes) -> bytes:
             if marker == _SCAN:
                 break
         return b"".join([*kept, data[last:]])
+    if kind == "WEBP":
+        kept = [b"WEBP"]
+        for name, start, end in _riff(data):
+            if name == b"VP8X":  # its flags announce a profile, EXIF and XMP
+                kept.append(data[start : start + 8] + bytes([data[start + 8] & ~0x2C & 0xFF]))
+                kept.append(data[start + 9 : end])
+            elif name in (b"ALPH", b"VP8 ", b"VP8L", b"ANIM", b"ANMF"):
+                kept.append(data[start:end])
+        body = b"".join(kept)
+        return b"RIFF" + len(body).to_bytes(4, "little") + body
     return data
 
 
@@ -335,13 +346,14 @@ def _gif_is_animated(data: bytes) -> bool:
     return False
 
 
-def _riff(data: bytes) -> Iterator[bytes]:
-    """Yield the names of a WebP's chunks."""
+def _riff(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield (name, start, end) of a WebP's chunks, their heads included."""
     place = 12
     while place + 8 <= len(data):
-        yield data[place : place + 4]
         length = int.from_bytes(data[place + 4 : place + 8], "little")
-        place += 8 + length + length % 2
+        end = place + 8 + length + length % 2
+        yield data[place : place + 4], place, end
+        place = end
 
 
 def _webp(data: bytes, _: str) -> Shape:

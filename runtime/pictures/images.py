@@ -284,8 +284,8 @@ def _decode(data: bytes, name: str, draft: int | None) -> Image.Image:
         raise
     except Exception as error:  # on hostile bytes a decoder may raise anything
         # Damaged may be what is no pixel: a text, a colour profile, a camera's notes.
-        less = without_extras(kind, data)
         with contextlib.suppress(Exception):
+            less = without_extras(kind, data)
             if less != data:
                 return _finish(_pixels(kind, less, name, draft), name)
         raise _undecodable(f"{name} can't be decoded as {kind}", error) from error

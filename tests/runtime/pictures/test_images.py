@@ -513,6 +513,23 @@ def test_what_is_no_pixel_of_a_jpeg_may_be_damaged(marker: int, content: bytes) 
     assert np.array_equal(np.asarray(load_image(data)), np.asarray(load_image(jpeg)))
 
 
+@pytest.mark.parametrize("channels", [3, 4])
+def test_what_is_no_pixel_of_a_webp_may_be_damaged(channels: int) -> None:
+    image = Image.fromarray(noise(channels=channels))
+    data = encoded(image, "WEBP", lossless=True, exif=exif(6), icc_profile=b"no profile")
+    upright = np.rot90(np.asarray(load_image(image)), -1)
+    assert np.array_equal(np.asarray(load_image(data)), upright)
+    start = data.index(b"EXIF")
+    for damaged in (
+        data[: start + 12],
+        data[: start + 4] + b"\xf0\xff\xff\xff" + data[start + 8 :],
+        data[: start + 4] + b"\xff\xff\xff\x7f" + data[start + 8 :],
+    ):
+        found = np.asarray(load_image(damaged))
+        assert np.array_equal(found, np.asarray(load_image(image)))  # nothing says how it is turned
+    rejected(data[: start - 30], got="WEBP", cause="truncated")
+
+
 def test_damage_to_pixels_is_still_damage() -> None:
     for data in (
         with_chunk(chunk(b"tRNS", b"")),
