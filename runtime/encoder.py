@@ -7,6 +7,7 @@ the bundle's manifest, whichever backend runs it.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ import numpy as np
 
 from vzip.runtime.backends import AUTO, open_backend
 from vzip.runtime.backends.protocol import Backend, DeviceBackend
+from vzip.runtime.bundle.fingerprint import cuts_only_alone
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS, Manifest, Media, Tensor
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.errors import BackendError, InvalidInputError
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from vzip.runtime.backends.tensorrt.device_array import DeviceArray
 
     Array = NDArray[Any]
+
+
+_log = logging.getLogger(__name__)
 
 
 class CompressedTokens:
@@ -278,7 +283,7 @@ class VisionEncoder:
             embeds = tokens.embeds.reshape(tokens.embeds.shape[1:])  # [1, K, L] → [K, L]
             return EncodedImage(embeds, tokens.kept)
         newline = self.bundle.newline() if tiling.order == "newline" else None
-        if several and tiling.only_alone:
+        if several and cuts_only_alone(self.manifest):
             padded = dataclasses.replace(self.manifest.preprocessing, mode="pad_square")
             pixels = tower_image(load_image(image, channels=channels), padded)
             tokens = self._encode_pixels(pixels[None], on_device=False)
@@ -323,6 +328,11 @@ class VisionEncoder:
                 f"got {type(frames).__name__}",
                 expected="a list of frames in time order",
                 cure="take them from a file with vzip.runtime.pictures.video's sample_frames",
+            )
+        if cuts_only_alone(self.manifest):
+            _log.warning(
+                "the model pools the frames of a video, and a bundle for images doesn't: its LLM "
+                "gets tokens of another kind than in its training; export one with --media video"
             )
         newline = self.bundle.newline() if self.manifest.tower.pool == 2 else None
         embeds = self.encode(frames, channels=channels).embeds  # [frames, K, L]

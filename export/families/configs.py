@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 from vzip.export.architecture import (
@@ -41,6 +42,13 @@ _HARMLESS = frozenset(
         "vocab_size",
     }
 )
+# What conversions leave of the original form; transformers doesn't look at it.
+_MERGE = "mm_patch_merge_type"
+_LEFT: Mapping[str, tuple[object, ...]] = {
+    **{key: values for key, values in known_keys.ORIGINAL_VALUES.items() if key != _MERGE},
+    "image_aspect_ratio": ("pad", "square", "anyres", "anyres_max_9"),
+    "mm_projector_type": ("mlp2x_gelu",),
+}
 MAX_PINPOINTS = 1024
 """Most resolutions that are believed, of each of which every picture's merit is computed."""
 
@@ -66,7 +74,7 @@ def read(config_class: Any, config: Config, *, kinds: tuple[TowerKind, ...]) -> 
         raise refused("vision_config.model_type", kind, expected)
     check_numbers(config)
     known_keys.check_class(config, _classes(config_class))
-    known_keys.check(config, known=known(config_class))
+    known_keys.check(config, known=known(config_class), allowed=_LEFT)
     if isinstance(vision, dict):
         check_tower(vision, "vision_config")
     _check_llm(config.get("text_config"))
@@ -92,7 +100,7 @@ def _check_llm(text: object) -> None:
 
 def known(config_class: Any) -> frozenset[str]:
     """Return the keys that a model in Hugging Face's form may have at its top."""
-    return known_keys.keys_of(config_class) | _HARMLESS
+    return known_keys.keys_of(config_class) | _HARMLESS | known_keys.ORIGINAL | {_MERGE}
 
 
 def check_tower(config: Config, part: str) -> None:

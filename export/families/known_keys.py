@@ -62,6 +62,35 @@ _LLM = _words("""
 """)
 """Keys of the language models, which stand beside the vision keys in the original code's form."""
 
+ORIGINAL = frozenset(
+    {
+        "hidden_size",
+        "image_aspect_ratio",
+        "image_crop_resolution",  # of image_aspect_ratio 'crop_split' and 'highres' alone
+        "image_split_resolution",
+        "image_grid_pinpoints",  # of 'anyres' alone
+        "mm_hidden_size",
+        "mm_projector_type",
+        "mm_tunable_parts",
+        "mm_use_im_patch_token",  # a word of the tokenizer that no prompt has
+        "mm_vision_select_feature",
+        "mm_vision_select_layer",
+        "mm_vision_tower",
+        "s2_scales",  # of s2 alone
+        "unfreeze_mm_vision_tower",
+        "use_mm_proj",
+    }
+)
+"""Keys of the original code, read by its family or without effect."""
+
+ORIGINAL_VALUES: Mapping[str, tuple[object, ...]] = {
+    "mm_patch_merge_type": ("flat",),
+    "mm_resampler_type": (None,),
+    "mm_use_im_start_end": (False,),  # else marks stand around a picture in the prompt
+    "s2": (False,),
+}
+"""Those that have one value in LLaVA-1.5, which other models made of its code change."""
+
 _VISION = re.compile(
     r"(^|_)(mm|multi|multimodal|vision|visual|vis|image|images|img|video|videos|frame|frames|fps"
     r"|tower|towers|projector|proj|connector|adapter|resampler|qformer|patch|patches|pixel|pixels"

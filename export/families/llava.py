@@ -130,7 +130,7 @@ class LlavaOriginal:
 
     def claims(self, config: Config) -> bool:
         """Say whether this is the original code's form."""
-        return "mm_vision_tower" in config
+        return "mm_vision_tower" in config and "vision_config" not in config
 
     def tower_reference(self, config: Config) -> str | None:
         """Return the checkpoint that ``mm_vision_tower`` names."""
@@ -210,7 +210,7 @@ class LlavaOriginal:
         trained = config.get("unfreeze_mm_vision_tower")
         if trained is not None and type(trained) is not bool:
             raise configs.refused("unfreeze_mm_vision_tower", trained, "true or false")
-        known_keys.check(config, known=_KNOWN, allowed=_ALLOWED)
+        known_keys.check(config, known=known_keys.ORIGINAL, allowed=known_keys.ORIGINAL_VALUES)
 
 
 # The language models of the original code. ShareGPT4V is LLaVA-1.5 with a tower of its own, whose
@@ -243,32 +243,6 @@ _CLASSES = (
     "GemmaForCausalLM",
 )
 _TUNABLE = {"mm_vision_tower", "mm_mlp_adapter", "mm_language_model"}
-_KNOWN = frozenset(
-    {
-        "hidden_size",
-        "image_aspect_ratio",
-        "image_crop_resolution",  # of image_aspect_ratio 'crop_split' and 'highres' alone
-        "image_split_resolution",
-        "image_grid_pinpoints",  # of 'anyres' alone
-        "mm_hidden_size",
-        "mm_projector_type",
-        "mm_tunable_parts",
-        "mm_use_im_patch_token",  # a word of the tokenizer that no prompt has
-        "mm_vision_select_feature",
-        "mm_vision_select_layer",
-        "mm_vision_tower",
-        "s2_scales",  # of s2 alone
-        "unfreeze_mm_vision_tower",
-        "use_mm_proj",
-    }
-)
-_ALLOWED: Mapping[str, tuple[object, ...]] = {
-    "mm_patch_merge_type": ("flat",),
-    "mm_resampler_type": (None,),
-    "mm_use_im_start_end": (False,),  # else marks stand around a picture in the prompt
-    "s2": (False,),
-}
-
 _STRATEGIES: Mapping[str, FeatureStrategy] = {"patch": "default", "cls_patch": "full"}
 _RATIOS: Mapping[str | None, bool] = {"pad": True, "square": False, None: False}  # pad to a square?
 

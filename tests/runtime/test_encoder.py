@@ -684,6 +684,16 @@ def test_one_of_several_images_is_not_cut_where_the_model_cuts_one_alone(
     assert np.array_equal(kept, base.kept)
 
 
+def test_frames_that_the_model_would_pool_are_said_not_to_be(tmp_path, tiny_bundle, caplog):
+    for only_alone in (False, True):
+        change = tiled("reference", only_alone=only_alone)
+        folder = with_newline(tmp_path / str(only_alone), tiny_bundle, change)
+        with VisionEncoder.open(folder, "onnxruntime") as encoder:
+            caplog.clear()
+            assert encoder.video_embeds([picture(20, 20)] * 2).shape == (14, 6)
+        assert ("--media video" in caplog.text) == only_alone
+
+
 @pytest.mark.parametrize("order", ["reference", "newline"])
 def test_tiles_of_a_tower_without_cls(tmp_path, tiny_bundle, order):
     image = picture(40, 33)

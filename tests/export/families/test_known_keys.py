@@ -196,6 +196,14 @@ def test_published_keys_of_hugging_faces_form_are_taken(
         "vision_config": {**vision, "dropout": 0.0, "torch_dtype": "float16"},
         "image_token_id": 98,
         "unsloth_fixed": True,
+        # left by a conversion
+        "image_aspect_ratio": "pad",
+        "mm_hidden_size": 1024,
+        "mm_patch_merge_type": "spatial_unpad",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_start_end": False,
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "unfreeze_mm_vision_tower": True,
     }
     assert describe(family, keys) == describe(family, {})
     assert not caplog.records
@@ -206,6 +214,9 @@ def test_unknown_vision_keys_of_hugging_faces_form_are_refused(family: str) -> N
     vision = TINY[family].config["vision_config"]
     for change, got in (
         ({"mm_resampler": "qformer"}, "mm_resampler = 'qformer'"),
+        ({"mm_resampler_type": "qformer"}, "mm_resampler_type = 'qformer'"),
+        ({"mm_projector_type": "ldpnetv2"}, "mm_projector_type = 'ldpnetv2'"),
+        ({"s2": True}, "s2 = True"),
         ({"vision_downsample_ratio": 0.5}, "vision_downsample_ratio = 0.5"),
         ({"spatial_merge_size": 2}, "spatial_merge_size = 2"),
         ({"architectures": ["ThisForConditionalGeneration"]}, "ThisForConditionalGeneration"),
