@@ -99,6 +99,7 @@ class Samples(Sequence[Sample]):
         *,
         count: int | None,
         seed: int = 0,
+        least: int = LEAST,
         shuffled: bool = True,
         written: Collection[Path] = (),
     ) -> Samples:
@@ -110,6 +111,7 @@ class Samples(Sequence[Sample]):
                 lines and those that begin with # are passed over. Or ``demo``.
             count: How many; None for all there are. The demo has no end and needs a number.
             seed: Which of them, and in which order.
+            least: How few will do.
             shuffled: Whether the seed says that; otherwise they are the first, in their order: by
                 name in a folder, as they stand in a list.
             written: Files that the caller will write: those of an earlier run are no images.
@@ -119,14 +121,14 @@ class Samples(Sequence[Sample]):
 
         Raises:
             InvalidInputError: The source is none of these, or gives fewer readable and distinct
-                images than `count`, or than `LEAST`.
+                images than `count`, or than `least`.
             MissingDependencyError: The demo's digits come from scikit-learn.
         """
-        if count is not None and (isinstance(count, bool) or count < LEAST):
+        if count is not None and (isinstance(count, bool) or count < least):
             raise InvalidInputError(
                 f"got count={count!r}",
-                expected=f"at least {LEAST}",
-                cause="some images are calibrated on and others are held apart",
+                expected=f"at least {least}",
+                cause="some images are calibrated on and others are held apart" * (least == LEAST),
             )
         if seed < 0:
             raise InvalidInputError(
@@ -159,7 +161,7 @@ class Samples(Sequence[Sample]):
                 continue
             found[sha256] = Sample(name, sha256, _Reader(path, sha256), glance)
         samples = cls(list(found.values()), source=source, seed=seed, left_out=left_out)
-        needed = LEAST if count is None else count
+        needed = least if count is None else count
         if len(samples) < needed:
             raise InvalidInputError(
                 f"{source!r} gives {len(samples)} images of {len(files)} files",
@@ -302,6 +304,7 @@ def images_of(
     samples = Samples.open(
         source,
         count=DEMO_IMAGES if source == DEMO and count is None else count,
+        least=1,
         shuffled=shuffled,
         written=written,
     )

@@ -35,6 +35,8 @@ _LOOK = "free some memory or disk, or run it with -vv, which says where it stopp
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 PIPE_CLOSED = 141  # 128 + SIGPIPE
 
+_NO_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
+
 
 # What moves the cursor, colours, answers, beeps or hides (C0 but for line ends and tabs, DEL, C1),
 # what ends a line for some alone, and what lets a text look as if it stood in another order.
@@ -73,6 +75,7 @@ def run_command(command: Callable[[], int], *, prog: str) -> int:
         _visible_messages(),
         contextlib.ExitStack() as at_the_end,
     ):
+        at_the_end.enter_context(_bars_for_watchers())
         at_the_end.callback(set_verbosity, Verbosity.NORMAL)
         at_the_end.callback(process.limit_threads, None)
         try:
@@ -99,6 +102,28 @@ def run_command(command: Callable[[], int], *, prog: str) -> int:
             complain(f"{prog}: error: {refusal}")
             return FAILED
         return status
+
+
+@contextlib.contextmanager
+def _bars_for_watchers() -> Iterator[None]:
+    """Keep bars of huggingface_hub, transformers and tqdm out of a log while a command runs.
+
+    They go by these variables, which they read as they are imported, and not by where they write.
+    """
+    before = {name: os.environ.get(name) for name in _NO_BARS}
+    if not watched():
+        _forbid_bars()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+
+
+def _forbid_bars() -> None:
+    for name in _NO_BARS:
+        os.environ.setdefault(name, "1")
 
 
 def _log_cost() -> None:
@@ -203,6 +228,7 @@ def set_verbosity(verbosity: Verbosity) -> None:
     )
     if verbosity == Verbosity.QUIET:
         warnings.simplefilter("ignore")
+        _forbid_bars()
     elif verbosity > Verbosity.NORMAL:
         _log_handler = _handler("%(relativeCreated).0f ms %(name)s: %(message)s")
         logger.addHandler(_log_handler)

@@ -169,13 +169,12 @@ def tune(
         tower = FrozenTower(weights, job.budget, place)
         run = run_of(job, tower, workers)
         with Session(projector, run, resume=resume, workers=workers) as session:
-            with console.loading_quietly():
-                llm = TransformersLLM.open(
-                    model,
-                    revision=revision,
-                    device=str(place),
-                    dtype={"fp32": "float32", "bf16": "bfloat16"}[recipe.dtype],
-                )
+            llm = TransformersLLM.open(
+                model,
+                revision=revision,
+                device=str(place),
+                dtype={"fp32": "float32", "bf16": "bfloat16"}[recipe.dtype],
+            )
             tune_projector(job, tower, llm, session=session, workers=workers, say=say)
     return projector if workers.first else None
 

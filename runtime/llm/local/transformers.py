@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from vzip.runtime.console import loading_quietly
 from vzip.runtime.errors import (
     BackendError,
     CheckpointError,
@@ -188,14 +189,15 @@ class TransformersLLM(GreedyLLM):
         folder = fetch(NAME, model, revision, (*TEXT_FILES, "*.safetensors"))
         made = getattr(transformers, CLASSES[files.config.model_type])
         try:
-            llava, report = made.from_pretrained(
-                folder,
-                dtype="auto" if dtype == "auto" else getattr(torch, dtype),
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-                trust_remote_code=False,
-            )
+            with loading_quietly():
+                llava, report = made.from_pretrained(
+                    folder,
+                    dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+                    use_safetensors=True,
+                    local_files_only=True,
+                    output_loading_info=True,
+                    trust_remote_code=False,
+                )
         except Exception as error:  # of a damaged file the libraries raise anything
             raise CheckpointError(
                 f"{NAME}: the LLM {files.model!r} can't be loaded ({first_line(error)})",
