@@ -20,7 +20,7 @@ from vzip.runtime.files.plain import LONGEST_TEXT, NotPlainError, read_plain, re
 from vzip.runtime.guard import door
 from vzip.runtime.pictures.images import MAX_ENCODED_BYTES, ImageSource, load_image
 from vzip.runtime.pictures.preprocess import pixel_values, tower_image
-from vzip.runtime.wording import are
+from vzip.runtime.wording import are, counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -164,7 +164,8 @@ class Samples(Sequence[Sample]):
         needed = least if count is None else count
         if len(samples) < needed:
             raise InvalidInputError(
-                f"{source!r} gives {len(samples)} images of {len(files)} files",
+                f"{source!r} gives {counted(len(samples), 'image')} of "
+                f"{counted(len(files), 'file')}",
                 expected=f"at least {needed}",
                 cause=samples.describe_left_out(),
                 cure="add images or lower --count",
@@ -209,7 +210,7 @@ class Samples(Sequence[Sample]):
         )
         return (
             f"left out: {len(self.left_out) - self.duplicates} that can't be read and "
-            f"{self.duplicates} duplicates ({first})"
+            f"{counted(self.duplicates, 'duplicate')} ({first})"
         )
 
     def split(self) -> tuple[Samples, Samples]:
@@ -312,8 +313,9 @@ def images_of(
         say(samples.describe_left_out())
     if flat := [each for each in samples if each.glance.flat]:
         say(
-            f"warning: {len(flat)} of {len(samples)} images {are(len(flat))} flat, one colour all "
-            f"over, such as {flat[0].name}: what is measured on them says nothing of others"
+            f"warning: {len(flat)} of {counted(len(samples), 'image')} {are(len(flat))} flat, one "
+            f"colour all over, such as {flat[0].name}: what is measured on them says nothing of "
+            "others"
         )
     # The page may go to others, whom the names of the user's folders are nothing to.
     name = Path(os.path.abspath(source)).name  # noqa: PTH100

@@ -16,7 +16,16 @@ if TYPE_CHECKING:
 
 __all__ = ["EXPORT_PACKAGES", "build", "check", "export"]
 
-EXPORT_PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "safetensors", "onnxruntime")
+EXPORT_PACKAGES = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnxscript",
+    "onnx_ir",
+    "ml_dtypes",
+    "safetensors",
+    "onnxruntime",
+)
 """Import names of what an export needs; a command says in one line that one is not installed."""
 
 _HOMES = {

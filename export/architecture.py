@@ -17,6 +17,7 @@ from typing import Literal, get_args
 from vzip.runtime.bundle.manifest import Tiling
 from vzip.runtime.errors import CheckpointError
 from vzip.runtime.pictures.preprocess import Preprocessing
+from vzip.runtime.wording import counted
 
 TowerKind = Literal["clip", "siglip"]
 TowerActivation = Literal["quick_gelu", "gelu", "gelu_pytorch_tanh"]
@@ -223,7 +224,7 @@ class VisionConfig:
             raise _wrong(
                 "projector in_features",
                 self.projector.in_features,
-                f"{width}, the tower's hidden_size times {len(layers)} feature layers",
+                f"{width}, the tower's hidden_size times {counted(len(layers), 'feature layer')}",
             )
 
     def with_tile_order(self, order: Literal["reference", "newline"]) -> VisionConfig:

@@ -23,6 +23,7 @@ from types import MappingProxyType
 from typing import Final, Literal
 
 from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.wording import counted
 
 # What an export can make today; the others are known so that a refusal can give the true reason.
 Exported = Literal["fp32", "fp16"]
@@ -436,7 +437,7 @@ def _refuse_batch(target: Target, precision: str, batch: int) -> None:
             f"a batch of {batch} and --target {target.name} contradict each other",
             cause=f"about {WEIGHTS_MIB[precision]} MiB of weights and {IMAGE_MIB[precision]} MiB "
             f"an image in {precision} (estimates for a ViT-L) fill {_share(target)} its "
-            f"{target.memory_gb[-1]} GB at {most} images",
+            f"{target.memory_gb[-1]} GB at {counted(most, 'image')}",
             cure=f"take at most {most}, or leave out --target",
         )
 

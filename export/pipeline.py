@@ -30,6 +30,7 @@ from vzip.runtime.errors import ExportError, InvalidInputError, ParityError, req
 from vzip.runtime.files.plain import open_plain
 from vzip.runtime.guard import door
 from vzip.runtime.models import locate
+from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     from vzip.export.checkpoint.weights import VisionWeights
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 Precision = Literal["fp32", "fp16"]
 TileOrder = Literal["reference", "newline"]
+
+LLM_PACKAGES = ("tokenizers", "jinja2")  # of its text side, which is tried when all else is done
 
 PACKAGES = ("vzip", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
@@ -219,6 +222,9 @@ def export(
         None if vision_tower is None else os.fspath(vision_tower),
     )
     selections.check(selection)
+    require(*EXPORT_PACKAGES, needed_for="an export", extra="export")
+    if with_llm:
+        require(*LLM_PACKAGES, needed_for="an export with the LLM", extra="export")
     config = source.config()
     budget = Budget.from_options(
         config,
@@ -240,7 +246,6 @@ def export(
     chosen = hardware.resolve(target, opset=opset, precision=dtype, batch=images.size)
     if output is None:
         output = _named(source, budget, chosen.precision, tiles)
-    require(*EXPORT_PACKAGES, needed_for="an export", extra="export")
     from vzip.export.graph.trace import GraphOptions
 
     options = GraphOptions(graph_input, images.size, images.dynamic, chosen.opset)
@@ -261,7 +266,8 @@ def export(
     )
     if (parity := bundle.manifest.parity) is not None:
         say(
-            f"parity on {parity['images']} images: kept overlap {parity['kept_overlap']:.4f}, "
+            f"parity on {counted(int(parity['images']), 'image')}: "
+            f"kept overlap {parity['kept_overlap']:.4f}, "
             f"lowest cosine {parity['min_cosine']:.6f}, largest error {parity['max_error']:.1e}"
         )
     return bundle

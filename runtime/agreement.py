@@ -30,6 +30,7 @@ from vzip.runtime.bundle.precision_record import QUANTISED
 from vzip.runtime.bundle.reader import npy_header
 from vzip.runtime.errors import BundleError, InvalidInputError
 from vzip.runtime.guard import guarded
+from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     from vzip.runtime.bundle.reader import Bundle
@@ -547,9 +548,10 @@ class Proof:
     def __str__(self) -> str:
         verdict = "passed" if self.passed else f"FAILED ({'; '.join(self.short)})"
         return (
-            f"{verdict} on {self.images} pictures ({self.runs} "
-            f"runs): kept overlap {self.kept_overlap:.4f} ({self.kept_swaps} swaps by rounding, "
-            f"{self.kept_disagreements} disagreements), kept tokens: lowest cosine "
+            f"{verdict} on {counted(self.images, 'picture')} "
+            f"({counted(self.runs, 'run')}): kept overlap {self.kept_overlap:.4f} "
+            f"({counted(self.kept_swaps, 'swap')} by rounding, "
+            f"{counted(self.kept_disagreements, 'disagreement')}), kept tokens: lowest cosine "
             f"{self.min_cosine:.6f}, mean {self.mean_cosine:.6f}, largest error "
             f"{self.max_error:.1e}; merged tokens: mean cosine {self.contextual_cosine:.6f} of "
             f"{self.contextual_compared}"

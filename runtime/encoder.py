@@ -26,6 +26,7 @@ from vzip.runtime.guard import door
 from vzip.runtime.pictures.images import Channels, ImageSource, check_channels, load_image
 from vzip.runtime.pictures.preprocess import pixel_values, tower_image
 from vzip.runtime.pictures.tiles import arrange, arrange_rows, cut, newline_row
+from vzip.runtime.wording import are, counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -432,8 +433,8 @@ class VisionEncoder:
             raise InvalidInputError(
                 f"got images for {len(chunks)} calls of the graph",
                 expected=(
-                    f"at most {self.manifest.batch.max} images, of one call, to be left on the "
-                    "device"
+                    f"at most {counted(self.manifest.batch.max, 'image')}, of one call, to be left "
+                    "on the device"
                 ),
                 cure="encode them in parts",
             )
@@ -545,9 +546,9 @@ def _checked_input(manifest: Manifest, array: object) -> Array:
             cure="split or fill the batch, or use encode(), which does",
         )
     if array.dtype.kind == "f" and not np.isfinite(array).all():
+        wrong = int((~np.isfinite(array)).sum())
         raise InvalidInputError(
-            f"got {int((~np.isfinite(array)).sum())} numbers in {expected.name} that are NaN "
-            "or infinite",
+            f"got {counted(wrong, 'number')} in {expected.name} that {are(wrong)} NaN or infinite",
             expected="finite ones",
             cause="preprocessing went wrong",
             cure="look at where they came from",
@@ -566,9 +567,10 @@ def check_outputs(manifest: Manifest, backend: str, outputs: dict[str, Array], c
             if manifest.precision == "fp16"
             else ("the weights or the device are damaged", "check the bundle with vzip check")
         )
+        wrong = int((~np.isfinite(embeds)).sum())
         raise BackendError(
-            f"{backend} gave {int((~np.isfinite(embeds)).sum())} numbers in {EMBEDS} that are "
-            "NaN or infinite",
+            f"{backend} gave {counted(wrong, 'number')} in {EMBEDS} that {are(wrong)} NaN or "
+            "infinite",
             expected="finite ones",
             cause=cause,
             cure=cure,

@@ -137,5 +137,9 @@ def require(*packages: str, needed_for: str, extra: str) -> None:
         MissingDependencyError: One of them is not installed.
     """
     for package in packages:
-        if importlib.util.find_spec(package) is None:
+        try:
+            found = importlib.util.find_spec(package)
+        except (ImportError, ValueError):  # what stands in its place can't be asked
+            found = None
+        if found is None:
             raise missing(package, needed_for=needed_for, extra=extra)

@@ -10,6 +10,7 @@ from vzip.runtime.bundle.manifest import DATA_FILE, MODEL_FILE
 from vzip.runtime.bundle.precision_record import QUANTISED, files_of
 from vzip.runtime.cli.options import Parser, add_bundle, add_threads
 from vzip.runtime.console import emit, emit_json
+from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     from vzip.calibration.quantization.quantize import LayerReport, Report
@@ -58,19 +59,23 @@ def table(bundle: Bundle, report: Report) -> Iterator[str]:
     own, agreement = bundle.manifest.precision, report.agreement
     high = [layer for layer in report.layers if not layer.quantised]
     graph = f"{bundle.graph_file}: {_mib(bundle, bundle.precision)} MiB, opset {report.opset}"
-    images = f"{report.calibrated} images calibrated on, {report.held_apart} others to judge by"
+    apart = counted(report.held_apart, "other")
+    images = f"{counted(report.calibrated, 'image')} calibrated on, {apart} to judge by"
     least, lowest = f"{agreement.min_overlap:.4f}", f"{agreement.every.lowest:.6f}"
     memory = f"at most {report.peak_bytes / 2**30:.1f} GiB of memory"
     rows = [
         ("graph", f"{graph}; in {own} it has {_mib(bundle, None)} MiB"),
         ("samples", images),
         ("recipe", _recipe(report)),
-        ("quantised", f"{len(report.layers) - len(high)} of {len(report.layers)} linear layers"),
+        (
+            "quantised",
+            f"{len(report.layers) - len(high)} of {counted(len(report.layers), 'linear layer')}",
+        ),
         *_without_limits(report, high),
         *((f"in {own}", f"{layer.name}: {layer.reason}") for layer in high),
         ("overlap", f"{agreement.mean_overlap:.4f} of the kept tokens stay (at worst {least})"),
         ("cosine", f"{agreement.every.mean:.6f} on average (at worst {lowest})"),
-        ("took", f"{report.seconds:.0f} s on {report.threads} cores, {memory}"),
+        ("took", f"{report.seconds:.0f} s on {counted(report.threads, 'core')}, {memory}"),
     ]
     width = max(len(name) for name, _ in rows) + 2
     for name, value in rows:

@@ -69,7 +69,12 @@ def calibrate(
             "goes there",
             cure="copy the bundle to a folder that you may write to",
         )
-    require("ml_dtypes", "onnx", "onnxruntime", needed_for="'vzip calibrate'", extra="export")
+    require(
+        "ml_dtypes", "onnx", "onnx_ir", "onnxruntime", needed_for="'vzip calibrate'", extra="export"
+    )
+    from vzip.export.engines.published import check_changeable
+
+    check_changeable(opened)
     from vzip.calibration.quantization.quantize import quantize
     from vzip.calibration.quantization.recipe import Recipe
     from vzip.calibration.samples import Samples

@@ -40,8 +40,9 @@ from vzip.runtime.agreement import Agreement, compare
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, Manifest
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.console import progress
-from vzip.runtime.errors import ParityError
+from vzip.runtime.errors import BackendError, ParityError
 from vzip.runtime.machine.process import cores, peak_bytes
+from vzip.runtime.wording import counted
 
 Array = NDArray[Any]
 Say = Callable[[str], None]
@@ -179,7 +180,7 @@ def quantize(bundle: Bundle, samples: Samples, recipe: Recipe, *, step: Say) -> 
     unrefined, found, order = None, dict[str, Effect](), list[str]()
     if goal != Goal(None, None):
         unrefined, found, order = work.effects(settings, goal)
-    step(f"running the bundle's own graph on {len(apart)} images held apart")
+    step(f"running the bundle's own graph on {counted(len(apart), 'image')} held apart")
     work.chain.close()
     expected = _outputs(work.graph, bundle.manifest, apart)
     aim, count, rounds = goal.nearer(_HEADROOM), 0, 0
@@ -193,7 +194,7 @@ def quantize(bundle: Bundle, samples: Samples, recipe: Recipe, *, step: Say) -> 
             raise _unreachable(recipe, unrefined)
         chosen = {name: each for name, each in settings.items() if name not in high}
         graph = quantised(work.graph, chosen, recipe.precision, work.opset)
-        step(f"judging {len(chosen)} quantised layers on the images held apart")
+        step(f"judging {counted(len(chosen), 'quantised layer')} on the images held apart")
         work.close()
         agreement = compare(expected, _outputs(graph, bundle.manifest, apart), bundle.manifest)
         if goal.met(agreement):
@@ -243,7 +244,7 @@ class _Work:
 
     def settings(self) -> dict[str, Setting]:
         """Look at the samples and say how each linear layer is to be quantised."""
-        self.step(f"calibrating on {len(self.calibrate)} images")
+        self.step(f"calibrating on {counted(len(self.calibrate), 'image')}")
         peaks = Peaks()
         self._stream(peaks.see, keep=self.recipe.keep_agreement or self.recipe.keep_cosine)
         divisors = {}
@@ -258,6 +259,7 @@ class _Work:
             for name, channels in peaks.channels.items()
         }
         self.peaks = {name: float(channels.max()) for name, channels in peaks.channels.items()}
+        self._check_peaks()
         if self.recipe.method != "minmax":
             self.step(f"counting magnitudes for {self.recipe.method}")
             histograms = Histograms(limits, divisors)
@@ -267,6 +269,17 @@ class _Work:
             linear.name: Setting(limits[linear.input], divisors.get(linear.input))
             for linear in self.linears
         }
+
+    def _check_peaks(self) -> None:
+        """Refuse what has no range: a report couldn't even hold it."""
+        for linear in self.linears:
+            if not np.isfinite(peak := self.peaks[linear.input]):
+                raise BackendError(
+                    f"the input of {linear.name} reaches {peak} on these images",
+                    expected="finite numbers",
+                    cause=f"the graph overflows in {self.manifest.precision}, or is damaged",
+                    cure="compare it with vzip check, or export it with --dtype fp32",
+                )
 
     def _factors(self, linear: LinearGroup, channels: Array) -> NDArray[np.float32]:
         assert linear.norm is not None
@@ -305,7 +318,10 @@ class _Work:
             The agreement with all quantised, the effects, and the layers, the worst first.
         """
         layers, judge = self._opened(settings)
-        self.step(f"running all {len(self.linears)} layers quantised on {sum(self.counts)} images")
+        self.step(
+            f"running all {counted(len(self.linears), 'layer')} quantised on "
+            f"{counted(sum(self.counts), 'image')}"
+        )
         first, _ = judge.compare(0, layers.all(self.linears, frozenset()))
         few = self._judge_of(ALONE)
         self.step(f"running each alone on {ALONE} images")
@@ -419,7 +435,7 @@ def _missed(recipe: Recipe, agreement: Agreement, rounds: int) -> ParityError:
     return ParityError(
         f"on images held apart the {recipe.precision} graph reaches a mean overlap of "
         f"{agreement.mean_overlap:.4f} and a mean cosine of {agreement.every.mean:.6f} after "
-        f"{rounds} rounds",
+        f"{counted(rounds, 'round')}",
         expected=_asked(recipe),
         cause="the samples differ too much from each other",
         cure="give more of them, or lower the limits",

@@ -210,7 +210,7 @@ def gather(
     """
     if not 1 <= len(images) <= MOST_IMAGES:
         raise InvalidInputError(
-            f"got {len(images)} images",
+            f"got {counted(len(images), 'image')}",
             expected=f"1 to {MOST_IMAGES}: each is in the page once for every precision",
             cure="take fewer with --count",
         )

@@ -205,7 +205,7 @@ def _accuracy(content: Content) -> Iterator[Cells]:
         yield "all tokens, untouched model", _share(content.questions[1])
     for graph in content.graphs:
         if graph.accuracy is not None:
-            name = f"{content.manifest.selection.tokens} tokens, {graph.precision}"
+            name = f"{counted(content.manifest.selection.tokens, 'token')}, {graph.precision}"
             yield name, _share(graph.accuracy)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     from vzip.calibration.sweeping.measure import Row
@@ -155,7 +156,7 @@ def _kept(row: Row) -> tuple[float, float]:
 
 
 def _named(row: Row) -> str:
-    return f"{row.tokens} tokens ({row.dominant} + {row.contextual}, {row.merge})"
+    return f"{counted(row.tokens, 'token')} ({row.dominant} + {row.contextual}, {row.merge})"
 
 
 def _number(value: float) -> str:

@@ -102,14 +102,16 @@ def plot(sweep: Sweep, advice: Advice | None, kind: Literal["svg", "png"]) -> by
     prefill.plot(tokens, [row.prefill_flops / 1e9 for row in single], "o-", color=_COLOURS[2])
     cache.plot(tokens, [row.kv_bytes / scale for row in single], "o-", color=_COLOURS[2])
     if everything.accuracy is not None:
-        label = f"accuracy, all {everything.tokens} tokens"
+        label = f"accuracy, all {counted(everything.tokens, 'token')}"
         kept.axhline(everything.accuracy, color=_GREY, linestyle=":", label=label)
     for panel, value in (
         (latency, everything.latency.median_ms),
         (prefill, everything.prefill_flops / 1e9),
         (cache, everything.kv_bytes / scale),
     ):
-        panel.axhline(value, color=_GREY, linestyle=":", label=f"all {everything.tokens} tokens")
+        panel.axhline(
+            value, color=_GREY, linestyle=":", label=f"all {counted(everything.tokens, 'token')}"
+        )
         panel.set_ylim(bottom=0)
     titles = (
         (kept, "what is kept", "share"),

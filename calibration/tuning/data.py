@@ -19,6 +19,7 @@ from vzip.runtime.errors import InvalidInputError, printable
 from vzip.runtime.files.plain import read_plain, read_text
 from vzip.runtime.guard import door
 from vzip.runtime.pictures.images import MAX_ENCODED_BYTES
+from vzip.runtime.wording import are, counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -115,7 +116,8 @@ def choose(data: Data, count: int | None, seed: int) -> list[TuningRecord]:
         reason = f"the first left out is {_line(data.left_out[0])}" if data.left_out else ""
         wanted = "at least one" if count is None else f"{count} (--count)"
         raise InvalidInputError(
-            f"{data.source} has {found} usable records and {len(data.left_out)} that are not",
+            f"{data.source} has {counted(found, 'usable record')} and {len(data.left_out)} that "
+            f"{are(len(data.left_out))} not",
             expected=wanted,
             cause=reason,
         )
@@ -212,7 +214,7 @@ class DemoData:
 
         if count < 1:
             raise InvalidInputError(
-                f"got {count} scenes (--count)",
+                f"got {counted(count, 'scene')} (--count)",
                 expected="at least 1",
             )
         self.source = DEMO

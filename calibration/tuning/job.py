@@ -133,7 +133,7 @@ def prepare(
     usable = [(record, example) for record, example in fitting if record.image in digests]
     if not usable:
         raise InvalidInputError(
-            f"none of {len(records)} records of {data.source} can be used",
+            f"none of {counted(len(records), 'record')} of {data.source} can be used",
             expected="at least one",
             cause=f"the first: {left_out[0].name} {left_out[0].reason}",
         )

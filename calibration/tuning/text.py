@@ -10,6 +10,7 @@ import numpy as np
 
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.llm.chat_template import HubTokenizer
+from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -90,7 +91,7 @@ class Wording:
             learned += [False] * len(prompt) + [True] * len(answer)
         if self._context is not None and len(ids) > self._context:
             raise InvalidInputError(
-                f"has {len(ids)} tokens",
+                f"has {counted(len(ids), 'token')}",
                 expected=f"at most the LLM's context of {self._context}",
             )
         return Example(np.array(ids, np.int32), np.array(learned))

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from vzip.calibration.tuning.workers import Workers
 from vzip.runtime.errors import BackendError, InvalidInputError
+from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -118,8 +119,8 @@ class Schedule:
         self.steps = recipe.num_train_epochs * records // self._size
         if self.steps == 0:
             raise InvalidInputError(
-                f"{recipe.num_train_epochs} × {records} records don't fill a step of {self._size} "
-                f"(batches of {recipe.per_device_train_batch_size} × "
+                f"{recipe.num_train_epochs} × {counted(records, 'record')} fill no step of "
+                f"{self._size} (batches of {recipe.per_device_train_batch_size} × "
                 f"{recipe.gradient_accumulation_steps} accumulated × {processes} processes)",
                 cure="lower --per-device-train-batch-size or --gradient-accumulation-steps, or "
                 "raise --num-train-epochs",

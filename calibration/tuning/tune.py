@@ -111,7 +111,8 @@ def tune(
     _check_data(data, images, count=count, save_steps=save_steps)
     if features is not None:
         outputs.check_folder(features)
-    require("torch", "transformers", "safetensors", needed_for="'vzip tune'", extra="export")
+    needed = ("torch", "transformers", "safetensors", "tokenizers", "jinja2")
+    require(*needed, needed_for="'vzip tune'", extra="export")
     from vzip.calibration.tuning.features import FrozenTower, check_tunable
     from vzip.calibration.tuning.job import Job, run_of, tune_projector
     from vzip.calibration.tuning.session import Session, check_begun

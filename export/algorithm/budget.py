@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from vzip.export import defaults
 from vzip.runtime.errors import BudgetError, InvalidInputError
+from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     from vzip.export.architecture import VisionConfig
@@ -118,9 +119,8 @@ class Budget:
 
     def __str__(self) -> str:
         cls = "CLS among the dominant" if self.cls_token else "without CLS"
-        return (
-            f"{self.tokens} tokens = {self.dominant} dominant + {self.contextual} contextual, {cls}"
-        )
+        parts = f"{self.dominant} dominant + {self.contextual} contextual"
+        return f"{counted(self.tokens, 'token')} = {parts}, {cls}"
 
     def check_fits(self, tower_tokens: int, *, tower_has_cls: bool) -> None:
         """Refuse a budget that the tower's tokens can't fill.

@@ -35,6 +35,7 @@ from typing import Any, Final, Literal
 
 from vzip.export.pages import figures, markdown
 from vzip.export.pages.rendering import mailable
+from vzip.runtime.wording import counted
 
 Result = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -122,7 +123,7 @@ def facts(result: Result) -> list[tuple[str, str]]:
     return [
         ("command", result["command"]),
         ("started", result["started"]),
-        ("processor", f"{place['processor']}, {place['cores']} cores"),
+        ("processor", f"{place['processor']}, {counted(place['cores'], 'core')}"),
         ("instructions", ", ".join(place["instructions"]) or "not said"),
         ("GPU", gpus or place["jetson"] or "none"),
         # Results of before have none.

@@ -48,6 +48,7 @@ from vzip.runtime.bundle.manifest import MANIFEST_FILE
 from vzip.runtime.errors import CheckpointError, InvalidInputError
 from vzip.runtime.guard import door
 from vzip.runtime.models import locate
+from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -398,7 +399,7 @@ class _Store:
         if absent:
             count = sum(len(by_file[file]) for file in absent)
             raise self.folder.missing(
-                absent, purpose=f"{count} tensors that {self.source} places there"
+                absent, purpose=f"{counted(count, 'tensor')} that {self.source} places there"
             )
         tensors: dict[str, Tensor] = {}
         for file, wanted in by_file.items():

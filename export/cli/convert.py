@@ -27,7 +27,8 @@ def main(argv: Sequence[str], *, prog: str) -> int:
             cure="choose another name with -o, or say --replace",
         )
     locate(arguments.model)
-    require("torch", "transformers", "safetensors", "gguf", needed_for=f"'{prog}'", extra="export")
+    needed = ("torch", "transformers", "safetensors", "gguf", "tokenizers", "jinja2")
+    require(*needed, needed_for=f"'{prog}'", extra="export")
     from vzip.export.llm.gguf import convert
 
     convert(

@@ -28,6 +28,7 @@ from vzip.export.architecture import (
 )
 from vzip.export.graph.traced import Encoder
 from vzip.runtime.bundle.manifest import Manifest
+from vzip.runtime.wording import counted
 
 # What the module makes of the manifest, so that a graph need not hold it under a name.
 _MADE = frozenset({"embedding.scale", "embedding.shift", "embedding.brighter", "pooling"})
@@ -176,7 +177,9 @@ def _norms(manifest: Manifest, graph: ir.Graph, layers: int) -> dict[str, ir.Nod
     names = ["pre_norm"] if manifest.tower.cls_token else []
     names += [f"layers.{index}.{name}" for index in range(layers) for name in ("norm1", "norm2")]
     if not layers or len(nodes) not in {len(names), len(names) + 1}:
-        raise ForeignGraphError(f"it has {len(nodes)} LayerNormalization and {layers} layers")
+        raise ForeignGraphError(
+            f"it has {len(nodes)} LayerNormalization and {counted(layers, 'layer')}"
+        )
     return dict(zip([*names, "projector.norm"], nodes, strict=False))
 
 

@@ -18,6 +18,7 @@ from vzip.runtime.bundle.manifest import Manifest
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.errors import BackendError, InvalidInputError, MissingDependencyError
 from vzip.runtime.files.codec import Scalar
+from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -49,7 +50,8 @@ def describe_graph(path: str | os.PathLike[str]) -> Iterator[str]:
     for value in weights:
         sizes[_dtype(value)] += _bytes(value)
     shown = ", ".join(f"{size / _MIB:.2f} MiB {kind}" for kind, size in sizes.most_common())
-    yield f"weights: {sum(sizes.values()) / _MIB:.1f} MiB in {len(weights)} tensors: {shown}"
+    tensors = counted(len(weights), "tensor")
+    yield f"weights: {sum(sizes.values()) / _MIB:.1f} MiB in {tensors}: {shown}"
     work: Counter[str] = Counter()
     for node in nodes:
         if operations := _operations(node):
@@ -57,11 +59,11 @@ def describe_graph(path: str | os.PathLike[str]) -> Iterator[str]:
     shown = ", ".join(f"{count / 1e9:.3g} GFLOP in {kind}" for kind, count in work.most_common())
     yield f"work per image: {sum(work.values()) / 1e9:.4g} GFLOP (estimate): {shown}"
     fusable = sum(map(_is_attention, nodes))
-    yield f"attention: {fusable} times MatMul → Softmax → MatMul, the form that is fused"
+    yield f"attention: {counted(fusable, 'time')} MatMul → Softmax → MatMul, the form that is fused"
     if bundle.manifest.precision == "fp16":
         islands = [node for node in nodes if _dtype(node.outputs[0]) == "FP32"]
         names = _counts(Counter(node.op_type for node in islands))
-        yield f"FP32 islands: {len(islands)} operators: {names}"
+        yield f"FP32 islands: {counted(len(islands), 'operator')}: {names}"
     largest = max((*weights, *graph.inputs, *made), key=_bytes)
     size = _bytes(largest) / _MIB
     shown = f"{largest.name} {_dtype(largest)} {list(_shape(largest))}, {size:.1f} MiB"
@@ -107,7 +109,7 @@ def _cpu_engine(
     yield f"engine: {name}: {record.bytes / _MIB:.1f} MiB, SHA-256 {record.sha256[:12]}…, whole"
     yield f"made with: ONNX Runtime {record.version} in {record.seconds} s"
     instructions = ", ".join(target.instructions)
-    yield f"made on: {target.processor}, {target.threads} cores, with {instructions}"
+    yield f"made on: {target.processor}, {counted(target.threads, 'core')}, with {instructions}"
     yield f"form: {target.form}, of the graph in {record.precision}"
     yield f"proof: {_verdict(record)}"
     if record.proof is not None:
@@ -201,7 +203,7 @@ def _record(record: EngineRecord) -> Iterator[str]:
     yield f"precision: {record.precision}; batch {batch.min} to {batch.max}, tuned for {batch.opt}"
     yield f"settings: {_flat(record.settings)}"
     fused = record.fused_attention
-    yield f"fused attention: {'not looked at' if fused is None else f'{fused} layers'}"
+    yield f"fused attention: {'not looked at' if fused is None else counted(fused, 'layer')}"
     yield f"proof: {_verdict(record)}"
     if record.proof is not None:
         yield f"proof numbers: {_flat(record.proof)}"
@@ -210,7 +212,7 @@ def _record(record: EngineRecord) -> Iterator[str]:
 def _layers(layers: EngineLayers) -> Iterator[str]:
     yield f"layers: {len(layers.layers)}: {_counts(layers.kinds())}"
     yield f"first outputs: {_counts(layers.precisions())}"
-    yield f"fused attention: {layers.fused_attention} layers"
+    yield f"fused attention: {counted(layers.fused_attention or 0, 'layer')}"
     if layers.memory is not None:
         yield f"scratch memory: {layers.memory / _MIB:.1f} MiB"
     for name, kind, dtype in layers.layers:

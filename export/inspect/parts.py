@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from vzip.runtime.bundle.manifest import TOKEN_WEIGHTS
 from vzip.runtime.errors import BundleError
+from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -37,8 +38,8 @@ def parts(graph: Iterable[ir.Node]) -> dict[str, Part]:
     projector = _followers(nodes, lambda name: name.startswith(_PROJECTOR))
     if not merged or not projector:
         raise BundleError(
-            f"model.onnx has {len(nodes)} operators and no merge by {TOKEN_WEIGHTS}, or no "
-            "projector",
+            f"model.onnx has {counted(len(nodes), 'operator')} and no merge by {TOKEN_WEIGHTS}, or "
+            "no projector",
             expected="a graph that 'vzip export' made",
         )
     if next(node for node in nodes if node in projector) not in merged:

@@ -19,6 +19,7 @@ from vzip.export.checkpoint.reader import INDEX_SUFFIX, SINGLE_FILES
 from vzip.export.checkpoint.tensor_names import Part, missing, resolve
 from vzip.export.checkpoint.weights import check_tensor
 from vzip.runtime.errors import CheckpointError
+from vzip.runtime.wording import counted
 
 Arch = Literal["llama", "qwen2"]
 
@@ -205,7 +206,8 @@ class Stored:
                 count = sum(file == self.files[name] for file in self.files.values())
                 raise self.folder.missing(
                     [self.files[name]],
-                    purpose=f"{count} tensors of the LLM that {self.source} places there",
+                    purpose=f"{counted(count, 'tensor')} of the LLM that {self.source} places "
+                    "there",
                 )
             tensor = read_tensors(path, [stored])[stored]
             check_tensor(stored, tensor, shapes[name], source=self.source)

@@ -33,6 +33,7 @@ from vzip.runtime.llm.local.transformers import CLASSES, TransformersLLM, cache_
 from vzip.runtime.llm.prompts import Prompts
 from vzip.runtime.llm.shown import TokenSpec
 from vzip.runtime.machine import sensors
+from vzip.runtime.wording import counted
 
 LLMS: Final = ("llama", "mistral", "qwen2")
 """``model_type`` of the language models whose graphs are tested."""
@@ -267,7 +268,7 @@ class Trial:
             if not max(error, lost) <= gate or not math.isfinite(error):
                 raise ParityError(
                     f"the LLM's graph differs from the untouched model at call {call} of "
-                    f"{len(self._calls)} ({len(ids)} tokens): largest error {error:.1e}",
+                    f"{len(self._calls)} ({counted(len(ids), 'token')}): largest error {error:.1e}",
                     expected=f"at most {gate:.0e} of the largest logit",
                     cause=(
                         "nothing was written. Please report this with the model's name and the "

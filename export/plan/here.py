@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from vzip.export.hardware import HERE, Device
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.machine import sensors
+from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     from vzip.export.plan.model import PlanModel
@@ -53,7 +54,7 @@ def measure(model: PlanModel) -> Device:
     bandwidth = _READ_BYTES / _seconds(read) / 1e9
     return Device(
         name=HERE,
-        title=f"{sensors.processor() or 'a CPU'}, {torch.get_num_threads()} threads",
+        title=f"{sensors.processor() or 'a CPU'}, {counted(torch.get_num_threads(), 'thread')}",
         memory_gb=memory.total * 2**20 / 1e9,
         tflops=MappingProxyType(rates),
         bandwidth_gb=bandwidth,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from vzip.export.hardware import Device
 from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     from vzip.export.algorithm.budget import Budget
@@ -236,7 +237,7 @@ def advise(plan: Estimator, limits: PlanLimits) -> Fitting:
     everything = plan.predict(plan.model.patches)
     if _meets(plan, limits, everything):
         return Fitting(
-            True, everything, f"{everything.tokens} tokens, all of them, {_said(limits)}"
+            True, everything, f"{counted(everything.tokens, 'token')}, all of them, {_said(limits)}"
         )
     low, high = 2, plan.model.largest_budget
     row = plan.predict(low)
@@ -318,7 +319,7 @@ def _split(budget: Budget) -> str:
 
 def _named(plan: Estimator, row: Prediction) -> str:
     per = "" if plan.model.unit == "image" else f" a {plan.model.unit}"
-    return f"{row.tokens} tokens{per}"
+    return f"{counted(row.tokens, 'token')}{per}"
 
 
 def gb(size: float) -> str:

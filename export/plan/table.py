@@ -8,6 +8,7 @@ from typing import Any
 
 from vzip.export.hardware import TARGETS
 from vzip.export.plan.predict import Estimator, Fitting, Prediction, gb, short
+from vzip.runtime.wording import counted
 
 
 def table(plan: Estimator, rows: Sequence[Prediction]) -> str:
@@ -52,7 +53,7 @@ def _heading(plan: Estimator) -> Iterator[str]:
     yield (
         f"LLM: {model.llm.model_type}, {_count(model.llm_parameters)} numbers, "
         f"{gb(plan.weight_bytes)} GB in {plan.weights}, read once in {short(plan.weights_ms)} "
-        f"ms; {plan.text_tokens} tokens of text"
+        f"ms; {counted(plan.text_tokens, 'token')} of text"
     )
     target = "" if device.target is None else TARGETS[device.target].note
     for note in filter(None, (target, device.note)):

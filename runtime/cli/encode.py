@@ -12,6 +12,7 @@ from vzip.runtime.cli.options import Parser, add_bundle, add_encoder, add_output
 from vzip.runtime.console import complain, emit, progress, say
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.files import outputs
+from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     from vzip.runtime.tokens.job import Found
@@ -119,7 +120,7 @@ def _tell(left_out: Sequence[tuple[str, str]], found: Found) -> None:
     if left_out:
         hidden = f" ({found.hidden} hidden passed over)" if found.hidden else ""
         count = len(found.images) + len(found.left_out)
-        complain(f"encode: left out {len(left_out)} of {count} images{hidden}")
+        complain(f"encode: left out {len(left_out)} of {counted(count, 'image')}{hidden}")
 
 
 def _check_options(output: Path, shard_size: int | None) -> None:

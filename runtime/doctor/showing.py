@@ -14,6 +14,7 @@ from vzip.runtime.doctor.verdicts import (
     hints,
     jetpack_version,
 )
+from vzip.runtime.wording import counted
 
 WIDTH: Final = 100
 
@@ -75,7 +76,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
     ]
     return [
         ("system", _joined(record["distribution"], record["system"])),
-        ("processor", _joined(record["processor"], f"{record['cores']} cores")),
+        ("processor", _joined(record["processor"], f"{counted(record['cores'], 'core')}")),
         *_threads_fact(record),
         ("Python", f"{record['python']} ({kind}): {python['executable']}"),
         ("packages", ", ".join(packages)),

@@ -18,6 +18,7 @@ import numpy as np
 from vzip.runtime.errors import BackendError, InvalidInputError
 from vzip.runtime.guard import guarded
 from vzip.runtime.llm.contract import DEFAULT_MAX_NEW_TOKENS, LLM, Conversation
+from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     from vzip.runtime.llm.shown import Embeds, Shown
@@ -82,7 +83,7 @@ def check_context(
         cure = "begin a new conversation" if earlier else "ask a shorter question"
         raise InvalidInputError(
             f"{name}: {before}{new} of this prompt and {max_new_tokens} for the answer make "
-            f"{total} tokens",
+            f"{counted(total, 'token')}",
             expected=f"at most {context}, the LLM's context",
             cure=f"{cure} or allow a shorter answer (--max-new-tokens)",
         )

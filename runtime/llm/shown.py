@@ -14,6 +14,7 @@ import numpy as np
 
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.llm.prompts import KINDS, Kind
+from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -151,7 +152,11 @@ def check_embeds(
     if frames is not None and (type(frames) is not int or frames < 1):
         raise InvalidInputError(f"{name}: got a video of {frames!r} frames", expected="1 or more")
     rows = "K" if count is None else str(count)
-    whose = "one image's tokens" if frames is None else f"the tokens of a video's {frames} frames"
+    whose = (
+        "one image's tokens"
+        if frames is None
+        else f"the tokens of a video's {counted(frames, 'frame')}"
+    )
     takes = f"{whose} as a finite float32 or float16 numpy array [{rows}, {hidden_size}]"
     if not isinstance(embeds, np.ndarray):
         raise InvalidInputError(f"{name}: got {type(embeds).__name__}", expected=takes)
@@ -226,7 +231,7 @@ def check_shown(
         raise InvalidInputError(f"{name}: got an empty list of images", expected="1 or more")
     if several and frames is not None:
         raise InvalidInputError(
-            f"{name}: got a list of {len(embeds)} arrays with frames={frames}",
+            f"{name}: got a list of {counted(len(embeds), 'array')} with frames={frames}",
             expected="a video's tokens as one array, or a list of images without frames",
         )
     arrays = embeds if isinstance(embeds, (list, tuple)) else [embeds]
@@ -248,7 +253,7 @@ def check_shown(
     rows = len(arrays[0])
     if rows % frames:
         raise InvalidInputError(
-            f"{name}: got {rows} tokens of {frames} frames",
+            f"{name}: got {counted(rows, 'token')} of {counted(frames, 'frame')}",
             expected="as many tokens of every frame, without a closing token",
             cause="each frame is an image to this LLM",
         )
@@ -263,6 +268,6 @@ def check_batch(name: str, embeds: Sequence[object], questions: Sequence[str]) -
     """
     if len(embeds) != len(questions) or not questions:
         raise InvalidInputError(
-            f"{name}: got {len(embeds)} images' tokens and {len(questions)} questions",
+            f"{name}: got {len(embeds)} images' tokens and {counted(len(questions), 'question')}",
             expected="as many of both, 1 or more",
         )

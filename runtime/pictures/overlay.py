@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.pictures.preprocess import Preprocessing, tower_image
+from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -124,7 +125,11 @@ def overlay(
         _frame(picture, *place, colour, cells)
 
     has_cls = cls_token and 0 in kept
-    what = f"CLS + {len(kept) - 1} patches" if has_cls else f"{len(kept)} patches"
+    what = (
+        f"CLS + {counted(len(kept) - 1, 'patch', 'patches')}"
+        if has_cls
+        else f"{counted(len(kept), 'patch', 'patches')}"
+    )
     if groups is None:
         texts: tuple[str, ...] = (f"{len(kept)} of {tokens} tokens kept ({what})",)
     else:

@@ -23,6 +23,7 @@ from vzip.runtime.pictures.frames import (
     damaged,
     without_picture,
 )
+from vzip.runtime.wording import counted
 
 _RETRIES = 64  # packets in a row that give no frame, after which a file is taken to be at its end
 
@@ -56,7 +57,7 @@ def read(path: Path, name: str, choose: Callable[[int], list[int]]) -> list[Imag
                 if whole:
                     images.append(Image.fromarray(pixels[:, :, ::-1].copy()))
     if len(images) != len(wanted):
-        raise damaged(name, f"OpenCV gives {len(images)} of {len(wanted)} frames")
+        raise damaged(name, f"OpenCV gives {len(images)} of {counted(len(wanted), 'frame')}")
     return images
 
 
@@ -116,8 +117,8 @@ def _check_end(capture: Any, total: int, skipped: bool, whole: bool | None, name
     # believed where boxes say that the file is cut off, or where frames can't be decoded.
     if total < 0.9 * stated - 2:
         if whole is False or total == 0:
-            raise cut_off(name, f"{total} frames", f"{stated} frames")
+            raise cut_off(name, f"{counted(total, 'frame')}", f"{counted(stated, 'frame')}")
         if skipped and whole:
-            raise damaged(name, f"OpenCV gives {total} of {stated} frames")
+            raise damaged(name, f"OpenCV gives {total} of {counted(stated, 'frame')}")
     if total == 0:
         raise without_picture(name)

@@ -23,6 +23,7 @@ from vzip.runtime.files import codec
 from vzip.runtime.files.plain import open_plain
 from vzip.runtime.files.tensor_header import LARGEST_HEADER, METADATA, check_place, read_header
 from vzip.runtime.guard import door
+from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -200,7 +201,7 @@ def header(origin: Origin, records: Sequence[TokenRecord]) -> bytes:
     text += b" " * (-len(text) % 8)
     if len(text) > LARGEST_HEADER:
         raise InvalidInputError(
-            f"got {len(records)} images, whose header would have {len(text)} bytes",
+            f"got {counted(len(records), 'image')}, whose header would have {len(text)} bytes",
             expected=f"at most {LARGEST_HEADER} in one file",
             cure="write shards with --shard-size",
         )

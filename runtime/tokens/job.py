@@ -36,6 +36,7 @@ from vzip.runtime.tokens.file import (
     write_kept,
     write_tokens,
 )
+from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     from vzip.runtime.encoder import VisionEncoder
@@ -119,7 +120,7 @@ def find_images(paths: Sequence[Path], output: Path) -> Found:
                     ),
                 )
     if not found.images and not found.left_out:
-        others = f" (but {len(found.others)} other files)" if found.others else ""
+        others = f" (but {counted(len(found.others), 'other file')})" if found.others else ""
         raise InvalidInputError(
             f"found no images in {', '.join(map(str, paths))}{others}",
             expected=f"files in {', '.join(FORMATS)}",
@@ -152,7 +153,7 @@ def outputs_of(
         size = sum(3 * len(name.encode()) + _HEADER_PER_IMAGE for name, _ in images)
         if output.suffix == ".safetensors" and size > LARGEST_HEADER:
             raise InvalidInputError(
-                f"got {len(images)} images",
+                f"got {counted(len(images), 'image')}",
                 expected=f"fewer in one file, whose header may have {LARGEST_HEADER} bytes",
                 cure="write shards with --shard-size",
             )
@@ -165,8 +166,8 @@ def outputs_of(
     for path in sorted(output.parent.iterdir()):
         if is_output(path, output) and path.name not in {output.name, *names}:
             raise InvalidInputError(
-                f"found '{path}', which is no shard of {len(images)} images in {len(slices)} "
-                "files as asked for now",
+                f"found '{path}', which is no shard of {counted(len(images), 'image')} in "
+                f"{counted(len(slices), 'file')} as asked for now",
                 cause="the images or --shard-size are not those of the run that wrote it",
                 cure="remove the old shards, or choose another name with -o",
             )
@@ -432,7 +433,7 @@ def _write_npy_header(file: BinaryIO, records: Sequence[TokenRecord]) -> None:
     if len(lengths) > 1:
         (one, first), (other, second) = list(lengths.items())[:2]
         raise InvalidInputError(
-            f"got {one} tokens for {first!r} and {other} for {second!r}",
+            f"got {counted(one, 'token')} for {first!r} and {other} for {second!r}",
             expected="equal numbers in a .npy file",
             cause="tiles depend on the picture",
             cure="write a .safetensors of the same name, which goes on from here",

@@ -18,9 +18,11 @@ from PIL import Image
 
 from tests.agreements import agreement
 from tests.export.layouts import write_layout
+from tests.faults import fill_disk
 from tests.precisions import add_precision, fill
 from tests.refusals import refused
 from tests.snippets import run_snippets
+from vzip.calibration.cli import calibrate as calibrate_cli
 from vzip.calibration.quantization import calibrate, quantize
 from vzip.calibration.quantization.quantize import LayerReport, Report
 from vzip.calibration.quantization.recipe import Recipe
@@ -36,6 +38,7 @@ from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.bundle.writer import bundle_writer, update_manifest
 from vzip.runtime.cli.main import main
 from vzip.runtime.errors import BackendError, BundleError, ParityError
+from vzip.runtime.files import locks
 
 AGREEMENT = agreement(0.97, 0.998, least_overlap=0.9, least_cosine=0.95)
 
@@ -93,7 +96,7 @@ def test_calibrates_and_says_what_it_did(
         "quantised",
     ]
     assert {"overlap", "cosine", "took"} <= {row[0] for row in rows}
-    assert "left out: 1 that can't be read and 1 duplicates" in said.err
+    assert "left out: 1 that can't be read and 1 duplicate" in said.err
     after = read_bundle(exported)
     record = after.manifest.precisions["int8"]
     assert (record.opset, record.images) == (17, 10)
@@ -219,7 +222,7 @@ def test_prints_a_short_table(
     quick.layers = (GOOD,)
     assert main(arguments_of(tiny_bundle, pictures, "--precision", "fp8")) == 0
     out = capsys.readouterr().out
-    assert "quantised  1 of 1 linear layers" in out
+    assert "quantised  1 of 1 linear layer" in out
     assert "in fp32  " not in out
     assert set(read_bundle(tiny_bundle).manifest.precisions) == {"int8", "fp8"}
 
@@ -267,6 +270,62 @@ def test_a_folder_that_cant_be_written_is_refused_before_the_work(
     assert main(arguments_of(tiny_bundle, pictures)) == 2
     assert f"{tiny_bundle}: the folder is read-only for this user" in capsys.readouterr().err
     assert not quick.asked
+
+
+def test_a_full_disk_and_one_without_locks_are_known_before_the_work(
+    tiny_bundle: Path,
+    pictures: Path,
+    quick: Quantiser,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    before = names(tiny_bundle)
+    with monkeypatch.context() as patch:
+        fill_disk(patch)
+        assert main(arguments_of(tiny_bundle, pictures)) == 2
+    assert "No space left" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(locks, "_take", lambda *_: None)
+        assert main(arguments_of(tiny_bundle, pictures)) == 2
+    assert "its file system has no locks" in capsys.readouterr().err
+    assert not quick.asked
+    assert names(tiny_bundle) == before
+    assert main(arguments_of(tiny_bundle, pictures)) == 0
+
+
+def test_a_disk_that_fills_or_an_interruption_meanwhile_leaves_the_bundle(
+    tiny_bundle: Path,
+    pictures: Path,
+    quick: Quantiser,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    before = read_bundle(tiny_bundle)
+    with monkeypatch.context() as patch:
+        fill_disk(patch, after=1)  # the trial succeeds
+        assert main(arguments_of(tiny_bundle, pictures)) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
+    assert "No space left" in line
+    with monkeypatch.context() as patch:
+        patch.setattr(VisionEncoder, "run", interrupted)
+        assert main(arguments_of(tiny_bundle, pictures)) == 130
+    assert read_bundle(tiny_bundle) == before
+    assert [name for name in names(tiny_bundle) if "int8" in name or name.startswith(".")] == []
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_was_made_is_in_the_bundle_before_it_is_told(
+    tiny_bundle: Path, pictures: Path, quick: Quantiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(calibrate_cli, "emit", broken)
+    assert main(arguments_of(tiny_bundle, pictures)) == 141
+    assert "int8" in read_bundle(tiny_bundle).manifest.precisions
 
 
 @pytest.mark.parametrize("package", ["onnx", "ml_dtypes"])

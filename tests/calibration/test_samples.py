@@ -106,7 +106,7 @@ def test_unreadable_and_duplicate_images_are_named_and_counted(folder: Path) -> 
     assert "can't be decoded as PNG" in left["broken.png"].reason
     assert samples.duplicates == 1
     said = samples.describe_left_out()
-    assert said.startswith("left out: 2 that can't be read and 1 duplicates (")
+    assert said.startswith("left out: 2 that can't be read and 1 duplicate (")
     assert all(name in said for name in left)
     report = samples.to_json()
     assert (report["count"], report["unreadable"], report["duplicates"]) == (8, 2, 1)
@@ -116,10 +116,10 @@ def test_unreadable_and_duplicate_images_are_named_and_counted(folder: Path) -> 
 def test_too_few_readable_images_are_an_error_that_names_them(folder: Path) -> None:
     for number in range(7):
         (folder / f"sub{number % 2}" / f"{number}.png").write_bytes(b"\x89PNG\r\n\x1a\n damaged")
-    with refused(InvalidInputError, got=("1 images", "8 files"), expected="4") as caught:
+    with refused(InvalidInputError, got=("1 image of", "8 files"), expected="4") as caught:
         Samples.open(str(folder), count=4)
     says(caught.value, cause=("7 that can't be read", "sub"))
-    with refused(InvalidInputError, got=("1 images", "8 files"), expected=f"{LEAST}"):
+    with refused(InvalidInputError, got=("1 image of", "8 files"), expected=f"{LEAST}"):
         Samples.open(str(folder), count=None)
 
 

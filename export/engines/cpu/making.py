@@ -29,6 +29,7 @@ from vzip.runtime.files.codec import Scalar
 from vzip.runtime.machine import sensors
 from vzip.runtime.machine.process import cores, thread_limit
 from vzip.runtime.machine.record import processor
+from vzip.runtime.wording import counted
 
 Say = Callable[[str], None]
 
@@ -76,7 +77,10 @@ def build_cpu(path: str | os.PathLike[str], name: str | None = None, *, say: Say
         bundle = read_bundle(path).at(None)  # whoever held the lock may have made it
         if (found := _reused(bundle, name, version)) is not None:
             return BuiltEngine(_may(bundle), name, found, reused=True)
-        say(f"making '{name}' with ONNX Runtime {version} for {processor()}, {_threads()} cores")
+        say(
+            f"making '{name}' with ONNX Runtime {version} for {processor()}, "
+            f"{counted(_threads(), 'core')}"
+        )
         start = time.monotonic()
         from vzip.export.engines.cpu.choice import choose
 

@@ -43,6 +43,7 @@ from vzip.runtime.files import atomic
 from vzip.runtime.files.codec import Scalar
 from vzip.runtime.files.plain import read_plain
 from vzip.runtime.machine import sensors
+from vzip.runtime.wording import counted
 
 Keep = Callable[[Bundle, EngineRecord, memoryview], Mapping[str, Scalar] | None]
 
@@ -313,7 +314,7 @@ def _fusion_line(fused: int | None, manifest: Manifest) -> str:
     if not fused:
         cause = "TensorRT fuses FP16" if manifest.precision == "fp32" else "see 'vzip inspect'"
         return f"fused attention: no layer; attention runs as separate kernels ({cause})"
-    return f"fused attention: {fused} layers"
+    return f"fused attention: {counted(fused, 'layer')}"
 
 
 def _failed(

@@ -39,6 +39,7 @@ from vzip.runtime.errors import (
     MissingDependencyError,
     VzipError,
 )
+from vzip.runtime.wording import counted
 
 _log = logging.getLogger(__name__)
 
@@ -398,7 +399,7 @@ class TensorRt:
         rows = count % self._batch.max or min(count, self._batch.max)
         if rows < self._batch.min:
             raise BackendError(
-                f"got {count} images",
+                f"got {counted(count, 'image')}",
                 expected=(
                     f"{self._batch.min} to {self._batch.max} a run, which the engine "
                     f"{self.engine!r} takes"

@@ -19,6 +19,7 @@ from vzip.runtime.files.plain import LONGEST_TEXT, open_plain, read_plain
 from vzip.runtime.files.tensor_header import check_place, read_header
 from vzip.runtime.guard import door
 from vzip.runtime.llm.text_side import TextCheckpoint, fetch
+from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -98,7 +99,10 @@ def _file_of(checkpoint: TextCheckpoint) -> Path:
             raise _damaged(checkpoint, index, "is no index of tensors") from error
         if len(found) != 1:
             raise _damaged(
-                checkpoint, index, f"names {len(found)} files with …{_TABLE}", expected="1"
+                checkpoint,
+                index,
+                f"names {counted(len(found), 'file')} with …{_TABLE}",
+                expected="1",
             )
         (file,) = found
     if not (folder / file).is_file():

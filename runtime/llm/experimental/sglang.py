@@ -32,6 +32,7 @@ from vzip.runtime.llm.server.http_client import Client, Events, checked_ids
 from vzip.runtime.llm.shown import Shown, TokenSpec
 from vzip.runtime.llm.text_side import LARGEST, TextCheckpoint
 from vzip.runtime.models import locate
+from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -219,7 +220,7 @@ class SglangConversation(TokenConversation):
                 made = [*made, *piece] if self._llm.incremental else piece
                 if len(made) > max_new_tokens + _DRAFTED:
                     raise self._llm.client.broken(
-                        f"sent an answer of {len(made)} tokens",
+                        f"sent an answer of {counted(len(made), 'token')}",
                         cause=f"it was asked for {max_new_tokens} at most, and took no notice",
                         cure="check the address",
                     )

@@ -25,6 +25,7 @@ from vzip.runtime.llm.conversation import check_question
 from vzip.runtime.llm.server.chat_server import ServerLLM
 from vzip.runtime.llm.shown import Shown, TokenSpec
 from vzip.runtime.llm.text_side import LARGEST, TextCheckpoint
+from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     from vzip.runtime.bundle.reader import Bundle
@@ -144,7 +145,7 @@ def prompt_table(
     total = sum(len(part) for part in shown.parts)
     if total > max_multimodal_len:
         raise InvalidInputError(
-            f"{NAME}: got {total} tokens of {len(shown.parts)} images",
+            f"{NAME}: got {counted(total, 'token')} of {counted(len(shown.parts), 'image')}",
             expected=f"at most {max_multimodal_len}, the rows of the engine's prompt table",
             cure=f"build it with trtllm-build --max_multimodal_len {total} or more",
         )

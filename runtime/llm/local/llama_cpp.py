@@ -43,6 +43,7 @@ from vzip.runtime.llm.prompts import KINDS, Kind, Prompts, Words, llava_15_words
 from vzip.runtime.llm.shown import TokenSpec
 from vzip.runtime.llm.text_side import TextSide
 from vzip.runtime.machine import process
+from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     from vzip.runtime.bundle.reader import Bundle
@@ -209,8 +210,8 @@ class _Pool:
             self._context = library.llama_init_from_model(model.handle, parameters)
         if not self._context:
             raise BackendError(
-                f"{NAME}: no context of {length} tokens could be made for '{model.path}' "
-                f"({said(errors)})",
+                f"{NAME}: no context of {counted(length, 'token')} could be made for "
+                f"'{model.path}' ({said(errors)})",
                 cure="free memory, or open it with a smaller context",
             )
         # The model is an argument so that it outlives the context.
@@ -260,8 +261,8 @@ class _Pool:
             others = sum(self._lengths.values()) - cache.length
             if others + cache.length + len(ids) > self._length:
                 raise BackendError(
-                    f"{NAME}: {len(ids)} new tokens don't fit into the context of "
-                    f"{self._length}, of which this conversation holds {cache.length} and "
+                    f"{NAME}: there is no room for {counted(len(ids), 'new token')} in the context "
+                    f"of {self._length}, of which this conversation holds {cache.length} and "
                     f"others {others}",
                     cure=(
                         "drop conversations that have ended, or open the LLM with a larger context"
@@ -302,7 +303,7 @@ class _Pool:
             library.llama_batch_free(batch)
         if status != 0:
             raise BackendError(
-                f"{NAME}: llama_decode failed with {status} at {cache.length} tokens "
+                f"{NAME}: llama_decode failed with {status} at {counted(cache.length, 'token')} "
                 f"({said(errors)})",
                 cure="begin a new conversation, or free memory and open the LLM again",
             )

@@ -30,6 +30,7 @@ from vzip.runtime.llm.llm_files import (
 from vzip.runtime.llm.prompts import Prompts
 from vzip.runtime.llm.shown import TokenSpec
 from vzip.runtime.llm.text_side import TextSide
+from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -157,7 +158,7 @@ class OnnxRuntimeLLM(GreedyLLM):
             logits, *present = binding.get_outputs()
         except Exception as error:  # ONNX Runtime's errors have no base class of their own
             raise BackendError(
-                f"{NAME}: the LLM failed at {len(ids)} new tokens ({first_line(error)})",
+                f"{NAME}: the LLM failed at {counted(len(ids), 'new token')} ({first_line(error)})",
                 cause="memory may be short",
                 cure="begin a new conversation, or use a bundle with fewer tokens per image",
             ) from error

@@ -48,6 +48,7 @@ from vzip.runtime.llm.text_side import (
     side_of,
 )
 from vzip.runtime.machine import process
+from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     import torch
@@ -210,8 +211,8 @@ class TransformersLLM(GreedyLLM):
         )
         if lost:
             raise CheckpointError(
-                f"{NAME}: the checkpoint {str(model)!r} lacks {len(lost)} tensors of its LLM, "
-                f"such as {lost[0]}",
+                f"{NAME}: the checkpoint {str(model)!r} lacks {counted(len(lost), 'tensor')} of "
+                f"its LLM, such as {lost[0]}",
                 cause="shards are missing or it is of another layout",
                 cure="give a whole llava-hf checkpoint (--llm)",
             )
@@ -415,7 +416,7 @@ class TransformersLLM(GreedyLLM):
             yield
         except torch.OutOfMemoryError as error:
             raise BackendError(
-                f"{NAME}: out of memory on {self.device} at {tokens()} tokens",
+                f"{NAME}: out of memory on {self.device} at {counted(tokens(), 'token')}",
                 cure=(
                     "begin a new conversation, free memory, or use a bundle with fewer tokens per "
                     "image"
