@@ -30,6 +30,7 @@ _MATROSKA = b"\x1a\x45\xdf\xa3"
 _ASF = b"\x30\x26\xb2\x75\x8e\x66\xcf\x11"
 _FLV = re.compile(rb"FLV\x01[\0\1\4\5]\0\0\0\x09\0{4}")
 
+_KIND = re.compile(rb"[\w \xa9-]{4}")  # of a box: letters, mostly
 _HOLD_BOXES = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts", b"cmov", b"moof", b"traf")
 
 
@@ -111,13 +112,15 @@ def _boxes(file: IO[bytes], place: int, end: int) -> Iterator[_Box]:
         file.seek(place)
         head = file.read(16)
         length, start = int.from_bytes(head[:4], "big"), place + 8
+        if not _KIND.fullmatch(head, 4, 8):
+            return  # what follows is no box
         if length == 1:
             length, start = int.from_bytes(head[8:16], "big"), place + 16
         if length == 0:
             yield _Box(head[4:8], start, end, open=True)
             return
-        if len(head) < 8 or length < start - place:
-            return  # what follows is no box
+        if length < start - place:
+            return
         place += length
         yield _Box(head[4:8], start, place, open=False)
 

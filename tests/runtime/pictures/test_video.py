@@ -525,8 +525,9 @@ def test_boxes_say_whether_a_file_is_whole(name, expected, tmp_path):
     data = path.read_bytes()
     path.write_bytes(data[:-1])
     assert is_whole(path) is (False if expected else None)
-    path.write_bytes(data + data)
-    assert is_whole(path) is expected
+    for behind in (data, b"\xff\xfe\xfd\xfc\xfb\xfa" * 9, b"x"):
+        path.write_bytes(data + behind)
+        assert is_whole(path) is expected
     path.write_bytes(data + data[:-1])
     assert is_whole(path) is (False if expected else None)
 
