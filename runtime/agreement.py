@@ -42,7 +42,6 @@ Run = Callable[[Array], Outputs]
 SCORES: Final = "scores"
 """Beside a graph's outputs: float [b, N], one of each patch, by which the kept ones are chosen."""
 
-_MOST_AXES: Final = 8  # of an array; the product of very many numbers would take long
 _TINY: Final = float(np.finfo(np.float64).tiny)
 
 
@@ -657,7 +656,7 @@ def _arrays(archive: zipfile.ZipFile, data: Any, manifest: Manifest) -> dict[str
             shape, dtype = npy_header(file, f"{REFERENCE_FILE}: '{name}'", "an array")  # type: ignore[arg-type]
             begin = file.tell()
         # vzip packs nothing; an array that is packed may be of any size.
-        size = math.prod(shape) * dtype.itemsize if len(shape) <= _MOST_AXES else -1
+        size = math.prod(shape) * dtype.itemsize
         packed = member.compress_type != zipfile.ZIP_STORED
         if packed or begin + size != member.file_size or member.file_size > room:
             raise BundleError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from typing import Any, BinaryIO, Final
 
 from vzip.runtime.files import codec
@@ -67,15 +66,3 @@ def check_place(shape: Any, place: Any, width: int, room: int) -> tuple[int, int
     if end - begin != math.prod(shape) * width:
         raise ValueError("its shape and place don't belong together")
     return begin, end
-
-
-def tensors_of(header: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Return the header's entries of tensors.
-
-    Raises:
-        ValueError: One is no object.
-    """
-    entries = {name: each for name, each in header.items() if name != METADATA}
-    if not all(isinstance(each, Mapping) for each in entries.values()):
-        raise ValueError("its header holds a tensor that is no object")
-    return entries

@@ -39,6 +39,7 @@ _DTYPES: Final[dict[Dtype, np.dtype[Any]]] = {
     "I64": np.dtype("<i8"),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_LARGEST: Final = 2**31  # bytes of an image's tokens; tiles of the largest LLMs have 0.3 GB
 _STAMP: Final = {"format": FORMAT, "version": VERSION}
 _TOKENS, _KEPT = "tokens/", "kept/"
 
@@ -341,6 +342,8 @@ class TokenFile:
                 )
             except ValueError as error:
                 raise self._malformed(f"of the tensor {name!r}, {error}") from error
+            if end - begin > _LARGEST:
+                raise self._malformed(f"the tensor {name!r} has {end - begin} bytes")
             if begin != expected:
                 raise self._malformed(f"the tensor {name!r} doesn't lie where the one before ends")
             found[name], expected = entry, end

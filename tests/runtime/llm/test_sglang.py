@@ -164,6 +164,43 @@ def test_a_checkpoint_that_is_not_whole(tmp_path):
         EmbeddingTable.of(checkpoint)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [2**40, WIDTH]},
+        {"shape": [9, WIDTH, 1]},
+        {"shape": [2] * 100_000},
+        {"shape": [-9, -WIDTH]},
+        {"shape": [10**1000, WIDTH]},
+        {"shape": [9.0, WIDTH]},
+        {"data_offsets": [0, 36 * WIDTH + 4]},
+        {"data_offsets": [-4, 36 * WIDTH - 4]},
+        {"data_offsets": [4, 36 * WIDTH + 4]},
+        {"data_offsets": [2**63, 2**63 + 36 * WIDTH]},
+        {"dtype": "F8_E4M3"},
+        {"dtype": ["F32"]},
+    ],
+)
+def test_a_table_whose_header_lies(tmp_path, change):
+    folder = checkpoint_of(tmp_path / "llava")
+    entry = {"dtype": "F32", "shape": [9, WIDTH], "data_offsets": [0, 36 * WIDTH], **change}
+    header = json.dumps({"embed_tokens.weight": entry}).encode()
+    data = len(header).to_bytes(8, "little") + header + bytes(36 * WIDTH)
+    (folder / "model.safetensors").write_bytes(data)
+    with refused(CheckpointError, got="no readable table", cure="whole checkpoint"):
+        EmbeddingTable.of(TextCheckpoint.open("sglang", folder))
+
+
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 10**8, 0, 1])
+@pytest.mark.parametrize("content", [b"{}", b"[" * 100_000, b'{"embed_tokens.weight": 7}'])
+def test_a_table_without_a_header(tmp_path, length, content):
+    folder = checkpoint_of(tmp_path / "llava")
+    said = len(content) if length == 1 else length
+    (folder / "model.safetensors").write_bytes(said.to_bytes(8, "little") + content)
+    with refused(CheckpointError, got="no readable table"):
+        EmbeddingTable.of(TextCheckpoint.open("sglang", folder))
+
+
 LLAVA = {"architectures": ["LlavaForConditionalGeneration"]}
 
 

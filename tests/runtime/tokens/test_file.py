@@ -206,6 +206,19 @@ def test_refuses_what_is_no_file_of_tokens(tmp_path, change, got):
     assert "\n" not in str(raised.value)
 
 
+def test_a_file_of_nothing_takes_no_memory(tmp_path):
+    """Its header and its size agree, and nothing of it lies on the disk."""
+    header, _ = split(to_bytes(ORIGIN, [image("a")]))
+    begin = header["tokens/a"]["data_offsets"][0]
+    header["tokens/a"] |= {"shape": [2**30, 6], "data_offsets": [begin, begin + 24 * 2**30]}
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(join(header, b""))
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size + begin + 24 * 2**30)
+    with refused(InvalidInputError, got=("'tokens/a'", f"{24 * 2**30} bytes"), cure="encode"):
+        TokenFile.open(path)
+
+
 @pytest.mark.parametrize("place", [-1, -80])
 def test_refuses_tokens_and_kept_indices_that_changed(tmp_path, place):
     data = bytearray(to_bytes(ORIGIN, [image("a")]))
