@@ -1,7 +1,8 @@
 """What a graph computes is bounded before anything native sees it.
 
-ONNX Runtime believes constants: a TopK with a negative K ends the process, an integer divided by
-zero too, and nothing stops a graph of a few bytes from asking for all memory. So each operator of
+ONNX Runtime believes constants: a TopK with a negative K ends the process (a failed assertion of
+1.31's shape inference, seen in a Slice behind it), what it divides by is for it to check, and
+nothing stops a graph of a few bytes from asking for all memory or for a day. So each operator of
 our own list has a rule here. It refuses attributes and constants out of range, and says which shape
 and type comes out; sizes, and with them memory and work, are then bounded for the whole graph.
 
@@ -526,7 +527,9 @@ def _div(call: _Call) -> list[Value]:
     made = Value(call[0].dtype, _broadcast(call[0].shape, call[1].shape))
     if call[0].dtype in FLOATS:
         return [made]
-    by = call[1].numbers()  # 0, or -1 below the least integer, ends the process
+    # By 0, and -1 below the least integer, the processor itself refuses: whether that ends the
+    # process is each kernel's own care.
+    by = call[1].numbers()
     if by is None or by.size == 0 or by.min() < 1:
         raise UnfitError("divides integers by what may be 0 or negative", "constants from 1 on")
     return _folded(call, made, lambda x, y: np.trunc(x / y).astype(np.int64))

@@ -67,6 +67,9 @@ TOKEN_ORDER: Final = "dominant ascending, contextual in target order"  # noqa: S
 is kept, is index 0 and so comes first), then one token per contextual target, by ascending target.
 """
 
+MOST_PIXELS: Final = 2**30
+"""Of a call of a graph with a static batch, which runs a whole one for a single picture."""
+
 EMBEDS: Final = "image_embeds"
 KEPT: Final = "kept_indices"
 TOKEN_WEIGHTS: Final = "token_weights"  # noqa: S105 - no password
@@ -454,6 +457,9 @@ def _check_tensors(manifest: Manifest) -> None:
     if manifest.preprocessing.image_size != side:
         found = manifest.preprocessing.image_size
         raise manifest.misfit("preprocessing.image_size", f"the tower's {side}", found)
+    if not manifest.batch.dynamic and manifest.batch.max * side * side > MOST_PIXELS:
+        most = MOST_PIXELS // (side * side)
+        raise manifest.misfit("batch.max", f"at most {most} of {side} pixels", manifest.batch.max)
     batch: Dimension = "batch" if manifest.batch.dynamic else manifest.batch.max
     tokens, width = manifest.selection.tokens, manifest.llm.hidden_size
     image = Tensor("image", "uint8", (batch, side, side, 3))

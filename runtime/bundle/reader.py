@@ -288,7 +288,7 @@ class Bundle:
                     cure="export the bundle again",
                 )
             with open_plain(self.path / NEWLINE_FILE) as file:
-                data = file.read(most + 1)
+                data = file.read(min(most, os.fstat(file.fileno()).st_size) + 1)
             _check_digest(NEWLINE_FILE, hashlib.sha256(data).hexdigest(), entry)
             return _parse_newline(data, width)
 
@@ -645,6 +645,9 @@ def npy_header(file: BinaryIO, name: str, expected: str) -> tuple[tuple[int, ...
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
         if fortran and len(shape) > 1:
             raise ValueError("another order")
+        # In hexadecimal an extent may have more digits than Python prints.
+        if any(type(extent) is not int or not 0 <= extent < 2**53 for extent in shape):
+            raise ValueError("no extents")
     except _NPY_ERRORS as error:
         raise BundleError(
             f"{name} is no file in NumPy's format 1.0",

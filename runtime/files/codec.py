@@ -17,6 +17,7 @@ import math
 import re
 import types
 import typing
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
@@ -377,8 +378,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return JSON pairs as a dict; two readers could disagree about a key that stands twice."""
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {max(names, key=names.count)!r} stands twice in an object")
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the key {_shown(twice)} stands twice in an object")
     return result
 
 

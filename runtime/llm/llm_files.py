@@ -22,7 +22,7 @@ from vzip.runtime.bundle.manifest import (
 from vzip.runtime.bundle.reader import Bundle, naming, npy_header
 from vzip.runtime.errors import BundleError
 from vzip.runtime.files import codec
-from vzip.runtime.files.codec import Count, Index, Must, Record
+from vzip.runtime.files.codec import Count, Index, Must, Record, within
 from vzip.runtime.guard import door
 from vzip.runtime.llm.prompts import Kind, Words
 
@@ -74,7 +74,7 @@ class Settings(Record):
     context: Count | None
     hidden_size: Count
     vocabulary: Count
-    layers: Count
+    layers: Annotated[int, within(1, 1000)]
     kv_heads: Count
     head_size: Count
     dtype: Literal["float32", "float16"]

@@ -80,7 +80,6 @@ def i64(*numbers: int) -> np.ndarray:
 F32 = np.float32
 MICROSOFT = "com.microsoft::"
 HOSTILE: dict[str, bytes] = {
-    # One byte of a constant: ONNX Runtime 1.31 ends the process at these two.
     "topk-negative": model("TopK", ["x", i64(-1)], 2),
     "divides-by-zero": model("Div", ["x", np.int64(0)], kind=TensorProto.INT64),
     "divides-by-what-is-given": model("Div", ["x", "x"], kind=TensorProto.INT64),
@@ -263,6 +262,21 @@ def hidden_topk(graph: Any) -> None:
         k.external_data.add(key=key, value=value)
 
 
+def endless_loop(graph: Any) -> None:
+    """Put 2**62 turns before an output."""
+    boolean = helper.make_tensor_value_info("again", TensorProto.BOOL, [])
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["again"])],
+        "body",
+        [helper.make_tensor_value_info("turn", TensorProto.INT64, []),
+         helper.make_tensor_value_info("go", TensorProto.BOOL, [])],
+        [boolean],
+    )  # fmt: skip
+    turns = numpy_helper.from_array(np.int64(BIG), "turns")
+    graph.graph.initializer.extend([turns, numpy_helper.from_array(np.array(True), "start")])
+    graph.graph.node.insert(0, helper.make_node("Loop", ["turns", "start"], [], body=body))
+
+
 @pytest.mark.parametrize("edit", [negative_topk, hidden_topk])
 def test_one_byte_of_a_bundle_s_graph_is_refused_with_its_digest_right(
     tiny_bundle: Path, edit: Callable[[Any], None]
@@ -271,6 +285,12 @@ def test_one_byte_of_a_bundle_s_graph_is_refused_with_its_digest_right(
     for open_ in (read_bundle, lambda path: VisionEncoder.open(path, "onnxruntime")):
         with refused(BundleError, got=("model.onnx", "TopK"), cure="export the bundle again"):
             open_(tiny_bundle)
+
+
+def test_a_loop_in_a_bundle_s_graph_is_refused(tiny_bundle: Path) -> None:
+    with_digests(tiny_bundle, endless_loop)
+    with refused(BundleError, got=("model.onnx", "Loop"), cure="export the bundle again"):
+        VisionEncoder.open(tiny_bundle, "onnxruntime")
 
 
 def chain(count: int, name: str = "MatMul", side: int = 2**12) -> bytes:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import json
@@ -471,6 +472,12 @@ def test_update_manifest_leaves_the_old_one_when_the_disk_is_full(tiny_bundle, m
 NEWLINE = np.arange(6, dtype=np.float32) - 2.5
 
 
+def headed(shape: str) -> bytes:
+    """Return a file in NumPy's format with a shape as it is written."""
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    return b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header
+
+
 def npy(array: Any, version: tuple[int, int] = (1, 0)) -> bytes:
     file = io.BytesIO()
     np.lib.format.write_array(file, np.asarray(array), version)
@@ -529,6 +536,9 @@ def test_the_newlines_digest_is_checked_whenever_it_is_read(tmp_path, tiny_bundl
             "float32 [99999999999999] in 24 bytes",
             "float32 [6]",
         ),
+        # In hexadecimal an extent may have more digits than Python prints.
+        (headed("(0x" + 9000 * "f" + ",)"), "format 1.0", "float32 [6]"),
+        (headed("(-6,)"), "format 1.0", "float32 [6]"),
         (npy(np.array([None] * 6, object)), "object [6]", "float32 [6]"),
         (npy(NEWLINE, (2, 0)), "format 1.0", "float32 [6]"),
         (b"no array", "format 1.0", "float32 [6]"),
@@ -544,6 +554,15 @@ def test_refuses_a_newline_that_is_not_the_manifests(tmp_path, tiny_bundle, data
     bundle = with_newline(tmp_path / "new", tiny_bundle, data)
     with refused(BundleError, got=(f"{bundle.path}: image_newline.npy ", got), expected=expected):
         bundle.newline()
+
+
+def test_a_newline_as_wide_as_no_memory_is_not_waited_for(tmp_path, tiny_bundle):
+    bundle = with_newline(tmp_path / "new", tiny_bundle, npy(NEWLINE))
+    llm = dataclasses.replace(bundle.manifest.llm, hidden_size=2**53)
+    manifest = copy.copy(bundle.manifest)
+    object.__setattr__(manifest, "llm", llm)
+    with refused(BundleError, got="float32 [6]", expected=str(2**53)):
+        Bundle(bundle.path, manifest).newline()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import pickle
+import time
 from typing import Any
 
 import pytest
@@ -384,6 +385,29 @@ def test_refuses_other_formats_and_versions(path, value, field):
 def test_refuses_what_is_no_strict_json(data, got):
     with refused(BundleError, got=("manifest.json", got)):
         Manifest.from_bytes(data)
+
+
+def test_a_key_that_stands_twice_among_many_is_found_at_once() -> None:
+    keys = ", ".join(f'"{number:x}": 1' for number in range(60_000))
+    start = time.process_time()
+    with refused(BundleError, got="'7' stands twice"):
+        Manifest.from_bytes(f'{{{keys}, "7": 1}}'.encode())
+    assert time.process_time() - start < 5  # a minute and a half where each is counted
+
+
+def test_a_static_batch_has_so_many_pixels_and_no_more() -> None:
+    parsed = values("tiny_static_bundle")
+    parsed["batch"]["max"] = 2**16
+    for each in (*parsed["inputs"], *parsed["outputs"]):
+        each["shape"][0] = 2**16
+    Manifest.from_json(parsed)
+    shown = copy.deepcopy(parsed)
+    side = shown["tower"]["image_size"] = shown["preprocessing"]["image_size"] = 256
+    shown["preprocessing"]["shortest_edge"] = side
+    shown["tower"] |= {"patch_size": 64, "grid": [4, 4]}
+    shown["inputs"][0]["shape"][2:] = [side, side]
+    with refused(BundleError, got="'batch.max' is 65536", expected=f"at most {2**14}"):
+        Manifest.from_json(shown)
 
 
 def test_every_truncation_is_refused():

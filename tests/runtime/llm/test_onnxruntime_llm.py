@@ -474,6 +474,7 @@ def edited(**values: Any) -> Callable[[Path], None]:
         (edited(eos=None), "lacks ['eos']"),
         (edited(more=1), "has the unknown ['more']"),
         (edited(layers=0), "'layers' is 0"),
+        (edited(layers=10**7), "'layers' is 10000000"),
         (edited(layers=True), "'layers' is True"),
         (edited(context="long"), "'context' is 'long'"),
         (edited(eos_ids=[]), "'eos_ids' is []"),
