@@ -129,7 +129,7 @@ class Wording:
             raise InvalidInputError(
                 f"has an answer {answer[:40]!r} whose first token runs into the prompt's {end!r}"
             )
-        if self._placeholder in ids or self._prompts.eos_id in ids:
+        if self._placeholder in ids or self._prompts.ends & set(ids):
             raise InvalidInputError(
                 f"has an answer {answer[:40]!r} that holds one of the LLM's special tokens"
             )

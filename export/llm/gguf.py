@@ -22,6 +22,7 @@ from vzip.runtime.console import progress
 from vzip.runtime.errors import CheckpointError, InvalidInputError, missing
 from vzip.runtime.files import atomic, codec
 from vzip.runtime.guard import door
+from vzip.runtime.llm.chat_template import warn_of_date
 from vzip.runtime.llm.local.gguf_model import Key
 from vzip.runtime.llm.text_side import TextCheckpoint
 
@@ -70,6 +71,7 @@ def convert(
     _check_family(checkpoint)
     step("reading the configuration and the tokenizer")
     text = TextCheckpoint.open(NAME, model, revision=checkpoint.revision)
+    warn_of_date(path.name, text.files.template)
     sizes = Sizes.of(text.files.config)
     vocabulary = read_vocabulary(text.files.tokenizer, sizes.rows)
     stored = Stored.find(checkpoint.folder, sizes)

@@ -27,6 +27,7 @@ from vzip.runtime.bundle.writer import BundleWriter
 from vzip.runtime.config_numbers import check_numbers
 from vzip.runtime.console import watched
 from vzip.runtime.errors import CheckpointError, ExportError, ParityError
+from vzip.runtime.llm.chat_template import warn_of_date
 from vzip.runtime.llm.llm_files import Settings
 from vzip.runtime.llm.local.onnx_decoder import OnnxRuntimeLLM
 from vzip.runtime.llm.local.transformers import CLASSES, TransformersLLM, cache_argument
@@ -180,6 +181,7 @@ def add_llm(
     llm = TransformersLLM.open(
         model, tokens=tokens, revision=revision, device="cpu", dtype="float32"
     )
+    warn_of_date("--with-llm", llm.template)
     step("running the untouched LLM")
     trial = Trial(llm)
     step("tracing the LLM")

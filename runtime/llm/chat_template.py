@@ -6,6 +6,7 @@ Rendering it needs transformers' tokenizers and Jinja; what comes out, `Words`, 
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -30,6 +31,7 @@ _QUESTION, _LATER_QUESTION, _LAST_QUESTION, _ANSWER, _LATER_ANSWER = (
 )
 
 _MISTYPED_EOS = "<\\s>"
+_log = logging.getLogger(__name__)
 _GIVE_WHOLE: Final = "give a whole llava-hf checkpoint with its tokenizer"
 
 
@@ -101,6 +103,20 @@ class HubTokenizer:
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
+
+
+def warn_of_date(name: str, template: str | None) -> None:
+    """Say that words which are written into a file hold a date, where they do.
+
+    Args:
+        name: The file, for the message.
+        template: The chat template that the words are taken from.
+    """
+    if template is not None and "strftime_now" in template:
+        _log.warning(
+            "%s: the LLM's chat template writes today's date, and the file keeps it",
+            name,
+        )
 
 
 def words_of(

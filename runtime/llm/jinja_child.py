@@ -70,7 +70,9 @@ def _environment() -> Any:
             return jinja2.nodes.Scope(body).set_lineno(line)
 
     class Plain:
-        """`dict` without its attributes."""
+        """`dict`, with what a template may have of it."""
+
+        fromkeys = staticmethod(dict.fromkeys)
 
         def __call__(self, *pairs: Any, **more: Any) -> dict[Any, Any]:
             return dict(*pairs, **more)

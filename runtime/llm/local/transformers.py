@@ -84,6 +84,7 @@ class TransformersLLM(GreedyLLM):
     Attributes:
         model: The model, of one of `CLASSES`.
         tokenizer: Its tokenizer, as given.
+        template: Its chat template, as given.
         device: Where it is.
         dtype: torch's dtype of its embeddings.
     """
@@ -134,6 +135,7 @@ class TransformersLLM(GreedyLLM):
         )
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self.template = template
         self.dtype = model.get_input_embeddings().weight.dtype
         self.device = model.device
         self.largest = float(torch.finfo(self.dtype).max)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import resource
+import shutil
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,11 @@ from tests.refusals import refused
 from tests.runtime.llm.chat_templates import PARTS, TEMPLATES, TEXTS, TOKENS, Template
 from tests.runtime.llm.tiny_checkpoints import WIDTH as LLM_WIDTH
 from tests.runtime.llm.tiny_checkpoints import save_checkpoint, sentencepiece
+from vzip.calibration.tuning.data import Turn
+from vzip.calibration.tuning.text import Wording
 from vzip.export.llm import onnx_decoder
 from vzip.export.llm.gguf import convert
+from vzip.runtime import demo
 from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.bundle.writer import bundle_writer
 from vzip.runtime.errors import CheckpointError, MissingDependencyError
@@ -166,6 +171,21 @@ def test_a_render_is_transformers_own(name: str) -> None:
         )
         for chat in chats
     ]
+
+
+@pytest.mark.parametrize("name", ["llama-3", "gemma", "vicuna", "llama-2"])
+def test_what_is_tuned_on_are_the_conversation_s_ids(name: str) -> None:
+    tokenizer = tokenizer_of(TEMPLATES[name])
+    llm = scripted(name, tokenizer)
+    closing = list(llm.text.prompts.closing)
+    wording = Wording(types.SimpleNamespace(text=llm.text, tokenizer=tokenizer), 1)  # type: ignore[arg-type]
+    turns = [Turn(question, answer) for question, answer in zip(QUESTIONS, ANSWERS, strict=True)]
+    ids = wording.example(turns[:2]).ids.tolist()
+    whole = theirs(name, tokenizer, 2)
+    tail = whole[find(whole, closing, len(theirs(name, tokenizer, 1))) :]
+    start = find(ids, tail, 0)
+    assert ids[start - 1] not in llm.text.eos_ids, "one end"
+    assert ids[-len(closing) :] == closing
 
 
 # ── the same through every local LLM ─────────────────────────────────────────────────────────────
@@ -331,3 +351,15 @@ def test_an_old_jinja_is_refused(monkeypatch):
     monkeypatch.setattr(rendering.metadata, "version", lambda _: "3.1.5")
     with refused(MissingDependencyError, got="3.1.5", expected="3.1.6"):
         render("it", "a", {}, [])
+
+
+def test_a_date_that_goes_into_a_file_is_said(tmp_path, caplog):
+    folder = Path(shutil.copytree(demo.checkpoint(), tmp_path / "a"))
+    path = folder / "chat_template.jinja"
+    convert(folder, tmp_path / "a.gguf")
+    assert not caplog.records
+    path.write_text("{{ strftime_now('%d %b %Y') }}" + path.read_text())
+    convert(folder, tmp_path / "b.gguf")
+    assert ["b.gguf" in record.getMessage() for record in caplog.records] == [True]
+    year = time.strftime("%Y")
+    assert year in TransformersLLM.open(folder).text.prompts.first_text("what?")
