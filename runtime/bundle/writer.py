@@ -51,6 +51,7 @@ from vzip.runtime.bundle.reader import (
 from vzip.runtime.errors import BundleError
 from vzip.runtime.files import atomic
 from vzip.runtime.files.codec import Scalar
+from vzip.runtime.guard import guarded
 
 _WAITING = re.compile(rf"\.({'|'.join(QUANTISED)})\.[0-9a-f]{{16}}{re.escape(WAITING_SUFFIX)}")
 _WAITING_ENGINE = re.compile(r"\.(.+)\.[0-9a-f]{16}")
@@ -144,10 +145,11 @@ def bundle_writer(path: str | os.PathLike[str], *, replace: bool = False) -> Ite
         BundleError: `path` is something else than a bundle, holds what took long to make, can't be
             written, or the disk is full.
     """
-    target = Path(path).absolute()
-    _check_replaceable(target, replace=replace)
-    with explaining(target):
-        staged = atomic.StagedFolder(target)
+    with guarded(BundleError, f"'{path}' can't be written", cure="choose another name with -o"):
+        target = Path(path).absolute()
+        _check_replaceable(target, replace=replace)
+        with explaining(target):
+            staged = atomic.StagedFolder(target)
     try:
         with explaining(target):
             writer = BundleWriter(staged, replace=replace)

@@ -554,3 +554,55 @@ def an_overlay(folder: Path) -> Draw:
         )
 
     return draw
+
+
+@door(HEAVY)
+def a_bundles_place(folder: Path) -> Draw:
+    from vzip.runtime.bundle.reader import read_bundle
+    from vzip.runtime.bundle.writer import bundle_writer
+
+    manifest = read_bundle(GOLDEN / "tiny_bundle").manifest
+
+    def draw(rng: random.Random) -> Trial:
+        text = rng.choice(TEXTS)
+        bad = text.startswith(("/", "..", "~", "C:"))
+        path = folder / "x" if bad else folder / rng.choice(("", "y")) / text
+
+        def trial() -> None:
+            with inside(folder), bundle_writer(path) as writer:
+                for name in manifest.files:
+                    shutil.copyfile(GOLDEN / "tiny_bundle" / name, writer.folder / name)
+                writer.publish(manifest)
+
+        return trial
+
+    return draw
+
+
+@door(HEAVY)
+def an_embedding_table(folder: Path) -> Draw:
+    from safetensors.numpy import save_file
+
+    from vzip.runtime.llm.experimental.embedding_table import EmbeddingTable
+    from vzip.runtime.llm.text_side import TextCheckpoint
+
+    place = _text_side(folder)
+    checkpoint = TextCheckpoint.open("fuzz", place)
+    table = np.zeros((300, checkpoint.hidden_size), np.float32)
+    save_file({"language_model.model.embed_tokens.weight": table}, place / "model.safetensors")
+    index = {"weight_map": {"language_model.model.embed_tokens.weight": "model.safetensors"}}
+    (place / "model.safetensors.index.json").write_bytes(json.dumps(index).encode())
+    spoilt = Spoilt(
+        place, ["model.safetensors", "model.safetensors", "model.safetensors.index.json"]
+    )
+
+    def draw(rng: random.Random) -> Trial:
+        spoilt.draw(rng)
+        ids = rng.choice(([0, 1, 2], [299]))
+
+        def trial() -> None:
+            EmbeddingTable.of(checkpoint).rows(ids)
+
+        return trial
+
+    return draw
