@@ -298,7 +298,14 @@ class VisionEncoder:
             arrange(embeds, kept, grid, patches=cells, cls_token=cls_token)
             if newline is None
             else arrange_rows(
-                embeds, kept, grid, newline, tiles.size, patches=cells, cls_token=cls_token
+                embeds,
+                kept,
+                grid,
+                newline,
+                tiles.size,
+                patches=cells,
+                cls_token=cls_token,
+                max_tiles=tiling.max_tiles,
             )
         )
         return EncodedImage(np.concatenate([tokens.embeds[0], others]), tokens.kept)

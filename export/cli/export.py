@@ -87,7 +87,7 @@ def _parser(prog: str) -> Parser:
         choices=("reference", "newline"),
         help="for models that cut images into tiles, the tokens' order: reference: the published "
         "code's; newline: rows ended by newlines and patches of the padding left out, as the LLM "
-        "was trained (OneVision: up to nine tiles) (default: reference)",
+        "was trained (default: reference)",
     )
     parser.add_argument(
         "--target",

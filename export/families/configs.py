@@ -226,6 +226,7 @@ def tiling(
     sizes: TowerConfig,
     *,
     only_alone: bool = False,
+    max_tiles: int | None = None,
 ) -> Tiling:
     """Return how large images are cut.
 
@@ -234,6 +235,7 @@ def tiling(
         pinpoints: Those of the image processor, which cuts, as (height, width).
         sizes: Of the tower, which takes a tile.
         only_alone: As `Tiling.only_alone`.
+        max_tiles: As `Tiling.max_tiles`.
 
     Raises:
         CheckpointError: The two differ, or a resolution is not made of whole tiles.
@@ -252,7 +254,7 @@ def tiling(
             raise refused("image_grid_pinpoints", list(pair), expected)
         if any(length % side for length in pair):
             raise refused("image_grid_pinpoints", list(pair), f"multiples of image_size {side}")
-    return Tiling(pinpoints, only_alone=only_alone)
+    return Tiling(pinpoints, only_alone=only_alone, max_tiles=max_tiles)
 
 
 def token_id(name: str, value: object) -> int:

@@ -63,7 +63,7 @@ class LlavaOnevision(HuggingFaceForm):
         layers = configs.feature_layers(config, -1)
         full = configs.read(LlavaOnevisionConfig, config, kinds=("siglip",))
         sizes = configs.tower(full.vision_config)
-        _check_ratio(full.vision_aspect_ratio)
+        most = _max_tiles(full.vision_aspect_ratio)
         video = media == "video"
         return VisionConfig(
             family="llava-onevision",
@@ -83,14 +83,20 @@ class LlavaOnevision(HuggingFaceForm):
                 None
                 if video
                 else configs.tiling(
-                    full, pinpoints(preprocessor, classes=_IMAGE), sizes, only_alone=True
+                    full,
+                    pinpoints(preprocessor, classes=_IMAGE),
+                    sizes,
+                    only_alone=True,
+                    max_tiles=most,
                 )
             ),
             newline=True,
         )
 
 
-def _check_ratio(value: object) -> None:
-    """Refuse another number of tiles from which on the uncompressed model shrinks a picture."""
-    if not isinstance(value, str) or not re.fullmatch(r"anyres_max_(9|[1-9]\d{1,3})", value):
-        raise configs.refused("vision_aspect_ratio", value, "'anyres_max_9', or a larger number")
+def _max_tiles(ratio: object) -> int:
+    """Return the number of tiles in a ``vision_aspect_ratio``: 9 of ``anyres_max_9``."""
+    found = re.fullmatch(r"anyres_max_([1-9]\d{0,3})", ratio) if isinstance(ratio, str) else None
+    if found is None:
+        raise configs.refused("vision_aspect_ratio", ratio, "'anyres_max_9', or another number")
+    return int(found[1])

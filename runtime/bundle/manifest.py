@@ -186,6 +186,9 @@ class Tiling(Record):
             and patches of the padding are left out. See `vzip.runtime.pictures.tiles`.
         only_alone: Whether an image is cut only where it is the only one of its prompt, as the LLM
             was trained (LLaVA-OneVision). Of several, each is one tile, padded to a square.
+        max_tiles: More tiles' worth of patches, by a tenth in each direction, are shrunk to so many
+            by the uncompressed model; None where it never does. With ``newline``, kept patches
+            stand in the rows that are left.
     """
 
     pinpoints: Annotated[
@@ -193,6 +196,7 @@ class Tiling(Record):
     ]
     order: Literal["reference", "newline"] = "reference"
     only_alone: bool = field(default=False, metadata=OPTIONAL)
+    max_tiles: Count | None = field(default=None, metadata=OPTIONAL)
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,7 @@ def arrange_rows(
     *,
     patches: tuple[int, int] = PATCHES,
     cls_token: bool = True,
+    max_tiles: int | None = None,
 ) -> Array:
     """Return the tokens of the tiles other than the base tile in rows, as the LLM was trained.
 
@@ -145,6 +146,9 @@ def arrange_rows(
     left to right, and then the newline embedding, whether any was kept or none. Rows and columns of
     padding are cut off as transformers 5 does for the uncompressed model (``unpad_image``), and
     kept patches in them are left out. The CLS and contextual tokens follow as in `arrange`.
+
+    Where the uncompressed model shrinks a large picture (`Tiling.max_tiles`), there are as many
+    rows as it leaves, and a kept patch stands in the one that its own went into.
 
     Args:
         embeds: As for `arrange`.
@@ -154,6 +158,7 @@ def arrange_rows(
         size: Height and width of the picture before it was scaled: `Tiles.size`.
         patches: As for `arrange`.
         cls_token: As for `arrange`.
+        max_tiles: As `Tiling.max_tiles`.
 
     Returns:
         [n, L], dtype of `embeds`; n depends on how many patches were kept in the picture.
@@ -165,13 +170,33 @@ def arrange_rows(
     top, left, bottom, right = _unpadded(size, (tokens.rows, tokens.columns))
     row, column = tokens.row, tokens.column
     inside = (row >= top) & (row < bottom) & (column >= left) & (column < right)
-    ends = np.arange(top, bottom)
+    height, width = bottom - top, right - left
+    left_over = _rows_left(height, width, patches[0], max_tiles)
+    lines_of = (row[inside] - top) * left_over // max(1, height)
+    ends = np.arange(left_over)
     # A newline is one column further to the right than the last patch of its row.
-    keys = np.concatenate([row[inside], ends]) * (tokens.columns + 1)
+    keys = np.concatenate([lines_of, ends]) * (tokens.columns + 1)
     keys += np.concatenate([column[inside], np.full(len(ends), tokens.columns)])
     newlines = np.repeat(newline_row(newline, embeds), len(ends), axis=0)
-    lines = np.concatenate([tokens.patches[inside], newlines])[np.argsort(keys)]
+    # Of rows that became one, patches of one column stay one above the other.
+    rows_of = np.concatenate([row[inside], np.full(len(ends), tokens.rows)])
+    lines = np.concatenate([tokens.patches[inside], newlines])[np.lexsort([rows_of, keys])]
     return np.concatenate([lines, tokens.others])
+
+
+def _rows_left(height: int, width: int, side: int, max_tiles: int | None) -> int:
+    """Return how many rows the uncompressed model makes of a picture's height × width patches.
+
+    Args:
+        height: Rows of patches, without padding.
+        width: Columns.
+        side: Rows of patches in a tile.
+        max_tiles: As `Tiling.max_tiles`.
+    """
+    if max_tiles is None:
+        return height
+    ratio = math.sqrt(height * width / (max_tiles * side**2))
+    return int(height // ratio) if ratio > 1.1 else height
 
 
 def newline_row(newline: Array, embeds: Array) -> Array:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.llava_next.image_processing_pil_llava_next import (
@@ -123,7 +123,13 @@ def test_any_size(*, width, height, side, family, seed):
 
 
 def packed(
-    family: str, patches: int, size: tuple[int, int], features: torch.Tensor, newline: torch.Tensor
+    family: str,
+    patches: int,
+    size: tuple[int, int],
+    features: torch.Tensor,
+    newline: torch.Tensor,
+    *,
+    most: int = 999,
 ) -> torch.Tensor:
     """Return what the untouched model makes of one image's uncompressed tiles."""
     side = patches * PATCH
@@ -135,9 +141,9 @@ def packed(
     options: dict[str, Any] = {"vision_feature_select_strategy": "default"}
     if family == "onevision":
         kind = LlavaOnevisionModel
-        # Beyond 9 tiles' worth of patches OneVision shrinks the map of features, which has no
-        # counterpart among kept patches: a limit that is never reached leaves that out.
-        options = {"vision_aspect_ratio": "anyres_max_999"}
+        # Beyond 9 tiles' worth of patches OneVision shrinks the map of features; kept patches are
+        # what they are. A limit that is never reached leaves that out.
+        options = {"vision_aspect_ratio": f"anyres_max_{most}"}
     (result,), _ = kind.pack_image_features(
         SimpleNamespace(config=config), [features], [size], image_newline=newline, **options
     )
@@ -178,3 +184,46 @@ def test_rows_of_an_image_that_keeps_everything_are_upstreams(*, width, height, 
         cls_token=False,
     )
     assert np.array_equal(np.concatenate([features[0].numpy(), result]), expected)
+
+
+@settings(max_examples=80, deadline=None)
+@example(width=1200, height=1200, patches=27, most=9)
+@example(width=2500, height=500, patches=27, most=9)
+@given(
+    width=st.integers(1, 2500),
+    height=st.integers(1, 2500),
+    patches=st.sampled_from([3, 4, 27]),
+    most=st.sampled_from([1, 2, 4, 9]),
+)
+def test_a_picture_that_the_model_shrinks_has_as_many_rows(*, width, height, patches, most):
+    assume(max(width, height) <= 6 * min(width, height))  # of a line upstream leaves no column
+    size, side = (height, width), patches * PATCH
+    grid = get_anyres_image_grid_shape(size, [list(p) for p in pinpoints("onevision", side)], side)
+    tiles = math.prod(grid)
+    # Every number is the row that the token stands in, of the whole grid; a newline is -1.
+    rows = torch.arange(grid[0] * patches, dtype=torch.float32)
+    features = rows.reshape(grid[0], 1, patches, 1).expand(-1, grid[1], -1, patches)
+    features = torch.cat([torch.zeros(1, patches**2, 1), features.reshape(tiles, patches**2, 1)])
+    newline = torch.tensor([-1.0])
+    expected = packed("onevision", patches, size, features, newline, most=most)[patches**2 :, 0]
+    result = arrange_rows(
+        features[1:].numpy(),
+        np.tile(np.arange(patches**2), (tiles, 1)),
+        grid,
+        newline.numpy(),
+        size,
+        patches=(patches, patches),
+        cls_token=False,
+        max_tiles=most,
+    )[:, 0]
+
+    def lines(values):
+        ends = np.flatnonzero(np.asarray(values) == -1)
+        return [np.asarray(part)[:-1] for part in np.split(np.asarray(values), ends + 1)[:-1]]
+
+    ours, theirs = lines(result), lines(expected.numpy())
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        # The model's row is a mean of neighbours; the patches of ours are those around it.
+        assert len(one) >= len(other) > 0
+        assert one.min() - 1 <= other.mean() <= one.max() + 1

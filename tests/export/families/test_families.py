@@ -351,7 +351,10 @@ def test_onevisions_two_views() -> None:
     )
     assert (image.pool, image.tokens, image.grid) == (1, 81, (9, 9))
     assert image.tiling is not None
-    assert image.tiling.only_alone
+    assert (image.tiling.only_alone, image.tiling.max_tiles) == (True, 9)
+    fewer = tiny("llava-onevision", {"vision_aspect_ratio": "anyres_max_4"}).tiling
+    assert fewer is not None
+    assert fewer.max_tiles == 4
     assert len(image.tiling.pinpoints) == 6
     assert (video.media, video.takes, video.tiling) == ("video", ("video",), None)
     assert (video.pool, video.tokens, video.grid) == (2, 25, (5, 5))
@@ -506,7 +509,7 @@ CLIP_OR = "'clip_vision_model' or 'siglip_vision_model'"
         ("llava-onevision", "video_token_index", None, "no LlavaOnevisionConfig", ""),
         *(
             ("llava-onevision", "vision_aspect_ratio", ratio, repr(ratio), "'anyres_max_9'")
-            for ratio in ("anyres", "anyres_max_4", "pad", "anyres_max_", "anyres_max_9x")
+            for ratio in ("anyres", "anyres_max_0", "pad", "anyres_max_", "anyres_max_9x")
         ),
         ("llava-next", POINTS, PINPOINTS[1:], POINTS, "[(32, 64), (64, 32)"),
         ("llava-next", POINTS, "absent", f"{POINTS} = [[336, 672], [", ""),
