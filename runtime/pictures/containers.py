@@ -186,7 +186,7 @@ def _claims(name: str, what: str, size: int) -> InvalidInputError:
 def joined_avis(path: Path) -> int:
     """Return how many AVIs follow one another in a file; the parts of a large one count as one."""
     size, count = path.stat().st_size, 0
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         for end in itertools.chain([0], itertools.islice(_riffs(file, size), _MOST_BOXES)):
             if end is None:
                 break

@@ -44,7 +44,7 @@ import numpy as np
 from PIL import Image
 
 from vzip.runtime.errors import InvalidInputError
-from vzip.runtime.files.plain import NotPlainError, open_plain
+from vzip.runtime.files.plain import NotPlainError, open_plain, read_plain
 from vzip.runtime.guard import door
 from vzip.runtime.pictures import headers
 from vzip.runtime.pictures.headers import (
@@ -168,9 +168,8 @@ def is_animated(path: str | Path) -> bool:
     A phone's multi-picture JPEG has several pictures too, of which the first is the photo.
     """
     try:
-        with Path(path).open("rb") as file:
-            data = file.read(MAX_ENCODED_BYTES)
-    except (OSError, ValueError):  # a NUL in the name is a ValueError
+        data = read_plain(path, MAX_ENCODED_BYTES)
+    except OSError:
         return False
     return headers.is_animated(format_of(data), data)
 
