@@ -45,7 +45,9 @@ from vzip.runtime.errors import BundleError
 Shape = tuple[int, ...]
 Numbers = NDArray[np.int64]
 
-_PROMPTS: Final = ((2, 0), (1, 255), (256, 256))  # new tokens, and those before
+_A_PROMPT_S_TOKENS = 256
+# New tokens, and those before. What grows with the cube of a prompt shows in the last.
+_PROMPTS: Final = ((2, 0), (1, 255), (256, 256), (4096, 0))
 _MOST_FOLDED = 1024  # numbers that are followed through operators; shapes have a few
 _LARGEST_NUMBER = 2**31 - 1
 _INTEGERS = (INT32, INT64)
@@ -86,8 +88,8 @@ A_PICTURE: Final = GraphLimits(value=2**27, values=2**34, alive=2**29, products=
 2**24 and 2**38; SigLIP so400m at 384 has about twice as much."""
 
 A_PROMPT: Final = GraphLimits(value=2**28, values=2**36, alive=2**31, products=2**46)
-"""Of a decoder that is given 256 tokens after 256 others; one of 70 billion weights has 2**34
-elements in all and 2**44 products."""
+"""Of a decoder that is given 256 tokens after 256 others, and so for each 256; one of 70 billion
+weights has about 2**34 elements in all and 2**44 products."""
 
 
 class Value:
@@ -280,7 +282,8 @@ def check_decoder(model: bytes, read: Read, *, file: str) -> None:
         uses = _last_uses(parts)
         for prompt in _PROMPTS:
             choice = dict(zip(names, prompt, strict=False))
-            _Walk(parts, read, choice, A_PROMPT, uses=uses, place=place).run()
+            limits = A_PROMPT.times(max(1, prompt[0] // _A_PROMPT_S_TOKENS))
+            _Walk(parts, read, choice, limits, uses=uses, place=place).run()
 
 
 @contextmanager

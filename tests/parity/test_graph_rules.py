@@ -328,6 +328,37 @@ def test_values_of_one_moment_are_counted() -> None:
         check(made.SerializeToString())
 
 
+def test_what_grows_with_the_cube_of_a_prompt_is_refused() -> None:
+    """At 256 tokens it is small, at the length of a real prompt 256 GiB."""
+    square = [
+        helper.make_node("Transpose", ["x"], ["y"], perm=[1, 0, 2]),
+        helper.make_node("Mul", ["x", "y"], ["xy"]),  # [n, n, 1]
+    ]
+    graph = helper.make_graph(
+        square, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, "n", 1))],
+        [onnx.ValueInfoProto(name="xy")],
+    )  # fmt: skip
+
+    def decoder(more: Sequence[Any], output: str) -> bytes:
+        made = onnx.GraphProto()
+        made.CopyFrom(graph)
+        made.node.extend(more)
+        made.output[0].name = output
+        made.initializer.append(numpy_helper.from_array(i64(3), "last"))
+        opsets = [helper.make_opsetid("", 18)]
+        data: bytes = helper.make_model(made, opset_imports=opsets).SerializeToString()
+        return data
+
+    graph_rules.check_decoder(decoder([], "xy"), no_weights, file="m.onnx")
+    cube = [
+        helper.make_node("Unsqueeze", ["xy", "last"], ["xy_"]),  # [n, n, 1, 1]
+        helper.make_node("Transpose", ["x"], ["t"], perm=[0, 2, 1]),  # [1, 1, n]
+        helper.make_node("Mul", ["xy_", "t"], ["cube"]),  # [n, n, 1, n]
+    ]
+    with refused(BundleError, got="elements in one value"):
+        graph_rules.check_decoder(decoder(cube, "cube"), no_weights, file="m.onnx")
+
+
 def test_a_batch_multiplies_what_a_graph_may_take() -> None:
     data = model("Neg", ["x"], shape=("batch", 2**13, 2**13))
     check(data, batch=64)
