@@ -268,6 +268,7 @@ def check_batch(name: str, embeds: Sequence[object], questions: Sequence[str]) -
     """
     if len(embeds) != len(questions) or not questions:
         raise InvalidInputError(
-            f"{name}: got {len(embeds)} images' tokens and {counted(len(questions), 'question')}",
+            f"{name}: got the tokens of {counted(len(embeds), 'image')} and "
+            f"{counted(len(questions), 'question')}",
             expected="as many of both, 1 or more",
         )

@@ -481,7 +481,7 @@ def test_run_hands_on_contiguous_memory(tiny_bundle, golden):
             "int32 [1, 4] for kept_indices",
             "int64 [1, 4]",
         ),
-        (lambda o: o["image_embeds"].__setitem__((0, 2, 3), np.nan), "1 numbers", "finite"),
+        (lambda o: o["image_embeds"].__setitem__((0, 2, 3), np.nan), "1 number", "finite"),
         (lambda o: o["image_embeds"].__setitem__((0, 2), -np.inf), "6 numbers", "finite"),
         (set_kept([0, 2, 1, 3]), "[0, 2, 1, 3]", "4 ascending tokens"),
         (set_kept([0, 2, 2, 3]), "[0, 2, 2, 3]", "CLS (0)"),

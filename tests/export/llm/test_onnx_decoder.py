@@ -210,7 +210,7 @@ def test_a_graph_that_forgets_its_cache_is_not_published(checkpoint, tmp_path, m
         return tuple(grown)
 
     monkeypatch.setattr(llm_graph._Cache, "update", forget)
-    with refused(ParityError, got="at call 1 of 6 (1 tokens)"):
+    with refused(ParityError, got="at call 1 of 6 (1 token)"):
         add(checkpoint, tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
 

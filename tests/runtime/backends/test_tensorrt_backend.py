@@ -185,7 +185,7 @@ def test_an_engine_for_more_images_than_given_says_so(make: Make) -> None:
     with rig.open() as encoder:
         for count in (2, 3, 2, 3):
             rig.run(encoder, count)
-        with refused(BackendError, got="1 images", expected=("2 to 3", "'orin'")):
+        with refused(BackendError, got="1 image", expected=("2 to 3", "'orin'")):
             rig.run(encoder, 1)
         # The caller's own error costs nobody a graph.
         for count in (2, 3):

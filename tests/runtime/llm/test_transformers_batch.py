@@ -129,8 +129,8 @@ def test_a_batch_may_mix_one_image_and_several(llava, images):
 @pytest.mark.parametrize(
     ("embeds", "questions", "got"),
     [
-        ([], [], "0 images' tokens and 0 questions"),
-        ([embeds_of(5)], ["a?", "b?"], "1 images' tokens and 2 questions"),
+        ([], [], "the tokens of 0 images and 0 questions"),
+        ([embeds_of(5)], ["a?", "b?"], "the tokens of 1 image and 2 questions"),
         ([embeds_of(5)] * 2, ["a?", " "], "question 1: the question is empty"),
         ([embeds_of(5), embeds_of(4)], ["a?", "b?"], "question 1: got tokens of shape [4,"),
         ([[embeds_of(5), embeds_of(5)[:, 1:]]], ["a?"], "image 1: got tokens of shape [5,"),

@@ -112,7 +112,7 @@ def test_refuses_names_that_collide_or_are_no_text():
 
 def test_refuses_a_header_that_readers_would(monkeypatch):
     monkeypatch.setattr("vzip.runtime.tokens.file.LARGEST_HEADER", 300)
-    with refused(InvalidInputError, got="1 images", expected="300", cure="--shard-size"):
+    with refused(InvalidInputError, got="1 image", expected="300", cure="--shard-size"):
         to_bytes(ORIGIN, [image("a")])
 
 
