@@ -190,6 +190,7 @@ MAPS = {
 }
 KINDS = {
     "known": {},
+    "config": {"config.json": {"auto_map": {"AutoConfig": "evil.EvilConfig"}}},
     "tokenizer": {"tokenizer_config.json": {"tokenizer_class": "EvilTokenizer"}},
     "model": {"config.json": {"model_type": "evil", "architectures": ["EvilModel"]}},
     "kernel": {"config.json": {"attn_implementation": "evil/kernel"}},
@@ -256,16 +257,17 @@ COMMANDS = {
 QUICK: Final = ("convert", "plan")
 CASES: Final = (
     *((command, kind) for command in (*QUICK, "ask --llm") for kind in KINDS),
-    *((command, "known") for command in COMMANDS if command not in (*QUICK, "ask --llm")),
+    *((command, "config") for command in COMMANDS if command not in (*QUICK, "ask --llm")),
+    ("export", "known"),
     *(("ask", "model"), ("chat", "model"), ("ask", "tokenizer"), ("export", "kernel")),
 )
 
 
 REFUSED: Final = {
-    *((command, "model") for command in ("ask", "ask --llm", "chat", "convert", "plan")),
-    ("ask --llm", "kernel"),
-    ("convert", "kernel"),
-    ("export", "kernel"),
+    *((command, "model") for command in ("ask", "ask --llm", "chat", "convert")),
+    *((command, "kernel") for command in ("ask --llm", "convert")),
+    # A checkpoint whose model is code of its own may compute anything else.
+    *((command, kind) for command in ("plan", "export") for kind in KINDS if kind != "config"),
 }
 
 

@@ -136,7 +136,9 @@ def a_chat_template(folder: Path) -> Draw:
     from vzip.runtime.llm.chat_template import make_prompts
 
     place = _text_side(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(place, local_files_only=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        place, local_files_only=True, trust_remote_code=False
+    )
     whole = (place / "chat_template.jinja").read_bytes()
 
     def draw(rng: random.Random) -> Trial:

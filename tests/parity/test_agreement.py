@@ -343,7 +343,7 @@ def member(shape: str, data: bytes = b"", *, packed: bool = False, said: int | N
         with zipfile.ZipFile(made, "w") as zipped:
             for name, array in vars(reference).items():
                 whole = io.BytesIO()
-                np.save(whole, array)
+                np.save(whole, array, allow_pickle=False)
                 kept = name == "kept"
                 form = zipfile.ZIP_DEFLATED if packed and kept else zipfile.ZIP_STORED
                 zipped.writestr(f"{name}.npy", npy if kept else whole.getvalue(), form)

@@ -152,7 +152,7 @@ def test_weights_are_those_of_transformers_own_loading(
     whole = {"quantization_config": CompressedTensorsConfig(run_compressed=False)}
     options = whole if "compressed" in name else {}
     untouched = LlavaForConditionalGeneration.from_pretrained(
-        tmp_path, dtype=torch.float32, **options
+        tmp_path, dtype=torch.float32, trust_remote_code=False, **options
     ).model
     state = {f"tower.{key}": each for key, each in untouched.vision_tower.state_dict().items()}
     projector = untouched.multi_modal_projector.state_dict()

@@ -28,7 +28,7 @@ ONE = torch.ones(1)
 def add(file: Path, *names: str, value: torch.Tensor = ONE) -> None:
     more = {name: value.clone() for name in names}
     if file.suffix == ".bin":
-        torch.save(torch.load(file) | more, file)
+        torch.save(torch.load(file, weights_only=True) | more, file)
     else:
         save_file(load_file(file) | more, file)
 
@@ -247,7 +247,7 @@ LLM = "model.layers.0.self_attn.q_proj.lora_A.weight"
 def original_lora(folder: Path, *names: str) -> dict[str, torch.Tensor]:
     """As original LLaVA saves one: an adapter of the LLM, and what else was trained."""
     expected = write_layout("original-projector-file", folder, change={"model_type": "llava_llama"})
-    trained = torch.load(folder / "mm_projector.bin")
+    trained = torch.load(folder / "mm_projector.bin", weights_only=True)
     (folder / "mm_projector.bin").unlink()
     wrapped = {f"base_model.model.{name}": tensor for name, tensor in trained.items()}
     torch.save(wrapped, folder / "non_lora_trainables.bin")
@@ -270,7 +270,7 @@ def test_originals_lora_may_hold_a_trained_tower(tmp_path: Path) -> None:
         if name.startswith("tower.")
     }
     file = tmp_path / "non_lora_trainables.bin"
-    torch.save(torch.load(file) | tower, file)
+    torch.save(torch.load(file, weights_only=True) | tower, file)
     config = json.loads((tmp_path / "config.json").read_text())
     config["unfreeze_mm_vision_tower"] = True
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -207,10 +207,12 @@ def with_graph(bundle: Path, folder: Path, change: Callable[[onnx.ModelProto], N
 def test_the_parsers_own_words_in_one_line(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def of_nothing(model: onnx.ModelProto) -> None:
-        model.graph.node[-1].input[1] = "nowhere"
+    def of_integers(model: onnx.ModelProto) -> None:
+        integer = helper.make_tensor("whole", onnx.TensorProto.INT64, [1], [1])
+        model.graph.initializer.append(integer)
+        model.graph.node[-1].input[1] = "whole"
 
-    path = with_graph(tiny_bundle, tmp_path, of_nothing)
+    path = with_graph(tiny_bundle, tmp_path, of_integers)
     assert main(["build", str(path), "--rtx", "sm86"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("vzip: error: the parser of TensorRT-RTX 1.7")
