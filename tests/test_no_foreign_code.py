@@ -224,6 +224,9 @@ def hostile(folder: Path, kind: str, witness: Path) -> Path:
     change(folder / "config.json", **config)
     for name, settings in KINDS[kind].items():
         change(folder / name, **settings)
+    if kind == "config":  # a tower of its own code is refused
+        del config["vision_config"]["auto_map"]
+        change(folder / "config.json", vision_config=config["vision_config"])
     return folder
 
 
