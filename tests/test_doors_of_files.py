@@ -22,12 +22,13 @@ from tests.runtime.llm.llm_server_stubs import checkpoint_of
 from vzip.calibration.samples import Samples
 from vzip.calibration.tuning.data import InstructionData
 from vzip.export.checkpoint.containers import read_index, read_json, read_tensors
+from vzip.export.checkpoint.folders import LocalFolder
 from vzip.export.checkpoint.reader import Checkpoint, read_vision
 from vzip.export.engines.published import build_lock
 from vzip.export.engines.tensorrt.publish import _read_cache
 from vzip.runtime import demo
 from vzip.runtime.bundle.reader import read_bundle
-from vzip.runtime.errors import BundleError, VzipError
+from vzip.runtime.errors import BundleError, CheckpointError, VzipError
 from vzip.runtime.llm.experimental.embedding_table import EmbeddingTable
 from vzip.runtime.llm.local.llama_cpp import _check_file
 from vzip.runtime.llm.text_side import TextCheckpoint
@@ -85,6 +86,8 @@ DOORS: dict[str, Callable[[Path], Any]] = {
     "tensors": lambda path: read_tensors(path.rename(path.with_suffix(".safetensors")), ["a"]),
     "pickle": lambda path: read_tensors(path.rename(path.with_suffix(".bin")), ["a"]),
     "checkpoint's configuration": of_checkpoint(vision, "config.json"),
+    "file of a checkpoint": lambda path: LocalFolder(path.parent).find(path.name),
+    "checkpoint's processor": of_checkpoint(vision, "processor_config.json"),
     "checkpoint's tensors": of_checkpoint(vision, "model.safetensors"),
     "LLM's tokenizer": of_checkpoint(text, "tokenizer.json"),
     "LLM's settings": of_checkpoint(text, "generation_config.json"),
@@ -127,6 +130,13 @@ def test_doors_that_answer(tmp_path, kind):
     cache = TokenCache(tmp_path / "cache")
     kind(cache.path("1" * 64, "2" * 64))
     assert cache.get("1" * 64, "2" * 64) is None
+
+
+def test_a_link_to_nothing_is_no_absent_file(tmp_path):
+    (tmp_path / "preprocessor_config.json").symlink_to("../blobs/absent")
+    with refused(CheckpointError, got="preprocessor_config.json", cure="put the file itself"):
+        LocalFolder(tmp_path).find("preprocessor_config.json")
+    assert LocalFolder(tmp_path).find("config.json") is None
 
 
 def test_a_bundle_whose_folder_of_engines_leads_elsewhere(tmp_path):

@@ -117,14 +117,14 @@ def _open(path: Path) -> Iterator[Lazy]:
             f"{path} is no tensor file that vzip reads",
             expected=f"{' or '.join(_OPENERS)}",
         )
-    if not path.is_file():
-        raise CheckpointError(
-            f"tensor file {path} does not exist",
-            cure="check the path",
-        )
     try:
         with open_plain(path) as file:
             start = file.read(len(_LFS_POINTER))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"tensor file {path} does not exist",
+            cure="check the path",
+        ) from error
     except OSError as error:
         raise CheckpointError(f"can't read {path}: {error.strerror or error}") from error
     if start == _LFS_POINTER:

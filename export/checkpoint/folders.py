@@ -7,12 +7,14 @@ lost.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import NoReturn, Protocol
 
 from vzip.runtime.errors import CheckpointError
+from vzip.runtime.files.plain import open_plain
 from vzip.runtime.models import ALIASES, suggestion
 
 
@@ -55,9 +57,24 @@ class LocalFolder:
         return None
 
     def find(self, name: str) -> Path | None:
-        """Return the file's path if it is there."""
+        """Return the file's path if it is there.
+
+        Raises:
+            CheckpointError: Something else is there, be it a link to nothing, for which no default
+                may stand.
+        """
         path = self.path / name
-        return path if path.is_file() else None
+        if not os.path.lexists(path):
+            return None
+        try:
+            open_plain(path).close()
+        except OSError as error:
+            raise CheckpointError(
+                f"can't read {path}: {error.strerror}",
+                expected="a file of the checkpoint",
+                cure="put the file itself there, or remove what is there",
+            ) from error
+        return path
 
     def missing(self, names: Iterable[str], *, purpose: str) -> CheckpointError:
         """Return the error for files that are not there."""
