@@ -162,7 +162,7 @@ def _lines(path: Path) -> list[str]:
     """Return a file's lines; none where it is absent or can't be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+    except (OSError, ValueError):  # a mount's name with a zero byte is a ValueError
         return []
 
 

@@ -108,16 +108,19 @@ def jetpack(l4t: str) -> str | None:
     return None
 
 
+_DIGITS: Final = "[0-9]{1,18}"  # of a number that a kernel writes
+
+
 def memory(root: Path = ROOT) -> Memory | None:
     """Return the machine's memory; None where there is no /proc/meminfo."""
     text = _read(root / "proc/meminfo")
     if text is None:
         return None
-    kib = {name: int(value) for name, value in re.findall(r"^(\w+):\s+(\d+)", text, re.M)}
+    kib = {name: int(value) for name, value in re.findall(rf"^(\w+):\s+({_DIGITS})\b", text, re.M)}
     zram = disk = 0
     for line in (_read(root / "proc/swaps") or "").splitlines()[1:]:
         fields = line.split()
-        if len(fields) < 4 or not (fields[2].isdigit() and fields[3].isdigit()):
+        if len(fields) < 4 or not all(re.fullmatch(_DIGITS, each) for each in fields[2:4]):
             continue
         if "zram" in fields[0]:
             zram += int(fields[2])
@@ -256,5 +259,5 @@ def _read(path: Path) -> str | None:
 
 def _number(path: Path) -> int | None:
     """Return the integer that a file starts with (``306000000``, or ``45@306000000``)."""
-    match = re.match(r"\s*(-?\d+)", _read(path) or "")
+    match = re.match(rf"\s*(-?{_DIGITS})(?![0-9])", _read(path) or "")
     return int(match[1]) if match else None

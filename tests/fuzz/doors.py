@@ -84,10 +84,11 @@ class Spoilt:
     Args:
         folder: The folder, whole.
         names: Files that are spoilt; those that come twice are, as often.
+        plain: Whether they stay plain files.
     """
 
-    def __init__(self, folder: Path, names: list[str]) -> None:
-        self.folder, self._names = folder, names
+    def __init__(self, folder: Path, names: list[str], *, plain: bool = False) -> None:
+        self.folder, self._names, self._plain = folder, names, plain
         self._whole = {name: (folder / name).read_bytes() for name in names}
         self._last: list[str] = []
 
@@ -107,7 +108,7 @@ class Spoilt:
 
     def _spoil(self, rng: random.Random, name: str) -> None:
         path, kind = self.folder / name, rng.random()
-        if kind < 0.94:
+        if kind < 0.94 or self._plain:
             path.write_bytes(mutations.of_name(name)(rng, self._whole[name]))
             return
         path.unlink()
@@ -838,5 +839,52 @@ def an_outputs_name(folder: Path) -> Draw:
         )
         # Nothing may be written outside of the folder.
         return there if not text.startswith(("/", "..", "~", "//", "C:")) else (lambda: None)
+
+    return draw
+
+
+# ── the machine ─────────────────────────────────────────────────────────────────────────────────
+
+
+@door(DOORS)
+def a_machines_files(folder: Path) -> Draw:
+    """What /proc, /sys and /etc hold is read for reports and for threads: oddities are left out."""
+    from vzip.runtime.machine import process, record, sensors
+
+    trees = json.loads((GOLDEN / "jetson_trees.json").read_text("utf-8"))
+    groups = {
+        "proc/self/cgroup": "0::/box\n",
+        "proc/self/mountinfo": "30 24 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n",
+        "sys/fs/cgroup/box/cpu.max": "150000 100000\n",
+        "sys/fs/cgroup/cpu.max": "max 100000\n",
+    }
+    all_spoilt = []
+    for name in ("orin_nano", "thor"):
+        files = {path.lstrip("/"): text for path, text in trees[name].items()} | groups
+        for path, text in files.items():
+            place = folder / name / path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(text or "", "utf-8")
+        all_spoilt.append(Spoilt(folder / name, sorted(files), plain=True))
+
+    def draw(rng: random.Random) -> Trial:
+        spoilt = rng.choice(all_spoilt)
+        for name in spoilt.draw(rng):
+            path = spoilt.folder / name
+            if rng.random() < 0.7:
+                text = rng.choice(TEXTS).encode(errors="surrogatepass")
+                path.write_bytes(text + rng.choice((b"", b"\n", b" 100000\n")))
+        root = spoilt.folder
+
+        def trial() -> None:
+            for read in (
+                sensors.jetson, sensors.memory, sensors.power, sensors.temperatures,
+                sensors.gpu_clocks, sensors.cpu_clocks, sensors.processor, sensors.instructions,
+                sensors.governor, sensors.distribution, process.cores, process.physical_cores,
+                process.threads, process.quota, record.state,
+            ):  # fmt: skip
+                read(root)
+
+        return trial
 
     return draw

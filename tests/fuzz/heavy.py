@@ -432,13 +432,13 @@ def numbers_of_a_plan(folder: Path) -> Draw:
 
 @door(HEAVY)
 def a_graph(folder: Path) -> Draw:
-    """Read and described, not run: `tests/runtime/bundle` holds what may be run."""
     from tests.fuzz.doors import refresh, tiny
     from vzip.export.graph.reading import read_graph
     from vzip.export.inspect.describe import describe_graph
+    from vzip.runtime import VisionEncoder
     from vzip.runtime.bundle.reader import read_bundle
 
-    bundle = tiny(folder)
+    bundle, picture = tiny(folder), np.zeros((16, 16, 3), np.uint8)
     spoilt = Spoilt(bundle, ["model.onnx"])
 
     def draw(rng: random.Random) -> Trial:
@@ -446,12 +446,16 @@ def a_graph(folder: Path) -> Draw:
         if (bundle / "model.onnx").is_file() and (bundle / "model.onnx").stat().st_size:
             refresh(bundle)
 
-        def trial() -> None:
+        def described() -> None:
             found = read_bundle(bundle)
             read_graph(found, "fuzz")
             list(describe_graph(bundle))
 
-        return trial
+        def run() -> None:  # what would kill a process has to be refused before
+            with VisionEncoder.open(bundle, "onnxruntime") as encoder:
+                encoder.encode(picture)
+
+        return rng.choice((described, run))
 
     return draw
 
