@@ -417,7 +417,7 @@ def _no_place(kind: Kind, token: str, written: str, *, rendered: bool) -> _Fault
     instead = f", but writes {written[:80]!r} there" if written else ""
     return _FaultError(
         f"has no place for {kind}s{instead}",
-        f"{token!r} once for each {kind}, before or behind the question",
+        f"{token!r} once for each {kind}, before the question",
         rendered=rendered,
         final=rendered and bool(instead),
     )

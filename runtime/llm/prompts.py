@@ -101,6 +101,12 @@ class Words(Record):
     later: LaterTurn | None
 
 
+TURN_TOKENS: Final = frozenset(
+    ("<|eot_id|>", "<|im_start|>", "<|im_end|>", "<|end|>", "<start_of_turn>", "<end_of_turn>")
+)
+"""Tokens of turns that LLaVA-1.5's LLMs lack: an LLM with one was trained with other words."""
+
+
 def llava_15_words(*, videos: bool = False) -> Words:
     r"""Return LLaVA-1.5's words, for checkpoints without a chat template.
 

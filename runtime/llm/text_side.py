@@ -17,7 +17,7 @@ from vzip.runtime.errors import CheckpointError, first_line, missing
 from vzip.runtime.files.plain import check_folder_of_plain, read_text
 from vzip.runtime.guard import door
 from vzip.runtime.llm.chat_template import make_prompts
-from vzip.runtime.llm.prompts import KINDS, Kind, Prompts
+from vzip.runtime.llm.prompts import KINDS, TURN_TOKENS, Kind, Prompts
 from vzip.runtime.llm.shown import Shown, TokenSpec, check_shown
 from vzip.runtime.models import locate
 
@@ -233,10 +233,12 @@ class TextFiles:
                 expected="a LLaVA of transformers",
                 cure="give a whole llava-hf checkpoint",
             )
-        if self.template is None and llm not in _LLAVA_15_WORDS.get(kind, ()):
+        added = map(str, self.tokenizer.added_tokens_decoder.values())
+        own = ", ".join(sorted(TURN_TOKENS.intersection(added)))
+        if self.template is None and (own or llm not in _LLAVA_15_WORDS.get(kind, ())):
             raise CheckpointError(
                 f"{self.name}: {self.model!r} has no chat template, which a {kind!r} model with "
-                f"a {llm!r} LLM needs",
+                f"a {llm!r} LLM{f' and the tokens {own}' if own else ''} needs",
                 cause="without it the LLM would be asked in words that it was not trained with",
                 cure="fetch chat_template.json or chat_template.jinja of the published checkpoint",
             )

@@ -213,6 +213,15 @@ class GgufModel:
             return False
         return not self.library.llama_vocab_get_attr(self.vocabulary, token_id) & _UNUSED
 
+    def special_texts(self) -> frozenset[str]:
+        """Return the texts of the special tokens."""
+        library, vocabulary = self.library, self.vocabulary
+        return frozenset(
+            library.llama_vocab_get_text(vocabulary, token_id).decode(errors="replace")
+            for token_id in range(library.llama_vocab_n_tokens(vocabulary))
+            if library.llama_vocab_get_attr(vocabulary, token_id) & (_CONTROL | _USER_DEFINED)
+        )
+
     def ends(self) -> list[int]:
         """Return the ids that end an answer."""
         stored = self.text(Key.EOS_IDS)

@@ -39,7 +39,7 @@ from vzip.runtime.llm.local.gguf_model import (
     quietly,
     said,
 )
-from vzip.runtime.llm.prompts import KINDS, Kind, Prompts, Words, llava_15_words
+from vzip.runtime.llm.prompts import KINDS, TURN_TOKENS, Kind, Prompts, Words, llava_15_words
 from vzip.runtime.llm.shown import TokenSpec
 from vzip.runtime.llm.text_side import TextSide
 from vzip.runtime.machine import process
@@ -387,7 +387,8 @@ def _words(model: GgufModel, tokens: TokenSpec | None, family: str | None, path:
                 f"{NAME}: '{path}' has unreadable words ({error})",
                 cure="make it again with 'vzip convert'",
             ) from error
-    if family in _LLAVA_15_FAMILIES and model.text("general.architecture") == "llama":
+    llama = model.text("general.architecture") == "llama"
+    if family in _LLAVA_15_FAMILIES and llama and not TURN_TOKENS & model.special_texts():
         return llava_15_words(videos=tokens is not None and tokens.video_token_id is not None)
     raise _wordless(path)
 
@@ -395,7 +396,8 @@ def _words(model: GgufModel, tokens: TokenSpec | None, family: str | None, path:
 def _wordless(path: Path) -> CheckpointError:
     return CheckpointError(
         f"{NAME}: '{path}' does not say in which words its LLM is asked",
-        expected=f"the key {Key.WORDS!r}, or the GGUF of a Llama for a bundle of a LLaVA-1.5",
+        expected=f"the key {Key.WORDS!r}, or the GGUF of a Llama without tokens of turns for a "
+        "bundle of a LLaVA-1.5",
         cure="make it with 'vzip convert --model MODEL --to gguf -o FILE.gguf'",
     )
 

@@ -38,7 +38,7 @@ from vzip.runtime.errors import (
 )
 from vzip.runtime.llm import TokenSpec
 from vzip.runtime.llm.local import gguf_model
-from vzip.runtime.llm.local.gguf_model import Key
+from vzip.runtime.llm.local.gguf_model import GgufModel, Key, load_library
 from vzip.runtime.llm.local.llama_cpp import LlamaCppLLM, open_for
 from vzip.runtime.llm.local.transformers import TransformersLLM
 
@@ -479,13 +479,18 @@ def test_a_text_gguf_serves_a_bundle_of_original_llava(own):
     assert llm.ask(noise(7), "what?", max_new_tokens=4)
 
 
-def test_words_that_nobody_knows_are_not_guessed(own):
+def test_words_that_nobody_knows_are_not_guessed(own, monkeypatch):
     fields = {"got": str(own.path), "expected": "'vzip.words'", "cure": "vzip convert"}
     for family in ("llava-next", "vip-llava", None):
         with refused(CheckpointError, **fields):
             LlamaCppLLM(own.path, tokens=own.tokens, family=family)
     with refused(CheckpointError, **fields):
         LlamaCppLLM(own.path, tokens=None)
+    texts = GgufModel(load_library(), own.path, weights=False).special_texts()
+    assert {"<s>", "</s>"} <= texts
+    monkeypatch.setattr(GgufModel, "special_texts", lambda _: texts | {"<|eot_id|>"})  # Llama-3's
+    with refused(CheckpointError, **fields):
+        LlamaCppLLM(own.path, tokens=own.tokens, family="llava")
 
 
 def test_a_placeholder_that_is_another_word_is_refused(own):

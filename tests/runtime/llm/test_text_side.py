@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import transformers
 
 from tests.refusals import refused
 from tests.runtime.llm.llm_server_stubs import checkpoint_of
@@ -14,6 +15,7 @@ from vzip.runtime import demo
 from vzip.runtime.errors import CheckpointError, InvalidInputError, VzipError
 from vzip.runtime.llm import TokenSpec
 from vzip.runtime.llm.local.transformers import TransformersLLM
+from vzip.runtime.llm.prompts import TURN_TOKENS
 from vzip.runtime.llm.text_side import TextCheckpoint
 
 DEMO = TokenSpec(43, 128, 4)
@@ -232,4 +234,16 @@ def test_an_attention_of_the_hub_is_refused(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "attn_implementation": "a/kernel"}))
     with refused(CheckpointError, got="'a/kernel'", cause="never runs", cure="attn_implementation"):
+        TextCheckpoint.open("vllm", folder)
+
+
+@pytest.mark.parametrize("token", sorted(TURN_TOKENS))
+def test_without_a_template_an_llm_with_tokens_of_turns_is_asked_in_no_words(token, tmp_path):
+    folder = Path(shutil.copytree(demo.checkpoint(), tmp_path / "a"))
+    (folder / "chat_template.jinja").unlink()
+    assert TextCheckpoint.open("vllm", folder).prompts.words.first["image"].before == "USER: "
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+    tokenizer.save_pretrained(folder)
+    with refused(CheckpointError, got=("no chat template", token), cure="chat_template.jinja"):
         TextCheckpoint.open("vllm", folder)
