@@ -152,6 +152,7 @@ def bundle_writer(path: str | os.PathLike[str], *, replace: bool = False) -> Ite
             staged = atomic.StagedFolder(target)
     try:
         with explaining(target):
+            atomic.try_file(staged.path / MANIFEST_FILE)  # before minutes of work
             writer = BundleWriter(staged, replace=replace)
             yield writer
         if not writer.published:
