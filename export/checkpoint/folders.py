@@ -258,7 +258,11 @@ def _refuse(repo_id: str, revision: str | None, name: str, error: Exception) -> 
         errors.EntryNotFoundError: CheckpointError(
             f"{repo_id} has no {name}",
             expected="in a checkpoint",
-            cure="choose a repository in Hugging Face's or original LLaVA's layout",
+            cause="it holds something else, or a LoRA alone, which needs its base model",
+            cure=(
+                "choose a repository in Hugging Face's or original LLaVA's layout; of a LoRA, merge "
+                "it into its base model first"
+            ),
         ),
         errors.HFValidationError: CheckpointError(
             f"'{repo_id}' is no hub id (owner/name): {_reason(error)}"
