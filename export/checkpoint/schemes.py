@@ -124,7 +124,10 @@ def quantised(got: str, scheme: Scheme, sign: str | None, *, why: str = "") -> C
     name = scheme.name or sign or "a scheme that its config.json doesn't name"
     return CheckpointError(
         f"{got}: the weight is quantised by {name}",
-        expected="16- or 32-bit floating point, or FP8 or INT8 numbers beside their scales",
+        expected=(
+            "floating point of 16 bits or more, FP8 or INT8 beside its scales, or bitsandbytes' "
+            "NF4 or FP4"
+        ),
         cause=why or f"vzip doesn't undo {name}",
         cure=(
             "export from the checkpoint as it was before it was quantised: its tokens are made for "
