@@ -260,8 +260,8 @@ def _refuse(repo_id: str, revision: str | None, name: str, error: Exception) -> 
             expected="in a checkpoint",
             cause="it holds something else, or a LoRA alone, which needs its base model",
             cure=(
-                "choose a repository in Hugging Face's or original LLaVA's layout; merge a LoRA into "
-                "its base model first"
+                "choose a repository in Hugging Face's or original LLaVA's layout; merge a "
+                "LoRA into its base model first"
             ),
         ),
         errors.HFValidationError: CheckpointError(
