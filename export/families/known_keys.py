@@ -24,6 +24,11 @@ from vzip.runtime.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
 
+OTHER_MODEL = "take a model of a family that 'vzip models' lists"
+"""What to do about a model that is another than LLaVA."""
+
+_COMPARE = "compare the file with the published one"
+
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
@@ -127,7 +132,7 @@ def check(
         got = config.get(key)
         if not _is_off(got) and not any(_same(got, value) for value in values):
             expected = " or ".join(map(_written, values)) or "none"
-            raise refused(_inside(part, key), got, expected)
+            raise refused(_inside(part, key), got, expected, cure=OTHER_MODEL)
     others = []
     for key in _unknown(config, {*known, *(allowed or {})}):
         if not part and not _VISION.search(key):
@@ -137,7 +142,7 @@ def check(
                 f"config.json has {_inside(part, key)} = {shown(config[key])}",
                 expected="no such key",
                 cause="vzip doesn't know what it changes on the vision side",
-                cure="take a model of a family that 'vzip models' lists",
+                cure=OTHER_MODEL,
             )
     if others := [key for key in others if key not in _LLM]:
         _warn(tuple(others))
@@ -179,12 +184,12 @@ def check_class(config: Config, classes: Collection[str], *, part: str = "") -> 
     names = named if isinstance(named, list) else [named]
     if not _is_off(named) and any(name not in tuple(classes) for name in names):
         expected = " or ".join(map(repr, classes))
-        raise refused(_inside(part, "architectures"), named, expected)
+        raise refused(_inside(part, "architectures"), named, expected, cure=OTHER_MODEL)
     own = config.get("auto_map")
     for key, code in own.items() if isinstance(own, dict) else ():
         if key.startswith("AutoModel"):
             expected = "none, since vzip runs no code of a checkpoint"
-            raise refused(_inside(part, f"auto_map.{key}"), code, expected)
+            raise refused(_inside(part, f"auto_map.{key}"), code, expected, cure=OTHER_MODEL)
 
 
 @functools.cache
@@ -193,13 +198,13 @@ def keys_of(config_class: Any) -> frozenset[str]:
     return frozenset(config_class().to_dict())
 
 
-def refused(key: str, got: object, expected: str) -> CheckpointError:
+def refused(key: str, got: object, expected: str, *, cure: str = _COMPARE) -> CheckpointError:
     """Return the error for a value that a family can't have."""
     return CheckpointError(
         f"config.json has {key} = {shown(got)}",
         expected=f"{expected}",
         cause="vzip doesn't know this variant of the model",
-        cure="compare the file with the published one",
+        cure=cure,
     )
 
 

@@ -185,7 +185,8 @@ class LlavaOriginal:
         check_numbers(config)
         kind = config.get("model_type")
         if kind not in _TYPES:  # a tuple: a list in the file is no key
-            raise configs.refused("model_type", kind, " or ".join(map(repr, _TYPES)))
+            expected = " or ".join(map(repr, _TYPES))
+            raise configs.refused("model_type", kind, expected, cure=known_keys.OTHER_MODEL)
         known_keys.check_class(config, _CLASSES)
         ratio = config.get("image_aspect_ratio")
         if isinstance(ratio, str) and ratio.startswith("anyres"):
