@@ -17,18 +17,20 @@ from vzip.runtime.errors import CheckpointError, printable
 
 _log = logging.getLogger(__name__)
 
+_TOP: Final = r"(model\.)?(\w+_tower\.){0,2}"  # where a tower's own parts begin, not inside a layer
 _HARMLESS: Final[tuple[tuple[str, str], ...]] = (
     (r"(.*\.)?position_ids", "counts 0, 1, 2 …, which older transformers saved"),
     (r"(.*\.)?num_batches_tracked", "counts training steps"),
-    (r"(.*\.)?(text_model|text_projection|visual_projection)\..*", "CLIP's and SigLIP's text side"),
-    (r"(.*\.)?(logit_scale|logit_bias)", "compares pictures with texts"),
+    (rf"{_TOP}(text_model|text_projection|visual_projection)\..*", "CLIP's and SigLIP's text side"),
+    (rf"{_TOP}(logit_scale|logit_bias)", "compares pictures with texts"),
     (r"(.*\.)?vision_model\.head\..*", "SigLIP's pooling head: features are taken before it"),
     (r"(.*\.)?(vision|video|image)_tower\.head\..*", "likewise, as transformers 5 calls it"),
-    (r"head\..*", "likewise, in a checkpoint of the tower's own"),
-    (rf".*\.({'|'.join(ACTIVATIONS)})", "scales of what a layer takes and gives, not of weights"),
     (r"(.*\.)?(scaled_fp8|__index_timestamp__)", "marks of the tool that wrote the file"),
 )
 """Full names, what wraps them taken away → why they change nothing."""
+
+_ROUNDED: Final = re.compile(rf".*\.({'|'.join(ACTIVATIONS)})")
+"""Harmless in a quantised checkpoint alone: elsewhere a layer may have learnt such a scale."""
 
 _LLM: Final = re.compile(
     r"(model\.)?(language_model|text_model|llm)\..*"
@@ -70,6 +72,7 @@ def check_leftovers(
     harmless: tuple[str, ...],
     where: str,
     scheme: Scheme,
+    dequantised: bool,
 ) -> None:
     """Raise unless what was left unread of a folder or file changes nothing.
 
@@ -79,6 +82,7 @@ def check_leftovers(
         harmless: What names begin with that were left out on purpose, such as another tower's.
         where: The folder or file.
         scheme: What its configuration says of quantisation.
+        dequantised: Whether some of its weights were quantised.
 
     Raises:
         CheckpointError: One of them is of the tower, the projector or something else that pictures
@@ -87,6 +91,8 @@ def check_leftovers(
     left = [
         name for name in sorted(names) if not name.startswith(harmless) and not _is_harmless(name)
     ]
+    if scheme.name or dequantised:
+        left = [name for name in left if not _ROUNDED.fullmatch(name)]
     unknown = [name for name in left if name.startswith(roots) or is_visual(name)]
     if unknown:
         raise _refused(unknown, where, scheme)
@@ -114,6 +120,7 @@ def check_llm_leftovers(names: Iterable[str], *, where: str, signs_alone: bool =
     """
     left = [name for name in sorted(names) if is_llm(name) and not _is_harmless(name)]
     left = [name for name in left if not name.endswith(".rotary_emb.inv_freq")]  # of rope_theta
+    left = [name for name in left if not _ROUNDED.fullmatch(name)]
     if signs_alone:
         left = [name for name in left if is_adapter(name) or signs(_leaves(name))]
     if not left:

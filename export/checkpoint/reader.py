@@ -519,6 +519,7 @@ class _Reading:
                 harmless=skipped,
                 where=store,
                 scheme=first.scheme,
+                dequantised=self.dequantised is not None,
             )
 
 

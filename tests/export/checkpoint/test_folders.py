@@ -203,7 +203,7 @@ def test_a_download_that_fails(
             {"got": (repr(REPO), "private"), "cause": ("'bakllava'", "are demo")},
         ),
         (errors.RevisionNotFoundError, {"got": (REPO, "'v9'"), "expected": "branch, tag"}),
-        (errors.RemoteEntryNotFoundError, {"got": (REPO, "config.json")}),
+        (errors.RemoteEntryNotFoundError, {"got": (REPO, "config.json"), "cure": "LoRA"}),
     ],
 )
 def test_refusals_say_what_to_do(

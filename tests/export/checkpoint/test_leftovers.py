@@ -52,6 +52,10 @@ def faulty(folder: Path, got: Said = (), **said: Said) -> None:
         LAYER + "ls1.gamma",
         LAYER + "self_attn.q_norm.weight",
         LAYER + "self_attn.k_norm.weight",
+        LAYER + "self_attn.k_scale",
+        LAYER + "self_attn.logit_scale",
+        LAYER + "text_projection.weight",
+        P + "visual_projection.weight",
         LAYER + "self_attn.rotary_emb.inv_freq",
         LAYER + "self_attn.relative_position_bias_table",
         LAYER + "mlp.fc3.weight",  # a gate
@@ -140,7 +144,6 @@ def test_every_layout_and_place_is_looked_at(tmp_path: Path) -> None:
         (T + "embeddings.position_ids",),
         ("vision_tower.visual_projection.weight",),
         (T + "head.probe", T + "head.attention.in_proj_weight", "vision_tower.head.mlp.fc1.bias"),
-        (LAYER + "mlp.fc1.input_scale", LAYER + "self_attn.k_scale"),
         ("language_model.model.layers.0.self_attn.q_proj.lora_A.weight",),
         ("language_model.model.layers.0.self_attn.rotary_emb.inv_freq",),
         ("model.language_model.layers.0.odd", "model.layers.3.odd", "lm_head.bias"),
@@ -155,6 +158,13 @@ def test_what_changes_nothing(
         tensors = read(tmp_path)
     assert not caplog.records
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
+
+
+def test_scales_of_what_layers_take_in_a_quantised_checkpoint(tmp_path: Path) -> None:
+    settings = {"quant_method": "modelopt", "quant_algo": "FP8"}
+    expected = write_layout("llava-hf-single", tmp_path, change={"quantization_config": settings})
+    add(tmp_path / FILE, LAYER + "mlp.fc1.input_scale", LAYER + "self_attn.k_scale")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in read(tmp_path).items())
 
 
 def test_a_text_side_beside_the_tower(tmp_path: Path) -> None:
