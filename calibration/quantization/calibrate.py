@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from vzip.runtime import console
+from vzip.runtime.agreement import missed_shown
 from vzip.runtime.bundle.manifest import DATA_FILE, MODEL_FILE, FileEntry
 from vzip.runtime.bundle.precision_record import PrecisionRecord, report_file
 from vzip.runtime.errors import BackendError, BundleError, require
@@ -63,6 +64,12 @@ def calibrate(
     from vzip.runtime.bundle.reader import read_bundle
 
     opened = read_bundle(bundle, verify=False)  # what reads the graph verifies it
+    parity = opened.manifest.parity
+    if parity is not None and parity["passed"] is not True:
+        say(
+            f"warning: {opened.path}: its graph failed its parity check "
+            f"({missed_shown(parity, opened.manifest)}); what is made of it is as wrong"
+        )
     if not os.access(opened.path, os.W_OK):
         raise BundleError(
             f"{opened.path}: the folder is read-only for this user, and the quantised graph "

@@ -272,6 +272,15 @@ def test_a_folder_that_cant_be_written_is_refused_before_the_work(
     assert not quick.asked
 
 
+def test_a_bundle_that_failed_its_check_is_warned_of_first(
+    tiny_bundle: Path, pictures: Path, quick: Quantiser, capsys: Any
+) -> None:
+    update_manifest(read_bundle(tiny_bundle), parity={"min_cosine": 0.25, "passed": False})
+    assert main(arguments_of(tiny_bundle, pictures)) == 0
+    first = capsys.readouterr().err.splitlines()[0]
+    assert "min cosine 0.25, expected at least 0.99999" in first
+
+
 def test_a_full_disk_and_one_without_locks_are_known_before_the_work(
     tiny_bundle: Path,
     pictures: Path,
@@ -371,9 +380,11 @@ def test_a_bundle_that_was_exported_anew_is_left_alone(
     assert read_bundle(tiny_bundle) == after
 
 
-@pytest.mark.parametrize("fault", ["can't open the graph", "NaN or infinite"])
+@pytest.mark.parametrize(
+    ("kind", "fault"), [(BundleError, "'nowhere'"), (BackendError, "NaN or infinite")]
+)
 def test_a_graph_that_does_not_run_is_not_published(
-    tiny_bundle: Path, pictures: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Path, pictures: Path, kind: Any, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = add_precision(tiny_bundle, report="the old one").manifest
     bundle, made, samples = made_for(tiny_bundle, pictures)
@@ -388,10 +399,10 @@ def test_a_graph_that_does_not_run_is_not_published(
         nan = model.replace(bias, b"\xff" * len(bias))
         loaded.graph.node[-1].input[1] = "nowhere"
         unusable = loaded.SerializeToString()
-        graph.write_bytes(unusable if fault == "can't open the graph" else nan)
+        graph.write_bytes(unusable if kind is BundleError else nan)
 
     monkeypatch.setattr(made, "save", spoilt)
-    with refused(BackendError, got=fault):
+    with refused(kind, got=fault):
         calibrate.publish(bundle, made, samples)
     assert read_bundle(tiny_bundle).manifest == before
     assert names(tiny_bundle) == sorted([*before.files, "engines", "manifest.json"])
