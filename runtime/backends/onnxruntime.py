@@ -23,6 +23,7 @@ from vzip.runtime.machine.record import processor
 _FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 _NO_INTEGERS_KEY = "session.disable_quant_qdq"
 _IN_MEMORY = "add_external_initializers_from_files_in_memory"  # not in the oldest versions
+_ONNX_ALONE = ("session.load_model_format", "ONNX")  # its own format was looked at by nobody
 _FATAL_ONLY = 4  # what it logs of errors, it raises as well
 
 
@@ -56,6 +57,7 @@ def session_options(onnxruntime: Any, threads: int | None = None) -> Any:
     options = onnxruntime.SessionOptions()
     number = process.threads() if threads is None else process.check_threads(threads)
     options.intra_op_num_threads = number
+    options.add_session_config_entry(*_ONNX_ALONE)
     return options
 
 

@@ -74,6 +74,8 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _ENTRIES = ["length", "location", "offset"]
 _HOLD_GRAPHS = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 _DEEPEST = 64  # protobuf itself stops at 100
+# ONNX Runtime tells its own format by these bytes, and what it then reads is another graph.
+_ORT_FORMAT = b"ORTM"
 _MOST = 2**16
 _MOST_MESSAGES = 2**18  # nodes, attributes and tensors; ours have some ten thousand
 _MOST_OPERATORS = 1000  # different ones; ONNX has two hundred
@@ -184,6 +186,7 @@ def external_tensors(model: bytes, *, file: str = "model.onnx") -> list[External
 def _read(model: bytes, file: str) -> tuple[list[ExternalTensor], set[str]]:
     """Return every external tensor, in file order, and the name of every operator."""
     try:
+        _refuse_other_formats(model)
         return _walk(model)
     except MalformedError as error:
         raise BundleError(
@@ -192,6 +195,12 @@ def _read(model: bytes, file: str) -> tuple[list[ExternalTensor], set[str]]:
             cause="the file is truncated, or was edited or made by another tool",
             cure="export the bundle again",
         ) from error.__cause__
+
+
+def _refuse_other_formats(model: bytes) -> None:
+    """Refuse a protobuf that is another graph to ONNX Runtime."""
+    if model[4:8] == _ORT_FORMAT:
+        raise MalformedError("to ONNX Runtime it is a graph in that one's own format")
 
 
 def _walk(model: bytes) -> tuple[list[ExternalTensor], set[str]]:

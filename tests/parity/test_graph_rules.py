@@ -21,7 +21,7 @@ from tests.parity import fuzz_graphs
 from tests.places import GOLDEN
 from tests.refusals import refused
 from vzip.runtime import VisionEncoder
-from vzip.runtime.backends.onnxruntime import with_output
+from vzip.runtime.backends.onnxruntime import session_options, with_output
 from vzip.runtime.bundle import graph_check, graph_parts, graph_rules
 from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.errors import BundleError
@@ -447,3 +447,17 @@ def test_no_damaged_graph_ends_the_process() -> None:
 @pytest.mark.parametrize(("folder", "file"), GRAPHS)
 def test_none_of_thousands_does(folder: str, file: str) -> None:
     judge(GOLDEN / folder, file, 3000)
+
+
+def test_a_graph_that_is_another_one_to_onnx_runtime_is_refused(tiny_bundle: Path) -> None:
+    """Four bytes in a producer's name are the mark of ONNX Runtime's own format."""
+    whole = (tiny_bundle / "model.onnx").read_bytes()
+    twofold = part(2, b"\0\0ORTM" + bytes(40)) + whole
+    assert onnx.load_model_from_string(twofold).graph.node
+    with pytest.raises(Exception, match="ORT"):  # which looks at the other graph
+        onnxruntime.InferenceSession(twofold)
+    with refused(BundleError, got="own format"):
+        graph_check.external_tensors(twofold, file="m.onnx")
+    options = session_options(onnxruntime)
+    key = "session.load_model_format"
+    assert options.get_session_config_entry(key) == "ONNX"
