@@ -266,8 +266,8 @@ class _Asked:
         """
         token = self.tokens[kind]
         place = (kind, token)
-        chats = [[form.user([place] * count, _QUESTION)] for count in (1, 2, 0)]
-        one, two, none, strange = self._render(*map(Chat, chats), Chat(_strange(chats[0])))
+        chats = [[form.user([place] * count, _QUESTION)] for count in (1, 2, 3, 0)]
+        one, two, three, none, strange = self._render(*map(Chat, chats), Chat(_strange(chats[0])))
         if one.text is None:
             raise _FaultError(f"can't be rendered ({one.fault})")
         if strange.text != one.text:
@@ -284,7 +284,10 @@ class _Asked:
             middle = two.text[
                 len(before + token) : len(two.text) - len(token + after + _QUESTION + end)
             ]
-            if two.text == f"{before}{token}{middle}{token}{after}{_QUESTION}{end}":
+            # A template that counts images ("Picture 2: ") writes something else between others.
+            places = (middle.join([token] * count) for count in (2, 3))
+            turns = [f"{before}{place}{after}{_QUESTION}{end}" for place in places]
+            if turns == [two.text, three.text]:
                 between = middle
         return FirstTurn(before, between, after, end)
 

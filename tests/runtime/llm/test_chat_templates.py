@@ -286,6 +286,18 @@ def test_another_image_token_is_named():
         make_prompts("tests", make_tokenizer(), {"image": IMAGE}, template)
 
 
+def test_a_template_that_counts_images_takes_one():
+    template = (
+        "{% set n = namespace(i=0) %}{% for c in messages[0]['content'] %}"
+        "{% if c['type'] == 'image' %}{% set n.i = n.i + 1 %}{{ 'P ' ~ n.i ~ ': <image>\\n' }}"
+        "{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+    )
+    prompts = make_prompts("tests", make_tokenizer(), {"image": IMAGE}, template)
+    assert prompts.first_text("what?") == "P 1: <image>\nwhat?"
+    with refused(CheckpointError, got="2 images", cure="one"):
+        prompts.first_text("what?", "image", 2)
+
+
 def test_a_special_token_that_the_tokenizer_lacks_is_named():
     tokenizer = make_tokenizer()
     tokenizer.bos_token = None
