@@ -72,7 +72,7 @@ class TokenSpec:
             raise InvalidInputError(
                 f"the bundle holds random weights of {manifest.model.id!r}",
                 cause="they serve to measure speed and can't answer questions",
-                cure="export it again from a checkpoint, without --weights random",
+                cure="export a checkpoint with 'vzip export', without --weights random",
             )
         tokens, tiling = manifest.selection.tokens, manifest.tiling
         several = None

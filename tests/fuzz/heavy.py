@@ -143,7 +143,7 @@ def a_chat_template(folder: Path) -> Draw:
 
     def draw(rng: random.Random) -> Trial:
         template = rng.choice(TEMPLATES)
-        if rng.random() < 0.6:
+        if rng.random() < 0.85:  # the others, of which some never end, take seconds each
             template = mutations.damaged(rng, whole).decode(errors="surrogateescape")
         placeholders = {"image": rng.choice((4, 0, -1, 10**9, 2**40, 5))}
         return lambda: make_prompts("fuzz", tokenizer, placeholders, template)

@@ -24,6 +24,11 @@ PATIENCE = {"a_chat_template": 70.0, "a_text_side": 70.0}
 """Seconds of an input where vzip itself waits for a child: templates are programs."""
 
 
+@pytest.fixture
+def advice_that_can_be_followed() -> None:
+    """Not here: texts that are tried look like options, and errors quote them."""
+
+
 def tried(door: Door, folder: Path, seed: int, count: int) -> Counter[str]:
     """Return what went wrong, and how often, when a door was given so many inputs."""
     found = Counter[str]()
