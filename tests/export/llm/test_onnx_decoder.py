@@ -329,7 +329,7 @@ def test_killed_behind_the_last_file_of_the_llm(checkpoint, tmp_path):
     output = tmp_path / "bundle"
     shutil.copytree(demo_with_llm(), output)
     before = read_bundle(output).manifest
-    options = ["export", "--model", str(checkpoint), *QUICK, "-o", str(output)]
+    options = ["export", "--model", str(checkpoint), *QUICK, "-o", str(output), "--replace"]
     done = subprocess.run(
         [sys.executable, "-c", KILLED, "write", *options],
         capture_output=True,
@@ -343,7 +343,7 @@ def test_killed_behind_the_last_file_of_the_llm(checkpoint, tmp_path):
     assert hidden[0].name.startswith(".bundle.")
     assert set(LLM_FILES) < {path.name for path in hidden[0].iterdir()}
     assert read_bundle(output).manifest == before
-    with bundle_writer(output) as writer:
+    with bundle_writer(output, replace=True) as writer:
         copy_files(demo_with_llm(), writer.folder, before.files)
         writer.publish(before)
     assert [path for path in tmp_path.iterdir() if path != output] == []
