@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from vzip.export.architecture import VisionConfig, needed_tensors
 from vzip.export.checkpoint.weights import VisionWeights
 from vzip.runtime.console import progress
+from vzip.runtime.pictures.resize import pillows
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel, SiglipVisionModel
@@ -210,6 +211,7 @@ def _processor(config: VisionConfig) -> Any:
         "image_mean": list(prep.mean),
         "image_std": list(prep.std),
         "rescale_factor": prep.rescale_factor,
+        "resample": pillows(prep.resample),
     }
     if config.tiling is not None:
         # LLaVA-OneVision's is this one with other settings.

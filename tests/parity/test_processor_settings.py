@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.exported import CONFIG
 from vzip.export.families.processors import pinpoints, preprocessing
+from vzip.export.parity import reference
 from vzip.runtime.bundle.manifest import Tiling
 from vzip.runtime.errors import CheckpointError
 from vzip.runtime.pictures.preprocess import pixel_values, tower_image
+from vzip.runtime.pictures.resize import Resample
 from vzip.runtime.pictures.tiles import cut
 
 SIDE = 16
@@ -139,3 +143,19 @@ def test_every_filter_of_pillow_is_taken_bit_for_bit(name: str, resample: int) -
         expected = upstream(name, settings)
         assert expected is not None
         assert same(ours(name, settings), expected)
+
+
+@pytest.mark.parametrize("resample", get_args(Resample))
+@pytest.mark.parametrize("case", ["resize_crop", "pad_square", "stretch", "tiles"])
+def test_the_untouched_model_that_a_graph_is_checked_by_has_the_same_filter(
+    case: Any, resample: Resample
+) -> None:
+    mode = "stretch" if case == "tiles" else case
+    prep = replace(CONFIG.preprocessing, mode=mode, resample=resample)
+    tiling = Tiling(((SIDE, 2 * SIDE),)) if case == "tiles" else None
+    processor = reference._processor(replace(CONFIG, preprocessing=prep, tiling=tiling))
+    for picture in PICTURES:
+        seen = processor(images=[picture], return_tensors="np")["pixel_values"]
+        base = seen[:, 0] if case == "tiles" else seen
+        expected = pixel_values(tower_image(picture, prep)[None], prep)
+        assert np.array_equal(base.view(np.uint32), expected.view(np.uint32))
