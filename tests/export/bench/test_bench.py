@@ -170,7 +170,7 @@ def test_an_engine_is_timed_by_its_own_clock_too(monkeypatch, tiny, install):
     install("10")
     bundle = with_engine(tiny, "10")
     own = {str(each): each for each in stacks.own(bundle)}
-    job = {"stack": own["tensorrt:orin"].to_json(), "bundle": str(tiny)}
+    job = {"stack": own["tensorrt:orin"].to_json(), "bundle": str(tiny), "threads": None}
     opened = worker.Worker(job)
     about = opened.answer({"do": "open", "batches": [1, 3]})
     assert about["agreement"]["passed"] is True
@@ -194,7 +194,7 @@ def test_an_engine_is_timed_by_its_own_clock_too(monkeypatch, tiny, install):
 def test_copies_go_where_they_should(tiny, install, name, copied):
     install("10")
     stack = Stack("phase", name, "", "", "cuda")
-    opened = worker.Worker({"stack": stack.to_json(), "bundle": str(tiny)})
+    opened = worker.Worker({"stack": stack.to_json(), "bundle": str(tiny), "threads": None})
     opened.answer({"do": "open", "batches": [3]})
     # uint8 [16, 16, 3]; float32 [7, 6] and int64 [4] of each of three images. The fake refuses a
     # wrong direction.
