@@ -181,10 +181,11 @@ class Checkpoint:
             ) from error
 
     def preprocessor(self, media: Media) -> dict[str, Any]:
-        """Return the settings of the image or video processor, its own or else its tower's.
+        """Return the settings of the image or video processor, its tower's or else its own.
 
-        As in transformers, a part of ``processor_config.json`` comes before a file of its own, and
-        for video the image processor's settings count where there are none for video.
+        The original code asks the tower's checkpoint alone. As in transformers, a part of
+        ``processor_config.json`` comes before a file of its own, and for video the image
+        processor's settings count where there are none for video.
 
         Args:
             media: What is to be prepared.
@@ -192,7 +193,7 @@ class Checkpoint:
         Raises:
             CheckpointError: There are none.
         """
-        for folder in [self.folder, *([self.tower.folder] if self.tower else [])]:
+        for folder in [*([self.tower.folder] if self.tower else []), self.folder]:
             settings = _processor(folder, media)
             if settings is not None:
                 return settings

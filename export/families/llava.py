@@ -195,6 +195,7 @@ class LlavaOriginal:
                 ratio,
                 "'pad', 'square' or none: a model that cuts tiles is read in Hugging Face's form "
                 "alone, such as llava-hf/llava-v1.6-vicuna-7b-hf",
+                cure=known_keys.OTHER_MODEL,
             )
         if ratio not in tuple(_RATIOS):  # a list in the file is no key
             raise configs.refused("image_aspect_ratio", ratio, "'pad', 'square' or none")

@@ -38,7 +38,6 @@ _FIXED: Config = {
     "do_resize": True,
     "do_rescale": True,
     "do_normalize": True,
-    "default_to_square": False,
     "use_square_size": False,
 }
 
@@ -120,6 +119,9 @@ def preprocessing(
         got = settings.get(key, expected)
         if type(got) is not type(expected) or got != expected:
             raise _refused(key, got, f"{expected!r}")
+    # What a size that is a number means; one that names its edges says it itself.
+    if not isinstance(settings.get("size"), dict):
+        _check_switch(settings, "default_to_square", (False,))
     # null: pictures are taken to be RGB already, which is no difference to those that are.
     _check_switch(settings, "do_convert_rgb", (True, None))
     _check_switch(settings, "do_pad", kind.pads)

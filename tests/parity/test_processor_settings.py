@@ -145,6 +145,15 @@ def test_every_filter_of_pillow_is_taken_bit_for_bit(name: str, resample: int) -
         assert same(ours(name, settings), expected)
 
 
+@pytest.mark.parametrize("name", [name for name in CLASSES if not name.startswith("Video")])
+def test_what_a_number_would_mean_changes_no_size_that_names_its_edges(name: str) -> None:
+    for settings in MUST[name]:
+        named = {**settings, "default_to_square": True}
+        expected = upstream(name, named)
+        assert expected is not None
+        assert same(ours(name, named), expected)
+
+
 @pytest.mark.parametrize("resample", get_args(Resample))
 @pytest.mark.parametrize("case", ["resize_crop", "pad_square", "stretch", "tiles"])
 def test_the_untouched_model_that_a_graph_is_checked_by_has_the_same_filter(

@@ -459,11 +459,16 @@ def test_original_takes_its_towers_settings(tmp_path: Path) -> None:
     faulty(tmp_path, f"{TOWER_FOLDER} has no preprocessor_config.json")
 
 
-def test_originals_own_settings_come_first(tmp_path: Path) -> None:
+def test_originals_own_settings_count_where_its_tower_has_none(tmp_path: Path) -> None:
+    # The original code makes its processor from the tower's checkpoint, whatever lies beside it.
     write_layout("original", tmp_path)
-    settings = json.loads((tmp_path / TOWER_FOLDER / "preprocessor_config.json").read_text())
+    towers = tmp_path / TOWER_FOLDER / "preprocessor_config.json"
+    settings = json.loads(towers.read_text())
     own = settings | {"image_mean": [0.1, 0.2, 0.3]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(own))
+    mean = Checkpoint.open(tmp_path).vision().preprocessing.mean
+    assert mean == tuple(settings["image_mean"])
+    towers.unlink()
     assert Checkpoint.open(tmp_path).vision().preprocessing.mean == (0.1, 0.2, 0.3)
 
 

@@ -607,7 +607,6 @@ TYPE = "image_processor_type"
         ("llava", "do_rescale", None, "True"),
         ("llava", "do_center_crop", False, "True with a short edge"),
         ("llava", "do_pad", True, "False with CLIPImageProcessor"),
-        ("llava", "default_to_square", True, "False"),
         ("llava", "crop_size", {"height": 32, "width": 28}, "one number of pixels"),
         ("llava", "crop_size", 28, "32"),
         ("llava", "crop_size", "absent", "one number of pixels"),
@@ -677,6 +676,8 @@ def test_filters_are_read() -> None:
 
 
 def test_other_processor_settings_that_are_refused() -> None:
+    with refused(CheckpointError, got="default_to_square = True", expected="False"):
+        hf(size=32, default_to_square=True)
     with refused(CheckpointError, got="image_std = 'a'", expected="a number"):
         hf(image_std=[0.5, "a", 0.5])
     with refused(CheckpointError, got=POINTS, expected="those of the image processor"):
