@@ -13,7 +13,7 @@ from vzip.export.pictures.glance import Glance
 from vzip.export.pipeline import WeightSource
 from vzip.runtime import console
 from vzip.runtime.bundle.reader import Bundle, read_bundle
-from vzip.runtime.bundle.writer import update_manifest
+from vzip.runtime.bundle.writer import check_writable, update_manifest
 from vzip.runtime.errors import BundleError, CheckpointError, require
 from vzip.runtime.guard import door
 from vzip.runtime.pictures.images import ImageSource, load_image
@@ -44,7 +44,7 @@ def check(
 
     Raises:
         CheckpointError: The model can't be found, or the projector is not the bundle's.
-        BundleError: The bundle is not whole.
+        BundleError: The bundle is not whole, or can't be written to.
         InvalidInputError: An image can't be used.
         MissingDependencyError: A package of the extra ``export`` is not installed.
     """
@@ -65,6 +65,7 @@ def check(
             expected=f"none, since {path} was made with the model's own",
             cure="leave out --projector",
         )
+    check_writable(found)
     media: Media = "image" if "image" in found.manifest.media else "video"
     file = None if projector is None else Path(projector)
     weights, read = WeightSource(

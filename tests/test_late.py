@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.faults import fill_disk
 from tests.refusals import refused
-from vzip.export import export
+from vzip.export import check, export
 from vzip.export.cli import check as check_cli
 from vzip.export.llm import gguf
 from vzip.export.pipeline import WeightSource
@@ -20,7 +20,7 @@ from vzip.runtime import VisionEncoder
 from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.cli import encode as encode_cli
 from vzip.runtime.cli.main import main
-from vzip.runtime.errors import VzipError
+from vzip.runtime.errors import BundleError, VzipError
 
 Run = Callable[[Path], int]
 
@@ -118,3 +118,12 @@ def test_an_export_onto_a_full_disk_is_one_error_before_weights_are_read(
     with refused(VzipError, got=str(tmp_path)):
         export("demo", tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_check_that_cant_write_its_verdict_doesnt_begin(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WeightSource, "load", lambda _: pytest.fail("weights were read"))
+    fill_disk(monkeypatch)
+    with refused(BundleError, got=(str(tiny_bundle), "No space left"), cure="copy the bundle"):
+        check(tiny_bundle)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vzip.runtime.bundle.engine_record import ENGINE_SUFFIX, ENGINES_FOLDER, LOCK_FILE, EngineRecord
 from vzip.runtime.bundle.reader import Bundle
+from vzip.runtime.bundle.writer import check_writable
 from vzip.runtime.errors import BundleError
 from vzip.runtime.files import atomic, locks
 
@@ -44,9 +45,9 @@ def check_changeable(bundle: Bundle) -> None:
     Raises:
         BundleError: The folder can't be written, or its file system has no locks.
     """
+    check_writable(bundle)
     trial = bundle.path / f".{os.urandom(4).hex()}{atomic.TEMPORARY}"
     try:
-        atomic.try_file(trial)
         try:
             with locks.on_file(trial) as lock:
                 lockable = lock.taken is not None

@@ -249,6 +249,21 @@ def add_engine(bundle: Bundle, name: str, record: EngineRecord, plan: bytes | me
     return dataclasses.replace(bundle, manifest=manifest)
 
 
+def check_writable(bundle: Bundle) -> None:
+    """Refuse, before any work, a bundle in which no file can be written now.
+
+    Raises:
+        BundleError: The folder is read-only, or its disk full.
+    """
+    try:
+        atomic.try_file(bundle.path / MANIFEST_FILE)
+    except OSError as error:
+        raise BundleError(
+            f"{bundle.path}: can't be written ({error.strerror}), so the bundle can't be changed",
+            cure="copy the bundle to a folder that you may write to, on a disk with room",
+        ) from error
+
+
 def check_unchanged(bundle: Bundle) -> None:
     """Refuse to change a manifest that another process has changed."""
     if read_bundle(bundle.path, verify=False).manifest != bundle.manifest:

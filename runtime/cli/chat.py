@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from vzip.runtime.cli import asking
 from vzip.runtime.console import complain, emit
@@ -13,6 +13,9 @@ from vzip.runtime.files.names import typed
 
 if TYPE_CHECKING:
     from vzip.runtime.llm import Conversation
+
+_MAX_LINE: Final = 2**20
+"""Characters; /dev/zero has no end of line, and no question is as long."""
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
@@ -55,12 +58,18 @@ def _questions() -> Iterator[str]:
         if sys.stdin.isatty():
             complain("> ", end="")
         try:
-            line = sys.stdin.readline()
+            line = sys.stdin.readline(_MAX_LINE)
         except UnicodeDecodeError as error:
             raise InvalidInputError(
                 f"chat: standard input is not UTF-8 text ({error.reason})",
                 cure="convert the questions to UTF-8",
             ) from error
+        if len(line) == _MAX_LINE and not line.endswith("\n"):
+            raise InvalidInputError(
+                f"chat: a line of standard input has {_MAX_LINE} characters or more",
+                expected="one question a line",
+                cure="give the questions as text, each on a line of its own",
+            )
         if not line:
             if sys.stdin.isatty():
                 complain("")

@@ -23,7 +23,7 @@ from vzip.runtime.bundle.engine_record import CpuTarget, EngineBatch, EngineReco
 from vzip.runtime.bundle.manifest import REFERENCE_FILE
 from vzip.runtime.bundle.precision_record import files_of
 from vzip.runtime.bundle.reader import Bundle, read_bundle
-from vzip.runtime.bundle.writer import add_engine
+from vzip.runtime.bundle.writer import add_engine, check_writable
 from vzip.runtime.errors import BackendError, BundleError, InvalidInputError, require
 from vzip.runtime.files.codec import Scalar
 from vzip.runtime.machine import sensors
@@ -77,6 +77,7 @@ def build_cpu(path: str | os.PathLike[str], name: str | None = None, *, say: Say
         bundle = read_bundle(path).at(None)  # whoever held the lock may have made it
         if (found := _reused(bundle, name, version)) is not None:
             return BuiltEngine(_may(bundle), name, found, reused=True)
+        check_writable(bundle)
         say(
             f"making '{name}' with ONNX Runtime {version} for {processor()}, "
             f"{counted(_threads(), 'core')}"

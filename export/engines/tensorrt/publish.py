@@ -37,7 +37,7 @@ from vzip.runtime.bundle.engine_record import (
 from vzip.runtime.bundle.manifest import REFERENCE_FILE, Manifest
 from vzip.runtime.bundle.precision_record import FP8_SM
 from vzip.runtime.bundle.reader import Bundle, open_engine, read_bundle
-from vzip.runtime.bundle.writer import add_engine
+from vzip.runtime.bundle.writer import add_engine, check_writable
 from vzip.runtime.errors import BackendError, BundleError, ParityError
 from vzip.runtime.files import atomic
 from vzip.runtime.files.codec import Scalar
@@ -107,6 +107,7 @@ def build_if(
             wanted = _record(bindings, machine, bundle, settings)
             if (found := reusable(bundle, name, wanted)) is not None:
                 return BuiltEngine(bundle, name, found, reused=True)
+        check_writable(bundle)
         say(f"building '{name}' with {bindings} for {_describe(machine)}")
         if outlook.cure is not None:
             if request.low_memory:

@@ -192,8 +192,10 @@ class Client:
             cause = f"the environment variable {self._key_variable} {state}"
             cure = f"set {self._key_variable} to the server's key"
         elif 300 <= error.code < 400:
-            where = self.clean(error.headers.get("Location", "another address"))
-            cause, cure = "requests with a body follow no redirection", f"give the address {where}"
+            where = self.clean(error.headers.get("Location", ""))
+            cause, cure = "requests with a body follow no redirection", _SEE_LOG
+            if where.lower().startswith(("http://", "https://")):
+                cure = f"give the address {where}"
         elif error.code == 404 and not words.lower().startswith("the model"):
             cause = f"it has no {urlsplit(error.url or '').path}"
             cure = f"give the address of a server of {self._name}"

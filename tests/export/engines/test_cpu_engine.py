@@ -22,6 +22,7 @@ import onnx_ir as ir
 import pytest
 from PIL import Image
 
+from tests.faults import fill_disk
 from tests.places import ROOT
 from tests.refusals import refused, says
 from vzip.export.cli import build as build_command
@@ -282,6 +283,16 @@ def test_it_cannot_be_made_without_a_reference_or_of_no_release(
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with refused(MissingDependencyError, got="onnxruntime", cure="vzip[cpu-build]"):
         make(bundle)
+
+
+def test_on_a_full_disk_nothing_is_measured_and_what_is_there_is_reused(
+    bundle: Path, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "choose", lambda *_, **__: pytest.fail("forms were measured"))
+    fill_disk(monkeypatch)
+    with refused(BundleError, got=(str(bundle), "No space left"), cure="copy the bundle"):
+        make(bundle)
+    assert make(built).reused
 
 
 @pytest.mark.slow

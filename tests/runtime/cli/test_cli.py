@@ -380,6 +380,24 @@ def test_chat_without_stdin(conversation, monkeypatch, capsys):
     assert "chat: standard input is closed" in one_line(capsys)
 
 
+def test_chat_with_a_line_that_has_no_end(conversation, monkeypatch, capsys):
+    class Zeros(io.RawIOBase):  # as /dev/zero
+        given = 0
+
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            self.given += len(buffer)
+            assert self.given < 2**24, "read without end"
+            buffer[:] = bytes(len(buffer))
+            return len(buffer)
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(Zeros())))
+    assert main(["chat", "b", "i"]) == 2
+    assert "a line of standard input" in one_line(capsys)
+
+
 def test_chat_with_questions_that_are_no_text(conversation, monkeypatch, capsys):
     raw = io.TextIOWrapper(io.BytesIO(b"caf\xe9?\n"), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", raw)

@@ -395,6 +395,19 @@ class TestErrors:
             says(asked(fake).value, got=f"HTTP {status}", cure=f"{other.url}{path}")
             assert other.requests == []
 
+    @pytest.mark.parametrize("where", ["file:///etc/passwd", "javascript:x", "/there"])
+    def test_a_redirection_to_what_is_no_server_is_no_advice(self, fake, where):
+        def reply(handler, body):
+            handler.send_response(302)
+            handler.send_header("Location", where)
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
+
+        fake.reply = reply
+        error = asked(fake).value
+        says(error, got="HTTP 302", cure="log")
+        assert where not in error.cure
+
     @pytest.mark.parametrize(
         ("sent", "got"),
         [
