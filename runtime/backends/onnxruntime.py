@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +108,12 @@ def open_session(
         # ONNX Runtime 1.31 makes integer MatMuls of these too, and then can't run them.
         options.add_session_config_entry(_NO_INTEGERS_KEY, "1")
     model, files = graph(), held()
-    if files and hasattr(options, _IN_MEMORY):  # ONNX Runtime has its own copy afterwards
+    in_memory = hasattr(options, _IN_MEMORY)
+    if files and in_memory:  # read while the session is made; ONNX Runtime has a copy afterwards
         sizes = [len(each) for each in files.values()]
         getattr(options, _IN_MEMORY)([*files], [*files.values()], sizes)
     try:
-        with in_utf8(folder) as named:
+        with _copied({} if in_memory else files, folder) as place, in_utf8(place) as named:
             options.add_session_config_entry(_FOLDER_KEY, named)
             session = onnxruntime.InferenceSession(model, options, providers=list(providers))
     except Exception as error:  # ONNX Runtime's errors have no base class of their own
@@ -132,6 +135,29 @@ def open_session(
         )
     outlive_forks(session)
     return session
+
+
+@contextlib.contextmanager
+def _copied(files: Mapping[str, bytes], folder: Path) -> Iterator[Path]:
+    """Yield a folder with files that are mapped, and that nobody can cut once the block is left.
+
+    ONNX Runtime 1.23, the last for Python 3.10, takes no files from memory: it maps them by name. A
+    mapped file stays whole when its name is gone.
+
+    Args:
+        files: Name → content.
+        folder: Where they are; it is yielded if there are none, or no room for a copy.
+    """
+    with contextlib.ExitStack() as stack:
+        place = folder
+        if files:
+            # Without a place for temporary files an encoder is still of more use than none.
+            with contextlib.suppress(OSError):
+                private = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vzip-")))
+                for name, data in files.items():
+                    (private / name).write_bytes(data)
+                place = private
+        yield place
 
 
 class _OnnxRuntime:

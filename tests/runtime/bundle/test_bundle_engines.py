@@ -64,10 +64,10 @@ def test_an_engine_that_is_renamed_while_it_is_opened(tiny_bundle, monkeypatch):
     final.rename(waiting)
     opened = os.open
 
-    def raced(path: str | Path, *arguments: int) -> int:
+    def raced(path: str | Path, *arguments: int, **place: int) -> int:
         if Path(path) == waiting and waiting.exists():
             waiting.rename(final)
-        return opened(path, *arguments)
+        return opened(path, *arguments, **place)
 
     monkeypatch.setattr(os, "open", raced)
     assert read(bundle) == OLD

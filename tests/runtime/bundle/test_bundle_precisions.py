@@ -339,11 +339,11 @@ def test_a_file_that_takes_its_place_while_it_is_opened(tiny_bundle, monkeypatch
     waiting = waiting_folder(tiny_bundle, bundle.manifest, "int8")
     opened = os.open
 
-    def raced(path: str | Path, *arguments: int) -> int:
+    def raced(path: str | Path, *arguments: int, **place: int) -> int:
         path = Path(path)
         if path.parent == waiting and path.exists():
             path.replace(tiny_bundle / path.name)
-        return opened(path, *arguments)
+        return opened(path, *arguments, **place)
 
     monkeypatch.setattr(os, "open", raced)
     assert report(tiny_bundle) == "waits"

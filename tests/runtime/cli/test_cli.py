@@ -771,37 +771,6 @@ def test_a_reader_of_standard_error_that_went_away_ends_no_command(tmp_path: Pat
     assert (tmp_path / "result").read_text() == "whole"
 
 
-BARS = """
-import sys
-from vzip.runtime.console import progress, run_command
-def work():
-    from huggingface_hub.utils import tqdm as hub
-    from tqdm import tqdm
-    from transformers.utils.logging import tqdm as theirs
-    from vzip.runtime.llm.local.transformers import TransformersLLM
-    for bar in (hub, tqdm, theirs):
-        for _ in bar(range(3), desc="loading"): pass
-    for _ in progress(range(3), desc="ours"): pass
-    TransformersLLM.open("demo", device="cpu")
-    return 0
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["sys.exit(run_command(work, prog='vzip'))", "work()"])
-def test_a_log_has_no_bars(how: str) -> None:
-    if how == "work()":  # a program of one's own: its bars are its own, ours and the LLM's aren't
-        code = BARS.replace('        for _ in bar(range(3), desc="loading"): pass', "        pass")
-    else:
-        code = BARS
-    result = subprocess.run(
-        [sys.executable, "-c", code + how], capture_output=True, check=True, timeout=120
-    )
-    assert b"\r" not in result.stderr
-    assert b"%|" not in result.stderr
-    assert result.stdout == b""
-
-
 def test_bars_are_forbidden_for_the_command_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
     for name in names:

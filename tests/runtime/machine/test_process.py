@@ -131,7 +131,7 @@ def test_a_number_of_threads_is_a_sensible_integer(count: object) -> None:
 @pytest.mark.slow
 def test_the_peak_stays_after_memory_is_given_back() -> None:
     before = process.peak_bytes()
-    np.ones(2**25).sum()  # 256 MiB
+    np.ones(2**26).sum()  # 512 MiB; what is in use now may be less than the peak
     assert process.peak_mib() >= before / 2**20 + 200 or before > 2**29
     assert process.peak_mib() == process.peak_bytes() / 2**20
 
