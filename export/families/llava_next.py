@@ -63,6 +63,10 @@ class LlavaNext(HuggingFaceForm):
         full = configs.read(LlavaNextConfig, config, kinds=("clip", "siglip"))
         sizes = configs.tower(full.vision_config)
         base = preprocessing(preprocessor, image_size=sizes.image_size, classes=_CLASSES)
+        strategy = configs.strategy(full, sizes)
+        if strategy == "full" and sizes.cls_token:  # transformers lays a tile's tokens out as rows
+            expected = "'default', since a CLS token has no place in a row of patches"
+            raise configs.refused("vision_feature_select_strategy", strategy, expected)
         return VisionConfig(
             family="llava-next",
             tower=sizes,
@@ -70,7 +74,7 @@ class LlavaNext(HuggingFaceForm):
             feature_layers=layers,
             image_token_id=configs.token_id("image_token_index", full.image_token_index),
             preprocessing=base,
-            feature_strategy=configs.strategy(full, sizes),
+            feature_strategy=strategy,
             media=media,
             tiling=configs.tiling(full, pinpoints(preprocessor, classes=_CLASSES), sizes),
             newline=True,

@@ -503,6 +503,7 @@ CLIP_OR = "'clip_vision_model' or 'siglip_vision_model'"
             for family in ("llava", "vip-llava", "llava-next", "video-llava", "llava-onevision")
             for value in (-1, 2**31)
         ),
+        ("llava-next", FULL, "full", f"{FULL} = 'full'", "'default'"),
         ("llava-next", POINTS, [[32, 32 * n] for n in range(1, 1100)], POINTS, "at most 1024"),
         ("llava-next", POINTS, [[32, 32], [32 * 512, 32 * 512]], POINTS, "pixels"),
         ("llava-onevision", "vision_config", VISION, "'clip_vision_model'", "'siglip_vision_mo"),
