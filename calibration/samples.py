@@ -19,7 +19,7 @@ from vzip.runtime.errors import InvalidInputError, printable
 from vzip.runtime.files.plain import LONGEST_TEXT, NotPlainError, read_plain, read_text
 from vzip.runtime.guard import door
 from vzip.runtime.pictures.images import MAX_ENCODED_BYTES, ImageSource, load_image
-from vzip.runtime.pictures.preprocess import pixel_values, tower_image
+from vzip.runtime.pictures.preprocess import Preprocessing, check_size, pixel_values, tower_image
 from vzip.runtime.wording import are, counted
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ class Samples(Sequence[Sample]):
         least: int = LEAST,
         shuffled: bool = True,
         written: Collection[Path] = (),
+        prep: Preprocessing | None = None,
     ) -> Samples:
         """Find, read and hash images.
 
@@ -115,6 +116,7 @@ class Samples(Sequence[Sample]):
             shuffled: Whether the seed says that; otherwise they are the first, in their order: by
                 name in a folder, as they stand in a list.
             written: Files that the caller will write: those of an earlier run are no images.
+            prep: How images are prepared; those that can't be are left out. None: not tried.
 
         Returns:
             The samples; each was decoded once.
@@ -150,7 +152,10 @@ class Samples(Sequence[Sample]):
             name, path = files[place]
             try:
                 encoded = _read(path)
-                glance = Glance.of(load_image(encoded))
+                image = load_image(encoded)
+                if prep is not None:
+                    check_size(image, prep)
+                glance = Glance.of(image)
             except InvalidInputError as error:
                 left_out.append(LeftOut(name, str(error), duplicate=False))
                 continue
@@ -270,6 +275,7 @@ def images_of(
     say: Callable[[str], None],
     shuffled: bool = True,
     written: Collection[Path] = (),
+    prep: Preprocessing | None = None,
 ) -> tuple[str, list[tuple[str, Callable[[], ImageSource]]]]:
     """Return images for a command that need not be given any.
 
@@ -282,6 +288,7 @@ def images_of(
         say: Told what is left out.
         shuffled: As `Samples.open` takes it.
         written: As `Samples.open` takes it.
+        prep: As `Samples.open` takes it.
 
     Returns:
         What the images are, without the folders that they lie in; and each one's name and reader.
@@ -308,6 +315,7 @@ def images_of(
         least=1,
         shuffled=shuffled,
         written=written,
+        prep=prep,
     )
     if samples.left_out:
         say(samples.describe_left_out())

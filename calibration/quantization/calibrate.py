@@ -94,7 +94,7 @@ def calibrate(
         keep_agreement=min_agreement,
         keep_cosine=min_cosine,
     )
-    samples = Samples.open(images, count=count)
+    samples = Samples.open(images, count=count, prep=opened.manifest.preprocessing)
     if samples.left_out:
         say(samples.describe_left_out())
     check_variety(*samples.split(), say)

@@ -72,7 +72,13 @@ def report(
         unasked = str(error)
         say(f"warning: no accuracy is measured: {error}")
     source, shown = images_of(
-        images, model=model.id, count=count, say=say, shuffled=False, written=[page_file]
+        images,
+        model=model.id,
+        count=count,
+        say=say,
+        shuffled=False,
+        written=[page_file],
+        prep=opened.manifest.preprocessing,
     )
     content = gather(
         opened, shown, source=source, unasked=unasked, step=lambda name: say(f"{name} …")

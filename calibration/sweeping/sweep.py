@@ -23,6 +23,7 @@ from vzip.runtime.models import DEMO, locate
 
 if TYPE_CHECKING:
     from vzip.calibration.sweeping.measure import Sweep
+    from vzip.export.architecture import VisionConfig
 
 TEXT_TOKENS: Final = 64
 """LLaVA-1.5's prompt without its image has about forty tokens, a question some twenty."""
@@ -126,10 +127,19 @@ def sweep(
     if folder is not None and (error := figures.lacking(PLOT)) is not None:
         say(f"warning: no plot will be drawn: {error}")
     from vzip.calibration.sweeping.measure import measure
+    from vzip.export.checkpoint.reader import Checkpoint
 
-    budgets = _budgets(model, revision, tokens, merges)
+    config = Checkpoint.open(model, revision=revision).vision()
+    budgets = _budgets(config, tokens, merges)
     written = [] if folder is None else [folder / name for name in FILES]
-    source, shown = images_of(images, model=model_id, count=count, say=say, written=written)
+    source, shown = images_of(
+        images,
+        model=model_id,
+        count=count,
+        say=say,
+        written=written,
+        prep=config.preprocessing,
+    )
     result = measure(
         model,
         budgets,
@@ -145,13 +155,8 @@ def sweep(
     return found if folder is None else Swept(result, advice, _write(found, folder, say))
 
 
-def _budgets(
-    model: str, revision: str | None, tokens: Sequence[int], merges: Sequence[Merge]
-) -> list[Budget]:
+def _budgets(config: VisionConfig, tokens: Sequence[int], merges: Sequence[Merge]) -> list[Budget]:
     """Return the budgets by size, each with every merge, as far as the tower takes CLS along."""
-    from vzip.export.checkpoint.reader import Checkpoint
-
-    config = Checkpoint.open(model, revision=revision).vision()
     return [
         Budget.from_options(config, tokens=each, merge=merge)
         for each in sorted(set(tokens))

@@ -101,13 +101,7 @@ def tower_image(image: Image.Image, prep: Preprocessing) -> NDArray[np.uint8]:
             expected="RGB",
             cure="load it with vzip.runtime's load_image",
         )
-    if image.width < 1 or image.height < 1:
-        raise InvalidInputError(
-            f"got an image of {image.width}×{image.height} pixels",
-            expected="at least 1×1",
-            cause="it is empty",
-            cure="make it again",
-        )
+    check_size(image, prep)
     if prep.mode == "stretch":
         resized = resize(image, (prep.image_size, prep.image_size), prep.resample)
     elif prep.mode == "pad_square" and image.width != image.height:
@@ -150,10 +144,23 @@ def pixel_values(images: NDArray[np.uint8], prep: Preprocessing) -> NDArray[np.f
     return out
 
 
-def _resize_short_edge(image: Image.Image, edge: int, resample: Resample) -> Image.Image:
-    """Resize so that the short edge is `edge` pixels; the long one is rounded down."""
-    short, long = sorted(image.size)
-    resized_long = int(edge * long / short)  # in float64 and truncated, as the processor does
+def check_size(image: Image.Image, prep: Preprocessing) -> None:
+    """Refuse an image that `tower_image` can't resize, before it is.
+
+    Raises:
+        InvalidInputError: It is empty, or so long and thin that it would grow beyond
+            `MAX_RESIZED_PIXELS`.
+    """
+    if image.width < 1 or image.height < 1:
+        raise InvalidInputError(
+            f"got an image of {image.width}×{image.height} pixels",
+            expected="at least 1×1",
+            cause="it is empty",
+            cure="make it again",
+        )
+    if prep.mode == "stretch" or (prep.mode == "pad_square" and image.width != image.height):
+        return
+    edge, resized_long = prep.shortest_edge, _resized_long(image, prep.shortest_edge)
     if edge * resized_long > MAX_RESIZED_PIXELS:
         raise InvalidInputError(
             f"got an image of {image.width}×{image.height} pixels, which grows to "
@@ -161,6 +168,17 @@ def _resize_short_edge(image: Image.Image, edge: int, resample: Resample) -> Ima
             expected=f"at most {MAX_RESIZED_PIXELS} pixels then: it is too long and thin",
             cure="crop it first",
         )
+
+
+def _resized_long(image: Image.Image, edge: int) -> int:
+    """Return the long edge when the short one is `edge`, in float64 and truncated, as there."""
+    short, long = sorted(image.size)
+    return int(edge * long / short)
+
+
+def _resize_short_edge(image: Image.Image, edge: int, resample: Resample) -> Image.Image:
+    """Resize so that the short edge is `edge` pixels; the long one is rounded down."""
+    resized_long = _resized_long(image, edge)
     size = (edge, resized_long) if image.width <= image.height else (resized_long, edge)
     return resize(image, size, resample)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -205,3 +206,17 @@ def test_a_list_has_lines_of_paths(tmp_path):
         file.truncate(2**40)
     with refused(InvalidInputError, got="too large", expected="one path a line"):
         Samples.open(str(source), count=None)
+
+
+def test_an_image_that_no_tower_can_be_given_is_left_out(folder: Path, manifest: Manifest) -> None:
+    thin = Image.new("RGB", (65000, 2))
+    thin.save(folder / "thin.png")
+    prep = dataclasses.replace(manifest.preprocessing, mode="resize_crop", shortest_edge=336)
+    with refused(InvalidInputError, got="65000×2", cure="crop"):
+        tower_image(thin, prep)
+    samples = Samples.open(str(folder), count=None, prep=prep)
+    assert len(samples) == 8
+    (left,) = samples.left_out
+    assert left.name == "thin.png"
+    assert "65000×2" in left.reason
+    assert len(Samples.open(str(folder), count=None)) == 9
