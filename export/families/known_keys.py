@@ -20,7 +20,7 @@ from typing import Any
 from vzip.export.families import Config
 from vzip.runtime.config_numbers import inside as _inside
 from vzip.runtime.config_numbers import shown
-from vzip.runtime.errors import CheckpointError
+from vzip.runtime.errors import CheckpointError, printable
 
 _log = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ def check(
 def _warn(keys: tuple[str, ...]) -> None:
     _log.warning(
         "config.json has keys that vzip doesn't know, %s: they are taken to be the LLM's",
-        ", ".join(keys),
+        printable(", ".join(keys)),
     )
 
 

@@ -108,8 +108,9 @@ def test_an_answer(command, capsys, monkeypatch):
             return list(said)
 
     monkeypatch.setattr(asking, "conversation", lambda _: Conversation())
-    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(
-        isatty=lambda: False, readline=iter(["What?\n", ""]).__next__))  # fmt: skip
+    lines = iter(["What?\n", ""])
+    stdin = types.SimpleNamespace(isatty=lambda: False, readline=lambda _most: next(lines))
+    monkeypatch.setattr("sys.stdin", stdin)
     question = ["What?"] if command == "ask" else []
     assert main([command, "bundle", "picture.png", *question]) == 0
     out = capsys.readouterr().out
