@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from vzip.runtime import console
-from vzip.runtime.bundle import graph_check, graph_rules
+from vzip.runtime.bundle import graph_check, graph_limits
 from vzip.runtime.bundle.engine_record import CpuTarget, EngineRecord
 from vzip.runtime.bundle.reader import FASTEST, Bundle, naming, open_engine, weights
 from vzip.runtime.errors import BackendError, BundleError, InvalidInputError, VzipError
@@ -172,7 +172,7 @@ def read_engine(bundle: Bundle, name: str) -> bytes:
         )
         with weights(bundle.path, bundle.manifest, data_file) as read:
             batch = bundle.manifest.batch.max
-            graph_rules.check_encoder(model, read, file=file_name, batch=batch)
+            graph_limits.check_encoder(model, read, file=file_name, batch=batch)
         shared = bool(graph_check.external_tensors(model, file=file_name))
     if shared:
         with bundle.open_file(data_file):  # which compares its digest

@@ -5,7 +5,7 @@ library that a runtime has loaded; runtimes have followed such names out of the 
 Digests in a manifest don't help against someone who wrote both, so a bundle's reader walks the
 model itself. The walk knows only the fields that lead to a tensor or a node, refuses what it
 doesn't understand in them, and skips everything else by length. What a graph computes, and how
-much of it, is looked at by `vzip.runtime.bundle.graph_rules`.
+much of it, is looked at by `vzip.runtime.bundle.graph_limits`.
 
 Source: onnx.proto of ONNX 1.23; `tests/parity/test_graph_check_parity.py` compares its numbers.
 """

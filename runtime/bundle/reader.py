@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal
 
 import numpy as np
 
-from vzip.runtime.bundle import graph_check, graph_rules
+from vzip.runtime.bundle import graph_check, graph_limits
 from vzip.runtime.bundle.engine_record import ENGINE_SUFFIX, ENGINES_FOLDER, EngineRecord
 from vzip.runtime.bundle.manifest import (
     DATA_FILE,
@@ -535,7 +535,7 @@ def check_graphs(folder: Path, manifest: Manifest, *, verify: bool) -> None:
 
     Raises:
         BundleError: A digest is another one, a tensor lies outside the bundle, or an operator can't
-            be run or takes too much: see `vzip.runtime.bundle.graph_rules`.
+            be run or takes too much: see `vzip.runtime.bundle.graph_limits`.
     """
     for graph in _GRAPHS:
         if graph in manifest.files:
@@ -561,9 +561,9 @@ def _read_graph(folder: Path, manifest: Manifest, graph: str, *, verify: bool) -
         return model
     with weights(folder, manifest, data_file) as read:
         if graph == LLM_FILE:
-            graph_rules.check_decoder(model, read, file=graph)
+            graph_limits.check_decoder(model, read, file=graph)
         else:
-            graph_rules.check_encoder(model, read, file=graph, batch=manifest.batch.max)
+            graph_limits.check_encoder(model, read, file=graph, batch=manifest.batch.max)
     return model
 
 

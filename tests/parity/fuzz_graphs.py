@@ -21,7 +21,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from vzip.runtime.backends.onnxruntime import import_onnxruntime
-from vzip.runtime.bundle import graph_check, graph_rules
+from vzip.runtime.bundle import graph_check, graph_limits, graph_rules
 from vzip.runtime.console import emit
 from vzip.runtime.errors import BundleError
 
@@ -127,9 +127,9 @@ class Trial:
             else graph_check.CPU_ENGINE | graph_check.QUANTISED,
         )
         if self.llm:
-            graph_rules.check_decoder(model, self.read, file=self.file)
+            graph_limits.check_decoder(model, self.read, file=self.file)
         else:
-            graph_rules.check_encoder(model, self.read, file=self.file, batch=3)
+            graph_limits.check_encoder(model, self.read, file=self.file, batch=3)
 
     def session(self, model: bytes) -> Any:
         """Return a session of ONNX Runtime."""

@@ -22,7 +22,7 @@ from tests.places import GOLDEN
 from tests.refusals import refused
 from vzip.runtime import VisionEncoder
 from vzip.runtime.backends.onnxruntime import session_options, with_output
-from vzip.runtime.bundle import graph_check, graph_parts, graph_rules
+from vzip.runtime.bundle import graph_call, graph_check, graph_limits, graph_parts, graph_rules
 from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.errors import BundleError
 
@@ -70,7 +70,7 @@ def no_weights(tensor: graph_check.ExternalTensor) -> bytes:
 
 
 def check(data: bytes, batch: int = 1) -> None:
-    graph_rules.check_encoder(data, no_weights, file="m.onnx", batch=batch)
+    graph_limits.check_encoder(data, no_weights, file="m.onnx", batch=batch)
 
 
 def i64(*numbers: int) -> np.ndarray:
@@ -202,14 +202,14 @@ def shapes(data: bytes, choice: dict[str, int], read: Any = no_weights) -> dict[
     """Return the shape of every value of a graph, as the rules have it."""
     found = {}
 
-    class Watched(graph_rules._Walk):
-        def _add(self, name: str, value: graph_rules.Value, *, held: bool = False) -> None:
+    class Watched(graph_limits._Walk):
+        def _add(self, name: str, value: graph_call.Value, *, held: bool = False) -> None:
             super()._add(name, value, held=held)
             found[name] = value.shape
 
     parts = graph_parts.Parts(data)
-    limits = graph_rules.A_PROMPT
-    uses = graph_rules._last_uses(parts)
+    limits = graph_limits.A_PROMPT
+    uses = graph_limits._last_uses(parts)
     Watched(parts, read, choice, limits, uses=uses, place=[]).run()
     return found
 
@@ -349,14 +349,14 @@ def test_what_grows_with_the_cube_of_a_prompt_is_refused() -> None:
         data: bytes = helper.make_model(made, opset_imports=opsets).SerializeToString()
         return data
 
-    graph_rules.check_decoder(decoder([], "xy"), no_weights, file="m.onnx")
+    graph_limits.check_decoder(decoder([], "xy"), no_weights, file="m.onnx")
     cube = [
         helper.make_node("Unsqueeze", ["xy", "last"], ["xy_"]),  # [n, n, 1, 1]
         helper.make_node("Transpose", ["x"], ["t"], perm=[0, 2, 1]),  # [1, 1, n]
         helper.make_node("Mul", ["xy_", "t"], ["cube"]),  # [n, n, 1, n]
     ]
     with refused(BundleError, got="elements in one value"):
-        graph_rules.check_decoder(decoder(cube, "cube"), no_weights, file="m.onnx")
+        graph_limits.check_decoder(decoder(cube, "cube"), no_weights, file="m.onnx")
 
 
 def test_a_batch_multiplies_what_a_graph_may_take() -> None:
