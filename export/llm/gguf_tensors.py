@@ -15,7 +15,7 @@ import torch
 from vzip.export.checkpoint.containers import read_index, read_tensors, tensor_names
 from vzip.export.checkpoint.folders import Folder
 from vzip.export.checkpoint.leftovers import check_llm_leftovers
-from vzip.export.checkpoint.reader import INDEX_SUFFIX, SINGLE_FILES
+from vzip.export.checkpoint.store import INDEX_SUFFIX, SINGLE_FILES
 from vzip.export.checkpoint.tensor_names import Part, missing, resolve
 from vzip.export.checkpoint.weights import check_tensor
 from vzip.runtime.errors import CheckpointError

@@ -19,7 +19,7 @@ from tests.export.layouts import (
 )
 from tests.refusals import Said, refused
 from vzip.export.architecture import needed_tensors, tensor_shapes
-from vzip.export.checkpoint import reader as module
+from vzip.export.checkpoint import store as module
 from vzip.export.checkpoint.reader import Checkpoint, read_projector, read_vision, vision_config
 from vzip.export.pipeline import WeightSource
 from vzip.runtime.errors import CheckpointError, InvalidInputError
