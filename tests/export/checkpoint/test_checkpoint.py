@@ -19,7 +19,8 @@ from tests.export.layouts import (
 )
 from tests.refusals import Said, refused
 from vzip.export.architecture import needed_tensors, tensor_shapes
-from vzip.export.checkpoint import store as module
+from vzip.export.checkpoint import store
+from vzip.export.checkpoint.folders import HubFolder
 from vzip.export.checkpoint.reader import Checkpoint, read_projector, read_vision, vision_config
 from vzip.export.pipeline import WeightSource
 from vzip.runtime.errors import CheckpointError, InvalidInputError
@@ -52,7 +53,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_: Any, **__: Any) -> Any:
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr(module.HubFolder, "open", forbidden)
+    monkeypatch.setattr(HubFolder, "open", forbidden)
 
 
 # Every layout
@@ -165,8 +166,8 @@ def test_only_the_needed_files_and_tensors_are_read(
         read.setdefault(path.name, set()).update(names)
         return original(path, names)
 
-    original = module.read_tensors
-    monkeypatch.setattr(module, "read_tensors", record)
+    original = store.read_tensors
+    monkeypatch.setattr(store, "read_tensors", record)
     read_vision(Checkpoint.open(tmp_path))
     assert not [file for file in read if "-00001-of-" in file or "-00004-of-" in file]
     words = ("vision", "projector", "embeddings", "encoder", "norm")
