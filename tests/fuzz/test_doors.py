@@ -45,7 +45,8 @@ def tried(door: Door, folder: Path, seed: int, count: int) -> Counter[str]:
 
 
 def _fail(found: Counter[str]) -> None:
-    assert not found, "\n".join(f"{count} × {fault}" for fault, count in found.most_common())
+    lines = "\n".join(f"{count} × {fault}" for fault, count in found.most_common())
+    assert not found, lines.encode(errors="backslashreplace").decode()  # pytest-xdist sends UTF-8
 
 
 @pytest.mark.parametrize("name", DOORS)
