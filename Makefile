@@ -87,14 +87,14 @@ test-pythons: .venv-3.10/ready .venv-3.13/ready
 	touch $@
 
 # The newest transformers that is allowed, over what is locked. What it is going to drop is an error.
-NEWEST := .venv-newest
+NEWEST := .venv-newest/site-packages
 TRANSFORMERS := $(shell sed -n 's/^ *"\(transformers[^"]*\)".*/\1/p' pyproject.toml)
 test-newest: $(VENV)/linked $(NEWEST)/ready
-	PYTHONPATH=$(NEWEST) $(PYTEST) -W error::FutureWarning -m "not full" tests/runtime/llm \
+	PYTHONPATH=$(CURDIR)/$(NEWEST) $(PYTEST) -W error::FutureWarning -m "not full" tests/runtime/llm \
 	  tests/export/llm tests/calibration/test_tune.py $(wildcard tests/parity/test_handoff_*.py)
 
 $(NEWEST)/ready: $(VENV)/installed
-	rm -rf $(NEWEST) && mkdir $(NEWEST)
+	rm -rf $(NEWEST) && mkdir -p $(NEWEST)
 	grep -v '^transformers==' constraints.txt > $(NEWEST)/constraints.txt
 	$(BIN)/pip install $(PIP_QUIET) --target $(NEWEST) -c $(NEWEST)/constraints.txt "$(TRANSFORMERS)"
 	touch $@
