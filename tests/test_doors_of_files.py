@@ -157,7 +157,7 @@ LIBRARIES = {"np", "torch", "onnx", "json", "pickle", "tomllib"}
 OWN = "vzip's own, or the system's"
 ELSEWHERE = {
     # What opens no path.
-    "runtime/agreement.py: archive.open": "a member of an archive",
+    "runtime/agreement/reference_file.py: archive.open": "a member of an archive",
     "runtime/llm/opening.py: (choice or own(opened)).open": "an LLM",
     "runtime/cli/asking.py: choice.open": "an LLM",
     "runtime/llm/server/http_client.py: self._opener.open": "an address",

@@ -1,0 +1,253 @@
+"""What was found: two runs' tokens, compared picture by picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vzip.runtime.bundle.manifest import EMBEDS, KEPT, Manifest
+
+Array = NDArray[Any]
+Outputs = Mapping[str, Array]
+
+SCORES: Final = "scores"
+"""Beside a graph's outputs: float [b, N], one of each patch, by which the kept ones are chosen."""
+
+_TINY: Final = float(np.finfo(np.float64).tiny)
+
+
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """Choices that were made, and those of them that differ from the reference's.
+
+    Attributes:
+        made: How many were made.
+        distances: float64, one of each that differs: how far apart the two alternatives' numbers
+            are. For kept tokens the score's distance from the last one kept, relative to that; for
+            groups the cosine that is lost. Infinity where no number can excuse the choice.
+    """
+
+    made: int
+    distances: NDArray[np.float64]
+
+    @property
+    def share(self) -> float:
+        """Share of the choices that are the reference's."""
+        return 1.0 - len(self.distances) / max(1, self.made)
+
+    def beyond(self, margin: float) -> int:
+        """Return how many differ by more than a margin."""
+        return int((~(self.distances <= margin)).sum())
+
+    def within(self, margin: float) -> int:
+        """Return how many differ by a margin at most: swaps by rounding."""
+        return len(self.distances) - self.beyond(margin)
+
+
+@dataclass(frozen=True, eq=False)
+class Values:
+    """What tokens hold, beside the same tokens of the reference.
+
+    Attributes:
+        cosines: float64 [n], of each token with the reference's; −1 where a number isn't finite.
+        error: The largest difference of a number, relative to the largest magnitude in all of the
+            reference's tokens of the picture; infinity where a number isn't finite.
+    """
+
+    cosines: NDArray[np.float64]
+    error: float
+
+    @classmethod
+    def of(cls, expected: Array, got: Array, scale: float) -> Values:
+        """Compare tokens [n, L], row by row.
+
+        Args:
+            expected: The reference's.
+            got: Those to judge.
+            scale: The largest magnitude that `error` is relative to.
+        """
+        there, here = expected.astype(np.float64), got.astype(np.float64)
+        lengths = np.linalg.norm(there, axis=1) * np.linalg.norm(here, axis=1)
+        with np.errstate(invalid="ignore"):
+            cosines = np.sum(there * here, axis=1) / np.maximum(lengths, _TINY)
+            error = float(np.abs(here - there).max(initial=0.0)) / max(scale, _TINY)
+        return cls(
+            np.where(np.isfinite(cosines), cosines, -1.0),
+            error if np.isfinite(error) else float("inf"),
+        )
+
+    @property
+    def lowest(self) -> float:
+        """The lowest cosine; −1 if there is none."""
+        return float(self.cosines.min(initial=1.0)) if len(self.cosines) else -1.0
+
+    @property
+    def mean(self) -> float:
+        """The mean cosine; −1 if there is none."""
+        return float(self.cosines.mean()) if len(self.cosines) else -1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Agreement:
+    """How far some results agree with a reference's.
+
+    Attributes:
+        overlaps: float64 [n], for each result the share of its kept tokens that the reference keeps
+            too.
+        chosen: The kept tokens of all results.
+        kept: Tokens that both keep.
+        merged: Merged tokens that can be compared.
+        grouped: Which target each merged-away token went to; none made where that isn't known.
+        finite: Whether all numbers of all tokens are.
+    """
+
+    overlaps: NDArray[np.float64]
+    chosen: Choices
+    kept: Values
+    merged: Values
+    grouped: Choices = field(default_factory=lambda: Choices(0, np.zeros(0)))
+    finite: bool = True
+
+    @classmethod
+    def of_all(cls, each: Iterable[Agreement]) -> Agreement:
+        """Return the agreement of all results that some agreements are of; at least one."""
+        parts = list(each)
+
+        def choices(name: str) -> Choices:
+            found = [getattr(part, name) for part in parts]
+            return Choices(
+                sum(one.made for one in found), np.concatenate([one.distances for one in found])
+            )
+
+        def values(name: str) -> Values:
+            found = [getattr(part, name) for part in parts]
+            return Values(
+                np.concatenate([one.cosines for one in found]), max(one.error for one in found)
+            )
+
+        return cls(
+            np.concatenate([part.overlaps for part in parts]),
+            choices("chosen"),
+            values("kept"),
+            values("merged"),
+            choices("grouped"),
+            all(part.finite for part in parts),
+        )
+
+    @property
+    def every(self) -> Values:
+        """All tokens that can be compared."""
+        return Values(
+            np.concatenate([self.kept.cosines, self.merged.cosines]),
+            max(self.kept.error, self.merged.error),
+        )
+
+    @property
+    def mean_overlap(self) -> float:
+        """Mean share of the kept tokens that the reference keeps too."""
+        return float(self.overlaps.mean())
+
+    @property
+    def min_overlap(self) -> float:
+        """The same of the result where it is lowest."""
+        return float(self.overlaps.min())
+
+    def to_json(self) -> dict[str, int | float | None]:
+        """Return what `vzip calibrate` records.
+
+        Returns:
+            ``images``, ``mean_overlap``, ``min_overlap``; ``mean_cosine`` and ``min_cosine`` of all
+            tokens that can be compared; ``kept_cosine`` and ``merged_cosine``, means of those that
+            both keep and of the merged ones (None if none can be compared), and
+            ``merged_compared``, how many of these there are.
+        """
+        return {
+            "images": len(self.overlaps),
+            "mean_overlap": self.mean_overlap,
+            "min_overlap": self.min_overlap,
+            "mean_cosine": self.every.mean,
+            "min_cosine": self.every.lowest,
+            "kept_cosine": self.kept.mean,
+            "merged_cosine": self.merged.mean if len(self.merged.cosines) else None,
+            "merged_compared": len(self.merged.cosines),
+        }
+
+
+def compare(reference: Iterable[Outputs], got: Iterable[Outputs], manifest: Manifest) -> Agreement:
+    """Compare the outputs of two runs, picture by picture.
+
+    Args:
+        reference: Batches of outputs: ``image_embeds`` [b, K, L], ``kept_indices`` [b, dominant],
+            and `SCORES` where they are known. Without them no difference counts as rounding.
+        got: Batches of another run's, of the same pictures.
+        manifest: Of the bundle.
+    """
+    return Agreement.of_all(
+        _compared(
+            {name: array[row] for name, array in there.items()},
+            {name: here[name][row] for name in (KEPT, EMBEDS)},
+            manifest,
+        )
+        for there, here in zip(reference, got, strict=True)
+        for row in range(len(there[KEPT]))
+    )
+
+
+def _compared(reference: Outputs, got: Outputs, manifest: Manifest) -> Agreement:
+    """Compare one result: ``image_embeds`` [K, L] and ``kept_indices`` [dominant] of either."""
+    right, expected, kept, embeds = reference[KEPT], reference[EMBEDS], got[KEPT], got[EMBEDS]
+    dominant = manifest.selection.dominant
+    scale = float(np.abs(expected).max())
+    chosen = kept_choices(right, kept, reference.get(SCORES), manifest)
+    _, there, here = np.intersect1d(right, kept, return_indices=True)
+    _, same, mine = np.intersect1d(
+        _targets(right, manifest), _targets(kept, manifest), return_indices=True
+    )
+    return Agreement(
+        np.array([chosen.share]),
+        chosen,
+        Values.of(expected[there], embeds[here], scale),
+        Values.of(expected[dominant + same], embeds[dominant + mine], scale),
+        finite=bool(np.isfinite(embeds).all()),
+    )
+
+
+def kept_choices(right: Array, kept: Array, scores: Array | None, manifest: Manifest) -> Choices:
+    """Compare which tokens are kept.
+
+    Args:
+        right: The reference's, int [dominant].
+        kept: Those to judge, in any order.
+        scores: Of each patch, float [N]; None where they aren't known.
+        manifest: Of the bundle.
+    """
+    offset = int(manifest.tower.cls_token)
+    foreign = np.setdiff1d(kept, right)
+    distances = np.full(len(foreign), np.inf)
+    patches = right[right >= offset] - offset
+    if scores is not None and len(patches):
+        wide = scores.astype(np.float64)
+        cut = float(wide[patches].min())
+        # What is no patch at all is no matter of rounding.
+        inside = (foreign >= offset) & (foreign < manifest.tower.tokens)
+        away = np.abs(wide[foreign[inside] - offset] - cut)
+        with np.errstate(over="ignore"):
+            distances[inside] = away / max(abs(cut), _TINY)
+    doubled = len(kept) - len(np.unique(kept))  # nor is a duplicate
+    return Choices(manifest.selection.dominant, np.append(distances, [np.inf] * doubled))
+
+
+def _targets(kept: Array, manifest: Manifest) -> Array:
+    """Return the tower token that each merged token formed around: every step-th of the rest."""
+    selection, tower = manifest.selection, manifest.tower
+    taken = np.zeros(tower.tokens, bool)
+    # What is to be judged may name tokens that don't exist.
+    taken[kept[(kept >= 0) & (kept < tower.tokens)]] = True
+    taken[0] |= tower.cls_token and not selection.cls_token
+    rest = np.flatnonzero(~taken)
+    step = max(1, len(rest) // selection.contextual)
+    return rest[np.arange(selection.contextual) * step]

@@ -1,0 +1,200 @@
+"""What is demanded: every gate of vzip, who is judged by it, and why its numbers are these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+from vzip.runtime.agreement.found import Agreement
+from vzip.runtime.bundle.manifest import Manifest
+from vzip.runtime.bundle.precision_record import QUANTISED
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What some tokens must reach; None demands nothing.
+
+    Attributes:
+        lowest: Smallest cosine of any of them.
+        mean: Smallest mean of their cosines.
+        error: Largest difference, relative to the largest magnitude.
+    """
+
+    lowest: float | None = None
+    mean: float | None = None
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What an agreement must reach; None demands nothing. Numbers that aren't finite always fail.
+
+    Attributes:
+        margin: Distance of two alternatives up to which a choice between them counts as rounding;
+            see `Choices.distances`.
+        disagreements: Largest share of choices beyond the margin, of kept tokens and of groups.
+        overlap: Smallest mean share of kept tokens that the reference keeps too.
+        kept: Of the tokens that both keep.
+        merged: Of the merged ones that can be compared.
+        every: Of both together.
+    """
+
+    margin: float = 0.0
+    disagreements: float | None = None
+    overlap: float | None = None
+    kept: Limits = Limits()
+    merged: Limits = Limits()
+    every: Limits = Limits()
+
+    def judge(self, agreement: Agreement) -> tuple[str, ...]:
+        """Return what falls short, in words with the number and the limit; nothing if none does."""
+        short = [] if agreement.finite else ["tokens hold NaN or infinity"]
+
+        def at_least(what: str, got: float, limit: float | None) -> None:
+            if limit is not None and not got >= limit:  # so that NaN falls short
+                short.append(f"{what} {got:.6g}, expected at least {limit}")
+
+        def at_most(what: str, got: float, limit: float | None) -> None:
+            if limit is not None and not got <= limit:
+                short.append(f"{what} {got:.3g}, expected at most {limit}")
+
+        for what, choices in (("kept", agreement.chosen), ("group", agreement.grouped)):
+            beyond = choices.beyond(self.margin)
+            share = beyond / max(1, choices.made)
+            at_most(f"share of {what} disagreements", share, self.disagreements)
+        at_least("kept overlap", agreement.mean_overlap, self.overlap)
+        for what, values, limits in (
+            ("kept tokens", agreement.kept, self.kept),
+            ("merged tokens", agreement.merged, self.merged),
+            ("tokens", agreement.every, self.every),
+        ):
+            at_least(f"lowest cosine of {what}", values.lowest, limits.lowest)
+            at_least(f"mean cosine of {what}", values.mean, limits.mean)
+            at_most(f"largest error of {what}", values.error, limits.error)
+        return tuple(short)
+
+
+# Every gate of vzip: who is judged, by which numbers, and why these.
+
+GRAPH: Final[Mapping[str, Gate]] = {
+    # An exported graph beside the untouched model, on the CPU; values by the graph's own choices,
+    # those of merged tokens too. FP32 sums in another order, nothing else: right graphs of the
+    # tests differ by less than 1e-5, and a single value that is 1e-3 off must not pass.
+    "fp32": Gate(margin=1e-5, disagreements=0.0, every=Limits(lowest=0.99999, error=1e-4)),
+    # FP16 moves scores by about 1e-3, and random weights crowd them; values stay close.
+    "fp16": Gate(margin=1e-5, disagreements=0.1, every=Limits(lowest=0.999, error=2e-2)),
+}
+
+_QUANTISED: Final = Gate(
+    # Wide enough for the rounding of eight bits, and too narrow for engines known to be wrong,
+    # whose cosines were .14 to .65.
+    margin=0.5,
+    disagreements=0.0,
+    overlap=0.85,
+    kept=Limits(lowest=0.9, error=0.3),
+    merged=Limits(mean=0.95),
+)
+
+ENGINE: Final[Mapping[str, Gate]] = {
+    # An engine beside `reference.npz`, by the precision of the graph it was built from. It fuses
+    # and orders sums as it likes, so the gate is wider than a graph's. Which tokens went into a
+    # merged one can't be seen: rounding may decide it, so merged tokens are judged by their mean.
+    "fp32": Gate(
+        margin=1e-3,
+        disagreements=0.0,
+        overlap=0.99,
+        kept=Limits(lowest=0.9999, error=1e-3),
+        merged=Limits(mean=0.999),
+    ),
+    # FP16 moves scores by about a hundredth at worst. Right engines had cosines of .9997 on
+    # average, wrong ones .14 to .65 (TensorRT-LLM issue 3223).
+    "fp16": Gate(
+        margin=5e-2,
+        disagreements=0.0,
+        overlap=0.85,
+        kept=Limits(lowest=0.99, error=0.1),
+        merged=Limits(mean=0.98),
+    ),
+    **dict.fromkeys(QUANTISED, _QUANTISED),
+}
+
+CPU_FORM: Final = Gate(
+    # A form of the graph that is made for a CPU, beside `reference.npz`. Nobody asked for its
+    # precision, so it must lose less than a graph that a user had quantised, and it must merge the
+    # same: an INT8 encoder can keep the same tokens and have a cosine of .56 in the merged ones
+    # (OpenVINO's, in the README). Scores say nothing more than the overlap does.
+    overlap=0.95,
+    kept=Limits(lowest=0.99),
+    merged=Limits(mean=0.99),
+)
+
+COARSER_PEER: Final = replace(
+    # An encoder in a benchmark that is coarser than the bundle's own graph. Its merged tokens are
+    # shown and not judged: where keys are much alike, rounding decides into which a token goes.
+    _QUANTISED,
+    merged=Limits(),
+)
+
+UNCOMPRESSED_PEER: Final[Mapping[str, Gate]] = {
+    # An encoder in a benchmark that gives every patch: nothing was chosen, so the tokens that the
+    # reference keeps are compared, by an engine's limit.
+    precision: Gate(kept=Limits(lowest=gate.kept.lowest))
+    for precision, gate in {**ENGINE, "bf16": _QUANTISED}.items()
+}
+
+CALIBRATED: Final = Gate(
+    # A calibrated graph beside the bundle's own on images held apart: the defaults of
+    # --min-agreement and --min-cosine. Calibration leaves as many layers as it takes in high
+    # precision, so the limits are near to 1 (benchmarks/results/quantization.md).
+    overlap=0.95,
+    every=Limits(mean=0.995),
+)
+
+LLM_LOGITS: Final[Mapping[str, Limits]] = {
+    # An exported LLM beside the untouched one: the error of its logits, and the logit that another
+    # choice of token loses, relative to the largest logit. What differs is rounding alone.
+    "fp32": Limits(error=1e-4),
+    "fp16": Limits(error=2e-2),
+}
+
+
+def missed_limits(parity: Mapping[str, object], manifest: Manifest) -> dict[str, str]:
+    """Return which numbers of a manifest's ``parity`` miss its gate, each with its limit in words.
+
+    Args:
+        parity: As `vzip check` records it; numbers that it lacks miss nothing.
+        manifest: Of the bundle.
+    """
+    gate, selection = GRAPH[manifest.precision], manifest.selection
+    images = _number(parity, "images") or 1
+    merged = manifest.tower.tokens - selection.tokens
+    found = {}
+    for name, limit, made in (
+        ("kept_disagreements", gate.disagreements, selection.dominant),
+        ("group_disagreements", gate.disagreements, merged),
+    ):
+        value = _number(parity, name)
+        if value is not None and limit is not None and value > limit * images * max(1, made):
+            found[name] = f"expected at most {limit * images * made:.6g}"
+    lowest, error = _number(parity, "min_cosine"), _number(parity, "max_error")
+    if lowest is not None and gate.every.lowest is not None and not lowest >= gate.every.lowest:
+        found["min_cosine"] = f"expected at least {gate.every.lowest}"
+    # −1 stands for what isn't finite.
+    if error is not None and gate.every.error is not None and not 0 <= error <= gate.every.error:
+        found["max_error"] = f"expected at most {gate.every.error}"
+    return found
+
+
+def missed_shown(parity: Mapping[str, object], manifest: Manifest) -> str:
+    """Return what `missed_limits` finds, in words: each number and its limit."""
+    missed = missed_limits(parity, manifest)
+    return "; ".join(
+        f"{name.replace('_', ' ')} {_number(parity, name):.6g}, {limit}"
+        for name, limit in missed.items()
+    )
+
+
+def _number(parity: Mapping[str, object], name: str) -> float | None:
+    value = parity.get(name)
+    return float(value) if isinstance(value, (int, float)) else None

@@ -1,0 +1,116 @@
+"""A run of an encoder beside the reference of its bundle, judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from vzip.runtime.agreement.found import Array, Outputs, compare
+from vzip.runtime.agreement.gates import Gate
+from vzip.runtime.agreement.reference_file import Reference
+from vzip.runtime.bundle.manifest import Manifest
+from vzip.runtime.wording import counted
+
+Run = Callable[[Array], Outputs]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was measured of a run; the ``proof`` of an engine's record.
+
+    Attributes:
+        images: How many pictures.
+        runs: How many results were judged: each picture, in each batch size that was run.
+        kept_overlap: Mean share of kept tokens that the reference keeps too.
+        kept_swaps: Kept tokens that differ within the margin.
+        kept_disagreements: Kept tokens that differ beyond it.
+        min_cosine: Of any token that both keep; −1 if there is none, or one that isn't finite.
+        mean_cosine: Of all of these.
+        max_error: Largest difference in these, relative to the reference's largest magnitude; −1
+            if one isn't finite.
+        contextual_compared: Merged tokens with the same target in both.
+        contextual_cosine: Mean cosine of these; 0 if there are none.
+        short: What falls short of the gate, in words; not recorded.
+    """
+
+    images: int
+    runs: int
+    kept_overlap: float
+    kept_swaps: int
+    kept_disagreements: int
+    min_cosine: float
+    mean_cosine: float
+    max_error: float
+    contextual_compared: int
+    contextual_cosine: float
+    short: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether the gate was met."""
+        return not self.short
+
+    def to_json(self) -> dict[str, bool | int | float | str]:
+        """Return the fields as the manifest holds them, and ``passed``."""
+        numbers = asdict(self)
+        del numbers["short"]
+        return {**numbers, "passed": self.passed}
+
+    def __str__(self) -> str:
+        verdict = "passed" if self.passed else f"FAILED ({'; '.join(self.short)})"
+        return (
+            f"{verdict} on {counted(self.images, 'picture')} "
+            f"({counted(self.runs, 'run')}): kept overlap {self.kept_overlap:.4f} "
+            f"({counted(self.kept_swaps, 'swap')} by rounding, "
+            f"{counted(self.kept_disagreements, 'disagreement')}), kept tokens: lowest cosine "
+            f"{self.min_cosine:.6f}, mean {self.mean_cosine:.6f}, largest error "
+            f"{self.max_error:.1e}; merged tokens: mean cosine {self.contextual_cosine:.6f} of "
+            f"{self.contextual_compared}"
+        )
+
+
+def prove(
+    run: Run, reference: Reference, manifest: Manifest, batches: Sequence[int], gate: Gate
+) -> Proof:
+    """Run an encoder on the reference pictures and judge what it gives.
+
+    Args:
+        run: Runs it on one batch of the graph's input.
+        reference: The pictures and what is right.
+        manifest: Of the bundle.
+        batches: Batch sizes to run, such as the smallest and the largest that an engine takes: some
+            miscompiles show in one of them alone.
+        gate: What must be reached.
+
+    Returns:
+        The numbers and the verdict.
+    """
+    images = len(reference.input)
+    # A batch that the pictures don't fill starts over with the first one.
+    chosen = [
+        [number % images for number in range(start, start + size)]
+        for size in batches
+        for start in range(0, images, size)
+    ]
+    agreement = compare(
+        (reference.outputs(pictures) for pictures in chosen),
+        (run(np.ascontiguousarray(reference.input[pictures])) for pictures in chosen),
+        manifest,
+    )
+    kept, merged = agreement.kept, agreement.merged
+    error = kept.error if agreement.finite else float("inf")
+    return Proof(
+        images=images,
+        runs=len(agreement.overlaps),
+        kept_overlap=agreement.mean_overlap,
+        kept_swaps=agreement.chosen.within(gate.margin),
+        kept_disagreements=agreement.chosen.beyond(gate.margin),
+        min_cosine=kept.lowest,
+        mean_cosine=kept.mean,
+        max_error=error if np.isfinite(error) else -1.0,  # a number that JSON can hold
+        contextual_compared=len(merged.cosines),
+        contextual_cosine=merged.mean if len(merged.cosines) else 0.0,
+        short=gate.judge(agreement),
+    )

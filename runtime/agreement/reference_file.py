@@ -1,0 +1,139 @@
+"""`reference.npz`: what the untouched model says of a few pictures, read with sizes checked."""
+
+from __future__ import annotations
+
+import math
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vzip.runtime.agreement.found import SCORES, Array, Outputs
+from vzip.runtime.bundle.manifest import EMBEDS, KEPT, REFERENCE_FILE, Manifest
+from vzip.runtime.bundle.reader import npy_header
+from vzip.runtime.errors import BundleError, InvalidInputError
+from vzip.runtime.guard import guarded
+
+if TYPE_CHECKING:
+    from vzip.runtime.bundle.reader import Bundle
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the untouched model says of n pictures: the content of `reference.npz`.
+
+    Attributes:
+        input: uint8 [n, H, W, 3] or float32 [n, 3, H, W], as the graph takes it.
+        kept: int64 [n, dominant].
+        scores: float32 [n, N], one per patch.
+        embeds: float32 or float16 [n, K, L].
+    """
+
+    input: Array
+    kept: NDArray[np.int64]
+    scores: Array
+    embeds: Array
+
+    def outputs(self, pictures: Sequence[int]) -> Outputs:
+        """Return what is right for some of the pictures, for `compare`."""
+        chosen = list(pictures)
+        return {
+            EMBEDS: self.embeds[chosen],
+            KEPT: self.kept[chosen],
+            SCORES: self.scores[chosen],
+        }
+
+
+def load_reference(bundle: Bundle) -> Reference:
+    """Read a bundle's `reference.npz`, after checking its digest.
+
+    Raises:
+        InvalidInputError: The bundle was exported without it.
+        BundleError: It is damaged, or not what the graph takes and gives.
+    """
+    if REFERENCE_FILE not in bundle.manifest.files:
+        raise InvalidInputError(
+            f"{bundle.path} has no {REFERENCE_FILE}",
+            expected="the untouched model's tokens to compare with",
+            cause="it was exported with --no-check",
+            cure="export it again without --no-check",
+        )
+    with bundle.open_file(REFERENCE_FILE) as file:
+        return read_reference(file, bundle.manifest)
+
+
+def read_reference(data: Any, manifest: Manifest) -> Reference:
+    """Read the content of `reference.npz`, whose digest was already checked.
+
+    Args:
+        data: The file, open for reading in binary.
+        manifest: Of the bundle.
+
+    Raises:
+        BundleError: It isn't what the manifest's graph takes and gives.
+    """
+    with (
+        guarded(
+            BundleError,
+            f"{REFERENCE_FILE} can't be read",
+            expected="an archive of numpy arrays",
+            cure="export the bundle again",
+        ),
+        zipfile.ZipFile(data) as archive,
+    ):
+        found = _arrays(archive, data, manifest)
+    return Reference(**found)
+
+
+def _arrays(archive: zipfile.ZipFile, data: Any, manifest: Manifest) -> dict[str, Array]:
+    """Return the arrays of `reference.npz`, each checked before memory is taken for it."""
+    members = {each.filename: each for each in archive.infolist()}
+    room = data.seek(0, os.SEEK_END)
+    headers: dict[str, tuple[tuple[int, ...], np.dtype[Any], int]] = {}
+    for name in ("input", "kept", "scores", "embeds"):
+        member = members.get(f"{name}.npy")
+        if member is None:
+            continue
+        with archive.open(member) as file:
+            shape, dtype = npy_header(file, f"{REFERENCE_FILE}: '{name}'", "an array")  # type: ignore[arg-type]
+            begin = file.tell()
+        # vzip packs nothing; an array that is packed may be of any size.
+        size = math.prod(shape) * dtype.itemsize
+        packed = member.compress_type != zipfile.ZIP_STORED
+        if packed or begin + size != member.file_size or member.file_size > room:
+            raise BundleError(
+                f"{REFERENCE_FILE} has {member.file_size} {'packed ' * packed}bytes for '{name}', "
+                f"{dtype} {list(shape)}",
+                expected="the bytes of the array as they are",
+                cause="it was made by another tool",
+                cure="export the bundle again",
+            )
+        headers[name] = shape, dtype, begin
+    count = headers["input"][0][0] if "input" in headers and headers["input"][0] else 0
+    expected: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
+        "input": ((count, *manifest.input.shape[1:]), (manifest.input.dtype,)),
+        "kept": ((count, manifest.selection.dominant), ("int64",)),
+        "scores": ((count, manifest.tower.grid[0] * manifest.tower.grid[1]), ("float32",)),
+        "embeds": ((count, *manifest.embeds.shape[1:]), ("float32", "float16")),
+    }
+    found = {}
+    for name, (wanted, dtypes) in expected.items():
+        got = headers.get(name)
+        if got is None or got[0] != wanted or got[1].name not in dtypes or not count:
+            shown = "nothing" if got is None else f"{got[1]} {list(got[0])}"
+            raise BundleError(
+                f"{REFERENCE_FILE} has {shown} for '{name}'",
+                expected=f"{' or '.join(dtypes)} {[*wanted]} of at least one picture",
+                cure="export the bundle again",
+            )
+        shape, dtype, begin = got
+        with archive.open(f"{name}.npy") as file:
+            file.seek(begin)
+            array = np.empty(shape, dtype)
+            array.reshape(-1).view(np.uint8)[:] = np.frombuffer(file.read(), np.uint8)
+        found[name] = array
+    return found
