@@ -121,7 +121,11 @@ def make_plan(scores: Tensor, keys: Tensor, budget: Budget) -> Plan:
         rest = rest * (positions > 0).float()
 
     rest_count = tower_tokens - budget.dominant - (1 if drops_cls else 0)
-    contextual_rows = _contextual_rows(keys, rest, budget, rest_count=rest_count)
+    # How many of the rest stand before a token: all that do, less the kept and dropped ones up to
+    # it. A running sum would say the same; TensorRT 8.6 to 10.7 make a loop of S steps of CumSum.
+    kept_before = (positions >= kept.unsqueeze(-1)).float().sum(dim=1)  # [B, S]
+    rank = (positions - int(drops_cls)).float() - kept_before  # of a token that is in the rest
+    contextual_rows = _contextual_rows(keys, rest, rank, budget, rest_count=rest_count)
     return Plan(kept, torch.cat([kept_rows, contextual_rows], dim=1))
 
 
@@ -210,17 +214,19 @@ def _top_indices(scores: Tensor, count: int) -> Tensor:
     return torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :count]
 
 
-def _contextual_rows(keys: Tensor, rest: Tensor, budget: Budget, *, rest_count: int) -> Tensor:
+def _contextual_rows(
+    keys: Tensor, rest: Tensor, rank: Tensor, budget: Budget, *, rest_count: int
+) -> Tensor:
     """Return float32 [B, contextual, S]: the weight of every tower token in contextual tokens.
 
-    `rest` is float32 [B, S], 1 for the `rest_count` tokens of every image that can be merged.
+    `rest` is float32 [B, S], 1 for the `rest_count` tokens of every image that can be merged, and
+    `rank` float32 [B, S], a token's number among them in spatial order.
     """
     contextual = budget.contextual
     target_number = torch.arange(contextual, device=keys.device)
 
     # Targets: every `step`-th of the rest, by rank in spatial order.
     step = max(1, rest_count // contextual)
-    rank = torch.cumsum(rest, dim=1) - 1.0  # [B, S]
     target_ranks = (target_number * step).to(rank.dtype).unsqueeze(-1)  # [contextual, 1]
     targets = (rank.unsqueeze(1) == target_ranks).float() * rest.unsqueeze(1)  # [B, contextual, S]
     merged = rest - targets.sum(dim=1)  # [B, S]

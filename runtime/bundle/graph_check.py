@@ -20,17 +20,18 @@ from vzip.runtime.errors import BundleError
 
 EXPORTED: Final = frozenset(
     {
-        "Add", "ArgMax", "Cast", "Clip", "Concat", "Conv", "CumSum", "Div", "Equal", "Erf",
-        "GreaterOrEqual", "LayerNormalization", "MatMul", "Mul", "Neg", "Pad", "ReduceMax",
+        "Add", "ArgMax", "Cast", "Clip", "Concat", "Conv", "Div", "Equal", "Erf", "GreaterOrEqual",
+        "LayerNormalization", "MatMul", "Mul", "Neg", "Pad", "ReduceMax",
         "ReduceSum", "Reshape", "Sigmoid", "Slice", "Softmax", "Sqrt", "Squeeze", "Sub", "Tanh",
         "TopK", "Transpose", "Unsqueeze",
     }
 )  # fmt: skip
-"""Every operator that `vzip export` writes. TensorRT 8.6 to 11 and TensorRT-RTX take all of them;
-none has a data-dependent shape."""
+"""Every operator that `vzip export` writes. TensorRT 8.6 to 11 and TensorRT-RTX take all of them,
+none as a loop and none with a data-dependent shape (docs/operators.md)."""
 
-OWN: Final = EXPORTED | {"Gather", "GatherElements", "Identity", "ReduceMean"}
-"""Operators of a bundle's own graph; by hand one may be written with a few more than an export."""
+OWN: Final = EXPORTED | {"CumSum", "Gather", "GatherElements", "Identity", "ReduceMean"}
+"""Operators of a bundle's own graph; by hand one may be written with a few more than an export, and
+earlier exports held CumSum."""
 
 QUANTISED: Final = OWN | {"DequantizeLinear", "QuantizeLinear", "Split"}
 """Operators of a graph that `vzip calibrate` wrote."""
