@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vzip.export.checking import check
+    from vzip.export.debugging.comparing import debug
     from vzip.export.engines import build
     from vzip.export.pipeline import export
 
-__all__ = ["EXPORT_PACKAGES", "build", "check", "export"]
+__all__ = ["EXPORT_PACKAGES", "build", "check", "debug", "export"]
 
 EXPORT_PACKAGES = (
     "torch",
@@ -31,6 +32,7 @@ EXPORT_PACKAGES = (
 _HOMES = {
     "build": "vzip.export.engines",
     "check": "vzip.export.checking",
+    "debug": "vzip.export.debugging.comparing",
     "export": "vzip.export.pipeline",
 }
 

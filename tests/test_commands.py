@@ -37,6 +37,7 @@ READS = {
     "inspect": "{x}",
     "report": "{x} -o out.html",
     "bench": "{x}",
+    "debug": "{x} -o out",
 }
 # -o of each that has one, without a folder that it could go to, or with a file in the way.
 WRITES = {
@@ -48,8 +49,10 @@ WRITES = {
     "sweep": ("--model demo --tokens 6 -o", "image.png"),
     "report": ("bundle -o", "nowhere/out.html"),
     "bench": ("bundle -o", "image.png"),
+    "debug": ("bundle -o", "image.png"),
 }
-TABLES = ("models", "targets", "plan", "doctor", "inspect", "check", "bench", "sweep", "calibrate")
+TABLES = ("models", "targets", "plan", "doctor", "inspect", "check", "bench", "sweep", "calibrate",
+          "debug")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

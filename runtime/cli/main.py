@@ -44,6 +44,7 @@ COMMANDS: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
             "inspect": "print what a graph or an engine consists of",
             "report": "write a web page about a bundle",
             "bench": "time a bundle on this machine, beside its peers",
+            "debug": "find where an engine first differs, with Polygraphy",
             "doctor": "say what this machine can run and what is missing",
         },
     }

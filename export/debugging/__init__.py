@@ -1,0 +1,1 @@
+"""`vzip debug`: where an engine first differs from ONNX Runtime, found by Polygraphy."""
