@@ -30,6 +30,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         safer=arguments.safer,
         rtx=arguments.rtx,
         unproven=arguments.unproven,
+        log=arguments.log,
     )
     emit(str(engine.path))
     return 0
@@ -94,6 +95,12 @@ def _parser(prog: str) -> Parser:
         metavar="SM,…",
         help="build with TensorRT-RTX for these GPUs, such as sm86,sm89, without having one; "
         "such an engine is not compared with PyTorch",
+    )
+    parser.add_argument(
+        "--log",
+        metavar="FILE",
+        help="write all that TensorRT says into this file, *.log or *.txt (default: "
+        "engines/NAME.log in the bundle, kept only if the build fails)",
     )
     add_threads(parser)
     return parser

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from vzip.runtime import console
 from vzip.runtime.errors import BackendError, InvalidInputError, ParityError
+from vzip.runtime.files.outputs import check_file
 from vzip.runtime.guard import door
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def build(
     safer: bool = False,
     rtx: str | None = None,
     unproven: bool = False,
+    log: str | os.PathLike[str] | None = None,
     say: Callable[[str], None] = console.say,
 ) -> BuiltEngine:
     """Build an engine from a bundle on the machine that will run it, and put it into the bundle.
@@ -57,6 +59,8 @@ def build(
         rtx: Build with TensorRT-RTX for these GPUs, such as ``sm86,sm89``, without having one. Such
             an engine is not compared with PyTorch.
         unproven: Build from a bundle whose graph differs from PyTorch's by its last parity check.
+        log: File, ending with ``.log`` or ``.txt``, for all that TensorRT says, up to 32 MiB. None
+            for ``engines/NAME.log`` in the bundle, which stays there only if the build fails.
         say: Told, in lines, what goes on.
 
     Returns:
@@ -79,6 +83,7 @@ def build(
             "low_memory (--low-memory)": low_memory or None,
             "safer (--safer)": safer or None,
             "rtx (--rtx)": rtx,
+            "log (--log)": log,
         }
         return _build_cpu(bundle, name, [each for each in given if given[each] is not None], say)
     from vzip.export.engines.tensorrt.auto import AUTO
@@ -93,6 +98,7 @@ def build(
         rtx=rtx,
         safer=safer,
         precision=None if precision == AUTO else precision,
+        log=None if log is None else check_file(log, ".log", ".txt"),
     )
     return _build_for_gpu(bundle, request, say, best=precision == AUTO)
 

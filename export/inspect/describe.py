@@ -203,7 +203,7 @@ def _record(record: EngineRecord) -> Iterator[str]:
     yield f"precision: {record.precision}; batch {batch.min} to {batch.max}, tuned for {batch.opt}"
     yield f"settings: {_flat(record.settings)}"
     fused = record.fused_attention
-    yield f"fused attention: {'not looked at' if fused is None else counted(fused, 'layer')}"
+    yield f"fused attention: {'not told' if fused is None else counted(fused, 'layer')}"
     yield f"proof: {_verdict(record)}"
     if record.proof is not None:
         yield f"proof numbers: {_flat(record.proof)}"
@@ -212,7 +212,12 @@ def _record(record: EngineRecord) -> Iterator[str]:
 def _layers(layers: EngineLayers) -> Iterator[str]:
     yield f"layers: {len(layers.layers)}: {_counts(layers.kinds())}"
     yield f"first outputs: {_counts(layers.precisions())}"
-    yield f"fused attention: {counted(layers.fused_attention or 0, 'layer')}"
+    if layers.opaque:
+        yield f"fused attention: not told: {counted(layers.opaque, 'layer')} of many nodes each"
+    else:
+        yield f"fused attention: {counted(layers.fused_attention or 0, 'layer')}"
+    if layers.int8:
+        yield f"INT8: {counted(layers.int8, 'layer')}"
     if layers.memory is not None:
         yield f"scratch memory: {layers.memory / _MIB:.1f} MiB"
     for name, kind, dtype in layers.layers:

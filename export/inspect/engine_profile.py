@@ -16,7 +16,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from vzip.export.engines.tensorrt.api import load_bindings
-from vzip.export.engines.tensorrt.layers import FUSED, EngineLayers, inspect_engine
+from vzip.export.engines.tensorrt.layers import (
+    FUSED,
+    EngineLayers,
+    inspect_engine,
+    is_opaque,
+)
 from vzip.export.graph.reading import read_graph
 from vzip.export.inspect.parts import SELECTION, parts
 from vzip.runtime.backends.tensorrt.engine_file import read_engine
@@ -30,6 +35,8 @@ if TYPE_CHECKING:
 
 REFORMAT: Final = "reformat"
 UNKNOWN: Final = "unknown"
+OPAQUE: Final = "many nodes in one layer"
+"""What TensorRT 8.6 makes of a transformer: it doesn't tell where the time goes inside."""
 
 CALLS, WARM_UP = 20, 3
 _SLOWEST = 10
@@ -47,8 +54,8 @@ class Profile:
         calls: Runs that were timed.
         total_ms: Of all layers, median of the runs. A profiler makes every layer wait, so this is
             above what a run takes without.
-        parts: Part of the graph, `REFORMAT` or `UNKNOWN` → milliseconds (sum of its layers'
-            medians), most first.
+        parts: Part of the graph, `REFORMAT`, `OPAQUE` or `UNKNOWN` → milliseconds (sum of its
+            layers' medians), most first.
         layers: Likewise → number of layers.
         slowest: Name, part and milliseconds of the slowest layers.
         fused_attention: Layers that run attention as one kernel; None where TensorRT doesn't tell.
@@ -177,6 +184,8 @@ def _label(
     """Return what a layer is for."""
     if kind == "Reformat" or name.startswith("Reformatting CopyNode"):
         return REFORMAT
+    if is_opaque(name, kind):
+        return OPAQUE
     if FUSED.search(name):
         return "attention"
     computed = [node for node in (*origins, *_WORD.findall(name)) if node in part]

@@ -185,6 +185,21 @@ def update_manifest(bundle: Bundle, *, parity: Mapping[str, Scalar] | None) -> B
     return dataclasses.replace(bundle, manifest=manifest)
 
 
+def amend_engine(bundle: Bundle, name: str, record: EngineRecord) -> Bundle:
+    """Change what a published engine's record says; its file stays.
+
+    Raises:
+        BundleError: The bundle was replaced meanwhile, or it can't be written.
+    """
+    assert bundle.manifest.engines[name].sha256 == record.sha256
+    engines = {**bundle.manifest.engines, name: record}
+    manifest = dataclasses.replace(bundle.manifest, engines=engines)
+    with explaining(bundle.path):
+        check_unchanged(bundle)
+        atomic.replace_file(bundle.path / MANIFEST_FILE, manifest.to_bytes())
+    return dataclasses.replace(bundle, manifest=manifest)
+
+
 def add_engine(bundle: Bundle, name: str, record: EngineRecord, plan: bytes | memoryview) -> Bundle:
     """Put an engine into a bundle, or in the place of the one of the same name.
 

@@ -67,20 +67,20 @@ def _probe(name: str, limit_s: float = IMPORT_LIMIT_S) -> Record | None:
     try:
         found = json.loads(done.stdout)
     except ValueError:
-        found = {"error": _death(done)}
+        found = {"error": _death(done, "starting" if name.endswith("_runtime") else "importing")}
     return None if found.get("absent") else dict(found)
 
 
-def _death(done: subprocess.CompletedProcess[str]) -> str:
+def _death(done: subprocess.CompletedProcess[str], doing: str) -> str:
     """Say how a child ended that gave no answer."""
     if done.returncode < 0:
         try:
             how = signal.Signals(-done.returncode).name
         except ValueError:
             how = f"signal {-done.returncode}"
-        return f"importing it crashes the interpreter ({how})"
+        return f"{doing} it crashes the interpreter ({how})"
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    return f"importing it ends the interpreter with status {done.returncode} ({last})"
+    return f"{doing} it ends the interpreter with status {done.returncode} ({last})"
 
 
 def _interpreter() -> Record:

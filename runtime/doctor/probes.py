@@ -46,13 +46,57 @@ def torch() -> Answer:
 
 
 def tensorrt() -> Answer:
-    """Version of TensorRT."""
-    return {"version": importlib.import_module("tensorrt").__version__}
+    """Version of TensorRT, and the distribution that it comes from where that names its CUDA."""
+    return _bindings("tensorrt")
 
 
 def tensorrt_rtx() -> Answer:
-    """Version of TensorRT-RTX."""
-    return {"version": importlib.import_module("tensorrt_rtx").__version__}
+    """The same of TensorRT-RTX, and the compute capabilities that it knows."""
+    answer = _bindings("tensorrt_rtx")
+    enumeration = getattr(importlib.import_module("tensorrt_rtx"), "ComputeCapability", None)
+    names = [name for name in getattr(enumeration, "__members__", ()) if name.startswith("SM")]
+    return {**answer, "sm": sorted((name[2:] for name in names), key=int)} if names else answer
+
+
+def _bindings(name: str) -> Answer:
+    from vzip.runtime.backends.tensorrt.bindings import distribution_of
+
+    answer: Answer = {"version": importlib.import_module(name).__version__}
+    if (distribution := distribution_of(name)) is not None:
+        answer["distribution"] = distribution
+    return answer
+
+
+def tensorrt_runtime() -> Answer:
+    """Whether TensorRT starts: the cheapest proof that driver and library fit together."""
+    return _started("tensorrt")
+
+
+def tensorrt_rtx_runtime() -> Answer:
+    """Whether TensorRT-RTX starts."""
+    return _started("tensorrt_rtx")
+
+
+def _started(name: str) -> Answer:
+    if not driver().get("gpus"):
+        return {"absent": True}  # nothing to start on, which the driver's own answer says
+    module: Any = importlib.import_module(name)
+    severity, said = module.ILogger.Severity, list[str]()
+
+    class Logger(module.ILogger):  # type: ignore[misc]  # a class of an untyped module
+        def __init__(self) -> None:
+            module.ILogger.__init__(self)
+
+        def log(self, level: Any, message: str) -> None:
+            if level in (severity.INTERNAL_ERROR, severity.ERROR, severity.WARNING):
+                said.append(" ".join(message.split()))
+
+    logger = Logger()
+    try:
+        started = module.Runtime(logger) is not None
+    except TypeError:  # pybind: the factory returned nullptr
+        started = False
+    return {"started": True} if started else {"error": (said or ["it gave no reason"])[0]}
 
 
 def driver() -> Answer:
@@ -71,7 +115,7 @@ def driver() -> Answer:
     cuda.cuDriverGetVersion(ctypes.byref(version))
     cuda.cuDeviceGetCount(ctypes.byref(count))
     gpus = [_gpu(cuda, index) for index in range(count.value)]
-    return {"cuda": _cuda_version(version.value), "gpus": gpus}
+    return {"cuda": f"{version.value // 1000}.{version.value % 1000 // 10}", "gpus": gpus}
 
 
 def _gpu(cuda: ctypes.CDLL, index: int) -> Answer:
@@ -93,33 +137,31 @@ def cudart() -> Answer:
     """Version and file of the CUDA runtime library that the TensorRT backend takes."""
     from vzip.runtime.backends.tensorrt import cuda
 
-    first: Answer | None = None
+    refused: Answer | None = None
     for path in cuda.candidates():
         try:
             library = cuda.Cuda(path)
         except (OSError, AttributeError):
             continue
-        found = {"version": _cuda_version(library.versions()[0]), "file": path}
+        found: Answer = {"version": cuda.dotted(library.versions()[0]), "file": path}
         try:
             library.device_count()
-        except cuda.CudaError:
-            first = first or found  # it is there, whatever the driver makes of it
+        except cuda.CudaError as error:  # an older one may do
+            said = f"CUDA {found['version']} ({path}) finds no GPU: {error.got}"
+            refused = refused or {**found, "error": said}
             continue
         return found
     absent = "no libcudart in the library path, in this Python's packages or in /usr/local/cuda"
-    return first or {"error": absent}
-
-
-def _cuda_version(number: int) -> str:
-    """Return 12060 as ``12.6``."""
-    return f"{number // 1000}.{number % 1000 // 10}"
+    return refused or {"error": absent}
 
 
 PROBES: dict[str, tuple[str | None, Callable[[], Answer]]] = {
     "driver": (None, driver),
     "cudart": (None, cudart),
     "tensorrt": ("tensorrt", tensorrt),
+    "tensorrt_runtime": ("tensorrt", tensorrt_runtime),
     "tensorrt_rtx": ("tensorrt_rtx", tensorrt_rtx),
+    "tensorrt_rtx_runtime": ("tensorrt_rtx", tensorrt_rtx_runtime),
     "onnxruntime": ("onnxruntime", onnxruntime),
     "torch": ("torch", torch),
 }

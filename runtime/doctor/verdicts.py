@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
+from vzip.runtime.backends.tensorrt.bindings import misfit
+
 Record = Mapping[str, Any]
 
 SMALLEST_CMA: Final = 64  # MiB; [E]
@@ -72,7 +74,7 @@ def _tensorrt(record: Record) -> Verdict:
     """TensorRT, or TensorRT-RTX where only that is installed."""
     title, found, needs = "TensorRT", record["tensorrt"], _tensorrt_needs(record)
     if found is None and record["tensorrt_rtx"] is not None:
-        title, found, needs = "TensorRT-RTX", record["tensorrt_rtx"], _rtx_needs(record)
+        title, found, needs = "TensorRT-RTX", record["tensorrt_rtx"], _rtx_here_needs(record)
     version = (found or {}).get("version", "")
     return Verdict(
         "tensorrt",
@@ -216,13 +218,15 @@ def _gpu_needs(record: Record) -> list[Need]:
 
 
 def _cudart_needs(record: Record) -> list[Need]:
-    error = record["cudart"].get("error")
-    if error is None:
-        return []
+    found = record["cudart"]
+    error = found.get("error")
+    if error is None or ("version" in found and not record["driver"].get("gpus")):
+        return []  # one that is there can find no GPU where there is none
     if record["jetson"] is not None:
         return [Need(f"the CUDA runtime: {error}", "sudo apt install nvidia-jetpack")]
     newest = str(record["driver"].get("cuda", "13.0"))
-    package = "nvidia-cuda-runtime-cu12" if newest.startswith("12") else "nvidia-cuda-runtime"
+    major = int(newest.partition(".")[0])
+    package = f"nvidia-cuda-runtime-cu{major}" if major < 13 else "nvidia-cuda-runtime"
     return [Need(f"the CUDA runtime: {error}", f"pip install {package}")]
 
 
@@ -231,23 +235,50 @@ def _tensorrt_needs(record: Record) -> list[Need]:
     if found is None:
         return [Need("the package tensorrt", _tensorrt_cure(record))]
     if "error" not in found:
-        return []
+        return _start_needs(record, "tensorrt")
     numpy = record["packages"].get("numpy", "")
     cure = _tensorrt_cure(record)
     if jetpack is not None and "numpy" in found["error"].lower() and not numpy.startswith("1."):
-        cure = "pip install 'numpy<2' (JetPack 6's bindings are built for numpy 1)"
+        cure = "pip install 'numpy<2'"
     return [Need(f"a tensorrt that can be imported: {found['error']}", cure)]
 
 
 def _tensorrt_cure(record: Record) -> str:
     jetpack = record["jetpack"]
     if jetpack is None:
-        return "pip install 'vzip[tensorrt]' (fetches the libraries from NVIDIA's own index)"
+        served = str(record["driver"].get("cuda", ""))
+        extra = "tensorrt-cu12" if served.startswith("12.") else "tensorrt"
+        return f"pip install 'vzip[{extra}]' (fetches the libraries from NVIDIA's own index)"
     if not jetpack["system_tensorrt"]:
         return "sudo apt update && sudo apt install nvidia-jetpack"
     # JetPack's bindings are for one Python, and a plain virtual environment doesn't see them.
     theirs = jetpack["system_tensorrt"][0].split("/")[-3]
     return f"/usr/bin/{theirs} -m venv --system-site-packages vzip-env, and install vzip there"
+
+
+def _start_needs(record: Record, name: str) -> list[Need]:
+    """Return what keeps a TensorRT that can be imported from working with this driver."""
+    served = record["driver"].get("cuda")
+    wrong = misfit(record[name].get("distribution"), served)
+    if wrong is not None:
+        return [Need(f"a {name} for this driver: {wrong.what}", wrong.cure)]
+    started = record.get(f"{name}_runtime") or {}
+    if "error" in started:
+        cure = "update the NVIDIA driver, or install an older TensorRT"
+        return [Need(f"a {name} that starts: {started['error']}", cure)]
+    return []
+
+
+def _rtx_here_needs(record: Record) -> list[Need]:
+    """Return what keeps TensorRT-RTX from building for, and running on, the GPU here."""
+    if needs := _rtx_needs(record):
+        return needs
+    gpus, known = record["driver"].get("gpus"), record["tensorrt_rtx"].get("sm")
+    if gpus and known and gpus[0]["sm"] not in known:
+        names = ", ".join(map(dotted, known))
+        what = f"SM {dotted(gpus[0]['sm'])} in TensorRT-RTX, which knows {names}"
+        return [Need(f"a TensorRT for this GPU: no {what}", _tensorrt_cure(record))]
+    return _start_needs(record, "tensorrt_rtx")
 
 
 def _rtx_needs(record: Record) -> list[Need]:
@@ -302,8 +333,8 @@ def _jetson_hints(record: Record) -> list[str]:
     numpy = record["packages"].get("numpy", "")
     if jetpack.startswith("6.") and not numpy.startswith("1."):
         found.append(
-            f"numpy {numpy} with JetPack {jetpack}, whose TensorRT is built for numpy 1: "
-            "pip install 'numpy<2'"
+            f"numpy {numpy} with JetPack {jetpack}: if 'import tensorrt' fails there, pip install "
+            "'numpy<2'"
         )
     memory = record["memory"]
     if memory is not None and memory["cma_total"] and memory["cma_free"] < SMALLEST_CMA:

@@ -14,7 +14,7 @@ import enum
 import json
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -58,6 +58,9 @@ class Layer:
     def get_output(self, index: int) -> Any:
         return self.outputs[index]
 
+    def set_input(self, index: int, tensor: Any) -> None:
+        self.inputs[index] = tensor
+
     def set_output_type(self, index: int, dtype: Any) -> None:
         self.output_types[index] = dtype
 
@@ -73,6 +76,7 @@ def make(
     cache: bytes = b"the GPU's timings",
     build: Callable[[Any, Any], str | None] = lambda network, config: None,
     header: Callable[[bytes], bytes] = lambda header: header,
+    talk: Sequence[tuple[str, str]] = (),
 ) -> Any:
     """Return a module.
 
@@ -86,12 +90,13 @@ def make(
         cache: The timing cache of this GPU, and of no other.
         build: Called by a build; returns why it fails, or None.
         header: Given the header of a built engine; returns another.
+        talk: What every builder says: name of a severity, and a message.
     """
     major = int(version.split(".")[0])
     minor = int(version.split(".")[1])
     trt: Any = types.ModuleType("tensorrt")
     trt.__version__ = _VERSIONS[version]
-    trt.made = types.SimpleNamespace(configs=[], networks=[], caches=[])
+    trt.made = types.SimpleNamespace(configs=[], networks=[], caches=[], loggers=[])
 
     def enumeration(name: str, members: list[str]) -> Any:
         # Other numbers in every generation, as the real ones have.
@@ -162,6 +167,12 @@ def make(
 
         def get_layer(self, index: int) -> Layer:
             return self.layers[index]
+
+        def add_cast(self, tensor: Any, to_type: Any) -> Layer:
+            cast = Layer("", trt.LayerType.CAST, [tensor], [])
+            cast.outputs = [Tensor(f"cast {len(self.layers)}", to_type, tensor.shape)]
+            self.layers.append(cast)
+            return cast
 
     class OnnxParser:
         def __init__(self, network: Any, logger: Any) -> None:
@@ -250,6 +261,9 @@ def make(
                 logger.log(ILogger.Severity.WARNING, "CUDA initialization failure with error: 35")
                 raise TypeError("pybind11::init(): factory function returned nullptr")
             trt.logger = logger
+            trt.made.loggers.append(logger)
+            for severity, message in talk:
+                logger.log(ILogger.Severity[severity], message)
 
         def create_network(self, flags: int = 0) -> INetworkDefinition:
             network = INetworkDefinition(flags)
@@ -305,7 +319,9 @@ def make(
 
     class Runtime:
         def __init__(self, logger: Any) -> None:
+            trt.made.loggers.append(logger)
             if not gpu:
+                logger.log(ILogger.Severity.ERROR, "CUDA initialization failure with error: 35")
                 raise TypeError("pybind11::init(): factory function returned nullptr")
 
         def deserialize_cuda_engine(self, plan: Any) -> ICudaEngine | None:

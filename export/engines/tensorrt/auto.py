@@ -14,6 +14,7 @@ import os
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from numpy.typing import NDArray
@@ -162,7 +163,8 @@ def _rated(
         return measured[0].to_json() if measured[0].won else None
 
     name = None if request.name is None else f"{request.name}-{precision}"
-    asked = dataclasses.replace(request, precision=precision, name=name)
+    log = None if request.log is None else _beside(request.log, precision)
+    asked = dataclasses.replace(request, precision=precision, name=name, log=log)
     try:
         result = build_if(own.bundle.path, asked, keep, say=say)
     except (ParityError, ExportError, BackendError) as error:
@@ -177,6 +179,11 @@ def _rated(
         verdict = "" if measured[0].won else ", not faster; it was there before and is left there"
         say(f"{precision}: {measured[0]} of the engine '{own.name}'{verdict}")
     return result, measured[0]
+
+
+def _beside(log: Path, precision: Quantised) -> Path:
+    """Return ``x-int8.log`` for ``x.log``: each build has a log of its own."""
+    return log.with_name(f"{log.stem}-{precision}{log.suffix}")
 
 
 def _measured(own: BuiltEngine, candidate: TensorRt, bundle: Bundle) -> Race:

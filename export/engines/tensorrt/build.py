@@ -14,12 +14,15 @@ from typing import Any, Final, Literal
 
 from vzip.export.engines.tensorrt.api import Bindings
 from vzip.export.engines.tensorrt.progress import Progress
+from vzip.runtime.backends.tensorrt.engine import not_started
 from vzip.runtime.backends.tensorrt.engine_file import HEADER_BYTES, header_fault
+from vzip.runtime.backends.tensorrt.logger import listening
 from vzip.runtime.bundle.manifest import Manifest, Tensor
 from vzip.runtime.bundle.precision_record import Quantised
 from vzip.runtime.errors import BackendError, ExportError
 from vzip.runtime.files.codec import Scalar
 from vzip.runtime.machine import sensors
+from vzip.runtime.wording import counted
 
 # What a layer of a weakly typed network computes in, beyond what the graph says.
 Islands = Literal["graph", "norms", "all"]
@@ -28,6 +31,8 @@ Islands = Literal["graph", "norms", "all"]
 _FRAGILE: Final = ("NORMALIZATION", "SOFTMAX", "REDUCE")
 # Layers without arithmetic, whose types follow from elsewhere.
 _UNTYPED: Final = ("CONSTANT", "SHAPE", "CAST", "IDENTITY")
+
+_MOST_WARNINGS: Final = 1000
 
 _DTYPES: Final[Mapping[str, tuple[str, ...]]] = {
     "uint8": ("UINT8",),
@@ -48,6 +53,7 @@ class BuildSettings:
         opt_batch: The batch that tactics are chosen for, where the batch is dynamic.
         islands: Which layers stay FP32 in a weakly typed FP16 build.
         capabilities: Compute capabilities to build for without a GPU; empty for the GPU here.
+        fp32_sums: Whether the products of a strongly typed FP16 network are summed up in FP32.
     """
 
     workspace_mib: int | None
@@ -56,6 +62,7 @@ class BuildSettings:
     opt_batch: int
     islands: Islands
     capabilities: tuple[str, ...]
+    fp32_sums: bool = False
 
     def to_json(self, bindings: Bindings) -> dict[str, Scalar]:
         """Return the settings as the engine's record holds them; defaults are left out."""
@@ -70,6 +77,8 @@ class BuildSettings:
             chosen["optimization_level"] = self.level
         if not bindings.can.strongly_typed:
             chosen["fp32_layers"] = self.islands
+        if self.fp32_sums:
+            chosen["fp32_accumulators"] = True
         if self.capabilities:
             chosen["ahead_of_time"] = True
         if bindings.can.profile_sharing:
@@ -121,48 +130,49 @@ def build(
         BackendError: There is no GPU, or the builder failed; with the builder's own words.
         KeyboardInterrupt: The build was interrupted.
     """
-    trt, messages = bindings.module, _Messages()
-    logger = messages.logger(trt)
-    try:
-        builder = trt.Builder(logger)
-    except TypeError as error:  # pybind: the factory returned nullptr
-        raise BackendError(
-            f"{bindings} can't start its builder{messages.because()}",
-            cause="it needs a working NVIDIA GPU and driver",
-            cure="check nvidia-smi (on a Jetson, that the user is in the group 'video')",
-        ) from error
-    network = builder.create_network(_creation_flags(bindings))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(model, str(path)):
-        raise _not_taken(bindings, parser, messages, path)
-    _check_network(bindings, network, manifest)
-    config = builder.create_builder_config()
-    _configure(bindings, network, config, manifest, settings)
-    if quantised is not None and not bindings.can.strongly_typed:
-        config.set_flag(bindings.module.BuilderFlag.INT8)  # without it 8.6 takes no Q and DQ
-    if manifest.batch.dynamic:
-        _add_profile(builder, config, manifest, settings.opt_batch)
-    cache, warnings = _use_cache(bindings, config, messages, timing_cache)
-    progress = Progress()
-    if bindings.can.progress_monitor:
-        monitor = progress.monitor(trt)  # held by this name: TensorRT keeps a bare pointer
-        config.progress_monitor = monitor
-    serialized = builder.build_serialized_network(network, config)
-    progress.reraise()
-    if serialized is None:
-        raise BackendError(
-            f"{bindings} failed to build the engine{messages.because()}",
-            cure=(
-                f"if memory was short, use --low-memory or a smaller --workspace{_contiguous()}, "
-                "otherwise report this line"
-            ),
-        )
-    after = None
-    if cache is not None and (kept := config.get_timing_cache()) is not None:
-        after = bytes(kept.serialize())
-    _check_header(bindings, memoryview(serialized))
-    # Not a copy: an engine is as large as the weights. The view keeps TensorRT's buffer alive.
-    return Built(memoryview(serialized), after, tuple(warnings))
+    messages = _Messages()
+    trt = bindings.module
+    with listening(trt, messages.hear) as logger:
+        try:
+            builder = trt.Builder(logger)
+        except TypeError as error:  # pybind: the factory returned nullptr
+            raise not_started(trt, messages.first()) from error
+        network = builder.create_network(_creation_flags(bindings))
+        parser = trt.OnnxParser(network, logger)
+        if not parser.parse(model, str(path)):
+            raise _not_taken(bindings, parser, messages, path)
+        _check_network(bindings, network, manifest)
+        if settings.fp32_sums:
+            sum_in_fp32(bindings, network)
+        config = builder.create_builder_config()
+        _configure(bindings, network, config, manifest, settings)
+        if quantised is not None and not bindings.can.strongly_typed:
+            config.set_flag(bindings.module.BuilderFlag.INT8)  # without it 8.6 takes no Q and DQ
+        if manifest.batch.dynamic:
+            _add_profile(builder, config, manifest, settings.opt_batch)
+        cache, warnings = _use_cache(bindings, config, messages, timing_cache)
+        progress = Progress()
+        if bindings.can.progress_monitor:
+            monitor = progress.monitor(trt)  # held by this name: TensorRT keeps a bare pointer
+            config.progress_monitor = monitor
+        serialized = builder.build_serialized_network(network, config)
+        progress.reraise()
+        if serialized is None:
+            raise BackendError(
+                f"{bindings} failed to build the engine{messages.because()}",
+                cure=(
+                    "if memory was short, use --low-memory or a smaller --workspace"
+                    f"{_contiguous()}, otherwise report this line"
+                ),
+            )
+        after = None
+        if cache is not None and (kept := config.get_timing_cache()) is not None:
+            after = bytes(kept.serialize())
+        _check_header(bindings, memoryview(serialized))
+        if (warned := messages.warned()) is not None:
+            warnings.append(warned)
+        # Not a copy: an engine is as large as the weights. The view keeps TensorRT's buffer alive.
+        return Built(memoryview(serialized), after, tuple(warnings))
 
 
 def _contiguous() -> str:
@@ -194,31 +204,37 @@ def _check_header(bindings: Bindings, plan: memoryview) -> None:
 
 @dataclass
 class _Messages:
-    """What TensorRT logged, for the error that may follow."""
+    """What TensorRT said, for the error that may follow."""
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    count: int = 0
 
-    def logger(self, trt: Any) -> Any:
-        """Return a logger that keeps errors and warnings and prints nothing."""
-        messages = self
+    def hear(self, severity: str, message: str) -> None:
+        """Keep errors and warnings, of which a builder may give thousands."""
+        if severity in {"INTERNAL_ERROR", "ERROR"}:
+            self.errors.append(message)
+        elif severity == "WARNING":
+            self.count += 1
+            if len(self.warnings) < _MOST_WARNINGS:
+                self.warnings.append(message)
 
-        class Logger(trt.ILogger):  # type: ignore[misc]  # a class of an untyped module
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-
-            def log(self, severity: Any, message: str) -> None:
-                if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
-                    messages.errors.append(message)
-                elif severity == trt.ILogger.Severity.WARNING:
-                    messages.warnings.append(message)
-
-        return Logger()
+    def first(self) -> str:
+        """Return the first error, or the last warning without one: later errors follow from it."""
+        said = self.errors or self.warnings[-1:]
+        return " ".join(said[0].split()) if said else ""
 
     def because(self) -> str:
-        """Return the first error as a part of our message; later ones follow from it."""
-        said = self.errors or self.warnings[-1:]
-        return f" ({' '.join(said[0].split())})" if said else ""
+        """Return that as a part of our message."""
+        said = self.first()
+        return f" ({said})" if said else ""
+
+    def warned(self) -> str | None:
+        """Return one line about the warnings; None without any."""
+        if not self.count:
+            return None
+        said = " ".join(self.warnings[0].split())
+        return f"TensorRT gave {counted(self.count, 'warning')}, first: {said}"
 
 
 def _creation_flags(bindings: Bindings) -> int:
@@ -371,6 +387,38 @@ def hold_fp32(bindings: Bindings, network: Any, islands: Islands) -> int:
     return count
 
 
+def sum_in_fp32(bindings: Bindings, network: Any) -> int:
+    """Put casts round every FP16 product of a strongly typed network and return how many there are.
+
+    TensorRT may sum such a product up in FP16. Between casts it is FP32 by its types, which
+    TensorRT fuses back to FP16 factors with an FP32 sum, as Torch-TensorRT does it
+    (`use_fp32_acc`). Not tried on a GPU.
+    """
+    trt = bindings.module
+    single, half = trt.DataType.FLOAT, trt.DataType.HALF
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    readers: dict[str, list[tuple[Any, int]]] = {}
+    for layer in layers:
+        for place in range(layer.num_inputs):
+            if (tensor := layer.get_input(place)) is not None:
+                readers.setdefault(tensor.name, []).append((layer, place))
+    count = 0
+    for layer in layers:
+        if layer.type != trt.LayerType.MATRIX_MULTIPLY:
+            continue
+        factors = [layer.get_input(place) for place in range(layer.num_inputs)]
+        if any(factor.dtype != half for factor in factors):
+            continue
+        for place, factor in enumerate(factors):
+            layer.set_input(place, network.add_cast(factor, single).get_output(0))
+        product = layer.get_output(0)
+        back = network.add_cast(product, half).get_output(0)
+        for reader, place in readers.get(product.name, ()):
+            reader.set_input(place, back)
+        count += 1
+    return count
+
+
 def _layer_types(trt: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
     found = (getattr(trt.LayerType, name, None) for name in names)
     return tuple(each for each in found if each is not None)
@@ -397,6 +445,8 @@ def _use_cache(
             f"written anew, so this build takes as long as the first one{reason}"
         )
         messages.errors.clear()
+        messages.warnings.clear()
+        messages.count = 0
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
     return cache, warnings

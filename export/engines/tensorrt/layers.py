@@ -11,10 +11,15 @@ from typing import Any, Final
 
 from vzip.export.engines.tensorrt.api import Bindings
 from vzip.runtime.backends.tensorrt import cuda
+from vzip.runtime.backends.tensorrt.engine import not_started
+from vzip.runtime.backends.tensorrt.logger import logger
 from vzip.runtime.errors import BackendError
 
 # How fused attention shows in names of layers and tactics: `_gemm_mha_v2`, `fmha`, `flash_attn`.
 FUSED: Final = re.compile(r"mha|flash_?att|fused_?attention|_attention_kernel", re.IGNORECASE)
+
+OPAQUE: Final = re.compile(r"ForeignNode\[")
+"""TensorRT 8.6's name of what Myelin compiled: often the whole transformer in one layer."""
 
 _ORIGIN: Final = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
@@ -30,13 +35,15 @@ class EngineLayers:
             tell.
         memory: Bytes of scratch memory that a run needs on the GPU; None where it isn't told.
         fused_attention: Layers that run attention as one kernel; None where there are no layers to
-            look at.
+            look at, or where some are `opaque`.
+        opaque: Layers that hold many nodes each and don't tell which kernels run them.
     """
 
     layers: tuple[tuple[str, str, str], ...]
     origins: tuple[tuple[str, ...], ...]
     memory: int | None
     fused_attention: int | None
+    opaque: int = 0
 
     def kinds(self) -> dict[str, int]:
         """Return how many layers there are of each kind, the most frequent first."""
@@ -45,6 +52,13 @@ class EngineLayers:
     def precisions(self) -> dict[str, int]:
         """Return how many layers give each datatype, the most frequent first."""
         return dict(Counter(dtype or "unknown" for _, _, dtype in self.layers).most_common())
+
+    @property
+    def int8(self) -> int | None:
+        """How many layers give INT8; None where the inspector doesn't tell."""
+        if self.opaque or not any(dtype for _, _, dtype in self.layers):
+            return None
+        return sum("int8" in dtype.lower() for _, _, dtype in self.layers)
 
 
 def inspect_engine(bindings: Bindings, plan: memoryview | bytes | bytearray) -> EngineLayers:
@@ -59,18 +73,12 @@ def inspect_engine(bindings: Bindings, plan: memoryview | bytes | bytearray) -> 
     """
     cuda.load()  # without a GPU, TensorRT 8.6.0 ends the process with a segmentation fault here
     trt = bindings.module
-    logger = trt.Logger(trt.Logger.Severity.INTERNAL_ERROR)
+    said = logger(trt)
+    said.said = ""
     try:
-        runtime = trt.Runtime(logger)
+        runtime = trt.Runtime(said)
     except TypeError as error:  # pybind: the factory returned nullptr
-        raise BackendError(
-            f"{bindings} can't be started to look into the engine",
-            cause=(
-                "the NVIDIA driver is too old for it: 'vzip doctor' says which CUDA the driver "
-                "serves"
-            ),
-            cure="update the driver, or install an older TensorRT and build the engine again",
-        ) from error
+        raise not_started(trt, said.said) from error
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise BackendError(
@@ -86,11 +94,25 @@ def inspect_engine(bindings: Bindings, plan: memoryview | bytes | bytearray) -> 
 
 def _read(text: str, memory: int | None) -> EngineLayers:
     """Read the inspector's JSON: objects with details, or names alone."""
-    found = json.loads(text).get("Layers", [])
+    try:
+        found = json.loads(text).get("Layers", [])
+    except (ValueError, AttributeError) as error:
+        raise BackendError(
+            f"the inspector's answer of {len(text)} characters can't be read ({error})",
+            expected="JSON with a list of layers",
+            cause="this TensorRT has another form of it",
+        ) from error
     layers = tuple(_layer(each) for each in found)
     # One name a fused kernel; a layer's tactic names it where the layer's name doesn't.
     fused = sum(bool(FUSED.search(_said(each))) for each in found)
-    return EngineLayers(layers, tuple(map(_origins, found)), memory, fused if layers else None)
+    opaque = sum(is_opaque(name, kind) for name, kind, _ in layers)
+    told = fused if layers and not opaque else None
+    return EngineLayers(layers, tuple(map(_origins, found)), memory, told, opaque)
+
+
+def is_opaque(name: str, kind: str) -> bool:
+    """Say whether a layer holds many nodes and doesn't tell which kernels run them."""
+    return OPAQUE.search(name) is not None or kind.lower() == "myelin"
 
 
 def _layer(each: Any) -> tuple[str, str, str]:

@@ -19,7 +19,8 @@ from vzip.export.engines.published import BuiltEngine, Say, build_lock
 from vzip.export.engines.tensorrt import memory as build_memory
 from vzip.export.engines.tensorrt.api import Bindings, capabilities_of, installed_bindings
 from vzip.export.engines.tensorrt.build import BuildSettings, build
-from vzip.export.engines.tensorrt.layers import inspect_engine
+from vzip.export.engines.tensorrt.build_log import build_log
+from vzip.export.engines.tensorrt.layers import EngineLayers, inspect_engine
 from vzip.export.engines.tensorrt.proof import prove_engine
 from vzip.export.engines.tensorrt.request import (
     BuildRequest,
@@ -37,7 +38,7 @@ from vzip.runtime.bundle.engine_record import (
 from vzip.runtime.bundle.manifest import REFERENCE_FILE, Manifest
 from vzip.runtime.bundle.precision_record import FP8_SM
 from vzip.runtime.bundle.reader import Bundle, open_engine, read_bundle
-from vzip.runtime.bundle.writer import add_engine, check_writable
+from vzip.runtime.bundle.writer import add_engine, amend_engine, check_writable
 from vzip.runtime.errors import BackendError, BundleError, ParityError
 from vzip.runtime.files import atomic
 from vzip.runtime.files.codec import Scalar
@@ -97,8 +98,9 @@ def build_if(
     say(outlook.line)  # a machine without a GPU may ask for nothing else
     machine = BuildTarget(None, capabilities, None) if capabilities else this_machine()
     _check_fp8(bundle, bindings, machine)
+    _check_int8(bundle, bindings)
     if request.safer:
-        tries += safer_settings(tries[0], bindings, bundle.manifest)
+        tries += safer_settings(tries[0], bindings, bundle.manifest, bundle.quantised)
     name = request.name or _default_name(bindings, machine, bundle)
     with build_lock(bundle, say):
         # Whoever held the lock may have built this very engine.
@@ -115,22 +117,27 @@ def build_if(
                     f"{outlook.line}: it can't fit and was not started", cure=outlook.cure
                 )
             say(f"warning: it may run out of memory: try --low-memory, {outlook.cure}")
-        failures = []
-        for settings in tries:
-            say(f"settings: {_described_settings(settings, bindings)}")
-            record, plan = _build(bindings, machine, bundle, settings, say)
-            if record.proof is None or record.proof["passed"]:
-                numbers = keep(bundle, record, plan)
-                if numbers is None:
-                    return None
-                if record.proof is not None:
-                    record = dataclasses.replace(record, proof={**record.proof, **numbers})
-                return BuiltEngine(
-                    add_engine(bundle, name, record, plan), name, record, reused=False
-                )
-            failures.append(f"{_described_settings(settings, bindings)}: {record.proof}")
-            del plan  # the next try needs the memory
-    raise _failed(failures, request, bindings, bundle)
+        if not bindings.can.progress_monitor:
+            say("Ctrl-C ends this build when TensorRT is done, not before: this version can't stop")
+        beside = bundle.path / ENGINES_FOLDER / f"{name}.log"
+        with build_log(bindings.module, beside, request.log, say) as told:
+            failures = []
+            for settings in tries:
+                told(f"settings: {_described_settings(settings, bindings)}")
+                record, plan = _build(bindings, machine, bundle, settings, told)
+                if record.proof is None or record.proof["passed"]:
+                    numbers = keep(bundle, record, plan)
+                    if numbers is None:
+                        return None
+                    if record.proof is not None:
+                        record = dataclasses.replace(record, proof={**record.proof, **numbers})
+                    built = add_engine(bundle, name, record, plan)
+                    if machine.gpu is not None:
+                        built, record = _look_into(bindings, built, name, plan, told)
+                    return BuiltEngine(built, name, record, reused=False)
+                failures.append(f"{_described_settings(settings, bindings)}: {record.proof}")
+                del plan  # the next try needs the memory
+            raise _failed(failures, request, bindings, bundle)
 
 
 def reusable(bundle: Bundle, name: str, wanted: EngineRecord) -> EngineRecord | None:
@@ -198,9 +205,6 @@ def _build(
             "tokens must be compared with PyTorch's"
         )
         return record, built.plan
-    fused = inspect_engine(bindings, built.plan).fused_attention
-    record = dataclasses.replace(record, fused_attention=fused)
-    say(_fusion_line(fused, bundle.manifest))
     if REFERENCE_FILE not in bundle.manifest.files:
         say(
             f"warning: not proven: the bundle has no {REFERENCE_FILE}, since it was exported with "
@@ -210,6 +214,54 @@ def _build(
     proof = prove_engine(bundle, record, built.plan)
     say(f"proof {proof}")
     return dataclasses.replace(record, proof=proof.to_json()), built.plan
+
+
+def _look_into(
+    bindings: Bindings, bundle: Bundle, name: str, plan: memoryview, say: Say
+) -> tuple[Bundle, EngineRecord]:
+    """Say what an engine consists of, and record it.
+
+    The engine is published: looking takes the memory of a second copy and a form of JSON that
+    versions change, and a build of many minutes must not be lost for either.
+    """
+    record = bundle.manifest.engines[name]
+    try:
+        layers = inspect_engine(bindings, plan)
+    except Exception as error:  # noqa: BLE001 - whatever TensorRT's inspector raises
+        say(f"warning: the engine is published, and could not be looked into ({error})")
+        return bundle, record
+    say(_fusion_line(layers, bundle.manifest))
+    if bundle.quantised == "int8" and layers.int8 is not None:
+        say(
+            f"INT8: {counted(layers.int8, 'layer')}"
+            if layers.int8
+            else "warning: no layer gives INT8: TensorRT computes this graph in something else; "
+            "--precision auto says whether it is worth it"
+        )
+    if layers.fused_attention is None:
+        return bundle, record
+    record = dataclasses.replace(record, fused_attention=layers.fused_attention)
+    return amend_engine(bundle, name, record), record
+
+
+def _check_int8(bundle: Bundle, bindings: Bindings) -> None:
+    """Refuse FP16 scales where the parser takes them for FP32, and reads past their end.
+
+    So does onnx-tensorrt 8.6, which casts the pointer to a scale's numbers whatever their type;
+    10.1 has a branch for each type.
+
+    Raises:
+        BackendError: They are, and it does.
+    """
+    if bundle.quantised != "int8" or bindings.can.strongly_typed:
+        return
+    if bundle.manifest.precision != "fp32":
+        raise BackendError(
+            f"got an INT8 graph of an {bundle.manifest.precision.upper()} bundle for {bindings}",
+            expected="one of an FP32 bundle, whose scales are FP32",
+            cause="the parser of this version reads every scale as FP32",
+            cure="export the bundle with --dtype fp32 and calibrate that",
+        )
 
 
 def _check_fp8(bundle: Bundle, bindings: Bindings, machine: BuildTarget) -> None:
@@ -309,7 +361,11 @@ def _described_settings(settings: BuildSettings, bindings: Bindings) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.to_json(bindings).items())
 
 
-def _fusion_line(fused: int | None, manifest: Manifest) -> str:
+def _fusion_line(layers: EngineLayers, manifest: Manifest) -> str:
+    fused = layers.fused_attention
+    if layers.opaque:
+        hidden = f"{layers.opaque} of {counted(len(layers.layers), 'layer')} hold many nodes each"
+        return f"fused attention: this TensorRT doesn't tell: {hidden}"
     if fused is None:
         return "fused attention: this TensorRT doesn't tell its layers' names"
     if not fused:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from vzip.export.engines.tensorrt import memory as build_memory
@@ -11,6 +12,7 @@ from vzip.export.engines.tensorrt.api import Bindings
 from vzip.export.engines.tensorrt.build import BuildSettings
 from vzip.runtime.bundle.engine_record import NAME
 from vzip.runtime.bundle.manifest import Manifest
+from vzip.runtime.bundle.precision_record import Quantised
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.machine import sensors
 
@@ -31,6 +33,7 @@ class BuildRequest:
         rtx: Compute capabilities to build for without a GPU, as the user wrote them.
         safer: After a failed proof, try the next safer way to build.
         precision: Of the graph to build from: ``int8`` or ``fp8``, or None for the bundle's own.
+        log: File for all that TensorRT says; None for one in the bundle that stays if it fails.
     """
 
     name: str | None = None
@@ -41,6 +44,7 @@ class BuildRequest:
     rtx: str | None = None
     safer: bool = False
     precision: str | None = None
+    log: Path | None = None
 
     def __post_init__(self) -> None:
         if self.name is not None and not NAME.test(self.name):
@@ -124,15 +128,21 @@ def first_settings(
 
 
 def safer_settings(
-    first: BuildSettings, bindings: Bindings, manifest: Manifest
+    first: BuildSettings,
+    bindings: Bindings,
+    manifest: Manifest,
+    quantised: Quantised | None = None,
 ) -> list[BuildSettings]:
     """Return what to try after `first` failed, from what costs least speed to what costs most.
 
-    Where precision is a matter of flags, more layers in FP32 and at last all; where it lives in the
-    graph, a level at which the builder rewrites and fuses less.
+    Where precision is a matter of flags, more layers in FP32 and at last all. Where it lives in the
+    graph, a level at which the builder rewrites and fuses less, and then FP32 sums of FP16 products
+    too: the level changes no arithmetic.
     """
     if not bindings.can.strongly_typed and manifest.precision == "fp16":
         return [dataclasses.replace(first, islands=each) for each in ("norms", "all")]
-    if first.level == SAFER_LEVEL:
-        return []
-    return [dataclasses.replace(first, level=SAFER_LEVEL)]
+    lowest = dataclasses.replace(first, level=SAFER_LEVEL)
+    tries = [] if first.level == SAFER_LEVEL else [lowest]
+    if manifest.precision == "fp16" and quantised is None:
+        tries.append(dataclasses.replace(lowest, fp32_sums=True))
+    return tries

@@ -22,13 +22,14 @@ SONAMES: Final = ("libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0", "li
 STICKY: Final = frozenset({4, 214, 220, 700, 702, 709, 710, *range(714, 720), 721, 999})
 """Errors after which the process can't use the device any more, whatever it calls."""
 
-_INSUFFICIENT_DRIVER, _NO_DEVICE = 35, 100
+INSUFFICIENT_DRIVER: Final = 35
+_NO_DEVICE = 100
 _CURES: Final = {
     2: "the GPU's memory is full (on a Jetson: the machine's; or, if dmesg has NvMap error 12, its "
     "contiguous memory, which the kernel's parameter cma= enlarges): stop what else uses it, or "
     "build with a smaller batch",
     3: "CUDA was in use before this process was forked: start processes with 'spawn'",
-    _INSUFFICIENT_DRIVER: "there is no NVIDIA driver here, or it is older than this libcudart: "
+    INSUFFICIENT_DRIVER: "there is no NVIDIA driver here, or it is older than this libcudart: "
     "look at nvidia-smi, and update the driver",
     _NO_DEVICE: "no GPU is visible: look at nvidia-smi and CUDA_VISIBLE_DEVICES, and give a "
     "container --gpus all (--runtime nvidia on a Jetson)",
@@ -307,7 +308,7 @@ def load() -> Cuda:
             old = path
             continue
         except CudaError as error:  # a newer library than the driver is one; an older may do
-            refused = refused or error
+            refused = refused or _refused(cuda, error)
             continue
         return cuda
     if refused is not None:
@@ -323,6 +324,42 @@ def load() -> Cuda:
             "install the CUDA runtime (on a Jetson: apt install cuda-cudart-12-6, elsewhere: pip "
             "install nvidia-cuda-runtime), or add its folder to LD_LIBRARY_PATH"
         ),
+    )
+
+
+def served() -> str | None:
+    """Return the newest CUDA that the driver serves, as ``12.4``; None where it can't be asked."""
+    for path in candidates():
+        try:
+            _, driver = Cuda(path).versions()
+        except (OSError, AttributeError, CudaError):
+            continue
+        return dotted(driver) if driver else None
+    return None
+
+
+def dotted(version: int) -> str:
+    """Return 12060 as ``12.6``."""
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def _refused(cuda: Cuda, error: CudaError) -> CudaError:
+    """Return what is wrong with a library that finds no GPU: mostly, that the driver is older."""
+    if error.code != INSUFFICIENT_DRIVER:
+        return error
+    library, driver = cuda.versions()
+    if not 0 < driver // 1000 < library // 1000:
+        return error
+    major = driver // 1000
+    package = f"nvidia-cuda-runtime-cu{major}"
+    return CudaError(
+        f"{cuda.path} is of CUDA {dotted(library)}",
+        expected=f"CUDA {major}, since this driver serves CUDA up to {dotted(driver)}",
+        cure=(
+            f"pip install {package} (and 'vzip[tensorrt-cu{major}]' in place of a TensorRT for a "
+            "newer CUDA), or update the driver"
+        ),
+        code=error.code,
     )
 
 

@@ -7,17 +7,15 @@ generation. Nothing here knows about images.
 from __future__ import annotations
 
 import contextlib
-import functools
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from vzip.runtime.backends.forks import outlive_forks
-from vzip.runtime.backends.tensorrt.bindings import TITLES
+from vzip.runtime.backends.tensorrt.bindings import TITLES, distribution_of, misfit
+from vzip.runtime.backends.tensorrt.cuda import served
+from vzip.runtime.backends.tensorrt.logger import logger
 from vzip.runtime.errors import BackendError
-
-_log = logging.getLogger("vzip.tensorrt")
 
 _DTYPES: Final = {
     "FLOAT": "float32",
@@ -71,7 +69,7 @@ class Engine:
             BackendError: TensorRT refuses it, or it needs what vzip doesn't give.
         """
         self._trt = trt
-        self._logger = _logger(trt)
+        self._logger = logger(trt)
         self._logger.said = ""
         runtime = self._start()
         # The default everywhere, and to stay so: an engine with host code could run anything.
@@ -188,15 +186,7 @@ class Engine:
             runtime = None
         if runtime is None:
             said, self._logger.said = self._logger.said, ""
-            raise BackendError(
-                f"{TITLES[self._trt.__name__]} {self._trt.__version__} can't be started: "
-                f"{said or 'it gave no reason'}",
-                cause=(
-                    "the NVIDIA driver is too old for it, or no GPU can be used: 'vzip doctor' "
-                    "says which CUDA the driver serves"
-                ),
-                cure="update the driver, or install an older TensorRT and build the engine again",
-            )
+            raise not_started(self._trt, said)
         return runtime
 
     def _bare_context(self) -> Any:
@@ -242,31 +232,26 @@ class Engine:
         )
 
 
-@functools.cache
-def _logger(trt: Any) -> Any:
-    """Return the one logger of a TensorRT, which it keeps for good."""
-    severity = trt.ILogger.Severity
-    levels = {
-        severity.INTERNAL_ERROR: logging.ERROR,
-        severity.ERROR: logging.ERROR,
-        severity.WARNING: logging.WARNING,
-        severity.INFO: logging.DEBUG,  # sizes and times, at every engine
-    }
+def not_started(trt: Any, said: str) -> BackendError:
+    """Return the error for a TensorRT that gives no runtime or builder.
 
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        """TensorRT's messages as Python's; keeps the first error until it was told."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.said = ""
-
-        def log(self, level: Any, message: str) -> None:
-            """Called by TensorRT, from its own threads too."""
-            if (priority := levels.get(level)) is None:  # VERBOSE
-                return
-            if priority == logging.ERROR and not self.said:
-                self.said = " ".join(message.split())
-            # Errors come up as exceptions, once.
-            _log.log(min(priority, logging.WARNING), "%s", message)
-
-    return Logger()
+    Args:
+        trt: The module.
+        said: What it logged; empty for nothing.
+    """
+    name = trt.__name__
+    wrong = misfit(distribution_of(name), served())
+    return BackendError(
+        f"{TITLES[name]} {trt.__version__} can't be started: {said or 'it gave no reason'}",
+        cause=(
+            wrong.what
+            if wrong is not None
+            else "the NVIDIA driver is too old for it, or no GPU can be used"
+        ),
+        cure=(
+            wrong.cure
+            if wrong is not None
+            else "look at nvidia-smi (on a Jetson, whether the user is in the group 'video') and "
+            "at 'vzip doctor', and update the driver or install an older TensorRT"
+        ),
+    )

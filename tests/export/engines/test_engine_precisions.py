@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,38 @@ def test_every_version_builds_from_the_int8_graph(board: Board, version: Any) ->
     board.said.clear()
     board.build()
     assert "INT8" not in {flag.name for flag in trt.made.configs[-1].flags}
+
+
+def test_8_6_gets_no_fp16_scales(board: Board) -> None:
+    """Its parser reads every scale as FP32, past the end of an FP16 one: nothing is parsed."""
+    add_precision(board.path)
+    real = engine.read_bundle
+
+    def half(path: Any) -> Bundle:
+        bundle = real(path)
+        return dataclasses.replace(
+            bundle, manifest=dataclasses.replace(bundle.manifest, precision="fp16")
+        )
+
+    board.monkeypatch.setattr(engine, "read_bundle", half)
+    parsed: list[bytes] = []
+    board.install("8.6", parse=lambda _, model, path: parsed.append(model) or [])
+    with refused(BackendError, got=("INT8", "FP16", "8.6.2"), cure="--dtype fp32"):
+        board.build(precision="int8")
+    assert not parsed
+
+
+@pytest.mark.parametrize(
+    ("dtype", "line"), [("Int8", "INT8: 1 layer"), ("Half", "warning: no layer gives INT8")]
+)
+def test_whether_tensorrt_computes_in_int8_is_said(board: Board, dtype: str, line: str) -> None:
+    add_precision(board.path)
+    trt = board.install("10.3")
+    outputs = [{"Name": "x", "Format/Datatype": f"Row major linear {dtype} format"}]
+    said = json.dumps({"Layers": [{"Name": "gemm", "LayerType": "gemm", "Outputs": outputs}]})
+    board.monkeypatch.setattr(trt.EngineInspector, "get_engine_information", lambda *_: said)
+    board.build(precision="int8")
+    assert any(each.startswith(line) for each in board.said)
 
 
 def test_fp8_needs_a_tensorrt_that_knows_it(board: Board) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import hashlib
 import io
+import json
 import os
 import re
 import signal
@@ -26,6 +27,7 @@ from tests.references import Arrays, answers, with_reference
 from tests.refusals import refused
 from vzip.export.engines.published import BuiltEngine
 from vzip.export.engines.tensorrt import build as trt_build
+from vzip.export.engines.tensorrt import build_log as engine_log
 from vzip.export.engines.tensorrt import layers as engine_layers
 from vzip.export.engines.tensorrt import memory as build_memory
 from vzip.export.engines.tensorrt import proof as engine_proof
@@ -218,7 +220,8 @@ def test_the_parsers_own_words_in_one_line(
     assert line.startswith("vzip: error: the parser of TensorRT-RTX 1.7")
     assert "Add 'image_embeds'" in line
     assert not read_bundle(path).manifest.engines
-    assert files(path / "engines") == [".lock"]
+    assert files(path / "engines") == [".lock", "rtx-sm86.log"]
+    assert "image_embeds" in (path / "engines" / "rtx-sm86.log").read_text()
 
 
 def test_a_network_that_isnt_the_manifests(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -273,9 +276,10 @@ def test_ctrl_c_cancels_the_build(tiny_bundle: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(trt_build.Progress, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ahead(tiny_bundle)
-    assert files(tiny_bundle / "engines") == [".lock"]
+    assert files(tiny_bundle / "engines") == [".lock", f"{NAME}.log"]
     monkeypatch.undo()
     assert not ahead(tiny_bundle).reused  # and the lock is free
+    assert files(tiny_bundle / "engines") == [".lock", f"{NAME}.plan"]
 
 
 # In processes of their own
@@ -340,7 +344,7 @@ def test_no_room_on_the_disk(tiny_bundle: Path) -> None:
     assert process.returncode == 2, said
     assert "the disk or quota is full" in said.splitlines()[-1]
     assert not read_bundle(tiny_bundle).manifest.engines
-    assert files(tiny_bundle / "engines") == [".lock"]
+    assert files(tiny_bundle / "engines") == [".lock", "rtx-sm86.log"]
 
 
 @pytest.mark.parametrize("what", ["engines", ".lock"])
@@ -446,14 +450,16 @@ def parsed(trt: Any) -> list[Layer]:
     kinds = trt.LayerType
 
     def layer(name: str, kind: Any, ins: list[Any], outs: list[Any]) -> Layer:
-        made = [[Tensor(f"{name}{n}", each, ()) for n, each in enumerate(s)] for s in (ins, outs)]
-        return Layer(name, kind, *made)
+        given = [Tensor(f"into {name} {n}", each, ()) for n, each in enumerate(ins)]
+        made = [Tensor(f"{name}{n}", each, ()) for n, each in enumerate(outs)]
+        return Layer(name, kind, given, made)
 
     return [
         layer("weights", kinds.CONSTANT, [], [single]),
         layer("linear", kinds.MATRIX_MULTIPLY, [half, half], [half]),
         layer("norm", kinds.NORMALIZATION, [half, half, half], [half]),
         layer("attention", kinds.SOFTMAX, [half], [half]),
+        Layer("softmax of the product", kinds.SHUFFLE, [Tensor("linear0", half, ())], []),
         layer("to single", kinds.CAST, [half], [single]),
         layer("scores", kinds.SOFTMAX, [single], [single]),
         layer("top", kinds.TOPK, [single], [single, whole]),
@@ -504,7 +510,9 @@ def test_an_engine_that_fails_is_not_published(proven: Path, jetson: Jetson) -> 
         jetson.build(proven, level=5)
     assert read_bundle(proven) == before
     assert read_engine_file(before) == plan
-    assert files(proven / "engines") == [".lock", "timing.cache", "trt-sm87.plan"]
+    assert files(proven / "engines") == [
+        ".lock", "timing.cache", "trt-sm87.log", "trt-sm87.plan"
+    ]  # fmt: skip
 
 
 def read_engine_file(bundle: Bundle) -> bytes:
@@ -516,6 +524,7 @@ def test_the_next_safer_way_is_tried_when_asked(proven: Path, jetson: Jetson) ->
     jetson.proofs = [BAD, GOOD]
     record = jetson.build(proven, safer=True).record
     assert record.settings["optimization_level"] == 0
+    assert "fp32_accumulators" not in record.settings
     assert jetson.build(proven, safer=True).reused  # what came out of it counts
     jetson.proofs = [BAD, BAD]
     with pytest.raises(ParityError) as caught:
@@ -539,6 +548,150 @@ def test_safer_on_8_6_is_more_fp32(
     assert trt.BuilderFlag.FP16 not in trt.made.configs[2].flags
     assert everything.layers
     assert graph.layers[2].output_types == norms.layers[2].output_types == {}
+
+
+def test_the_last_safer_way_of_a_strongly_typed_network_is_fp32_sums(
+    tiny_static_bundle: Path, golden: Arrays, jetson: Jetson
+) -> None:
+    """A level changes no arithmetic; casts round an FP16 product do."""
+    path = with_reference(tiny_static_bundle, golden).path
+    trt = jetson.install("10.3", path, layers=parsed)
+    jetson.proofs = [BAD, BAD, GOOD]
+    record = jetson.build(path, safer=True).record
+    assert record.settings["fp32_accumulators"] is True
+    plain, lower, last = (network.layers for network in trt.made.networks)
+    assert len(plain) == len(lower) == len(last) - 3
+    kinds, types = trt.LayerType, trt.DataType
+    (product,) = (each for each in last if each.type == kinds.MATRIX_MULTIPLY)
+    assert [each.dtype for each in product.inputs] == [types.FLOAT, types.FLOAT]
+    assert [each.outputs[0].dtype for each in last[-3:]] == [types.FLOAT, types.FLOAT, types.HALF]
+    assert last[-1].inputs == product.outputs
+    # Whoever read the product reads what was cast back.
+    reader = next(each for each in last if each.name == "softmax of the product")
+    assert reader.inputs == last[-1].outputs
+
+
+def test_fp32_sums_with_the_real_rtx(
+    tiny_static_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, bindings = read_bundle(tiny_static_bundle), load_bindings("tensorrt_rtx")
+    counts: list[int] = []
+    real = trt_build.sum_in_fp32
+    monkeypatch.setattr(
+        trt_build, "sum_in_fp32", lambda *given: counts.append(real(*given)) or counts[-1]
+    )
+    settings = trt_build.BuildSettings(None, None, False, 2, "graph", ("89",), fp32_sums=True)
+    built = trt_build.build(
+        bindings, bundle.read_model(), bundle.path / "model.onnx", bundle.manifest,
+        settings=settings, timing_cache=b"",
+    )  # fmt: skip
+    assert counts[0] > 0
+    assert bytes(built.plan)[:4] == b"vtrt"
+
+
+SAID = [("VERBOSE", "tactic 7"), ("INFO", "sizes"), ("WARNING", "LayerNorm may\noverflow"),
+        ("WARNING", "another"), ("ERROR", "the end")]  # fmt: skip
+
+
+def test_the_whole_log_of_a_build_that_fails_is_kept(tiny_bundle: Path, jetson: Jetson) -> None:
+    jetson.install("10.3", tiny_bundle, talk=SAID, build=lambda *_: "no tactic")
+    kept = tiny_bundle / "engines" / "trt-sm87.log"
+    kept.parent.mkdir()
+    elsewhere = tiny_bundle / "elsewhere"
+    elsewhere.write_text("mine")
+    kept.symlink_to(elsewhere)  # a bundle is foreign: nothing is written through its links
+    with refused(BackendError, got="the end"):
+        jetson.build(tiny_bundle)
+    assert elsewhere.read_text() == "mine"
+    text = kept.read_text()
+    for severity, message in [*SAID, ("ERROR", "no tactic"), ("vzip", "settings: ")]:
+        assert f" {severity}: {message}" in text
+    assert "BackendError" in text
+    assert jetson.told(str(kept))
+    # The next one that succeeds takes it away, and says how often TensorRT warned.
+    jetson.install("10.3", tiny_bundle, talk=SAID[:4])
+    jetson.build(tiny_bundle)
+    assert not kept.exists()
+    assert jetson.told("warning: TensorRT gave 2 warnings, first: LayerNorm may overflow")
+
+
+def test_the_log_is_where_it_is_asked_for(
+    tiny_bundle: Path, tmp_path: Path, jetson: Jetson
+) -> None:
+    jetson.install("10.3", tiny_bundle, talk=SAID[:1])
+    asked = tmp_path / "build.log"
+    jetson.build(tiny_bundle, log=asked)
+    assert " VERBOSE: tactic 7\n" in asked.read_text()
+    assert files(tiny_bundle / "engines") == [".lock", "timing.cache", "trt-sm87.plan"]
+    assert main(["build", str(tiny_bundle), "--log", str(tmp_path / "no" / "x.log")]) == 2
+    assert main(["build", str(tiny_bundle), "--log", str(tmp_path / "x.plan")]) == 2
+    assert main(["build", str(tiny_bundle), "--cpu", "--log", str(asked)]) == 2
+
+
+def test_a_log_is_bounded_and_ends_with_what_matters(
+    tiny_bundle: Path, jetson: Jetson, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_log, "MOST_DETAILS", 4000)
+    monkeypatch.setattr(engine_log, "MOST", 5000)
+    talk = [*[("VERBOSE", "x" * 90)] * 100, ("ERROR", "the cause")]
+    jetson.install("10.3", tiny_bundle, talk=talk, build=lambda *_: "so it fails")
+    with pytest.raises(BackendError):
+        jetson.build(tiny_bundle)
+    text = (tiny_bundle / "engines" / "trt-sm87.log").read_text()
+    assert len(text) < 5100
+    assert "ERROR: the cause" in text
+    assert "messages left out" in text
+
+
+def test_one_logger_for_builder_parser_and_inspector(proven: Path, jetson: Jetson) -> None:
+    """TensorRT keeps the first that it sees, and warns of every other."""
+    trt = jetson.install("10.3", proven)
+    jetson.proofs = [GOOD]
+    jetson.build(proven)
+    assert len(trt.made.loggers) == 2
+    assert len(set(trt.made.loggers)) == 1
+
+
+def test_an_inspector_that_fails_costs_no_engine(proven: Path, jetson: Jetson) -> None:
+    for answer in ("no JSON", '["a list"]', None):
+        trt = jetson.install("10.3", proven)
+
+        def inspect(*_: object, answer: str | None = answer) -> str:
+            if answer is None:
+                raise RuntimeError("out of memory")
+            return answer
+
+        jetson.monkeypatch.setattr(trt.EngineInspector, "get_engine_information", inspect)
+        jetson.proofs = [GOOD]
+        result = jetson.build(proven, level=len(str(answer)) % 5)
+        assert result.record.fused_attention is None
+        assert jetson.told("warning: the engine is published, and could not be looked into")
+        assert read_bundle(proven).manifest.engines[result.name] == result.record
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("{ForeignNode[node_conv...node_add]}", "Myelin"), ("all of it", "Myelin"),
+     ("{ForeignNode[a...b]}", "")],
+)  # fmt: skip
+def test_8_6_does_not_tell_what_it_fused(
+    proven: Path, jetson: Jetson, name: str, kind: str
+) -> None:
+    trt = jetson.install("8.6", proven)
+    said = json.dumps({"Layers": [{"Name": name, "LayerType": kind}, {"Name": "cast"}]})
+    jetson.monkeypatch.setattr(trt.EngineInspector, "get_engine_information", lambda *_: said)
+    jetson.proofs = [GOOD]
+    assert jetson.build(proven).record.fused_attention is None
+    assert jetson.told("doesn't tell: 1 of 2 layers hold many nodes each")
+    assert not jetson.told("separate kernels")
+
+
+def test_8_6_says_at_the_start_that_ctrl_c_waits(proven: Path, jetson: Jetson) -> None:
+    for version, waits in (("8.6", True), ("10.3", False)):
+        jetson.install(version, proven)
+        jetson.proofs = [GOOD]
+        jetson.build(proven)
+        assert jetson.told("Ctrl-C ends this build when TensorRT is done") == waits
 
 
 @pytest.mark.parametrize("content", [b"damaged", b"none at all", b"of another GPU", None])

@@ -22,7 +22,13 @@ from vzip.export.engines.tensorrt.layers import EngineLayers, inspect_engine
 from vzip.export.graph.reading import read_graph
 from vzip.export.graph.trace import GraphOptions
 from vzip.export.inspect import engine_profile
-from vzip.export.inspect.engine_profile import REFORMAT, UNKNOWN, profile_engine, summary
+from vzip.export.inspect.engine_profile import (
+    OPAQUE,
+    REFORMAT,
+    UNKNOWN,
+    profile_engine,
+    summary,
+)
 from vzip.export.inspect.parts import SELECTION, parts
 from vzip.export.pipeline import WeightSource, export_bundle
 from vzip.runtime.backends.tensorrt import cuda
@@ -158,6 +164,14 @@ def test_time_is_summed_by_part(bundle: Bundle) -> None:
     assert (written["selection_share"], written["unknown_share"]) == (0.025, 0.0125)
     assert written["parts"]["LayerNorm"] == {"ms": 1.0, "share": 0.1, "layers": 1}
     assert written["fused_attention"] == 1
+
+
+def test_a_layer_of_many_nodes_is_named_so(bundle: Bundle) -> None:
+    """TensorRT 8.6 shows a transformer as one layer; no part of the graph is to get its time."""
+    product = named(graph_of(bundle), "attention", "MatMul")
+    name = "{ForeignNode[" + product + "..." + product + "]}"
+    found = summary([[(name, 1.0)]], layers_of((name, "Myelin", ())), graph_of(bundle))
+    assert found.parts == {OPAQUE: 1.0}
 
 
 def test_a_name_that_stands_twice_in_a_run_counts_twice(bundle: Bundle) -> None:

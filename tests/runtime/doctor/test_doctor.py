@@ -14,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.export import fake_tensorrt
 from tests.places import GOLDEN
+from tests.runtime import fake_gpu
 from vzip.runtime.backends import BACKENDS
+from vzip.runtime.backends.tensorrt import cuda
 from vzip.runtime.cli import doctor
 from vzip.runtime.doctor import environment, probes, showing, verdicts
 from vzip.runtime.doctor.environment import environment as look
@@ -212,10 +215,75 @@ def test_tensorrt_that_dies_of_numpy_2(tmp_path):
     assert needs("tensorrt", found) == [
         (
             f"a tensorrt that can be imported: {error}",
-            "pip install 'numpy<2' (JetPack 6's bindings are built for numpy 1)",
+            "pip install 'numpy<2'",
         )
     ]
     assert any("numpy 2.2.0 with JetPack 6.2" in hint for hint in verdicts.hints(found))
+
+
+L4_OF_CUDA_12 = {"cuda": "12.4", "gpus": [{"name": "L4", "sm": "89", "memory_mib": 23034}]}
+NEWEST = {"version": "11.4.0.106", "distribution": "tensorrt-cu13"}
+
+
+@pytest.mark.parametrize(
+    "runtime", [None, {"started": True}, {"error": "CUDA initialization failure with error: 35"}]
+)
+def test_a_tensorrt_for_a_newer_cuda_than_the_driver_serves(runtime):
+    found = record(driver=L4_OF_CUDA_12, cudart=CUDART, tensorrt=NEWEST, tensorrt_runtime=runtime)
+    for name in ("tensorrt", "vzip build"):
+        ((what, cure),) = needs(name, found)
+        assert "tensorrt-cu13 is made for CUDA 13" in what
+        assert "up to 12.4" in what
+        assert "pip uninstall -y tensorrt tensorrt-cu13 tensorrt-cu13-bindings" in cure
+        assert "pip install 'vzip[tensorrt-cu12]'" in cure
+    ready = record(driver=ORIN_GPU | {"cuda": "13.0"}, cudart=CUDART, tensorrt=NEWEST)
+    assert verdict("tensorrt", ready).ready
+    older = {"version": "10.13.3.9", "distribution": "tensorrt-cu12"}
+    assert verdict("tensorrt", record(driver=L4_OF_CUDA_12, cudart=CUDART, tensorrt=older)).ready
+
+
+def test_a_tensorrt_that_does_not_start_is_not_ready():
+    said = "CUDA initialization failure with error: 35"
+    found = record(
+        driver=L4_OF_CUDA_12,
+        cudart=CUDART,
+        tensorrt={"version": "10.13.3.9"},
+        tensorrt_runtime={"error": said},
+    )
+    ((what, cure),) = needs("vzip build", found)
+    assert said in what
+    assert "driver" in cure
+
+
+def test_what_to_install_follows_the_driver():
+    for served, extra in (("12.4", "tensorrt-cu12"), ("13.0", "tensorrt")):
+        found = record(driver=L4_OF_CUDA_12 | {"cuda": served}, cudart=CUDART)
+        assert f"'vzip[{extra}]'" in needs("tensorrt", found)[0][1]
+
+
+def test_rtx_alone_on_a_gpu_that_it_does_not_know():
+    h100 = {"cuda": "13.0", "gpus": [{"name": "H100", "sm": "90", "memory_mib": 81000}]}
+    rtx = {"version": "1.7.1.116", "sm": ["75", "86", "89", "120"]}
+    found = record(driver=h100, cudart=CUDART, tensorrt_rtx=rtx)
+    for name in ("tensorrt", "vzip build"):
+        ((what, cure),) = needs(name, found)
+        assert "SM 9.0" in what
+        assert "7.5, 8.6, 8.9, 12.0" in what
+        assert "vzip[tensorrt]" in cure
+    assert verdict("vzip build --rtx", found).ready  # for other GPUs than the one here
+    known = record(driver=L4_OF_CUDA_12, cudart=CUDART, tensorrt_rtx=rtx)
+    assert verdict("vzip build", known).ready
+
+
+def test_a_libcudart_that_finds_no_gpu_is_not_ready():
+    spoilt = {"version": "13.0", "file": "libcudart.so.13", "error": "CUDA 13.0 finds no GPU"}
+    found = record(driver=L4_OF_CUDA_12, cudart=spoilt, tensorrt={"version": "10.13.3.9"})
+    assert needs("tensorrt", found) == [
+        ("the CUDA runtime: CUDA 13.0 finds no GPU", "pip install nvidia-cuda-runtime-cu12")
+    ]
+    # Without a GPU at all, that is what is missing.
+    (gpu,) = needs("tensorrt", record(cudart=spoilt, tensorrt={"version": "10.13.3.9"}))
+    assert gpu[0].startswith("a GPU")
 
 
 def test_a_gpu_that_is_too_old():
@@ -311,6 +379,37 @@ def test_whatever_an_import_does_is_an_answer(tmp_path, monkeypatch, code, answe
 def test_an_import_that_hangs_is_given_up(tmp_path, monkeypatch):
     plant(tmp_path, monkeypatch, "tensorrt", "import time; time.sleep(60)")
     assert environment._probe("tensorrt", limit_s=2) == {"error": "no answer within 2 s"}
+
+
+@pytest.mark.parametrize("version", ["8.6", "11.4"])
+def test_a_runtime_is_started_where_there_is_a_gpu(version, monkeypatch):
+    monkeypatch.setattr(probes, "driver", lambda: L4_OF_CUDA_12)
+    answers = {}
+    for gpu in (True, False):
+        fake_tensorrt.install(monkeypatch, fake_tensorrt.make(version, gpu=gpu))
+        answers[gpu] = probes.tensorrt_runtime()
+    assert answers == {
+        True: {"started": True},
+        False: {"error": "CUDA initialization failure with error: 35"},
+    }
+    monkeypatch.setattr(probes, "driver", lambda: NO_DRIVER)
+    assert probes.tensorrt_runtime() == {"absent": True}
+
+
+def test_a_runtime_that_would_crash_leaves_the_version(tmp_path, monkeypatch):
+    code = "import os, signal; __version__ = '8.6.0'\ndef __getattr__(name): "
+    plant(tmp_path, monkeypatch, "tensorrt", code + "os.kill(os.getpid(), signal.SIGSEGV)")
+    assert environment._probe("tensorrt") == {"version": "8.6.0"}
+
+
+def test_a_libcudart_that_finds_no_gpu_is_an_error(cudart, monkeypatch):
+    lib = fake_gpu.library(cudart)
+    monkeypatch.setattr(cuda, "candidates", lambda: iter([str(cudart)]))
+    assert probes.cudart() == {"version": "12.6", "file": str(cudart)}
+    lib.fake_device(0, 8, 7)
+    found = probes.cudart()
+    assert (found["version"], found["file"]) == ("12.6", str(cudart))
+    assert "finds no GPU" in found["error"]
 
 
 def test_modules_of_the_runtime_do_not_stand_in_for_others(tmp_path, monkeypatch):
