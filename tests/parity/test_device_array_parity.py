@@ -18,7 +18,7 @@ class Memory:
         self.data = np.arange(24, dtype=np.float16).reshape(2, 3, 4)
         self.freed = 0
 
-    def free(self, address: int) -> None:
+    def take_back(self, address: int, *, any_stream: bool) -> None:
         assert address == self.data.ctypes.data
         self.freed += 1
 
@@ -26,7 +26,7 @@ class Memory:
 def test_torch_takes_it_without_a_copy() -> None:
     memory = Memory()
     address = memory.data.ctypes.data
-    array = DeviceArray(memory, address, (2, 3, 4), "float16", CPU)  # type: ignore[arg-type]
+    array = DeviceArray(memory, address, (2, 3, 4), "float16", CPU)
     tensor = torch.from_dlpack(array)
     assert tensor.data_ptr() == address
     assert tensor.dtype == torch.float16
@@ -46,7 +46,7 @@ def test_a_process_that_ends_with_tensors_alive_ends_well() -> None:
         "import numpy as np, torch\n"
         "from vzip.runtime.backends.tensorrt.device_array import CPU, DeviceArray\n"
         "class Memory:\n"
-        "    def free(self, address): pass\n"
+        "    def take_back(self, address, *, any_stream): pass\n"
         "data = np.zeros(24, np.float32)\n"
         "array = DeviceArray(Memory(), data.ctypes.data, (24,), 'float32', CPU)\n"
         "kept = [torch.from_dlpack(array)]\n"

@@ -15,9 +15,12 @@
 enum { HOST = 1, DEVICE = 2, MAX_BLOCKS = 4096, MAX_NODES = 64 };
 typedef void (*work_t)(int);
 typedef struct { char *start; size_t size; int kind; } block_t;
-typedef struct { void *target; const void *source; size_t size; work_t work; int key; } node_t;
+typedef struct stream stream_t;
+typedef struct { void *target; const void *source; size_t size; work_t work; int key;
+                 stream_t *awaited; } node_t;
 typedef struct { node_t nodes[MAX_NODES]; int count; } graph_t;
-typedef struct { graph_t queue; graph_t *captured; int broken; } stream_t;
+struct stream { graph_t queue; graph_t *captured; int broken; };
+typedef struct { double at; stream_t *stream; } event_t;
 
 static block_t blocks[MAX_BLOCKS];
 static stream_t *streams[64];
@@ -28,6 +31,9 @@ static char fail_name[64];
 static int fail_after = -1, fail_code;
 static char calls[1 << 16];
 static int recording;
+static stream_t legacy;              /* the default stream of all threads */
+static int neighbour, spoilt;        /* another thread captures in the global mode; how often that was broken */
+static __thread int mode;            /* of captures, of this thread: global at first */
 
 /* Recursive: an engine's work asks for memory's bounds. */
 static pthread_mutex_t everything = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
@@ -57,6 +63,7 @@ void fake_reset(void) {
   handles = 0;
   devices = 1, current = 0, major = 8, minor = 7, sticky = last = 0;
   fail_after = -1, recording = 0, calls[0] = 0;
+  neighbour = spoilt = 0, legacy.queue.count = 0;
 }
 void fake_device(int count, int ma, int mi) { devices = count, major = ma, minor = mi; }
 void fake_fail(const char *name, int after, int code) {
@@ -81,10 +88,22 @@ int fake_within(const void *address, size_t size, int kind) {
   return 0;
 }
 
+/* What CUDA refuses to a thread whose mode isn't relaxed while another one captures. */
+static int unsafe(void) {
+  if (!neighbour || mode == 2) return 0;
+  spoilt++;
+  return last = 900;
+}
+void fake_neighbour(int on) { neighbour = on, spoilt = 0; }
+int fake_spoilt(void) { return spoilt; }
+stream_t *fake_legacy(void) { return &legacy; }
+
+static void drain(stream_t *stream);
 static void run(graph_t *graph) {
   for (int i = 0; i < graph->count; i++) {
     node_t *node = &graph->nodes[i];
-    if (node->work) node->work(node->key);
+    if (node->awaited) drain(node->awaited);
+    else if (node->work) node->work(node->key);
     else memcpy(node->target, node->source, node->size);
   }
 }
@@ -103,7 +122,7 @@ static int put(stream_t *stream, node_t node) {
 }
 int fake_enqueue(stream_t *stream, work_t work, int key) {
   if (sticky) return last = sticky;
-  return put(stream, (node_t){0, 0, 0, work, key});
+  return put(stream, (node_t){0, 0, 0, work, key, 0});
 }
 int fake_capturing(stream_t *stream) { return stream->captured != 0; }
 void fake_break_capture(stream_t *stream) { stream->broken = 1; }
@@ -149,18 +168,18 @@ int cudaRuntimeGetVersion(int *version) { BEGIN; *version = 12060; return 0; }
 int cudaDriverGetVersion(int *version) { BEGIN; *version = 12080; return 0; }
 int cudaMemGetInfo(size_t *free_, size_t *total) { BEGIN; *free_ = 5, *total = 7; return 0; }
 int cudaGetLastError(void) { int code = last; last = sticky; return code; }
-int cudaMalloc(void **out, size_t size) { BEGIN; return allocate(out, size, DEVICE); }
-int cudaFree(void *address) { BEGIN; return release(address, DEVICE); }
+int cudaMalloc(void **out, size_t size) { BEGIN; if (unsafe()) return last; return allocate(out, size, DEVICE); }
+int cudaFree(void *address) { BEGIN; if (unsafe()) return last; return release(address, DEVICE); }
 int cudaHostAlloc(void **out, size_t size, unsigned flags) {
-  BEGIN; (void)flags; return allocate(out, size, HOST);
+  BEGIN; (void)flags; if (unsafe()) return last; return allocate(out, size, HOST);
 }
-int cudaFreeHost(void *address) { BEGIN; return release(address, HOST); }
+int cudaFreeHost(void *address) { BEGIN; if (unsafe()) return last; return release(address, HOST); }
 int cudaMemcpyAsync(void *target, const void *source, size_t size, int kind, stream_t *stream) {
   BEGIN;
   if (kind < 1 || kind > 3 || !fake_within(target, size, kind == 2 ? HOST : DEVICE) ||
       !fake_within(source, size, kind == 1 ? HOST : DEVICE))
     return last = 1;
-  return put(stream, (node_t){target, source, size, 0, 0});
+  return put(stream, (node_t){target, source, size, 0, 0, 0});
 }
 int cudaStreamCreateWithFlags(stream_t **out, unsigned flags) {
   BEGIN;
@@ -224,12 +243,24 @@ int cudaGraphLaunch(graph_t *executable, stream_t *stream) {
 int cudaGraphDestroy(graph_t *graph) { BEGIN; free(graph); handles--; return 0; }
 int cudaGraphExecDestroy(graph_t *graph) { BEGIN; free(graph); handles--; return 0; }
 int cudaEventCreateWithFlags(void **out, unsigned flags) {
-  BEGIN; (void)flags; *out = calloc(1, 8); handles++; return 0;
+  BEGIN; (void)flags; *out = calloc(1, sizeof(event_t)); handles++; return 0;
 }
-int cudaEventRecord(double *event, stream_t *stream) { BEGIN; (void)stream; *event = 1; return 0; }
-int cudaEventSynchronize(double *event) { BEGIN; return *event ? 0 : (last = 1); }
-int cudaEventElapsedTime(float *ms, double *first, double *second) {
-  BEGIN; *ms = *first && *second ? 0.5f : -1; return 0;
+int cudaEventRecord(event_t *event, stream_t *stream) {
+  BEGIN;
+  event->at = 1, event->stream = stream == (stream_t *)1 ? &legacy : stream;
+  return 0;
+}
+int cudaEventSynchronize(event_t *event) { BEGIN; return event->at ? 0 : (last = 1); }
+int cudaEventElapsedTime(float *ms, event_t *first, event_t *second) {
+  BEGIN; *ms = first->at && second->at ? 0.5f : -1; return 0;
+}
+int cudaStreamWaitEvent(stream_t *stream, event_t *event, unsigned flags) {
+  BEGIN;
+  if (flags || !event->at) return last = 1;
+  return put(stream, (node_t){0, 0, 0, 0, 0, event->stream});
+}
+int cudaThreadExchangeStreamCaptureMode(int *wanted) {
+  BEGIN; int before = mode; mode = *wanted; *wanted = before; return 0;
 }
 int cudaEventDestroy(void *event) { BEGIN; free(event); handles--; return 0; }
 const char *cudaGetErrorName(int code) { return code == 2 ? "cudaErrorMemoryAllocation" : "cudaErrorFake"; }

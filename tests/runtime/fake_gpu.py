@@ -49,6 +49,7 @@ def library(path: Path) -> Any:
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
     lib.fake_within.argtypes = (pointer, size, ctypes.c_int)
     lib.fake_enqueue.argtypes = (pointer, _WORK, ctypes.c_int)
+    lib.fake_legacy.restype = pointer
     lib.fake_capturing.argtypes = lib.fake_break_capture.argtypes = (pointer,)
     lib.fake_fail.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.c_int)
     lib.fake_reset()
@@ -380,7 +381,7 @@ class OldContext(_Context):
             self.engine.logger.log(
                 Severity.ERROR, f"Profile {profile} has been chosen by another IExecutionContext"
             )
-            return False
+            raise RuntimeError("Error in set optimization profile async.")  # never False
         self.active_optimization_profile = profile
         return True
 

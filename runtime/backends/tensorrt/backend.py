@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 from vzip.runtime.backends.protocol import BackendUnavailableError, NoEngineError
 from vzip.runtime.backends.tensorrt import cuda as cuda_runtime
 from vzip.runtime.backends.tensorrt.bindings import TITLES, import_bindings, version_of
+from vzip.runtime.backends.tensorrt.blocks import DeviceBlocks
 from vzip.runtime.backends.tensorrt.cuda import Cuda, CudaError
 from vzip.runtime.backends.tensorrt.device_array import DeviceArray
-from vzip.runtime.backends.tensorrt.engine import Engine
+from vzip.runtime.backends.tensorrt.engine import Context, Engine
 from vzip.runtime.backends.tensorrt.engine_file import Machine, read_engine, unfit
 from vzip.runtime.backends.tensorrt.pinned import Lending
 from vzip.runtime.bundle.manifest import EMBEDS
@@ -75,12 +76,12 @@ class _Prepared:
 
     Attributes:
         rows: The batch size.
-        context: TensorRT's execution context, never set to anything else.
+        context: The execution context, never set to anything else.
         executable: The CUDA graph of one run; None before it was captured.
     """
 
     rows: int
-    context: Any
+    context: Context
     executable: int | None = None
 
 
@@ -149,7 +150,7 @@ class TensorRt:
         self._resources = ExitStack()
         plan = read_engine(bundle, self.engine)
         try:
-            with cuda.on_device():
+            with cuda.on_device(), cuda.relaxed():
                 self._engine = Engine(trt, plan)
                 del plan
                 self._check_tensors()
@@ -160,6 +161,8 @@ class TensorRt:
             embeds = self._buffers[EMBEDS]
             self._results = Lending(cuda, embeds.pinned.shape, embeds.dtype)
             self._resources.callback(self._results.close)
+            self._blocks = DeviceBlocks(cuda)
+            self._resources.callback(self._blocks.close)
         except BaseException:
             self._release()
             raise
@@ -221,12 +224,15 @@ class TensorRt:
         with self._lock, self._cuda.on_device():
             self._usable()
             context = self._context(rows)
-            taken = self._engine.profile(context)
-            for _ in range(calls):
-                self._engine.enqueue(context, self._stream)
-                self._cuda.stream_synchronize(self._stream)
-                runs.append(taken[:])
-                taken.clear()
+            try:
+                taken = self._engine.profile(context)
+                for _ in range(calls):
+                    self._engine.enqueue(context, self._stream)
+                    self._cuda.stream_synchronize(self._stream)
+                    runs.append(taken[:])
+                    taken.clear()
+            finally:
+                context.close()
         return runs
 
     def close(self) -> None:
@@ -270,9 +276,9 @@ class TensorRt:
     def _room(self, count: int) -> DeviceArray:
         """Return device memory for the embeddings of so many images."""
         buffer = self._buffers[EMBEDS]
-        address = self._cuda.malloc(buffer.row_bytes() * count)
+        address = self._blocks.take(buffer.row_bytes() * count)
         shape = (count, *buffer.pinned.shape[1:])
-        return DeviceArray(self._cuda, address, shape, buffer.dtype.name)
+        return DeviceArray(self._blocks, address, shape, buffer.dtype.name)
 
     def _chunk(self, array: Array, first: int, left: DeviceArray | None) -> dict[str, Array]:
         """Run at most the engine's largest batch, whose rows in `left` begin at `first`."""
@@ -284,6 +290,7 @@ class TensorRt:
         size = embeds.row_bytes()
         cuda.to_host(lent or embeds.host, embeds.device, rows * size, self._stream)
         if left is not None:
+            self._blocks.order(self._stream)
             cuda.on_to_device(left.address + first * size, embeds.device, rows * size, self._stream)
         cuda.stream_synchronize(self._stream)
         given = {
@@ -300,18 +307,19 @@ class TensorRt:
         prepared = self._prepared[rows] = _Prepared(rows, self._context(rows))
         return prepared
 
-    def _context(self, rows: int) -> Any:
+    def _context(self, rows: int) -> Context:
         """Return a new context for a batch size."""
-        return self._engine.context(
-            {
-                name: (rows, *self._buffers[name].pinned.shape[1:])
-                for name, tensor in self._engine.tensors.items()
-                if tensor.is_input
-            },
-            {name: buffer.device for name, buffer in self._buffers.items()},
-            self._scratch,
-            self._stream,
-        )
+        with self._cuda.relaxed():  # TensorRT allocates
+            return self._engine.context(
+                {
+                    name: (rows, *self._buffers[name].pinned.shape[1:])
+                    for name, tensor in self._engine.tensors.items()
+                    if tensor.is_input
+                },
+                {name: buffer.device for name, buffer in self._buffers.items()},
+                self._scratch,
+                self._stream,
+            )
 
     def _launch(self, prepared: _Prepared) -> None:
         """Have a batch size computed: by its graph where there is one."""
@@ -332,8 +340,7 @@ class TensorRt:
 
     def _capture(self, prepared: _Prepared) -> None:
         """Capture the CUDA graph of a batch size that has run once; go without it if that fails."""
-        capturable = getattr(prepared.context, "is_stream_capturable", None)
-        if capturable is not None and not capturable(self._stream):  # TensorRT-RTX: not yet
+        if not prepared.context.can_capture(self._stream):  # TensorRT-RTX: not yet
             self._refusals += 1
             if self._refusals == _PATIENCE:
                 _log.warning(
@@ -475,10 +482,11 @@ class TensorRt:
             self._drop_contexts()
 
     def _drop_contexts(self) -> None:
-        """Let go of graphs and contexts, which this function's end leaves no reference to."""
+        """Let go of graphs and contexts, whoever still holds frames of a call that failed."""
         for prepared in self._prepared.values():
             if prepared.executable is not None:
                 self._quietly(self._cuda.executable_destroy, prepared.executable)
+            prepared.context.close()
         self._prepared.clear()
 
     def _quietly(self, free: Callable[[int], None], handle: int) -> None:

@@ -35,7 +35,9 @@ _CURES: Final = {
     "container --gpus all (--runtime nvidia on a Jetson)",
 }
 _HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3
-_NON_BLOCKING_STREAM, _CAPTURE_THREAD_LOCAL = 1, 1
+_NON_BLOCKING_STREAM, _CAPTURE_THREAD_LOCAL, _CAPTURE_RELAXED = 1, 1, 2
+DEFAULT_STREAM: Final = 1
+"""cudaStreamLegacy: the default stream of all threads, which is PyTorch's too."""
 _MAJOR, _MINOR = 75, 76  # cudaDevAttrComputeCapability…
 _PROPERTIES_BYTES = 8192  # cudaDeviceProp has 1032 at most; the name comes first in all versions
 
@@ -61,6 +63,8 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "cudaStreamDestroy": (_pointer,),
     "cudaStreamBeginCapture": (_pointer, _int),
     "cudaStreamEndCapture": (_pointer, _out(_pointer)),
+    "cudaThreadExchangeStreamCaptureMode": (_out(_int),),
+    "cudaStreamWaitEvent": (_pointer, _pointer, ctypes.c_uint),
     "cudaGraphInstantiateWithFlags": (_out(_pointer), _pointer, ctypes.c_ulonglong),
     "cudaGraphLaunch": (_pointer, _pointer),
     "cudaGraphDestroy": (_pointer,),
@@ -162,23 +166,41 @@ class Cuda:
         finally:
             self._call("cudaSetDevice", before)
 
+    @contextmanager
+    def relaxed(self) -> Iterator[None]:
+        """Let this thread allocate and free while another thread captures a graph.
+
+        Otherwise CUDA refuses it and invalidates the other's capture, if that is in the global
+        mode, which is PyTorch's: its graph has nothing to do with our memory.
+        """
+        mode = _int(_CAPTURE_RELAXED)
+        self._call("cudaThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+        try:
+            yield
+        finally:  # unchecked: it fails of nothing but an error that the device keeps
+            self._functions["cudaThreadExchangeStreamCaptureMode"](ctypes.byref(mode))
+
     # Memory
 
     def malloc(self, size: int) -> int:
         """Return the address of `size` bytes on the device, aligned to 256."""
-        return int(self._get(_pointer, "cudaMalloc", max(size, 1)))
+        with self.relaxed():
+            return int(self._get(_pointer, "cudaMalloc", max(size, 1)))
 
     def free(self, address: int) -> None:
         """Free device memory, after the work that may use it."""
-        self._call("cudaFree", address)
+        with self.relaxed():
+            self._call("cudaFree", address)
 
     def host_alloc(self, size: int) -> int:
         """Return the address of `size` pinned bytes on the host."""
-        return int(self._get(_pointer, "cudaHostAlloc", max(size, 1), 0))
+        with self.relaxed():
+            return int(self._get(_pointer, "cudaHostAlloc", max(size, 1), 0))
 
     def host_free(self, address: int) -> None:
         """Free pinned memory."""
-        self._call("cudaFreeHost", address)
+        with self.relaxed():
+            self._call("cudaFreeHost", address)
 
     def to_device(self, target: int, source: int, size: int, stream: int) -> None:
         """Enqueue a copy from pinned host memory."""
@@ -239,6 +261,10 @@ class Cuda:
     def event_record(self, event: int, stream: int) -> None:
         """Enqueue the recording of an event."""
         self._call("cudaEventRecord", event, stream)
+
+    def stream_wait_event(self, stream: int, event: int) -> None:
+        """Let a stream wait, on the device, for what came before a recorded event."""
+        self._call("cudaStreamWaitEvent", stream, event, 0)
 
     def event_synchronize(self, event: int) -> None:
         """Wait until an event was recorded."""

@@ -6,9 +6,8 @@ import ctypes
 import itertools
 import logging
 import os
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
-from vzip.runtime.backends.tensorrt.cuda import Cuda
 from vzip.runtime.errors import BackendError
 
 _log = logging.getLogger(__name__)
@@ -17,6 +16,7 @@ CPU: Final = 1
 CUDA: Final = 2
 """Device types of DLPack."""
 
+_LEGACY_STREAM = 1  # DLPack's number of CUDA's default stream, and what None means there
 _UNUSED = b"dltensor"
 # DLPack's code and bits, and the typestr of the array interface.
 _DTYPES: Final = {"float16": (2, 16, "<f2"), "float32": (2, 32, "<f4")}
@@ -45,12 +45,21 @@ class _DLManagedTensor(ctypes.Structure):
     ]
 
 
+class Lender(Protocol):
+    """Whose memory an array is."""
+
+    def take_back(self, address: int, *, any_stream: bool) -> None:
+        """Take back the memory of an array that is gone; see `DeviceBlocks.take_back`."""
+
+
 class DeviceArray:
     """An array in device memory that is its holder's own, as numpy arrays are.
 
     It was complete when it was handed out, so a consumer may read it on any stream. Its memory is
-    freed when this object and everything that was made from it by DLPack are gone; that waits for
-    the work that still uses it. Later calls of the encoder, and closing it, leave it alone.
+    used again when this object and everything that was made from it by DLPack are gone, after the
+    work on the consumer's stream that still reads it. Later calls of the encoder, and closing it,
+    leave it alone. A consumer that reads it on more streams than the one that it took it on waits
+    for those before it lets go, as with an array of its own.
 
     Attributes:
         shape: Extents.
@@ -59,12 +68,12 @@ class DeviceArray:
     """
 
     def __init__(
-        self, cuda: Cuda, address: int, shape: tuple[int, ...], dtype: str, kind: int = CUDA
+        self, lender: Lender, address: int, shape: tuple[int, ...], dtype: str, kind: int = CUDA
     ) -> None:
-        """Take over memory that `cuda` gave.
+        """Take over memory.
 
         Args:
-            cuda: What frees it.
+            lender: Whose it is, and goes back to.
             address: Its address.
             shape: Extents of the array, C order.
             dtype: ``float16`` or ``float32``.
@@ -73,7 +82,8 @@ class DeviceArray:
         self.shape = shape
         self.dtype = dtype
         self.address = address
-        self._cuda = cuda
+        self._lender = lender
+        self._any_stream = False
         self._kind = kind
         self._process = os.getpid()
 
@@ -93,6 +103,7 @@ class DeviceArray:
     def __cuda_array_interface__(self) -> dict[str, Any]:
         """Return the array for Numba, CuPy and torch.as_tensor, version 3 of the protocol."""
         self._usable()
+        self._any_stream = True  # the protocol has no word for the consumer's stream
         return {
             "shape": self.shape,
             "typestr": _DTYPES[self.dtype][2],
@@ -109,7 +120,7 @@ class DeviceArray:
     def __dlpack__(
         self,
         *,
-        stream: object = None,  # complete already: nothing to wait for
+        stream: int | None = None,  # the consumer's; complete already: nothing to wait for
         max_version: tuple[int, int] | None = None,  # unversioned, as every consumer takes it
         dl_device: tuple[int, int] | None = None,
         copy: bool | None = None,
@@ -126,6 +137,8 @@ class DeviceArray:
                 f"got copy={copy} and dl_device={dl_device}, expected no copy and "
                 f"{self.__dlpack_device__()}; copy it with the library that takes it"
             )
+        if stream not in {None, _LEGACY_STREAM}:
+            self._any_stream = True
         return _capsule(self)
 
     def __repr__(self) -> str:
@@ -135,7 +148,7 @@ class DeviceArray:
         if os.getpid() != self._process:
             return  # the memory is the parent's
         try:
-            self._cuda.free(self.address)
+            self._lender.take_back(self.address, any_stream=self._any_stream)
         except BackendError as error:  # a dead device has freed everything
             _log.debug("could not free an array: %s", error)
 

@@ -47,6 +47,29 @@ class EngineTensor:
         return f"{self.name} {self.dtype} {list(self.shape)}"
 
 
+class Context:
+    """An execution context, which can be let go of whoever still holds this object.
+
+    A caller that keeps an exception keeps the frames that it went through, and what they name. So
+    none of them names TensorRT's own object, which must be gone before its scratch memory is.
+
+    Attributes:
+        handle: TensorRT's object; None when it is closed.
+    """
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    def can_capture(self, stream: int) -> bool:
+        """Say whether a run could be captured now; TensorRT-RTX alone ever says no."""
+        ask = getattr(self.handle, "is_stream_capturable", None)
+        return ask is None or bool(ask(stream))
+
+    def close(self) -> None:
+        """Let go of it."""
+        self.handle = None
+
+
 class Engine:
     """An engine that TensorRT has taken.
 
@@ -93,7 +116,7 @@ class Engine:
         addresses: Mapping[str, int],
         scratch: int,
         stream: int,
-    ) -> Any:
+    ) -> Context:
         """Return an execution context for one set of shapes and addresses, which it keeps.
 
         A CUDA graph records the state of the context it was captured from, so a context is never
@@ -109,31 +132,49 @@ class Engine:
         Raises:
             BackendError: Memory is short, or TensorRT refuses a shape or an address.
         """
-        context = self._bare_context()
-        if context is None:
+        context = Context(self._bare_context())
+        if context.handle is None:
             raise self.error("TensorRT can't make an execution context")
-        outlive_forks(context)
-        for setter in ("set_device_memory_v2", "set_device_memory"):
-            if hasattr(context, setter):
-                getattr(context, setter)(scratch, self.scratch_bytes)
-                break
-        else:  # 8 and 10.0
-            context.device_memory = scratch
-        # On 8.6 only the first context of an engine gets the profile by itself. The builder let
-        # the others share it; see `vzip.export.engines.tensorrt.build`.
-        if context.active_optimization_profile < 0 and not context.set_optimization_profile_async(
-            0, stream
-        ):
-            raise self.error("TensorRT can't give a second batch size the optimization profile")
-        for name, shape in shapes.items():
-            if not context.set_input_shape(name, shape):
-                raise self.error(f"TensorRT refuses the shape {list(shape)} for {name}")
-        for name, address in addresses.items():
-            if not context.set_tensor_address(name, address):
-                raise self.error(f"TensorRT refuses the memory for {name}")
+        try:
+            outlive_forks(context.handle)
+            self._set_up(context, shapes, addresses, scratch, stream)
+        except BaseException:
+            context.close()
+            raise
         return context
 
-    def profile(self, context: Any) -> list[tuple[str, float]]:
+    def _set_up(
+        self,
+        context: Context,
+        shapes: Mapping[str, tuple[int, ...]],
+        addresses: Mapping[str, int],
+        scratch: int,
+        stream: int,
+    ) -> None:
+        """Give a context its memory, profile, shapes and addresses."""
+        for setter in ("set_device_memory_v2", "set_device_memory"):
+            if hasattr(context.handle, setter):
+                getattr(context.handle, setter)(scratch, self.scratch_bytes)
+                break
+        else:  # 8 and 10.0
+            context.handle.device_memory = scratch
+        # On 8.6 only the first context of an engine gets the profile by itself. The builder let
+        # the others share it; see `vzip.export.engines.tensorrt.build`.
+        if context.handle.active_optimization_profile < 0:
+            try:
+                given = context.handle.set_optimization_profile_async(0, stream)
+            except RuntimeError:  # how the bindings of every version say no
+                given = False
+            if not given:
+                raise self.error("TensorRT can't give a second batch size the optimization profile")
+        for name, shape in shapes.items():
+            if not context.handle.set_input_shape(name, shape):
+                raise self.error(f"TensorRT refuses the shape {list(shape)} for {name}")
+        for name, address in addresses.items():
+            if not context.handle.set_tensor_address(name, address):
+                raise self.error(f"TensorRT refuses the memory for {name}")
+
+    def profile(self, context: Context) -> list[tuple[str, float]]:
         """Attach TensorRT's profiler to a context, whose runs wait for each layer from now on.
 
         Returns:
@@ -150,16 +191,16 @@ class Engine:
             def report_layer_time(self, layer_name: str, ms: float) -> None:
                 taken.append((layer_name, ms))
 
-        context.profiler = Profiler()
+        context.handle.profiler = Profiler()
         return taken
 
-    def enqueue(self, context: Any, stream: int) -> None:
+    def enqueue(self, context: Context, stream: int) -> None:
         """Enqueue one run of a context.
 
         Raises:
             BackendError: TensorRT refuses.
         """
-        if not context.execute_async_v3(stream):
+        if not context.handle.execute_async_v3(stream):
             raise self.error("TensorRT failed to enqueue the engine")
 
     def close(self) -> None:

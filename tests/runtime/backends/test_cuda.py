@@ -115,6 +115,8 @@ def test_every_return_code_is_checked(fake: Cuda, lib: Any) -> None:
         "cudaGraphLaunch": lambda: fake.launch(1, 1),
         "cudaGraphDestroy": lambda: fake.graph_destroy(1),
         "cudaGraphExecDestroy": lambda: fake.executable_destroy(1),
+        "cudaThreadExchangeStreamCaptureMode": lambda: fake.relaxed().__enter__(),
+        "cudaStreamWaitEvent": lambda: fake.stream_wait_event(1, 1),
         "cudaEventCreateWithFlags": fake.event_create,
         "cudaEventRecord": lambda: fake.event_record(1, 1),
         "cudaEventSynchronize": lambda: fake.event_synchronize(1),

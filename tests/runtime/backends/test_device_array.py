@@ -17,7 +17,7 @@ SHAPE = (2, 3, 4)
 
 
 class Memory:
-    """Stands in for `Cuda`; says what was freed."""
+    """Stands in for what lends device memory; says what came back."""
 
     def __init__(self, dtype: str = "float32") -> None:
         self.data = np.arange(24, dtype=dtype).reshape(SHAPE)
@@ -25,10 +25,11 @@ class Memory:
 
     def array(self, kind: int = CPU) -> DeviceArray:
         address = self.data.ctypes.data
-        return DeviceArray(self, address, SHAPE, self.data.dtype.name, kind)  # type: ignore[arg-type]
+        return DeviceArray(self, address, SHAPE, self.data.dtype.name, kind)
 
-    def free(self, address: int) -> None:
+    def take_back(self, address: int, *, any_stream: bool) -> None:
         self.freed.append(address)
+        self.any_stream = any_stream
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -102,6 +103,25 @@ def test_the_arguments_of_newer_consumers_are_taken() -> None:
             array.__dlpack__(**wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("stream", "any_stream"), [(None, False), (1, False), (2, True), (-1, True), (0x7F00, True)]
+)
+def test_whether_it_went_to_another_stream_than_the_default_one_is_told(
+    stream: int | None, any_stream: bool
+) -> None:
+    memory = Memory()
+    memory.array().__dlpack__(stream=stream)
+    gc.collect()
+    assert memory.any_stream == any_stream
+
+
+def test_the_array_interface_names_no_stream() -> None:
+    memory = Memory()
+    assert memory.array(device_array.CUDA).__cuda_array_interface__
+    gc.collect()
+    assert memory.any_stream
+
+
 def test_the_array_interface() -> None:
     memory = Memory("float16")
     array = memory.array(device_array.CUDA)
@@ -122,7 +142,7 @@ def test_the_array_interface() -> None:
 
 def test_a_device_that_is_gone_does_not_spoil_the_end(caplog: pytest.LogCaptureFixture) -> None:
     class Gone(Memory):
-        def free(self, address: int) -> None:
+        def take_back(self, address: int, *, any_stream: bool) -> None:
             raise BackendError("gone")
 
     array = Gone().array()

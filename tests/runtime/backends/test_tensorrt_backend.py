@@ -5,11 +5,13 @@ What every backend does is in the contract, which `test_tensorrt_contract.py` ho
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import gc
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -74,10 +76,11 @@ class Rig:
             assert np.array_equal(on_host(tokens.on_device), tokens.embeds)
 
     def recorded(self, run: Callable[[], object]) -> str:
-        """Return which functions of the CUDA runtime something calls, besides cudaGetDevice."""
+        """Return which CUDA functions something calls, besides those that change nothing."""
         self.lib.fake_record(1)
         run()
-        return str(self.lib.fake_calls().decode().replace("cudaGetDevice ", "").strip())
+        steady = {"cudaGetDevice", "cudaThreadExchangeStreamCaptureMode"}
+        return " ".join(c for c in self.lib.fake_calls().decode().split() if c not in steady)
 
     def held(self) -> tuple[int, int]:
         return self.lib.fake_blocks(HOST | DEVICE), self.lib.fake_handles()
@@ -299,6 +302,107 @@ def test_tokens_stay_on_the_device_and_are_the_holders_own(rig: Rig) -> None:
     encoder.close()
     rig.check(tokens[0], 2)  # close leaves it alone
     assert rig.lib.fake_blocks(DEVICE) == 3
+
+
+def test_memory_for_tokens_is_used_again_and_not_freed(rig: Rig) -> None:
+    """cudaFree waits for all that the device does, the language model's work too."""
+    with rig.open() as encoder:
+        for _ in range(3):
+            rig.run(encoder, 2, on_device=True)
+        held = rig.held()
+
+        def pictures() -> None:
+            for k in range(3):
+                tokens = rig.run(encoder, 2, k, on_device=True)
+                thread = threading.Thread(target=lambda gone: gone, args=[tokens])
+                del tokens
+                thread.start()
+                thread.join()
+
+        assert not {"cudaMalloc", "cudaFree"} & set(rig.recorded(pictures).split())
+        assert rig.held() == held
+
+
+@pytest.mark.parametrize("anywhere", [False, True])
+def test_memory_is_not_written_again_under_work_that_reads_it(rig: Rig, anywhere: bool) -> None:
+    """A tensor goes when Python lets go of it, not when the GPU has done what reads it."""
+    read: list[np.ndarray] = []
+    with rig.open() as encoder:
+        for k in range(2):
+            rig.run(encoder, 2, k, on_device=True)
+        tokens = rig.run(encoder, 2, on_device=True)
+        left, expected = tokens.on_device, tokens.embeds.copy()
+        assert left is not None
+        address, size = left.address, left.nbytes
+
+        @fake_gpu._WORK
+        def reader(_: int) -> None:
+            read.append(np.frombuffer(ctypes.string_at(address, size), np.float32))
+
+        other = backend_of(encoder)._cuda.stream_create()
+        stream = other if anywhere else rig.lib.fake_legacy()
+        rig.lib.fake_enqueue(stream, reader, 0)
+        if anywhere:
+            assert left.__cuda_array_interface__["data"][0] == address
+        del tokens, left
+        gc.collect()
+        later = rig.run(encoder, 2, 1, on_device=True)
+        assert not np.array_equal(later.embeds, expected)
+        assert len(read) == 1
+        assert np.array_equal(read[0], expected.ravel())
+        backend_of(encoder)._cuda.stream_destroy(other)
+
+
+def test_nothing_here_breaks_a_neighbour_s_capture(rig: Rig) -> None:
+    """PyTorch captures in the global mode, in which CUDA refuses every thread's allocations."""
+    rig.lib.fake_neighbour(1)
+    encoder = rig.open()
+    for count in (1, 2, 1):
+        rig.run(encoder, count, on_device=True)
+    gc.collect()
+    encoder.close()
+    assert rig.lib.fake_spoilt() == 0
+    assert rig.held() == (0, 0)
+
+
+def test_blocks_that_wait_are_given_up_before_memory_is_short(rig: Rig) -> None:
+    with rig.open() as encoder:
+        kept = [rig.run(encoder, 2, on_device=True) for _ in range(2)]
+        rig.run(encoder, 1)
+        kept.clear()
+        gc.collect()
+        blocks = rig.lib.fake_blocks(DEVICE)
+        rig.lib.fake_fail(b"cudaMalloc", 0, 2)
+        small = rig.run(encoder, 1, on_device=True)  # of another size
+        assert rig.lib.fake_blocks(DEVICE) == blocks - 2 + 1
+        assert small.on_device is not None
+        rig.lib.fake_fail(b"cudaMalloc", 0, 2)
+        with refused(BackendError, got="cudaMalloc"):
+            kept = [rig.run(encoder, 1, on_device=True) for _ in range(3)]
+
+
+def test_a_traceback_that_is_kept_does_not_keep_a_context(rig: Rig) -> None:
+    """Its frames name what they worked with; a context must go before its scratch memory."""
+    encoder = rig.open()
+    kept: list[BaseException] = []
+    for method in ("execute_async_v3", "set_tensor_address", "create_execution_context"):
+        rig.trt.refuse, rig.trt.say = method, "no"
+        try:
+            rig.run(encoder, 1)
+        except BackendError as error:
+            kept.append(error)
+    opened = backend_of(encoder)
+    rig.trt.refuse = ""
+    rig.run(encoder, 1)
+    rig.trt.refuse = "execute_async_v3"
+    try:
+        opened.layer_ms(1, 1)
+    except BackendError as error:
+        kept.append(error)
+    encoder.close()
+    assert len(kept) == 4
+    assert not rig.trt.faults
+    assert rig.held() == (0, 0)
 
 
 def test_a_padded_batch_is_cut_on_the_device_too(make: Make) -> None:
