@@ -68,9 +68,7 @@ def check(
     check_writable(found)
     media: Media = "image" if "image" in found.manifest.media else "video"
     file = None if projector is None else Path(projector)
-    weights, read = WeightSource(
-        model.id, model.revision, model.seed, file, media, model.vision_tower
-    ).load()
+    weights, read = WeightSource.of(model, projector=file, media=media).load()
     if read.projector != model.projector:
         raise CheckpointError(
             f"the projector {projector} has SHA-256 {str(read.projector)[:12]}…",

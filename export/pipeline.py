@@ -13,7 +13,7 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
@@ -60,6 +60,8 @@ class WeightSource:
             family's own choice.
         vision_tower: Folder or hub id of original LLaVA's tower; None for the one that the
             checkpoint names.
+        outliers: Plant outliers and attention sinks in the random weights; see
+            `vzip.export.checkpoint.planted_outliers`.
     """
 
     model: str
@@ -68,6 +70,22 @@ class WeightSource:
     projector: Path | None = None
     media: Media | None = None
     vision_tower: str | None = None
+    outliers: bool = False
+
+    @classmethod
+    def of(
+        cls, model: form.Model, *, projector: Path | None = None, media: Media | None = None
+    ) -> WeightSource:
+        """Return where a bundle's weights come from, as its manifest says it."""
+        return cls(
+            model.id,
+            model.revision,
+            model.seed,
+            projector,
+            media,
+            model.vision_tower,
+            outliers=model.weights == "random-outliers",
+        )
 
     def config(self) -> VisionConfig:
         """Read the architecture alone, which is quick.
@@ -99,13 +117,18 @@ class WeightSource:
         """
         import torch
 
+        from vzip.export.checkpoint.planted_outliers import with_outliers
         from vzip.export.checkpoint.random_weights import random_vision
 
+        kind: form.Weights = "checkpoint"
         if self.seed is not None:
             config = self.config()
             # FP16 whatever the precision, as published checkpoints are: both precisions of a graph
             # then have the same weights, and an FP16 graph loses none of them.
             weights = random_vision(config, self.seed, dtype=torch.float16)
+            kind = "random"
+            if self.outliers:
+                weights, kind = with_outliers(weights, self.seed), "random-outliers"
             model_id, revision = locate(self.model).model_id, self.revision
         else:
             checkpoint = self._checkpoint()
@@ -121,7 +144,7 @@ class WeightSource:
             id=model_id,
             revision=revision,
             family=weights.config.family,
-            weights="checkpoint" if self.seed is None else "random",
+            weights=kind,
             seed=self.seed,
             projector=digest,
             dequantised=weights.dequantised,
@@ -141,7 +164,7 @@ def export(
     cls_token: bool = True,
     selection: str = selections.DEFAULT,
     revision: str | None = None,
-    weights: Literal["checkpoint", "random"] = "checkpoint",
+    weights: form.Weights = "checkpoint",
     seed: int | None = None,
     projector: str | os.PathLike[str] | None = None,
     vision_tower: str | os.PathLike[str] | None = None,
@@ -178,7 +201,8 @@ def export(
         selection: Which tokens are kept: "visionzip", or a baseline of
             `vzip.export.algorithm.selections`.
         revision: Commit, branch or tag of a hub repository.
-        weights: "random" is the architecture at its true size without the checkpoint's tensors.
+        weights: "random" is the architecture at its true size without the checkpoint's tensors,
+            "random-outliers" the same with outliers and attention sinks as real towers have them.
         seed: Of random weights, from 0 up; None is 0.
         projector: A file with a tuned projector that replaces the checkpoint's.
         vision_tower: Folder or hub id of original LLaVA's tower, in the place of the one that its
@@ -220,6 +244,7 @@ def export(
         None if projector is None else Path(projector),
         media,
         None if vision_tower is None else os.fspath(vision_tower),
+        outliers=weights == "random-outliers",
     )
     selections.check(selection)
     require(*EXPORT_PACKAGES, needed_for="an export", extra="export")
@@ -275,15 +300,16 @@ def export(
 
 def _seed(weights: str, seed: int | None, *, with_llm: bool) -> int | None:
     """Return the seed of random weights; None where a checkpoint's are asked for."""
-    if weights not in ("checkpoint", "random"):
-        raise InvalidInputError(f"weights is {weights!r}", expected="checkpoint or random")
+    if weights not in get_args(form.Weights):
+        expected = " or ".join(get_args(form.Weights))
+        raise InvalidInputError(f"weights is {weights!r}", expected=expected)
     if weights == "checkpoint" and seed is not None:
         raise InvalidInputError(
             f"seed is {seed} and weights is 'checkpoint'",
             cause="a checkpoint has no seed",
             cure="leave out the seed, or ask for random weights",
         )
-    if weights == "random" and with_llm:
+    if weights != "checkpoint" and with_llm:
         raise InvalidInputError(
             "random weights and the language model were asked for",
             cause="the answers of an LLM to random tokens mean nothing",

@@ -46,14 +46,15 @@ def random_vision(
     tensors = {}
     for name, shape in tensor_shapes(config).items():
         mean, deviation = _distribution(name, shape, config.tower.num_layers)
-        values = _generator(seed, name).standard_normal(shape, dtype=np.float32)
+        values = generator(seed, name).standard_normal(shape, dtype=np.float32)
         values *= np.float32(deviation)
         values += np.float32(mean)
         tensors[name] = torch.from_numpy(values).to(dtype)
     return VisionWeights(config, tensors)
 
 
-def _generator(seed: int, name: str) -> np.random.Generator:
+def generator(seed: int, name: str) -> np.random.Generator:
+    """Return the generator of what a seed draws under a name."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from vzip.export.cli.options import add_compression, add_model
+from vzip.runtime.bundle.manifest import Weights
 from vzip.runtime.cli.options import Parser, add_threads
 from vzip.runtime.console import emit, run_command
 
@@ -70,9 +72,10 @@ def _parser(prog: str) -> Parser:
     add_model(parser)
     parser.add_argument(
         "--weights",
-        choices=("checkpoint", "random"),
+        choices=get_args(Weights),
         default="checkpoint",
-        help="random: the architecture at its true size without a hub (default: checkpoint)",
+        help="random: the architecture at its true size without a hub; random-outliers: with "
+        "outliers and attention sinks as bad as real towers' (default: checkpoint)",
     )
     parser.add_argument("--seed", type=int, help="of random weights (default: 0)")
     add_compression(parser, default=" (default: 64, or 17 for a graph made for video)")

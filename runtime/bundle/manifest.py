@@ -77,6 +77,7 @@ TOKEN_WEIGHTS: Final = "token_weights"  # noqa: S105 - no password
 
 Dimension = Count | Literal["batch"]
 Media = Literal["image", "video"]
+Weights = Literal["checkpoint", "random", "random-outliers"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class Model(Record):
         id: ``demo``, a hub id, or the absolute path of a local folder.
         revision: Commit hash on the hub; None for a local folder or random weights.
         family: Name of the checkpoint family that read it, such as ``llava``.
-        weights: ``checkpoint``, or ``random`` for an architecture without its weights.
+        weights: ``checkpoint``; ``random`` for an architecture without its weights, or
+            ``random-outliers``, the same with outliers and attention sinks planted.
         seed: Seed of random weights; None for those of a checkpoint.
         projector: SHA-256 of the file with a tuned projector; None for the model's own.
         dequantised: The scheme that weights of tower or projector were quantised by in the
@@ -99,7 +101,7 @@ class Model(Record):
     id: Text
     revision: Text | None
     family: Text
-    weights: Literal["checkpoint", "random"]
+    weights: Weights
     seed: Index | None
     projector: Sha256 | None = None
     dequantised: Text | None = field(default=None, metadata=OPTIONAL)
@@ -107,8 +109,8 @@ class Model(Record):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.weights == "random") != (self.seed is not None):
-            random = self.weights == "random"
+        random = self.weights != "checkpoint"
+        if random != (self.seed is not None):
             raise self.misfit(
                 "seed", "an integer at least 0" if random else "null, since weights aren't random"
             )

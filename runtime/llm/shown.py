@@ -68,11 +68,14 @@ class TokenSpec:
             InvalidInputError: The bundle was made with random weights, so that its tokens mean
                 nothing to any LLM.
         """
-        if manifest.model.weights == "random":
+        if manifest.model.weights != "checkpoint":
             raise InvalidInputError(
                 f"the bundle holds random weights of {manifest.model.id!r}",
                 cause="they serve to measure speed and can't answer questions",
-                cure="export a checkpoint with 'vzip export', without --weights random",
+                cure=(
+                    "export a checkpoint with 'vzip export', without "
+                    f"--weights {manifest.model.weights}"
+                ),
             )
         tokens, tiling = manifest.selection.tokens, manifest.tiling
         several = None

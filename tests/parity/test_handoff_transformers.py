@@ -493,9 +493,10 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch, tmp_path):
         TransformersLLM.open("vzip-tests/no-such-model", revision="abc")
 
 
-def test_tokens_of_random_weights_are_refused():
-    model = types.SimpleNamespace(weights="random", id="llava-1.5-7b")
-    with refused(InvalidInputError, got="'llava-1.5-7b'", cure="--weights random"):
+@pytest.mark.parametrize("weights", ["random", "random-outliers"])
+def test_tokens_of_random_weights_are_refused(weights):
+    model = types.SimpleNamespace(weights=weights, id="llava-1.5-7b")
+    with refused(InvalidInputError, got="'llava-1.5-7b'", cure=f"--weights {weights}"):
         TokenSpec.of(types.SimpleNamespace(model=model))
 
 

@@ -286,9 +286,7 @@ def _weights(manifest: Manifest) -> VisionWeights:
             cause="PyTorch's forms would need it",
             cure="compare a bundle that was exported without --projector",
         )
-    weights, _ = WeightSource(
-        model.id, model.revision, seed=model.seed, vision_tower=model.vision_tower
-    ).load()
+    weights, _ = WeightSource.of(model).load()
     config = weights.config
     lacking = {
         "a tower without CLS": config.tower.kind != "clip",

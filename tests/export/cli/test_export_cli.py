@@ -488,6 +488,11 @@ def test_random_weights_need_no_network_and_no_hub(
     assert (output / "model.onnx.data").read_bytes() != (
         place / "zero" / "model.onnx.data"
     ).read_bytes()
+    planted = ["--weights", "random-outliers", *QUICK, "-o", str(place / "planted")]
+    assert main(["export", "--model", str(model), *planted]) == 0
+    manifest = read_bundle(place / "planted").manifest
+    assert (manifest.model.weights, manifest.model.seed) == ("random-outliers", 0)
+    assert main(["check", str(place / "planted")]) == 0
 
 
 @pytest.mark.slow
