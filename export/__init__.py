@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vzip.export.checking import check
+    from vzip.export.contact.visit import firstcontact
     from vzip.export.debugging.comparing import debug
     from vzip.export.engines import build
     from vzip.export.pipeline import export
 
-__all__ = ["EXPORT_PACKAGES", "build", "check", "debug", "export"]
+__all__ = ["EXPORT_PACKAGES", "build", "check", "debug", "export", "firstcontact"]
 
 EXPORT_PACKAGES = (
     "torch",
@@ -34,6 +35,7 @@ _HOMES = {
     "check": "vzip.export.checking",
     "debug": "vzip.export.debugging.comparing",
     "export": "vzip.export.pipeline",
+    "firstcontact": "vzip.export.contact.visit",
 }
 
 

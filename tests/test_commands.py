@@ -38,6 +38,7 @@ READS = {
     "report": "{x} -o out.html",
     "bench": "{x}",
     "debug": "{x} -o out",
+    "firstcontact": "--bundle {x} -o out.zip",
 }
 # -o of each that has one, without a folder that it could go to, or with a file in the way.
 WRITES = {
@@ -50,9 +51,10 @@ WRITES = {
     "report": ("bundle -o", "nowhere/out.html"),
     "bench": ("bundle -o", "image.png"),
     "debug": ("bundle -o", "image.png"),
+    "firstcontact": ("-o", "nowhere/out.zip"),
 }
 TABLES = ("models", "targets", "plan", "doctor", "inspect", "check", "bench", "sweep", "calibrate",
-          "debug")  # fmt: skip
+          "debug", "firstcontact")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -46,6 +46,7 @@ COMMANDS: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
             "bench": "time a bundle on this machine, beside its peers",
             "debug": "find where an engine first differs, with Polygraphy",
             "doctor": "say what this machine can run and what is missing",
+            "firstcontact": "try everything on a GPU, and pack what came of it",
         },
     }
 )

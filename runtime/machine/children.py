@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
 
-_KEPT: Final = 2**18
+KEPT: Final = 2**18
 """Bytes of a child's output that are kept of its beginning, and as many of its end."""
 
 _CHUNK: Final = 2**16
@@ -49,6 +49,7 @@ def run_child(
     *,
     environment: Mapping[str, str] | None = None,
     folder: Path | None = None,
+    kept: int = KEPT,
 ) -> Ended:
     """Run a program to its end, or to the end of its time.
 
@@ -57,6 +58,7 @@ def run_child(
         limit_s: Seconds after which it is killed, with all that it has started.
         environment: Variables beside those of this process.
         folder: Its working directory; None for this process's own.
+        kept: Bytes of its output that are kept of the beginning, and as many of the end.
     """
     start = time.monotonic()
     try:
@@ -72,7 +74,7 @@ def run_child(
     except OSError as error:
         return Ended(None, f"can't be started ({error.strerror})", "", 0.0)
     assert child.stdout is not None
-    said = _Said(child.stdout)
+    said = _Said(child.stdout, kept)
     status: int | None = None
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -104,8 +106,9 @@ def _how(status: int | None, limit_s: float) -> str:
 class _Said:
     """Reads what a child says, so that it never waits for a reader, and keeps what is wanted."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._head, self._tail, self._lost = b"", b"", 0
+    def __init__(self, stream: IO[bytes], kept: int) -> None:
+        self._head, self._tail, self._lost = bytearray(), bytearray(), 0
+        self._kept = kept
         self._stream = stream
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
@@ -113,15 +116,21 @@ class _Said:
     def _listen(self) -> None:
         with self._stream as stream:
             while chunk := os.read(stream.fileno(), _CHUNK):
-                room = _KEPT - len(self._head)
+                room = self._kept - len(self._head)
                 self._head += chunk[:room]
-                tail = self._tail + chunk[room:] if room < len(chunk) else self._tail
-                self._lost += max(0, len(tail) - _KEPT)
-                self._tail = tail[-_KEPT:]
+                self._tail += chunk[room:]
+                if len(self._tail) > 2 * self._kept:
+                    self._shorten()
+
+    def _shorten(self) -> None:
+        lost = max(0, len(self._tail) - self._kept)
+        self._lost += lost
+        del self._tail[:lost]
 
     def text(self) -> str:
         """Return it, once there is no more to come."""
         self._thread.join(_PATIENCE_S)
+        self._shorten()
         gap = f"\n… {self._lost} bytes left out …\n".encode() if self._lost else b""
         return (
             (self._head + gap + self._tail)

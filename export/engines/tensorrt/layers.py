@@ -62,11 +62,25 @@ class EngineLayers:
 
 
 def inspect_engine(bindings: Bindings, plan: memoryview | bytes | bytearray) -> EngineLayers:
+    """Return what TensorRT's inspector says of an engine; arguments as of `inspector_says`.
+
+    Raises:
+        BackendError: As `inspector_says`; or what it says is no JSON with layers.
+    """
+    return read_layers(*inspector_says(bindings, plan))
+
+
+def inspector_says(
+    bindings: Bindings, plan: memoryview | bytes | bytearray
+) -> tuple[str, int | None]:
     """Deserialize an engine, ask TensorRT's inspector about it and free it.
 
     Args:
         bindings: The TensorRT that built it, on a machine with the GPU that it is for.
         plan: The engine, whose digest was checked.
+
+    Returns:
+        The inspector's JSON, and the bytes of scratch memory that a run needs.
 
     Raises:
         BackendError: There is no GPU, or it isn't an engine for this GPU and version.
@@ -89,10 +103,10 @@ def inspect_engine(bindings: Bindings, plan: memoryview | bytes | bytearray) -> 
     inspector = engine.create_engine_inspector()
     text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
     memory = getattr(engine, "device_memory_size_v2", getattr(engine, "device_memory_size", None))
-    return _read(text, memory)
+    return str(text), memory
 
 
-def _read(text: str, memory: int | None) -> EngineLayers:
+def read_layers(text: str, memory: int | None) -> EngineLayers:
     """Read the inspector's JSON: objects with details, or names alone."""
     try:
         found = json.loads(text).get("Layers", [])

@@ -179,7 +179,12 @@ class TensorRt:
         assert left is not None
         return outputs, left
 
-    def launch_ms(self, rows: int, calls: int) -> list[float]:
+    @property
+    def captured(self) -> dict[int, bool]:
+        """Each batch size that was run → whether a CUDA graph of it was captured."""
+        return {rows: each.executable is not None for rows, each in self._prepared.items()}
+
+    def launch_ms(self, rows: int, calls: int, *, plain: bool = False) -> list[float]:
         """Return how long the GPU took for what a call launches, by CUDA's own events.
 
         That is the copy in, the engine, and the copy of the indices. For measurements: the images
@@ -188,10 +193,12 @@ class TensorRt:
         Args:
             rows: A batch size that was run before.
             calls: How many to time.
+            plain: Whether it is enqueued plainly where a CUDA graph was captured.
 
         Returns:
             Milliseconds of each.
         """
+        launch = self._enqueue if plain else self._launch
         cuda, stream = self._cuda, self._stream
         with self._lock, cuda.on_device(), ExitStack() as events:
             self._usable()
@@ -201,7 +208,7 @@ class TensorRt:
             taken = []
             for _ in range(calls):
                 cuda.event_record(first, stream)
-                self._launch(self._prepared[rows])
+                launch(self._prepared[rows])
                 cuda.event_record(last, stream)
                 cuda.event_synchronize(last)
                 taken.append(cuda.event_elapsed_ms(first, last))
