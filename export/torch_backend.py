@@ -41,14 +41,16 @@ class PyTorch:
         *,
         threads: int | None = None,
     ) -> None:
-        graph = read_graph(bundle, f"the backend '{self.name}'").graph
+        model = read_graph(bundle, f"the backend '{self.name}'")
         try:
             import torch
         except ImportError as error:
             package = error.name or "torch"
             raise missing(package, needed_for="the backend 'pytorch'", extra="export") from error
         from vzip.export.graph.rebuilt import ForeignGraphError, rebuild
+        from vzip.export.graph.unshared import OwnLayers
 
+        graph = OwnLayers()(model).model.graph
         given = {TOKEN_WEIGHTS} & {value.name for node in graph for value in node.outputs}
         if unknown := sorted(set(extra_outputs) - given):
             raise BackendError(

@@ -15,8 +15,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from vzip.calibration.quantization.unshared import LINEAR, OwnInitializers
-from vzip.export.graph.reading import read_graph
+from vzip.export.graph.unshared import LINEAR, read_own_graph
 from vzip.runtime.backends.onnxruntime import import_onnxruntime, session_options, with_output
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.errors import BackendError, BundleError
@@ -42,7 +41,7 @@ class LinearGroup:
         kind: Which part of the model.
         input: Name of the value that it multiplies.
         weights: Names of its weights, each [in, out].
-        nodes: Names of its MatMuls, in the order of `weights`.
+        nodes: Names of its MatMuls, in the order of `weights`: q, k, v.
         norm: Names of gamma and beta of the LayerNorm whose output is `input` and nothing else's
             input; None where there is no such norm.
     """
@@ -58,12 +57,12 @@ class LinearGroup:
 def own_graph(bundle: Bundle) -> ir.Model:
     """Read a bundle's own graph, whatever other precisions it has, after checking its files.
 
-    Its linear layers and norms share no initializers any more.
+    Its layers have nodes and initializers of their own.
 
     Raises:
         BundleError: A file is missing or damaged.
     """
-    return OwnInitializers()(read_graph(bundle.at(None), "'vzip calibrate'")).model
+    return read_own_graph(bundle.at(None), "'vzip calibrate'")
 
 
 def array_of(model: ir.Model, name: str) -> Array:
@@ -101,6 +100,7 @@ def linear_groups(model: ir.Model) -> list[LinearGroup]:
         )
     found = []
     for name, nodes in groups.items():
+        nodes.sort(key=_place)
         (source,) = {node.inputs[0] for node in nodes}
         assert source is not None
         norm, maker = None, source.producer()
@@ -119,6 +119,12 @@ def linear_groups(model: ir.Model) -> list[LinearGroup]:
             )
         )
     return found
+
+
+def _place(linear: ir.Node) -> int:
+    """Return where q, k and v stand in a group, whatever the graph's order."""
+    (name,) = names_of(linear.inputs[1:])
+    return "qkv".find(name.split(".")[-2])
 
 
 def pieces(model: ir.Model) -> list[ir.Model]:

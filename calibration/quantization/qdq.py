@@ -174,7 +174,8 @@ def _quantise_linear(
     model: ir.Model, linear: LinearGroup, threshold: float, precision: QuantPrecision
 ) -> None:
     graph, stem, small = model.graph, linear.name, _TYPES[precision]
-    products = [node for node in graph if node.name in linear.nodes]
+    named = {node.name: node for node in graph}
+    products = [named[name] for name in linear.nodes]
     weights = [array_of(model, name) for name in linear.weights]  # each [in, out]
     wide = weights[0].dtype
     array = np.concatenate(weights, axis=1)
@@ -222,7 +223,8 @@ def _quantise_linear(
                 "Split", [last, sizes], {"axis": -1}, outputs=made, name=f"{ends[0].name}.Split"
             )
         )
-    ir.convenience.replace_nodes_and_values(graph, replaced[0], replaced, nodes, ends, made)
+    first = next(node for node in graph if node in replaced)
+    ir.convenience.replace_nodes_and_values(graph, first, replaced, nodes, ends, made)
 
 
 def _with_biases(

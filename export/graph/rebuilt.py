@@ -1,8 +1,7 @@
 """The traced module again, from the graph of a bundle: what `trace` does, backwards.
 
 The graph's own weights go into it. Their shapes say most of the sizes, the manifest says the
-selection and what lies before the tower, and a few nodes say the rest. Weights that are equal share
-one initializer in a graph, so biases and norms are found by what reads them and not by their names.
+selection and what lies before the tower, and a few nodes say the rest.
 """
 
 from __future__ import annotations
@@ -48,8 +47,9 @@ def rebuild(manifest: Manifest, graph: ir.Graph) -> Encoder:
 
     Args:
         manifest: Of the bundle.
-        graph: Its own graph, or one that `vzip calibrate` quantised: the module then rounds the
-            inputs of the same linear layers, and its weights are those that were rounded.
+        graph: Its own graph, whose layers share nothing (`vzip.export.graph.unshared`), or one that
+            `vzip calibrate` quantised: the module then rounds the inputs of the same linear layers,
+            and its weights are those that were rounded.
 
     Returns:
         The module on the CPU. It shares its weights' memory with the bundle's file, which must not
@@ -67,9 +67,6 @@ def rebuild(manifest: Manifest, graph: ir.Graph) -> Encoder:
     steps = _dequantise(graph, state)
     layers = sum(re.fullmatch(r"layers\.\d+\.fc1\.weight", name) is not None for name in state)
     norms = _norms(manifest, graph, layers)
-    for name, node in norms.items():
-        state[f"{name}.weight"], state[f"{name}.bias"] = map(_tensor, node.inputs[1:])
-    _find_biases(graph, state)
     config = _config(manifest, graph, state, norms, layers)
     wide = torch.float16 if manifest.precision == "fp16" else torch.float32
     encoder = Encoder(
@@ -181,22 +178,6 @@ def _norms(manifest: Manifest, graph: ir.Graph, layers: int) -> dict[str, ir.Nod
             f"it has {len(nodes)} LayerNormalization and {counted(layers, 'layer')}"
         )
     return dict(zip([*names, "projector.norm"], nodes, strict=False))
-
-
-def _find_biases(graph: ir.Graph, state: dict[str, Tensor]) -> None:
-    """Put the biases of linear layers and of the patch embedding into `state`."""
-    for node in graph:
-        weight = node.inputs[1] if node.op_type in {"MatMul", "Conv"} else None
-        if weight is None or not weight.is_initializer():
-            continue
-        if node.op_type == "Conv":
-            if len(node.inputs) == 3:
-                state["embedding.bias"] = _tensor(node.inputs[2])
-            continue
-        for use in node.outputs[0].uses():
-            bias = use.node.inputs[1 - use.idx] if use.node.op_type == "Add" else None
-            if bias is not None and bias.is_initializer():
-                state[str(weight.name).removesuffix("weight") + "bias"] = _tensor(bias)
 
 
 def _config(

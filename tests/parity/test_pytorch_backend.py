@@ -23,6 +23,7 @@ from vzip.export.checkpoint.weights import VisionWeights
 from vzip.export.graph.reading import read_graph
 from vzip.export.graph.rebuilt import ForeignGraphError, _round_input, rebuild
 from vzip.export.graph.trace import GraphOptions
+from vzip.export.graph.unshared import read_own_graph
 from vzip.export.pipeline import WeightSource, export_bundle
 from vzip.runtime.backends import open_backend
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS
@@ -119,7 +120,7 @@ def test_quantised_graphs_round_what_the_graph_rounds(
     done.save(tmp_path)
     model = ir.load(tmp_path / done.file)
     encoder = rebuild(bundle.manifest, model.graph)
-    own = rebuild(bundle.manifest, read_graph(bundle, "a test").graph)
+    own = rebuild(bundle.manifest, read_own_graph(bundle, "a test").graph)
     rounding = [name for name, _ in encoder.named_buffers() if name.endswith(".step")]
     assert len(rounding) == 2 * 6 + 2
     # q and k of the first layer: deeper in, a rounding that turns out otherwise spreads.

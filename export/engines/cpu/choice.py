@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from vzip.export.engines.cpu.forms import FORMS, Form, rewrite
 from vzip.export.engines.cpu.patterns import array, norms
 from vzip.export.graph import smooth
-from vzip.export.graph.reading import read_graph
+from vzip.export.graph.unshared import read_own_graph
 from vzip.runtime.agreement import CPU_FORM, ENGINE, Proof, Reference, load_reference, prove
 from vzip.runtime.backends.onnxruntime import OnnxRuntimeCpu
 from vzip.runtime.bundle.precision_record import Precision
@@ -170,7 +170,7 @@ def _candidates(
     bundle: Bundle, reference: Reference
 ) -> Iterator[tuple[str, Callable[[], Candidate | None]]]:
     """Yield each form but the bundle's own, and what makes it: None if nothing of it was found."""
-    graph = read_graph(bundle, NEEDED_FOR, EXTRA)
+    graph = read_own_graph(bundle, NEEDED_FOR, EXTRA)
     factors = _factors(bundle, graph, reference.input)
 
     def rewritten(form: Form) -> Candidate | None:
