@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import onnxruntime
 import pytest
 
 from tests.export.layouts import write_layout
+from tests.places import DOCS
 from tests.refusals import refused
 from vzip.export.algorithm.budget import Budget
 from vzip.export.contact import preparing
@@ -23,6 +25,8 @@ from vzip.runtime.agreement.reference_file import load_reference
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.errors import ExportError, InvalidInputError, MissingDependencyError
 from vzip.runtime.machine.children import Ended
+
+RUNTIME = (DOCS / "runtime.md").read_text(encoding="utf-8")
 
 
 def exported(folder: Path, family: str, opset: int, *, cls_token: bool) -> Bundle:
@@ -93,4 +97,14 @@ def test_the_demo_bundles_are_those_that_first_contact_builds(tmp_path: Path) ->
         load_reference(bundle)
     assert read_bundle(folder / "open").manifest.batch.dynamic
     assert read_bundle(folder / "fp16").manifest.opset == 17
+    # docs/runtime.md shows what Triton is told of this one.
+    (config,) = re.findall(r"^name: \"vzip\"\n.*?^```", RUNTIME, re.MULTILINE | re.DOTALL)
+    manifest = read_bundle(folder / "open").manifest
+    assert f"max_batch_size: {manifest.batch.max}\n" in config
+    types = {"uint8": "UINT8", "float16": "FP16", "int64": "INT64"}
+    for tensor in (*manifest.inputs, *manifest.outputs):
+        dims = ", ".join(map(str, tensor.shape[1:]))
+        row = f'name: "{tensor.name}" data_type: TYPE_{types[tensor.dtype]} dims: [ {dims} ]'
+        assert row in config
+    assert config.count("data_type") == 3
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 16 * 10**6
