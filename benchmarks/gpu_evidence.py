@@ -15,10 +15,20 @@ turns). Beside them, of the same weights: VisionZip as published
 (``output_attentions=True``, eager), PyTorch with scaled_dot_product_attention, the same under
 torch.compile, and the encoder's matrix multiplications alone.
 
-What fails is recorded with its reason, the rest is measured and written, after each batch; the
-status is 1 if a stack that ``--stack`` named failed. Where nothing could be timed, and without a
-GPU, nothing is written and the status is 1 too. ``--dry-run-cpu`` runs the demo model on the
-CPU instead: it tries this program, its numbers say nothing about any GPU.
+A machine without torch 2.9, as every Jetson, takes bundles that were exported elsewhere, one a
+batch (and the torch stacks fail there, which is recorded)::
+
+    vzip export --model llava-1.5-7b --weights random --merge sum --opset 17 --tokens 64 \
+        --dtype fp16 --batch 8 -o FOLDER/batch-8        # on a workstation; carry FOLDER
+    python -m benchmarks.gpu_evidence -o FILE.json --stack tensorrt=PYTHON --bundles FOLDER \
+        --batches 8                                     # on the Jetson
+
+What fails is recorded with its reason, the rest is measured and written, after each batch, with all
+that ``vzip build`` said (``said``); what TensorRT said of a build that failed is beside, in the
+bundle's ``engines/NAME.log``. The status is 1 if a stack that ``--stack`` named failed. Where
+nothing could be timed, and without a GPU, nothing is written and the status is 1 too.
+``--dry-run-cpu`` runs the demo model on the CPU instead: it tries this program, its numbers say
+nothing about any GPU.
 """
 
 from __future__ import annotations
@@ -123,10 +133,11 @@ def measure(plan: Measurement, bundles: Path, paths: Sequence[str]) -> Iterator[
             say(f"  {error}")
             found: dict[str, Any] = {"stacks": {}, "failed": {"export": str(error)}}
         else:
-            built, failed = build(plan, bundle, paths)
+            said: dict[str, list[str]] = {}
+            built, failed = build(plan, bundle, paths, said)
             timed = time_stacks(plan, bundle, paths, skip=set(failed))
             timed["failed"] = {**failed, **timed["failed"]}
-            found = {"export": exported, "build": built, **timed}
+            found = {"export": exported, "build": built, "said": said, **timed}
         result["batches"][str(batch)] = found
         yield result
 
@@ -178,9 +189,15 @@ def _check_carried(plan: Measurement, bundle: Path, batch: int) -> None:
 
 
 def build(
-    plan: Measurement, bundle: Path, paths: Sequence[str]
+    plan: Measurement, bundle: Path, paths: Sequence[str], said: dict[str, list[str]]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Build the engines of every TensorRT that is there.
+
+    Args:
+        plan: What to measure.
+        bundle: The bundle.
+        paths: Where this tree can be imported from.
+        said: Given the lines that each build wrote to standard error.
 
     Returns:
         What was built, with seconds; and what failed, with the reason.
@@ -192,7 +209,7 @@ def build(
             continue
         say(f"{bundle.name}: building with {family}")
         try:
-            built[family] = _build_one(plan, family, bundle, paths)
+            built[family] = _build_one(plan, family, bundle, paths, said)
         except EvidenceError as error:
             failed[family] = str(error)
             say(f"  {error}")
@@ -200,12 +217,13 @@ def build(
 
 
 def _build_one(
-    plan: Measurement, family: str, bundle: Path, paths: Sequence[str]
+    plan: Measurement, family: str, bundle: Path, paths: Sequence[str], said: dict[str, list[str]]
 ) -> dict[str, Any]:
     """Build and prove one engine, which is named after its family."""
     start = time.perf_counter()
     arguments = ["build", str(bundle), "--name", family]
-    _vzip(plan.pythons[family], arguments, paths, BUILD_LIMIT_S)
+    said[family] = []
+    _vzip(plan.pythons[family], arguments, paths, BUILD_LIMIT_S, said[family])
     seconds = time.perf_counter() - start
     record = read_bundle(bundle, verify=False).manifest.engines[family]
     if record.stack != BUILT[family]:
@@ -310,8 +328,14 @@ def _difference(after: float | None, before: float | None) -> float | None:
     return None if after is None or before is None else after - before
 
 
-def _vzip(python: str, arguments: list[str], paths: Sequence[str], limit_s: float) -> None:
-    """Run vzip's command line of this tree in another Python."""
+def _vzip(
+    python: str,
+    arguments: list[str],
+    paths: Sequence[str],
+    limit_s: float,
+    said: list[str] | None = None,
+) -> None:
+    """Run vzip's command line of this tree in another Python; `said` gets its standard error."""
     code = (
         f"import sys; sys.path[:1] = {list(paths)!r}; from vzip.runtime.cli.main import main; "
         f"sys.exit(main({arguments!r}))"
@@ -321,7 +345,12 @@ def _vzip(python: str, arguments: list[str], paths: Sequence[str], limit_s: floa
             [python, "-c", code], capture_output=True, text=True, check=False, timeout=limit_s
         )
     except (OSError, subprocess.TimeoutExpired) as error:
+        stderr = getattr(error, "stderr", None) or b""
+        if said is not None:
+            said += stderr.decode(errors="replace").splitlines()
         raise EvidenceError(f"vzip {arguments[0]} in {python}: {error}") from error
+    if said is not None:
+        said += done.stderr.splitlines()
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise EvidenceError(f"vzip {arguments[0]} in {python} ended with {done.returncode}: {last}")

@@ -229,7 +229,9 @@ _ORIN: Final = (
     Software("10.3", "JetPack 6.1, 6.2"),
     Software("10.16", "JetPack 7.2"),
 )
-# TensorRT 8.6 serves SM 7.5 to 9.0 on x86-64, 10.x and 11.x everything here.
+# TensorRT 8.6 serves SM 7.5 to 9.0 on x86-64, 10.x everything here. TensorRT 11.1's CMake builds
+# for SM 7.5, 8.0, 8.6, 8.9, 9.0, 10.0, 12.0, and with CUDA 13 for 11.0; not for Orin's 8.7, which
+# 11 serves in the package of JetPack 7.2.2 alone.
 _DATACENTER: Final = (Software("8.6", "TensorRT"), Software("10+", "TensorRT"))
 # 10.8 is the first with Blackwell (its release notes; B200 was early access there).
 _BLACKWELL: Final = (Software("10.8+", "TensorRT"),)
@@ -290,9 +292,7 @@ _ALL: Final = (
                    "data sheet; fp16 and int8 from fp4 [E]"),
         ),
     ),
-    # Whether TensorRT 11 still serves SM 7.5 was not found out.
-    Target("t4", "T4", (75,), (16,), False,
-           (Software("8.6", "TensorRT"), Software("10.x", "TensorRT"), _RTX), 8, 2048,
+    Target("t4", "T4", (75,), (16,), False, (*_DATACENTER, _RTX), 8, 2048,
            "INT8 ViTs are often slower than FP16",
            (_card("t4", "T4", 16, 320, fp32=8.1, fp16=65, int8=130),)),
     # With sparsity 242 and 485.

@@ -75,6 +75,12 @@ def test_containers_copy_what_is_there(path):
     for sources in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE):
         for source in sources.split():
             assert (ROOT / source).exists(), f"{path.name} copies {source}"
+    # What isn't there is found out when the image is built, not on the first call.
+    assert re.search(r"python3 -c 'import tensorrt", text)
+    if "ngc" in text or "nvcr.io/nvidia/pytorch" in text or "nvcr.io/nvidia/tensorrt" in text:
+        assert "PIP_CONSTRAINT= python3 -m pip install" in text
+    if "jetson" in path.name:
+        assert "-v /etc/nv_tegra_release:/etc/nv_tegra_release:ro" in text
     # What the package is built from, no more and no less.
     folders = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
         "package-dir"

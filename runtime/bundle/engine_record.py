@@ -28,6 +28,10 @@ from vzip.runtime.files.codec import (
 ENGINES_FOLDER: Final = "engines"
 ENGINE_SUFFIX: Final = ".plan"
 TIMING_CACHE: Final = "timing.cache"
+LOG_SUFFIX: Final = ".log"
+"""Of what TensorRT said in a build that failed."""
+KERNEL_CACHE_SUFFIX: Final = ".rtxcache"
+LARGEST_KERNEL_CACHE: Final = 2**28
 LOCK_FILE: Final = ".lock"
 
 STACKS: Final = ("tensorrt", "tensorrt_rtx")
@@ -95,6 +99,19 @@ class CpuTarget(Record):
 
 
 @dataclass(frozen=True)
+class KernelCache(Record):
+    """What TensorRT-RTX compiled for the GPU that an engine was proven on: ``NAME.rtxcache``.
+
+    Attributes:
+        sha256: Digest of the file.
+        bytes: Size of the file.
+    """
+
+    sha256: Sha256
+    bytes: Count
+
+
+@dataclass(frozen=True)
 class EngineRecord(Record):
     """What an engine is, and for what.
 
@@ -117,6 +134,7 @@ class EngineRecord(Record):
         proof: Numbers of the comparison with PyTorch's tokens on the machine that built it, and its
             verdict ``passed``; None if it was not run there (ahead of time).
         cpu: The CPU that it is for; None for a GPU.
+        kernels: Compiled kernels that lie beside it (TensorRT-RTX); None where there are none.
     """
 
     sha256: Sha256
@@ -134,6 +152,7 @@ class EngineRecord(Record):
     fused_attention: Index | None
     proof: Mapping[Text, Scalar] | None
     cpu: CpuTarget | None = field(default=None, metadata=OPTIONAL)
+    kernels: KernelCache | None = field(default=None, metadata=OPTIONAL)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,7 +18,9 @@ from pathlib import Path
 from vzip.runtime.bundle.engine_record import (
     ENGINE_SUFFIX,
     ENGINES_FOLDER,
+    KERNEL_CACHE_SUFFIX,
     LOCK_FILE,
+    LOG_SUFFIX,
     TIMING_CACHE,
     EngineRecord,
 )
@@ -185,8 +187,17 @@ def update_manifest(bundle: Bundle, *, parity: Mapping[str, Scalar] | None) -> B
     return dataclasses.replace(bundle, manifest=manifest)
 
 
-def amend_engine(bundle: Bundle, name: str, record: EngineRecord) -> Bundle:
+def amend_engine(
+    bundle: Bundle, name: str, record: EngineRecord, kernels: bytes | None = None
+) -> Bundle:
     """Change what a published engine's record says; its file stays.
+
+    Args:
+        bundle: The bundle; what lies on the disk must still be it.
+        name: The engine's name.
+        record: What its record is to be.
+        kernels: What lies beside the engine, of which the record has size and digest; None to
+            leave that as it is.
 
     Raises:
         BundleError: The bundle was replaced meanwhile, or it can't be written.
@@ -196,6 +207,9 @@ def amend_engine(bundle: Bundle, name: str, record: EngineRecord) -> Bundle:
     manifest = dataclasses.replace(bundle.manifest, engines=engines)
     with explaining(bundle.path):
         check_unchanged(bundle)
+        if kernels is not None:  # a reader passes over one that isn't its record's
+            file = f"{name}{KERNEL_CACHE_SUFFIX}"
+            atomic.replace_file(bundle.path / ENGINES_FOLDER / file, kernels)
         atomic.replace_file(bundle.path / MANIFEST_FILE, manifest.to_bytes())
     return dataclasses.replace(bundle, manifest=manifest)
 
@@ -396,7 +410,7 @@ def _foreign_engines(folder: Path) -> list[str]:
         f"{folder.name}/{entry.name}"
         for entry in folder.iterdir()
         if entry.name not in {TIMING_CACHE, LOCK_FILE}
-        and entry.suffix != ENGINE_SUFFIX
+        and entry.suffix not in {ENGINE_SUFFIX, KERNEL_CACHE_SUFFIX, LOG_SUFFIX}
         and not atomic.is_temporary(entry)
     )
 

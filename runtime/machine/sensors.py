@@ -23,6 +23,9 @@ _JETPACKS: Final = (
 )  # fmt: skip
 
 # The instructions that decide how fast a CPU multiplies, as /proc/cpuinfo names them.
+# The GPU's name in devfreq: Xavier's and Orin's, by its address, and Thor's.
+_TEGRA_GPUS: Final = {"17000000.gpu", "17000000.gv11b", "17000000.ga10b", "gpu-gpc-0"}
+
 _INSTRUCTIONS: Final = (
     "avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8",
     "asimd", "asimddp", "i8mm", "bf16", "sve",
@@ -93,11 +96,18 @@ def jetson(root: Path = ROOT) -> Jetson | None:
     """Return which Jetson this is; None on any other machine."""
     release = _read(root / "etc/nv_tegra_release")
     model = (_read(root / "proc/device-tree/model") or "").rstrip("\0")
-    if release is None and "Jetson" not in model:
+    if release is None and "Jetson" not in model and not _is_tegra(root):
         return None
     match = re.search(r"R(\d+)[^,]*,\s*REVISION:\s*([\d.]+)", release or "")
     l4t = f"{match[1]}.{match[2]}" if match else None
     return Jetson(model or "unknown", l4t, None if l4t is None else jetpack(l4t))
+
+
+def _is_tegra(root: Path) -> bool:
+    """Say whether the kernel is a Jetson's: all that a container sees of where it runs."""
+    kernel = _read(root / "proc/sys/kernel/osrelease") or ""
+    devices = {device.name for device in _entries(root / "sys/class/devfreq")}
+    return "tegra" in kernel or bool(devices & _TEGRA_GPUS)
 
 
 def jetpack(l4t: str) -> str | None:

@@ -116,7 +116,10 @@ def test_every_name_is_a_stack_on_the_gpu(name, stack):
 
 
 def test_a_build_that_fails_is_recorded_with_its_reason(tmp_path, paths):
-    built, failed = gpu_evidence.build(plan(), tmp_path / "nowhere", paths)
+    said: dict[str, list[str]] = {}
+    built, failed = gpu_evidence.build(plan(), tmp_path / "nowhere", paths, said)
+    assert set(said) == set(failed)
+    assert all(any("error" in line for line in lines) for lines in said.values())
     assert built == {}
     assert set(failed) == {"tensorrt", "tensorrt-rtx"}
     assert "vzip build in" in failed["tensorrt"]
@@ -144,7 +147,7 @@ class Machine:
             raise EvidenceError(self.fails[batch, "export"])
         return {"carried": False}
 
-    def build(self, plan, bundle, paths):
+    def build(self, plan, bundle, paths, said):
         batch = int(bundle.name.split("-")[1])
         failed = {f: self.fails[batch, f] for f in gpu_evidence.BUILT if (batch, f) in self.fails}
         return {}, failed

@@ -1,9 +1,7 @@
 """A module that looks like TensorRT's Python bindings, for what only a GPU can run.
 
-It has the names that the real ones have, and no others: `tests/golden/trt_names.json` was written
-from the wheels of 8.6.0 and TensorRT-RTX 1.7.1, and `test_api.py` holds this file to it. For 10
-and 11, which can't be had here, the names follow NVIDIA's documentation: 10 has what 8.6 and RTX
-both have and the flags of both; 11 has what RTX has, and timing caches.
+It has the names that the real ones have, and no others: `tests/golden/trt_names.json` was made from
+the wheels of 8.6.0, 10.3.0, 10.13.3 and 11.4.0, and `test_api.py` holds this file to it.
 
 What it builds is a "plan" that says how it was built.
 """
@@ -105,7 +103,7 @@ def make(
     weak, strong = major < 11, major >= 10
     trt.NetworkDefinitionCreationFlag = enumeration(
         "NetworkDefinitionCreationFlag",
-        ["EXPLICIT_BATCH"] * (major < 11) + ["STRONGLY_TYPED"] * (major == 10),
+        ["EXPLICIT_BATCH"] * weak + ["STRONGLY_TYPED"] * strong,  # in 11 it does nothing
     )
     trt.BuilderFlag = enumeration(
         "BuilderFlag",
@@ -312,8 +310,6 @@ def make(
             })  # fmt: skip
 
     class ICudaEngine:
-        device_memory_size = 2**20
-
         def create_engine_inspector(self) -> EngineInspector:
             return EngineInspector()
 
@@ -327,6 +323,8 @@ def make(
         def deserialize_cuda_engine(self, plan: Any) -> ICudaEngine | None:
             return ICudaEngine() if bytes(plan[:4]) == b"ftrt" else None
 
+    size = "device_memory_size" if major == 8 else "device_memory_size_v2"
+    setattr(ICudaEngine, size, 2**20)
     if major == 8:
         trt.PreviewFeature = enumeration("PreviewFeature", ["PROFILE_SHARING_0806"])
 

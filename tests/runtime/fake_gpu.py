@@ -256,15 +256,15 @@ class Engine:
         return getattr(self.trt.DataType, wanted, None) or self.trt.DataType.INT32
 
     def create_runtime_config(self) -> RuntimeConfig:
-        return RuntimeConfig()
+        return RuntimeConfig(self.trt)
 
     def _create(self, strategy: Strategy | RuntimeConfig | None) -> Any:
         kernels = Kernels.LAZY
         if isinstance(strategy, RuntimeConfig):
             kernels = strategy.dynamic_shapes_kernel_specialization_strategy
             strategy = strategy.strategy
-        elif self.trt.generation == "11":
-            raise TypeError("incompatible function arguments")
+        elif self.trt.generation == "rtx":
+            assert strategy == Strategy.USER_MANAGED
         if self.trt.refuses("create_execution_context", self.logger):
             return None
         assert strategy in {None, Strategy.USER_MANAGED}
@@ -393,15 +393,37 @@ class Context(_Context):
         self._take_memory(address, size)
 
 
-class NewContext(_Context):
-    """What TensorRT 11 may come to, where it isn't like 10: it can't be had here."""
+class RuntimeCache:
+    """What TensorRT-RTX compiled; a text here. That of another GPU is refused."""
 
-    def set_device_memory_v2(self, address: int, size: int) -> None:
-        self._take_memory(address, size)
+    content = b""
+
+    def __init__(self, trt: FakeTensorRt) -> None:
+        self.trt = trt
+
+    def deserialize(self, blob: bytes) -> bool:
+        taken = bytes(blob) == b"kernels of the Fake Orin"
+        self.trt.calls.append("kernels taken" if taken else "kernels refused")
+        return taken
+
+    def serialize(self) -> memoryview:
+        return memoryview(b"kernels of the Fake Orin")
 
 
 class RuntimeConfig:
     strategy = Strategy.STATIC
+    cache: RuntimeCache | None = None
+
+    def __init__(self, trt: FakeTensorRt) -> None:
+        self.trt = trt
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        return RuntimeCache(self.trt)
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+        self.cache = cache
+        return True
+
     dynamic_shapes_kernel_specialization_strategy = Kernels.LAZY
 
     def set_execution_context_allocation_strategy(self, strategy: Strategy) -> None:
@@ -413,4 +435,4 @@ class RtxContext(Context):
         return bool(self.trt.capturable)
 
 
-_CONTEXTS = {"8.6": OldContext, "10": Context, "11": NewContext, "rtx": RtxContext}
+_CONTEXTS = {"8.6": OldContext, "10": Context, "11": Context, "rtx": RtxContext}

@@ -1,9 +1,9 @@
 """What the installed TensorRT can do: one place that knows how 8.6, 10, 11 and TensorRT-RTX differ.
 
 NVIDIA renumbered enumerations at 10 and at 11 and took things away, so nothing here is a number or
-follows from a version: every ability is looked for by name on the module itself. The names of 8.6
-were compared with the wheel of 8.6.0, those of TensorRT-RTX with 1.7.1; those of 10 and 11 are from
-NVIDIA's documentation (`tests/golden/trt_names.json` holds the lists).
+follows from a version: every ability is looked for by name on the module itself. The names were
+compared with the wheels of 8.6.0, 10.3.0, 10.13.3, 11.4.0 and TensorRT-RTX 1.7.1
+(`tests/golden/trt_names.json` holds the lists).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Abilities:
     """What a TensorRT module offers, as far as a build needs to know.
 
     Attributes:
-        strongly_typed_flag: A network can be asked to be strongly typed (10 and newer, RTX).
+        strongly_typed_flag: A network can be asked to be strongly typed (10 and newer, RTX); 11 has
+            the flag, and networks are without it too.
         weakly_typed: Precision can still be a matter of builder flags (8, and 10 if asked).
         explicit_batch_flag: Networks need the flag EXPLICIT_BATCH (8).
         precision_constraints: Layers can be held to a precision (8, and 10 weakly typed).

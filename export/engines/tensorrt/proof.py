@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 _NAME = "unproven"
 
 
-def prove_engine(bundle: Bundle, record: EngineRecord, plan: memoryview) -> Proof:
+def prove_engine(
+    bundle: Bundle,
+    record: EngineRecord,
+    plan: memoryview,
+    kernels: Callable[[bytes], None] = lambda _: None,
+) -> Proof:
     """Run an engine on the bundle's reference pictures and judge what it gives.
 
     It runs in the smallest and the largest batch that it takes, in each twice: the first run is
@@ -32,6 +37,7 @@ def prove_engine(bundle: Bundle, record: EngineRecord, plan: memoryview) -> Proo
         bundle: The bundle; it has a `reference.npz`.
         record: What the engine is.
         plan: The engine.
+        kernels: Given what TensorRT-RTX compiled for this GPU meanwhile.
 
     Raises:
         BundleError: The reference is damaged.
@@ -41,13 +47,16 @@ def prove_engine(bundle: Bundle, record: EngineRecord, plan: memoryview) -> Proo
     manifest = bundle.manifest
     with open_staged(bundle, record, plan) as backend:
         sizes = sorted({record.batch.min, record.batch.max})
-        return prove(
+        proof = prove(
             lambda array: backend.run({manifest.input.name: array}),
             reference,
             manifest,
             [*sizes, *sizes],
             ENGINE[record.precision],
         )
+        if record.stack == "tensorrt_rtx" and (compiled := backend.kernels()):
+            kernels(compiled)
+        return proof
 
 
 @contextlib.contextmanager

@@ -31,9 +31,11 @@ from vzip.export.engines.tensorrt.request import (
 )
 from vzip.runtime.bundle.engine_record import (
     ENGINES_FOLDER,
+    LOG_SUFFIX,
     TIMING_CACHE,
     EngineBatch,
     EngineRecord,
+    KernelCache,
 )
 from vzip.runtime.bundle.manifest import REFERENCE_FILE, Manifest
 from vzip.runtime.bundle.precision_record import FP8_SM
@@ -119,12 +121,12 @@ def build_if(
             say(f"warning: it may run out of memory: try --low-memory, {outlook.cure}")
         if not bindings.can.progress_monitor:
             say("Ctrl-C ends this build when TensorRT is done, not before: this version can't stop")
-        beside = bundle.path / ENGINES_FOLDER / f"{name}.log"
+        beside = bundle.path / ENGINES_FOLDER / f"{name}{LOG_SUFFIX}"
         with build_log(bindings.module, beside, request.log, say) as told:
             failures = []
             for settings in tries:
                 told(f"settings: {_described_settings(settings, bindings)}")
-                record, plan = _build(bindings, machine, bundle, settings, told)
+                record, plan, kernels = _build(bindings, machine, bundle, settings, told)
                 if record.proof is None or record.proof["passed"]:
                     numbers = keep(bundle, record, plan)
                     if numbers is None:
@@ -132,6 +134,8 @@ def build_if(
                     if record.proof is not None:
                         record = dataclasses.replace(record, proof={**record.proof, **numbers})
                     built = add_engine(bundle, name, record, plan)
+                    if kernels:
+                        built, record = _keep_kernels(built, name, kernels)
                     if machine.gpu is not None:
                         built, record = _look_into(bindings, built, name, plan, told)
                     return BuiltEngine(built, name, record, reused=False)
@@ -144,8 +148,9 @@ def reusable(bundle: Bundle, name: str, wanted: EngineRecord) -> EngineRecord | 
     """Return the record of an engine that is as good as a new one; None if there is none.
 
     What only a build can tell (digest, size, time, fusion and the proof's numbers) is taken from
-    the old record; everything else must be equal, and the file must have the record's digest. An
-    engine that could be proven now and wasn't then is built again.
+    the old record, and JetPack, which a container on the same machine doesn't see: TensorRT's own
+    version is compared. Everything else must be equal, and the file must have the record's digest.
+    An engine that could be proven now and wasn't then is built again.
     """
     found = bundle.manifest.engines.get(name)
     if found is None:
@@ -157,6 +162,8 @@ def reusable(bundle: Bundle, name: str, wanted: EngineRecord) -> EngineRecord | 
         seconds=found.seconds,
         fused_attention=found.fused_attention,
         proof=found.proof,
+        kernels=found.kernels,
+        jetpack=found.jetpack,
     )
     provable = found.gpu is not None and REFERENCE_FILE in bundle.manifest.files
     proven = found.proof is not None and found.proof["passed"] is True
@@ -174,8 +181,12 @@ def reusable(bundle: Bundle, name: str, wanted: EngineRecord) -> EngineRecord | 
 
 def _build(
     bindings: Bindings, machine: BuildTarget, bundle: Bundle, settings: BuildSettings, say: Say
-) -> tuple[EngineRecord, memoryview]:
-    """Build one engine and prove it where that can be done."""
+) -> tuple[EngineRecord, memoryview, bytes]:
+    """Build one engine and prove it where that can be done.
+
+    Returns:
+        Its record, the engine, and what TensorRT-RTX compiled of it for this GPU, if anything.
+    """
     cache = bundle.path / ENGINES_FOLDER / TIMING_CACHE
     start = time.monotonic()
     built = build(
@@ -204,16 +215,25 @@ def _build(
             "not proven: it was built without a GPU; run 'vzip build' on the machine itself if its "
             "tokens must be compared with PyTorch's"
         )
-        return record, built.plan
+        return record, built.plan, b""
     if REFERENCE_FILE not in bundle.manifest.files:
         say(
             f"warning: not proven: the bundle has no {REFERENCE_FILE}, since it was exported with "
             "--no-check; export it without that to have its engines compared with PyTorch"
         )
-        return record, built.plan
-    proof = prove_engine(bundle, record, built.plan)
+        return record, built.plan, b""
+    kernels: list[bytes] = []
+    proof = prove_engine(bundle, record, built.plan, kernels.append)
     say(f"proof {proof}")
-    return dataclasses.replace(record, proof=proof.to_json()), built.plan
+    record = dataclasses.replace(record, proof=proof.to_json())
+    return record, built.plan, b"".join(kernels)
+
+
+def _keep_kernels(bundle: Bundle, name: str, kernels: bytes) -> tuple[Bundle, EngineRecord]:
+    """Keep what TensorRT-RTX compiled for this GPU, which takes it seconds in every process."""
+    cache = KernelCache(hashlib.sha256(kernels).hexdigest(), len(kernels))
+    record = dataclasses.replace(bundle.manifest.engines[name], kernels=cache)
+    return amend_engine(bundle, name, record, kernels), record
 
 
 def _look_into(

@@ -30,7 +30,7 @@ from vzip.runtime.backends.tensorrt.blocks import DeviceBlocks
 from vzip.runtime.backends.tensorrt.cuda import Cuda, CudaError
 from vzip.runtime.backends.tensorrt.device_array import DeviceArray
 from vzip.runtime.backends.tensorrt.engine import Context, Engine
-from vzip.runtime.backends.tensorrt.engine_file import Machine, read_engine, unfit
+from vzip.runtime.backends.tensorrt.engine_file import Machine, read_engine, read_kernels, unfit
 from vzip.runtime.backends.tensorrt.pinned import Lending
 from vzip.runtime.bundle.manifest import EMBEDS
 from vzip.runtime.bundle.reader import Bundle
@@ -151,7 +151,7 @@ class TensorRt:
         plan = read_engine(bundle, self.engine)
         try:
             with cuda.on_device(), cuda.relaxed():
-                self._engine = Engine(trt, plan)
+                self._engine = Engine(trt, plan, read_kernels(bundle, self.engine))
                 del plan
                 self._check_tensors()
                 self._stream = self._own(cuda.stream_create(), cuda.stream_destroy)
@@ -241,6 +241,12 @@ class TensorRt:
             finally:
                 context.close()
         return runs
+
+    def kernels(self) -> bytes | None:
+        """Return what TensorRT-RTX compiled for this GPU so far; None with TensorRT."""
+        with self._lock, self._cuda.on_device():
+            self._usable()
+            return self._engine.kernels()
 
     def close(self) -> None:
         """See `Backend.close`; waits for a run that is under way."""

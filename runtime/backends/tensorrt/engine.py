@@ -6,7 +6,7 @@ generation. Nothing here knows about images.
 
 from __future__ import annotations
 
-import contextlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -16,6 +16,8 @@ from vzip.runtime.backends.tensorrt.bindings import TITLES, distribution_of, mis
 from vzip.runtime.backends.tensorrt.cuda import served
 from vzip.runtime.backends.tensorrt.logger import logger
 from vzip.runtime.errors import BackendError
+
+_log = logging.getLogger(__name__)
 
 _DTYPES: Final = {
     "FLOAT": "float32",
@@ -78,7 +80,7 @@ class Engine:
         scratch_bytes: Device memory that its contexts need while they run, and may share.
     """
 
-    def __init__(self, trt: Any, plan: bytearray) -> None:
+    def __init__(self, trt: Any, plan: bytearray, kernels: bytes = b"") -> None:
         """Deserialise an engine.
 
         A GPU must be known to be there: without one, TensorRT 8.6 hands out a null pointer and the
@@ -87,6 +89,8 @@ class Engine:
         Args:
             trt: The module.
             plan: The engine, already checked (`vzip.runtime.backends.tensorrt.engine_file`).
+            kernels: What `kernels` gave in another process, already checked. TensorRT-RTX ignores
+                those of another GPU, driver or version.
 
         Raises:
             BackendError: TensorRT refuses it, or it needs what vzip doesn't give.
@@ -103,6 +107,8 @@ class Engine:
         outlive_forks(runtime, engine)
         self._runtime, self._engine = runtime, engine
         self._config: Any = None
+        self._cache: Any = None
+        self._kernels = kernels
         names = [engine.get_tensor_name(place) for place in range(engine.num_io_tensors)]
         self.tensors = {name: self._tensor(name) for name in names}
         for attribute in ("device_memory_size_v2", "device_memory_size"):
@@ -152,10 +158,8 @@ class Engine:
         stream: int,
     ) -> None:
         """Give a context its memory, profile, shapes and addresses."""
-        for setter in ("set_device_memory_v2", "set_device_memory"):
-            if hasattr(context.handle, setter):
-                getattr(context.handle, setter)(scratch, self.scratch_bytes)
-                break
+        if hasattr(context.handle, "set_device_memory"):
+            context.handle.set_device_memory(scratch, self.scratch_bytes)
         else:  # 8 and 10.0
             context.handle.device_memory = scratch
         # On 8.6 only the first context of an engine gets the profile by itself. The builder let
@@ -173,6 +177,10 @@ class Engine:
         for name, address in addresses.items():
             if not context.handle.set_tensor_address(name, address):
                 raise self.error(f"TensorRT refuses the memory for {name}")
+
+    def kernels(self) -> bytes | None:
+        """Return what TensorRT-RTX compiled for this GPU, for a later process; None elsewhere."""
+        return None if self._cache is None else bytes(self._cache.serialize())
 
     def profile(self, context: Context) -> list[tuple[str, float]]:
         """Attach TensorRT's profiler to a context, whose runs wait for each layer from now on.
@@ -205,7 +213,7 @@ class Engine:
 
     def close(self) -> None:
         """Let go of the engine; contexts must be gone."""
-        self._config = self._engine = self._runtime = None
+        self._cache = self._config = self._engine = self._runtime = None
 
     def error(self, what: str) -> BackendError:
         """Return an error with the first that TensorRT logged about one, which is the cause."""
@@ -237,16 +245,19 @@ class Engine:
             return self._engine.create_execution_context_without_device_memory()
         kernels = getattr(self._trt, "DynamicShapesKernelSpecializationStrategy", None)
         if kernels is None:
-            with contextlib.suppress(TypeError):  # no such overload any more
-                return self._engine.create_execution_context(strategy.USER_MANAGED)
+            return self._engine.create_execution_context(strategy.USER_MANAGED)
         if self._config is None:
             self._config = self._engine.create_runtime_config()
             self._config.set_execution_context_allocation_strategy(strategy.USER_MANAGED)
-            outlive_forks(self._config)
-            if kernels is not None:
-                # TensorRT-RTX compiles kernels for a new shape during the first runs unless told
-                # to do it before; a graph captured meanwhile would keep the slow ones.
-                self._config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
+            # TensorRT-RTX compiles kernels for a new shape during the first runs unless told to do
+            # it before; a graph captured meanwhile would keep the slow ones.
+            self._config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
+            self._cache = self._config.create_runtime_cache()
+            if self._kernels and not self._cache.deserialize(self._kernels):
+                _log.info("TensorRT-RTX doesn't take the kernels kept by the build: it compiles")
+            self._kernels = b""
+            self._config.set_runtime_cache(self._cache)
+            outlive_forks(self._config, self._cache)
         return self._engine.create_execution_context(self._config)
 
     def _tensor(self, name: str) -> EngineTensor:

@@ -7,14 +7,23 @@ not, byte for byte, what `vzip build` recorded, for this library and this GPU, f
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from dataclasses import dataclass
 from typing import Final
 
 from vzip.runtime.backends.tensorrt.bindings import TITLES
-from vzip.runtime.bundle.engine_record import EngineRecord
+from vzip.runtime.bundle.engine_record import (
+    ENGINES_FOLDER,
+    KERNEL_CACHE_SUFFIX,
+    LARGEST_KERNEL_CACHE,
+    EngineRecord,
+)
 from vzip.runtime.bundle.reader import Bundle, open_engine
 from vzip.runtime.errors import BackendError, BundleError
+from vzip.runtime.files.plain import open_plain
+
+_log = logging.getLogger(__name__)
 
 HEADER_BYTES: Final = 28
 MAGIC: Final = {"tensorrt": b"ftrt", "tensorrt_rtx": b"vtrt"}
@@ -142,6 +151,27 @@ def read_engine(bundle: Bundle, name: str) -> bytearray:
             cause="it was damaged or replaced",
             cure=cure,
         )
+    return data
+
+
+def read_kernels(bundle: Bundle, name: str) -> bytes:
+    """Return the compiled kernels beside an engine; nothing where there are none, or damaged ones.
+
+    They save seconds and decide nothing, so whatever is wrong with them is logged and passed over.
+    """
+    record = bundle.manifest.engines[name].kernels
+    if record is None:
+        return b""
+    path = bundle.path / ENGINES_FOLDER / f"{name}{KERNEL_CACHE_SUFFIX}"
+    try:
+        with open_plain(path, links=False) as file:
+            data = file.read(min(record.bytes, LARGEST_KERNEL_CACHE) + 1)
+    except OSError as error:
+        _log.warning("%s can't be read (%s): its kernels are compiled anew", path, error)
+        return b""
+    if len(data) != record.bytes or hashlib.sha256(data).hexdigest() != record.sha256:
+        _log.warning("%s is damaged or was replaced: its kernels are compiled anew", path)
+        return b""
     return data
 
 

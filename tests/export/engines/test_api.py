@@ -12,12 +12,14 @@ import pytest
 import tensorrt_rtx
 
 from tests.export import fake_tensorrt
+from tests.golden import make_trt_names
 from tests.places import GOLDEN
 from tests.refusals import refused
 from vzip.export.engines.tensorrt.api import capabilities_of, installed_bindings, load_bindings
 from vzip.runtime.errors import BackendError, InvalidInputError, MissingDependencyError
 
-NAMES: dict[str, dict[str, list[str]]] = json.loads((GOLDEN / "trt_names.json").read_text())
+FILE = GOLDEN / "trt_names.json"
+NAMES: dict[str, dict[str, list[str]]] = json.loads(FILE.read_text())
 # Instances of the fake hold these, as the real ones do; the rest of its attributes are notes.
 SET_BY_VZIP = {
     "IBuilderConfig": {"builder_optimization_level", "profiling_verbosity"},
@@ -33,26 +35,86 @@ def names_of(owner: Any) -> set[str]:
     return {name for name in dir(owner) if not name.startswith("_")}
 
 
-def test_the_fake_of_8_6_has_no_name_that_8_6_has_not() -> None:
-    real, fake = NAMES["tensorrt 8.6.0"], fake_tensorrt.make("8.6")
+@pytest.mark.parametrize(
+    ("version", "wheel"),
+    [("8.6", "8.6.0"), ("10.3", "10.3.0"), ("10.13", "10.13.3.9"), ("11.4", "11.4.0.106")],
+)
+def test_a_fake_has_no_name_that_the_real_bindings_lack(version: Any, wheel: str) -> None:
+    real, fake = NAMES[f"tensorrt {wheel}"], fake_tensorrt.make(version)
     classes = [name for name, value in vars(fake).items() if isinstance(value, type)]
     assert set(classes) <= set(real)
     for name in classes:
         assert names_of(getattr(fake, name)) <= set(real[name]), name
     assert names_of(fake.ILogger.Severity) <= set(real["ILogger.Severity"])
     for name, used in SET_BY_VZIP.items():
-        assert used <= set(real[name]), name
-    for absent in ("IProgressMonitor", "ComputeCapability"):
-        assert absent not in real
+        weak = version != "11.4"  # 11 holds no layer to a precision
+        assert used - ({"precision", "set_output_type"} if not weak else set()) <= set(real[name])
+    assert ("IProgressMonitor" in real) == (version != "8.6")
+    assert "ComputeCapability" not in real
 
 
-@pytest.mark.parametrize("version", ["10.13", "11.4"])
-def test_the_fake_of_newer_ones_has_names_of_8_6_and_rtx_alone(version: Any) -> None:
-    fake = fake_tensorrt.make(version)
-    for name, value in vars(fake).items():
-        if isinstance(value, type):
-            known = {each for real in NAMES.values() for each in real.get(name, [])}
-            assert names_of(value) <= known | {"EDITABLE_TIMING_CACHE"}, name
+def test_a_fake_lacks_no_ability_of_the_real_bindings() -> None:
+    """Names that `abilities` looks for: what is there is in the fake too."""
+    for version, wheel in (("10.3", "10.3.0"), ("10.13", "10.13.3.9"), ("11.4", "11.4.0.106")):
+        real, fake = NAMES[f"tensorrt {wheel}"], fake_tensorrt.make(version)  # type: ignore[arg-type]
+        for owner, name in (
+            ("NetworkDefinitionCreationFlag", "STRONGLY_TYPED"),
+            ("NetworkDefinitionCreationFlag", "EXPLICIT_BATCH"),
+            ("BuilderFlag", "FP16"),
+            ("BuilderFlag", "INT8"),
+            ("BuilderFlag", "OBEY_PRECISION_CONSTRAINTS"),
+            ("BuilderFlag", "EDITABLE_TIMING_CACHE"),
+            ("BuilderFlag", "REQUIRE_USER_ALLOCATION"),
+            ("PreviewFeature", "PROFILE_SHARING_0806"),
+            ("TacticSource", "CUBLAS"),
+            ("TacticSource", "CUDNN"),
+            ("IBuilderConfig", "create_timing_cache"),
+        ):
+            has = name in names_of(getattr(fake, owner, None))
+            assert has == (name in real.get(owner, [])), (version, owner, name)
+
+
+# What the runtime calls, and the class that must have it; 8.6 has older names for some.
+CALLED = {
+    "Runtime": {"deserialize_cuda_engine", "engine_host_code_allowed"},
+    "ICudaEngine": {
+        "num_io_tensors", "get_tensor_name", "get_tensor_mode", "get_tensor_shape",
+        "get_tensor_dtype", "get_tensor_location", "get_tensor_format", "get_tensor_format_desc",
+        "create_execution_context", "device_memory_size_v2", "create_engine_inspector",
+    },
+    "IExecutionContext": {
+        "set_device_memory", "active_optimization_profile", "set_optimization_profile_async",
+        "set_input_shape", "set_tensor_address", "execute_async_v3", "profiler",
+    },
+    "EngineInspector": {"get_engine_information"},
+    "INetworkDefinition": {"add_cast", "get_layer", "num_layers"},
+    "ILayer": {"set_input", "get_input", "get_output", "type", "num_inputs"},
+}  # fmt: skip
+RTX_CALLED = {
+    "IRuntimeConfig": {
+        "set_execution_context_allocation_strategy", "create_runtime_cache", "set_runtime_cache",
+        "dynamic_shapes_kernel_specialization_strategy",
+    },
+    "IRuntimeCache": {"serialize", "deserialize"},
+    "IExecutionContext": {"is_stream_capturable"},
+}  # fmt: skip
+
+
+def test_what_the_runtime_calls_is_there() -> None:
+    for title, real in NAMES.items():
+        if title != "tensorrt 8.6.0":
+            for owner, names in CALLED.items():
+                assert names <= set(real[owner]), (title, owner)
+    (rtx,) = (names for title, names in NAMES.items() if title.startswith("tensorrt_rtx"))
+    for owner, names in RTX_CALLED.items():
+        assert names <= set(rtx[owner]), owner
+
+
+def test_the_names_of_10_and_11_are_those_of_pinned_wheels() -> None:
+    versions = {f"tensorrt {version}" for version in make_trt_names.WHEELS}
+    others = {"tensorrt 8.6.0", f"tensorrt_rtx {tensorrt_rtx.__version__}"}
+    assert versions == NAMES.keys() - others
+    assert FILE.read_text(encoding="utf-8") == make_trt_names.written(NAMES)
 
 
 def test_the_list_of_rtx_is_the_installed_packages() -> None:
@@ -70,7 +132,7 @@ def test_what_each_version_can(monkeypatch: pytest.MonkeyPatch) -> None:
         fake_tensorrt.install(monkeypatch, fake_tensorrt.make(version))  # type: ignore[arg-type]
         can[version] = load_bindings("tensorrt").can
     assert [each.strongly_typed for each in can.values()] == [False, True, True, True]
-    assert [each.strongly_typed_flag for each in can.values()] == [False, True, True, False]
+    assert [each.strongly_typed_flag for each in can.values()] == [False, True, True, True]
     assert [each.weakly_typed for each in can.values()] == [True, True, True, False]
     assert [each.progress_monitor for each in can.values()] == [False, True, True, True]
     assert [each.editable_timing_cache for each in can.values()] == [False, False, True, True]

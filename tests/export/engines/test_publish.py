@@ -42,7 +42,7 @@ from vzip.runtime.backends.tensorrt.engine_file import read_engine
 from vzip.runtime.bundle.engine_record import EngineBatch, EngineRecord
 from vzip.runtime.bundle.manifest import Manifest
 from vzip.runtime.bundle.reader import Bundle, open_engine, read_bundle
-from vzip.runtime.bundle.writer import bundle_writer
+from vzip.runtime.bundle.writer import _foreign_engines, bundle_writer
 from vzip.runtime.cli.main import main
 from vzip.runtime.errors import (
     BackendError,
@@ -143,7 +143,7 @@ def test_an_engine_that_differs_in_any_field_is_not_reused(tiny_bundle: Path) ->
     assert reusable(result.bundle, "another", result.record) is None
     changes: dict[str, Any] = {
         "sha256": "0" * 64, "version": "1.7.0.1", "stack": "tensorrt", "gpu": "NVIDIA RTX",
-        "sm": ("86",), "jetpack": "6.2", "precision": "fp16", "batch": EngineBatch(1, 1, 3),
+        "sm": ("86",), "precision": "fp16", "batch": EngineBatch(1, 1, 3),
         "model_sha256": "0" * 64, "settings": {},
     }  # fmt: skip
     for name, value in changes.items():
@@ -438,8 +438,11 @@ def test_every_version_builds_proves_and_publishes(
     assert jetson.told("fused attention: 2 layers")
     # The same again is reused; its proof stands.
     assert jetson.build(proven, workspace_mib=512, level=4).reused
-    # Another JetPack, or another version of TensorRT: built again.
-    jetson.monkeypatch.setattr(engine, "this_machine", lambda: BuildTarget("Orin", ("87",), "7.2"))
+    # A container on the same machine, which doesn't see JetPack, reuses it too.
+    jetson.monkeypatch.setattr(engine, "this_machine", lambda: BuildTarget("Orin", ("87",), None))
+    assert jetson.build(proven, workspace_mib=512, level=4).reused
+    # Another version of TensorRT: built again.
+    trt.__version__ = f"{version}.9.9"
     jetson.proofs = [GOOD]
     assert not jetson.build(proven, workspace_mib=512, level=4).reused
 
@@ -916,6 +919,9 @@ def test_the_proof_runs_the_staged_engine_in_both_batches(
             ran.append(len(array))
             return answers(golden, feeds)
 
+        def kernels(self) -> None:
+            """None were compiled."""
+
         def close(self) -> None:
             ran.append(0)
 
@@ -924,6 +930,29 @@ def test_the_proof_runs_the_staged_engine_in_both_batches(
     # Each size again: from its second run on it is a captured graph that computes.
     assert ran == [1, 1, 1, 1, 1, 3, 3] * 2 + [0]
     assert files(tiny_bundle / "engines") == []
+
+
+def test_what_rtx_compiled_for_the_proof_is_kept(proven: Path, jetson: Jetson) -> None:
+    jetson.install("10.3", proven)
+    compiled = b"for this GPU alone"
+
+    def prove(bundle: Bundle, record: EngineRecord, plan: memoryview, kernels: Any) -> Proof:
+        kernels(compiled)
+        return GOOD
+
+    jetson.monkeypatch.setattr(engine, "prove_engine", prove)
+    result = jetson.build(proven)
+    record = result.record
+    assert record.kernels is not None
+    assert record.kernels.sha256 == hashlib.sha256(compiled).hexdigest()
+    assert record.fused_attention == 2
+    assert read_bundle(proven).manifest.engines[result.name] == record
+    assert result.path.with_suffix(".rtxcache").read_bytes() == compiled
+    assert jetson.build(proven).reused
+    # What a build leaves beside an engine is the bundle's own, when it is replaced.
+    assert _foreign_engines(proven / "engines") == []
+    result.path.with_suffix(".log").write_text("said")
+    assert _foreign_engines(proven / "engines") == []
 
 
 class Terminal(io.StringIO):

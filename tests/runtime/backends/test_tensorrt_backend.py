@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import gc
+import hashlib
 import logging
 import os
 import sys
@@ -27,8 +28,9 @@ from vzip.runtime import CompressedTokens, VisionEncoder
 from vzip.runtime.backends.tensorrt import cuda
 from vzip.runtime.backends.tensorrt.backend import TensorRt
 from vzip.runtime.backends.tensorrt.device_array import DeviceArray
-from vzip.runtime.bundle.engine_record import EngineBatch
+from vzip.runtime.bundle.engine_record import EngineBatch, KernelCache
 from vzip.runtime.bundle.reader import read_bundle
+from vzip.runtime.bundle.writer import amend_engine
 from vzip.runtime.errors import BackendError, BundleError, InvalidInputError, MissingDependencyError
 
 GENERATIONS = ["8.6", "10", "11", "rtx"]
@@ -701,6 +703,38 @@ def test_10000_runs_take_no_memory_and_give_one_result(
 
 
 # Which engine
+
+
+def test_rtx_s_kernels_are_kept_by_digest_and_passed_over_when_damaged(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig = make("rtx")
+    with rig.open() as encoder:
+        rig.run(encoder, 1)
+        kernels = backend_of(encoder).kernels()
+    assert kernels == b"kernels of the Fake Orin"
+    assert "kernels taken" not in rig.trt.calls
+    bundle = read_bundle(rig.folder)
+    entry = KernelCache(hashlib.sha256(kernels).hexdigest(), len(kernels))
+    record = dataclasses.replace(bundle.manifest.engines["orin"], kernels=entry)
+    amend_engine(bundle, "orin", record, kernels)
+    file = rig.folder / "engines" / "orin.rtxcache"
+
+    def opened() -> list[str]:
+        rig.trt.calls.clear()
+        with rig.open() as encoder:
+            rig.run(encoder, 1)
+        return [call for call in rig.trt.calls if "kernels" in call]
+
+    assert opened() == ["kernels taken"]
+    assert not caplog.records
+    for spoilt in (b"kernels of the Fake Orim", b"", None):
+        file.unlink(missing_ok=True)
+        if spoilt is not None:
+            file.write_bytes(spoilt)
+        caplog.clear()
+        assert opened() == []
+        assert "compiled anew" in caplog.text
 
 
 def test_of_several_engines_the_one_that_fits_is_taken(make: Make) -> None:

@@ -80,6 +80,35 @@ def test_a_machine_that_is_no_jetson(tmp_path):
     assert sensors.processor(tmp_path) is None
 
 
+@pytest.mark.parametrize(
+    "seen",
+    [
+        {"proc/sys/kernel/osrelease": "5.15.148-tegra\n"},
+        {"sys/class/devfreq/17000000.gpu/cur_freq": "306000000"},
+        {"sys/class/devfreq/gpu-gpc-0/cur_freq": "306000000"},
+    ],
+)
+def test_a_container_on_a_jetson_is_known_by_the_kernel(tmp_path, seen):
+    """It has neither /etc/nv_tegra_release nor /proc/device-tree, unless they are mounted."""
+    assert sensors.jetson(grow(tmp_path, seen)) == sensors.Jetson("unknown", None, None)
+    release = {"etc/nv_tegra_release": ORIN_NANO["etc/nv_tegra_release"]}
+    mounted = sensors.jetson(grow(tmp_path, release))
+    assert mounted is not None
+    assert mounted.jetpack == "6.2"
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        {"proc/sys/kernel/osrelease": "6.1.75-rockchip\n"},
+        {"sys/class/devfreq/fb000000.gpu/cur_freq": "300000000"},
+        {"proc/sys/kernel/osrelease": "5.15.0-1043-aws\n"},
+    ],
+)
+def test_other_boards_are_no_jetsons(tmp_path, seen):
+    assert sensors.jetson(grow(tmp_path, seen)) is None
+
+
 def test_nonsense_in_a_file_is_left_out(orin):
     (orin / "sys/class/hwmon/hwmon1/curr2_input").write_bytes(b"\xff\xfe")
     (orin / "sys/class/thermal/thermal_zone1/temp").write_text("")
