@@ -189,14 +189,17 @@ def tokens(expected: tuple[Array, Array], got: tuple[Array, Array]) -> dict[str,
         if np.array_equal(np.sort(right_kept), np.sort(kept)):
             merged.append(_cosines(a[len(kept) :], b[len(kept) :]))
     every, relative = np.concatenate(cosines), np.concatenate(errors)
+    others = np.concatenate([*merged, np.zeros(0)])
     return {
         "kept_overlap": overlap(expected[0], got[0]),
         "tokens": len(every),
         "mean_cosine": float(every.mean()) if len(every) else -1.0,
         "lowest_cosine": float(every.min()) if len(every) else -1.0,
         "median_error": _finite(float(np.median(relative)), FAR) if len(relative) else FAR,
+        # Rounding alone may move a token or two far, but not one in twenty.
+        "share_beyond": float(np.mean(~(relative <= SETTINGS["tolerance"]))) if len(every) else 1.0,
         "largest_error": _finite(float(relative.max(initial=0.0)), FAR) if len(relative) else FAR,
-        "merged_cosine": float(np.concatenate(merged).mean()) if merged else 1.0,
+        "merged_cosine": float(others.mean()) if len(others) else 1.0,
     }
 
 
@@ -216,7 +219,8 @@ def apart(found: Mapping[str, float]) -> bool:
     """Say whether what `tokens` found is a difference, and no rounding."""
     return not (
         found["kept_overlap"] >= SETTINGS["least_overlap"]
-        and found["largest_error"] <= SETTINGS["tolerance"]
+        and found["mean_cosine"] >= SETTINGS["least_cosine"]
+        and found["share_beyond"] <= SETTINGS["most_beyond"]
         and found["merged_cosine"] >= SETTINGS["least_merged_cosine"]
     )
 

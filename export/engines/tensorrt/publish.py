@@ -405,6 +405,7 @@ def _failed(
     if bundle.manifest.precision == "fp16":
         cures.append("export with --dtype fp32")
     cures.append("install another version of TensorRT")
+    cures.append(f"see where they differ with: vzip debug {bundle.path} -o FOLDER")
     return ParityError(
         f"the engine's tokens differ from PyTorch's ({' | '.join(failures)})",
         cause=(

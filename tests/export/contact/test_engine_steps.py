@@ -19,6 +19,7 @@ from vzip.export.contact import engine_steps, machine_steps
 from vzip.export.contact.notes import Notes, NotHereError
 from vzip.runtime.agreement.reference_file import load_reference
 from vzip.runtime.backends.tensorrt import cuda
+from vzip.runtime.backends.tensorrt.backend import TensorRt
 from vzip.runtime.bundle.engine_record import EngineBatch
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.errors import BackendError
@@ -97,6 +98,29 @@ def test_an_engine_whose_tokens_differ_is_looked_at_and_then_failed(
     assert notes.found["proof"]["passed"] is False
     assert len(notes.found["launch_ms"]["plain"]) == 8
     assert "slowest" in notes.found
+
+
+def test_a_plain_launch_is_none_of_the_graph(
+    bundle: Bundle, install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("10")
+    opened = TensorRt(fake_gpu.with_engine(bundle.path, "10"))
+    given = {"image": load_reference(bundle).input[:1]}
+    for _ in range(2):
+        opened.run(given)
+    assert opened.captured == {1: True}
+    launched: list[int] = []
+    launch = cuda.Cuda.launch
+
+    def counted(self: cuda.Cuda, executable: int, stream: int) -> None:
+        launched.append(executable)
+        launch(self, executable, stream)
+
+    monkeypatch.setattr(cuda.Cuda, "launch", counted)
+    assert len(opened.launch_ms(1, 3, plain=True)) == 3
+    assert not launched
+    assert len(opened.launch_ms(1, 3)) == len(launched) == 3
+    opened.close()
 
 
 def test_a_graph_that_can_t_be_captured_is_noted(

@@ -203,7 +203,7 @@ def test_what_can_t_be_is_refused_before_any_work(
 
 
 def test_every_precision_has_its_tolerance() -> None:
-    assert comparing.TOLERANCE.keys() >= {*ENGINE, *QUANTISED}
+    assert comparing.APART.keys() >= {*ENGINE, *QUANTISED}
 
 
 def compared(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,8 +217,8 @@ def test_indices_are_compared_as_a_set_and_tokens_by_what_they_are(
 ) -> None:
     from vzip.export.debugging import script
 
-    settings = {"kept": "kept_indices", "tolerance": 0.1, "least_overlap": 0.8,
-                "least_merged_cosine": 0.9}  # fmt: skip
+    settings = {"kept": "kept_indices", "tolerance": 0.1, "least_overlap": 0.8, "most_beyond": 0.2,
+                "least_cosine": 0.9, "least_merged_cosine": 0.9}  # fmt: skip
     monkeypatch.setattr(script, "SETTINGS", settings)
     rng = np.random.default_rng(0)
     kept = np.array([[3, 5, 9, 12, 40]])
@@ -234,6 +234,13 @@ def test_indices_are_compared_as_a_set_and_tokens_by_what_they_are(
     assert (found["kept_overlap"], found["tokens"]) == (0.8, 4)
     assert script.beyond("kept_indices", 0.21)
     assert not script.beyond("kept_indices", 0.2)
+    # Rounding may move one token of twenty far; two are no rounding.
+    many = {"kept": np.arange(20)[None], "embeds": np.ones((1, 20, 6), np.float32)}
+    for count, differs in ((1, False), (2, True)):
+        far = {**many, "embeds": many["embeds"].copy()}
+        far["embeds"][0, :count, 0] -= 0.16
+        monkeypatch.setitem(settings, "most_beyond", 0.05)
+        assert script.apart(compared(many, far)) is differs
     # Merged tokens alone can be wrong.
     merged = {"kept": kept, "embeds": one["embeds"] * np.where(np.arange(8) < 5, 1, -1)[:, None]}
     assert script.apart(compared(one, merged))
