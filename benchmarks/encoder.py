@@ -1,6 +1,7 @@
-"""The full-size encoder beside every peer: ``python -m benchmarks.encoder --bundles FOLDER``.
+"""Random weights, every peer: ``python -m benchmarks.encoder --bundles FOLDER``.
 
-LLaVA-1.5's tower and projector (CLIP ViT-L/14-336) with seeded random weights, in FP32 and INT8: at
+LLaVA-1.5's tower and projector (CLIP ViT-L/14-336) with seeded random weights, in FP32 and INT8; of
+trained weights, and of such with outliers, `benchmarks.real_towers` has the numbers. At
 64 tokens and batch 1 every stack; at 128 and 192 tokens, and in batches, the main ones.
 576 tokens, no compression, is the peer ``torch-uncompressed``. `vzip bench` measures; this makes
 the bundles, which are kept in the folder, and writes benchmarks/results/encoder.json, .md and .svg.
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.harness.bundles import CPU_ENGINE, sources
 from vzip.export.bench.measure import Wanted, bench
 from vzip.export.bench.output import plot, table, without_paths
 from vzip.runtime.bundle.reader import Bundle, read_bundle
@@ -67,7 +69,6 @@ LARGER = {
     "40 and 80 s at batch 1's rate, and at batch 32 it would keep 15 GiB of attention (24 layers, "
     "16 heads, 577² in FP32)",
 }
-CPU_ENGINE = "fastest"
 ENGINES = {
     "cell": "tensorrt",
     "why": "there is no GPU here; on one, benchmarks.gpu_evidence builds engines and times them",
@@ -83,6 +84,7 @@ def made(folder: Path, model: str, tokens: int, *, weights: str = "random") -> B
         InvalidInputError: What is there is another bundle.
     """
     path = folder / f"tokens-{tokens}"
+    stamp, code = folder / f"{path.name}.made-by", sources()
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder).free < DISK_GB * 1e9:
@@ -91,6 +93,7 @@ def made(folder: Path, model: str, tokens: int, *, weights: str = "random") -> B
                 cause="one bundle takes as much",
                 cure="give another folder with --bundles",
             )
+        stamp.write_text(code, encoding="utf-8")
         _vzip(
             "export", "--model", model, "--weights", weights, "--dtype", "fp32",
             "--tokens", str(tokens), "--max-batch", str(LARGEST_BATCH), "-o", str(path),
@@ -105,6 +108,13 @@ def made(folder: Path, model: str, tokens: int, *, weights: str = "random") -> B
             f"'{path}' has weights, precision, tokens and largest batch {got}",
             expected=f"{expected}",
             cause="it was exported with other options",
+            cure="delete it, or give another folder with --bundles",
+        )
+    if not stamp.exists() or stamp.read_text(encoding="utf-8") != code:
+        raise InvalidInputError(
+            f"'{path}' was made by other code of vzip",
+            expected="this one's",
+            cause="what it would measure is not what there is now",
             cure="delete it, or give another folder with --bundles",
         )
     if "int8" not in manifest.precisions:

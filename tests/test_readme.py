@@ -75,9 +75,13 @@ def encoder_result() -> dict[str, Any]:
     }
 
 
-def test_the_headline_is_the_fastest_of_ours_beside_the_published_form() -> None:
-    text = readme.headline(encoder_result())
-    assert text.startswith("**9.0 times as fast as VisionZip's published PyTorch form** on a CPU")
+def test_random_weights_come_second_and_are_named_so() -> None:
+    readme_text = README.read_text(encoding="utf-8")
+    assert readme_text.index("<!-- headline -->") < readme_text.index("<!-- headline_random -->")
+    assert TABLES["headline"][0] == "real_towers"
+    text = readme.headline_random(encoder_result())
+    assert text.startswith("With random weights")
+    assert "9.0 times" in text
     assert "`onnxruntime:fastest` 200 ms, `torch-published:fp32` 1800 ms" in text
     assert "2 cores, P" in text
     assert "98.7% the same" in text

@@ -45,6 +45,9 @@ class Wanted:
         batches: Images in a call; empty for 1, or a static bundle's own.
         rounds: Turns of every stack.
         device: Where peers run.
+        judge: Of `vzip.export.bench.judging.write_judge`: what tokens are judged by instead of the
+            bundle's own reference. What differs is then timed all the same, and its row says so.
+        beside: Whether ceilings and preprocessing are timed too.
     """
 
     peers: bool = False
@@ -52,6 +55,8 @@ class Wanted:
     batches: tuple[int, ...] = ()
     rounds: int = 7
     device: Device = "cpu"
+    judge: Path | None = None
+    beside: bool = True
 
     def stacks(self, bundle: Bundle) -> list[Stack]:
         """Return the stacks of a bundle.
@@ -61,7 +66,8 @@ class Wanted:
         """
         own, others = names.own(bundle), names.peers(self.device)
         if self.only:
-            return names.chosen([*own, *others], self.only)
+            asked = [each for each in names.named() if str(each) in self.only]
+            return names.chosen([*own, *others, *asked], self.only)
         return [*own, *others] if self.peers else own
 
 
@@ -150,9 +156,7 @@ class _Bench:
         held = _Group()
         try:
             pending = self._open_baseline(held)
-            for stack in names.ceilings(self.stacks, self.wanted.device):
-                self._open(held, stack)
-            pending += names.phases(self.wanted.device)
+            pending += self._open_ceilings(held) if self.wanted.beside else ()
             number = 0
             while pending or number == 0:
                 group = _Group(dict(held.opened), dict(held.about))
@@ -168,19 +172,32 @@ class _Bench:
             for process in held.opened.values():
                 process.close()
 
+    def _open_ceilings(self, held: _Group) -> list[Stack]:
+        """Open the ceilings, and return what else a call has beside the encoder."""
+        for stack in names.ceilings(self.stacks, self.wanted.device):
+            self._open(held, stack)
+        return names.phases(self.wanted.device)
+
     def _open_baseline(self, held: _Group) -> list[Stack]:
         """Open the baseline, the first bundle's first stack that opens; return the others."""
         pending = sorted(self.stacks, key=_preference)
         known = self.result["baseline"]
+        other: list[Stack] = []
         while pending and known is None:
             stack = pending.pop(0)
-            if self._open(held, stack):
+            if not self._open(held, stack):
+                continue
+            if held.about[str(stack)].get("agreement", {}).get("passed", True):
                 self.result["baseline"] = str(stack)
-                return pending
+                return [*pending, *other]
+            # What computes something else is no measure of others.
+            held.opened.pop(str(stack)).close()
+            del held.about[str(stack)]
+            other.append(stack)
         for stack in pending:
             if str(stack) == known:
                 self._open(held, stack)
-        return [stack for stack in pending if str(stack) != known]
+        return [stack for stack in (*pending, *other) if str(stack) != known]
 
     def _batches(self) -> Iterator[int]:
         """Yield the batches that the bundle takes."""
@@ -218,7 +235,8 @@ class _Bench:
     def _open(self, group: _Group, stack: Stack) -> bool:
         """Open, prove and warm up one stack; one that fails becomes an empty cell."""
         self.say(f"{self.name}: {stack}")
-        process = Process(stack, self.bundle.path)
+        judge: dict[str, Any] = {} if self.wanted.judge is None else {"judge": self.wanted.judge}
+        process = Process(stack, self.bundle.path, **judge)
         try:
             about = process.ask(OPEN_LIMIT_S, do="open", batches=self.batches)
             # One after the other here, so that what is allocated lazily is there and counted.

@@ -15,9 +15,9 @@
     ``drift``: see `vzip.runtime.machine.timing.summary`; ``images_per_s``;
   - ``open_s``, ``first_call_ms``, ``warm_up_calls``, ``warm_ms``, ``peak_host_mib`` (the process,
     up to this batch), ``torch_reserved_mib``, ``python``, ``packages``;
-  - ``agreement`` with the bundle's reference.npz: `vzip.runtime.agreement.Proof`, ``passed``
-  always, as
-    what differs is not timed; a peer without compression has cosines of the kept patches alone;
+  - ``agreement`` with the untouched model: `vzip.export.bench.judging.judged`, ``passed`` unless
+    a benchmark gave pictures of its own, as what differs from the bundle's reference is not timed;
+    a peer without compression has cosines of the kept patches alone;
   - ``flops`` of the call, ``gflop_per_s``, ``share_of_ceiling`` (of the rate of the multiplications
     alone), ``times_baseline`` (how many times as fast); null where it can't be said;
   - of an engine ``engine_ms``, ``host_ms``, ``on_device_ms`` and ``profile``
@@ -94,8 +94,9 @@ def cells(row: Row) -> tuple[str, ...]:
     rate, share, times = (
         row.get(name) for name in ("gflop_per_s", "share_of_ceiling", "times_baseline")
     )
+    other = "" if agreement.get("passed", True) else ", other tokens"
     return (
-        row["stack"] + (f" ({row['chosen']})" if "chosen" in row else ""),
+        row["stack"] + (f" ({row['chosen']})" if "chosen" in row else "") + other,
         _number(row["median_ms"]),
         _number(row["p90_ms"]),
         _number(row["p99_ms"]),

@@ -44,6 +44,7 @@ class Process:
         stack: What it times.
         bundle: Folder.
         paths: What comes first in its ``sys.path``; None for this process's own.
+        judge: See `vzip.export.bench.measure.Wanted`.
     """
 
     def __init__(
@@ -53,12 +54,14 @@ class Process:
         *,
         python: str | None = None,
         paths: Sequence[str] | None = None,
+        judge: Path | None = None,
     ) -> None:
         self.stack = stack
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process
         first = [each for each in sys.path if each] if paths is None else paths
         limit = process.thread_limit()
-        job = json.dumps({"stack": stack.to_json(), "bundle": str(bundle), "threads": limit})
+        told = {"stack": stack.to_json(), "bundle": str(bundle), "threads": limit}
+        job = json.dumps({**told, "judge": None if judge is None else str(judge)})
         # Peers that aren't told otherwise count so.
         bound = {} if limit is None else {"OMP_NUM_THREADS": str(limit)}
         flags = [part for path in first for part in ("--path", path)]

@@ -76,6 +76,15 @@ def peers(device: Device) -> list[Stack]:
     return found
 
 
+def named() -> list[Stack]:
+    """Return the peers that run on the CPU where one asks for them by their whole name alone."""
+    return [
+        Stack("peer", name, each, each, "cpu")
+        for name, kind in PEERS.items()
+        for each in kind.named
+    ]
+
+
 def ceilings(stacks: Sequence[Stack], device: Device) -> list[Stack]:
     """Return the ceilings that stacks are set beside, one for each precision and device.
 

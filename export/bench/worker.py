@@ -2,12 +2,13 @@
 
     PYTHON worker.py --path FOLDER … JOB
 
-JOB is JSON: ``{"stack": a Stack's fields, "bundle": folder, "threads": of a graph on
-the CPU, or null}``. Requests are lines of JSON on
-standard input, answers lines of JSON on standard output, ``{"ok": …}`` or ``{"error": "…"}``:
+JOB is JSON: ``{"stack": a Stack's fields, "bundle": folder, "threads": of a graph on the CPU, or
+null, "judge": what tokens are judged by instead of the bundle's reference, or null}``. Requests are
+lines of JSON on standard input, answers lines of JSON on standard output, ``{"ok": …}`` or
+``{"error": "…"}``:
 
 * ``{"do": "open", "batches": […]}`` loads and proves the tokens of every batch size against the
-  bundle's reference;
+  reference;
 * ``{"do": "warm", "batch": b}`` warms up;
 * ``{"do": "turn", "batch": b, "calls": n}`` answers with n times in milliseconds (``ms``; of an
   engine also ``engine_ms``, the GPU's own time for what a call launches, and ``on_device_ms``,
@@ -29,6 +30,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
@@ -67,20 +69,29 @@ class Timed(Protocol):
 class TimedEncoder:
     """A backend of ours, or a peer."""
 
-    def __init__(self, stack: Stack, bundle: Bundle) -> None:
+    def __init__(self, stack: Stack, bundle: Bundle, judge: Path | None = None) -> None:
         from vzip.export.bench import peers
+        from vzip.export.bench.judging import JudgedBy, load_judge
         from vzip.export.bench.peers.catalogue import open_peer
         from vzip.runtime.agreement import load_reference
         from vzip.runtime.bundle.manifest import EMBEDS, KEPT
 
         self.stack, self.bundle = stack, bundle
-        self.reference = load_reference(bundle)
+        self.judging = judge is not None
+        found = (
+            JudgedBy(load_reference(bundle))
+            if judge is None
+            else load_judge(judge, bundle.manifest)
+        )
+        self.reference, self.keys = found.reference, found.keys
         self.precision = stack.precision
         self.peer: Any = None
         if stack.kind == "peer":
             self.peer = open_peer(stack.name, stack.form, bundle, stack.device)
             self.run: Callable[[Any], Any] = self.peer.run
-            self.prove_by = self.peer.prove
+            self.prove_by: Callable[[Any, list[int]], Any] = lambda reference, batches: (
+                self.peer.prove(reference, batches, self.keys)
+            )
         else:
             from vzip.runtime import VisionEncoder
 
@@ -99,8 +110,25 @@ class TimedEncoder:
 
             self.run = run
             self.prove_by = lambda reference, batches: peers.prove(
-                run, reference, bundle, batches, self.precision
-            )
+                run, reference, bundle, batches, self.precision,
+                keys=self.keys, merging=self._merging if stack.name == "onnxruntime" else None,
+            )  # fmt: skip
+
+    def _merging(self, images: Any) -> Any:
+        """Return kept indices and ``token_weights``, of another session than is timed."""
+        from vzip.runtime.backends import open_backend
+        from vzip.runtime.bundle.manifest import TOKEN_WEIGHTS
+
+        form, manifest = self.stack.form, self.bundle.manifest
+        engine = form if form in manifest.engines else None
+        at = self.bundle.at(None if engine is not None else form)
+        _, session = open_backend(
+            self.stack.name, at, extra_outputs=(TOKEN_WEIGHTS,), engine=engine
+        )
+        try:
+            return session.run({manifest.input.name: images})
+        finally:
+            session.close()
 
     def images(self, batch: int) -> Any:
         """Return the reference's pictures, as often as a batch takes."""
@@ -116,7 +144,7 @@ class TimedEncoder:
         first = (time.perf_counter() - start) * 1000
         for _ in range(2 if self.stack.device == "cuda" else 1):
             agreement = self.prove_by(self.reference, batches)
-            if not agreement["passed"]:
+            if not agreement["passed"] and not self.judging:
                 raise RuntimeError(f"the tokens differ from the reference: {_said(agreement)}")
         chosen = {} if self.peer is not None else self.chosen
         return {"first_call_ms": first, "agreement": dict(agreement), **chosen}
@@ -259,6 +287,7 @@ class Worker:
 
         process.limit_threads(job["threads"])
         self.stack, self.folder = Stack(**job["stack"]), Path(job["bundle"])
+        self.judge = None if job.get("judge") is None else Path(job["judge"])
         self.timed: Timed | None = None
         self.calls: dict[int, tuple[Call, More]] = {}
         self.warm_ms: dict[int, float] = {}
@@ -291,7 +320,8 @@ class Worker:
         }
         start = time.perf_counter()
         bundle = read_bundle(self.folder, verify=False)  # who opens it verifies what it runs
-        self.timed = kinds.get(self.stack.name, TimedEncoder)(self.stack, bundle)
+        make = kinds.get(self.stack.name, partial(TimedEncoder, judge=self.judge))
+        self.timed = make(self.stack, bundle)
         opened = time.perf_counter() - start
         return {"open_s": opened, **self.timed.prove(batches)}
 

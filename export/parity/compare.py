@@ -136,6 +136,11 @@ class UntouchedModel:
                     cure="download the file again, or take an earlier checkpoint of the training",
                 )
 
+    @property
+    def keys(self) -> NDArray[np.float64]:
+        """The keys that tokens are merged by, [n, H, S, d]."""
+        return np.concatenate([each.keys for each in self._features])
+
     def compare(self, bundle: Bundle) -> Parity:
         """Run a bundle's graph on the images and judge what it gives.
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from vzip.runtime.agreement import COARSER_PEER, ENGINE, Reference, Run
-from vzip.runtime.agreement import prove as proven
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,11 +27,18 @@ class Peer(Protocol):
         """Return the graph's outputs for its input, whose batch is 1 … the bundle's largest."""
         ...
 
-    def prove(self, reference: Reference, batches: Sequence[int]) -> Mapping[str, Any]:
+    def prove(
+        self, reference: Reference, batches: Sequence[int], keys: NDArray[Any] | None = None
+    ) -> Mapping[str, Any]:
         """Compare with the untouched model, in each batch size.
 
+        Args:
+            reference: The pictures and what is right.
+            batches: Sizes of batches.
+            keys: See `vzip.export.bench.judging.JudgedBy`.
+
         Returns:
-            Numbers as `vzip.runtime.agreement.Proof` has them, ``passed`` among them.
+            Numbers as `vzip.export.bench.judging.judged` has them, ``passed`` among them.
         """
         ...
 
@@ -48,6 +54,7 @@ class Peer(Protocol):
 
 PUBLISHED = "torch-published"
 UNCOMPRESSED = "torch-uncompressed"
+CPU_FORM = "onnxruntime-form"
 
 
 def prove(
@@ -56,6 +63,9 @@ def prove(
     bundle: Bundle,
     batches: Sequence[int],
     within: str,
+    *,
+    keys: NDArray[Any] | None = None,
+    merging: Run | None = None,
 ) -> dict[str, Any]:
     """Compare an encoder with the untouched model, by the gate of its precision.
 
@@ -66,8 +76,13 @@ def prove(
         batches: Sizes of batches to run.
         within: Precision of the encoder; what is coarser than the bundle's own graph has a gate of
             its own.
+        keys: The untouched model's; see `vzip.export.bench.judging.JudgedBy`.
+        merging: See `vzip.export.bench.judging.judged`.
     """
+    from vzip.export.bench.judging import JudgedBy, judged
+
     manifest = bundle.manifest
     own = within in ("fp32", manifest.precision)
     gate = ENGINE[manifest.precision] if own else COARSER_PEER
-    return proven(run, reference, manifest, batches, gate).to_json()
+    judge = JudgedBy(reference, keys)
+    return judged(run, judge, manifest, batches, gate, merging=merging)

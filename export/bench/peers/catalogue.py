@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from vzip.export.bench.peers import PUBLISHED, UNCOMPRESSED, Device, Peer
+from vzip.export.bench.peers import CPU_FORM, PUBLISHED, UNCOMPRESSED, Device, Peer
 from vzip.runtime.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -23,12 +23,15 @@ class Kind:
         what: What it is, in one line.
         cpu: Precisions in which it runs on a CPU.
         cuda: Precisions in which it runs on an NVIDIA GPU.
+        named: Precisions in which it runs on a CPU where one asks for it by name: true half
+            precision, for what it does to the tokens; no CPU without kernels for it is fast.
     """
 
     make: Callable[[str, str, Bundle, Device], Peer]
     what: str
     cpu: tuple[str, ...] = ()
     cuda: tuple[str, ...] = ()
+    named: tuple[str, ...] = ()
 
     def precisions(self, device: Device) -> tuple[str, ...]:
         """Return those for a device."""
@@ -47,6 +50,12 @@ def _onnxruntime(name: str, precision: str, bundle: Bundle, device: Device) -> P
     return OnnxRuntime(name, precision, bundle, device)
 
 
+def _cpu_form(_name: str, form: str, bundle: Bundle, _device: Device) -> Peer:
+    from vzip.export.bench.peers.onnx_engines import CpuForm
+
+    return CpuForm(form, bundle)
+
+
 def _openvino(name: str, precision: str, bundle: Bundle, device: Device) -> Peer:
     from vzip.export.bench.peers.onnx_engines import OpenVino
 
@@ -60,12 +69,14 @@ PEERS: Mapping[str, Kind] = MappingProxyType(
             "VisionZip as published: eager attention, output_attentions, all layers",
             cpu=("fp32", "bf16"),
             cuda=("fp16",),
+            named=("fp16",),
         ),
         "torch-sdpa": Kind(
             _torch,
             "PyTorch with scaled_dot_product_attention and without the dead layer",
             cpu=("fp32", "bf16"),
             cuda=("fp16",),
+            named=("fp16",),
         ),
         "torch-dynamic": Kind(
             _torch,
@@ -94,6 +105,11 @@ PEERS: Mapping[str, Kind] = MappingProxyType(
             "the bundle's graph through ONNX Runtime's quantize_dynamic",
             cpu=("int8",),
         ),
+        CPU_FORM: Kind(
+            _cpu_form,
+            "a form of the graph that vzip build --cpu tries, chosen or not",
+            named=("fused", "dynamic", "tokens", "mixed", "blocks"),
+        ),
         "openvino": Kind(
             _openvino,
             "the bundle's graph in OpenVINO; int8: that of vzip calibrate",
@@ -116,7 +132,8 @@ def open_peer(name: str, precision: str, bundle: Bundle, device: Device) -> Peer
         VzipError: Its package is not installed, or it can't be what the bundle is.
     """
     kind = PEERS[name]
-    if precision not in kind.precisions(device):
+    named = kind.named if device == "cpu" else ()
+    if precision not in (*kind.precisions(device), *named):
         raise InvalidInputError(
             f"the precision of {name} on {device} is {precision!r}",
             expected=" or ".join(kind.precisions(device)) or "none: it doesn't run there",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vzip.export.bench.peers import Device, Outputs, prove
+from vzip.runtime.bundle.manifest import TOKEN_WEIGHTS
 from vzip.runtime.errors import InvalidInputError, MissingDependencyError, missing
 from vzip.runtime.machine import process
 
@@ -41,8 +43,10 @@ class _Graph:
     def run(self, images: NDArray[Any]) -> Outputs:
         raise NotImplementedError
 
-    def prove(self, reference: Reference, batches: Sequence[int]) -> Mapping[str, Any]:
-        """See `Peer`."""
+    def prove(
+        self, reference: Reference, batches: Sequence[int], _keys: NDArray[Any] | None = None
+    ) -> Mapping[str, Any]:
+        """See `Peer`; what goes into which merged token can't be seen."""
         return prove(self.run, reference, self._bundle, batches, self._precision)
 
     def about(self, _batch: int) -> Mapping[str, Any]:
@@ -86,6 +90,48 @@ class OnnxRuntime(_Graph):
         """See `Peer`."""
         feeds = {self._bundle.manifest.input.name: images}
         return dict(zip(self._names, self._session.run(self._names, feeds), strict=True))
+
+
+class CpuForm(_Graph):
+    """A form of the graph as `vzip.export.engines.cpu` makes it, whether or not it would be chosen.
+
+    Raises:
+        InvalidInputError: There is no such form, or nothing of it in this graph.
+    """
+
+    def __init__(self, form: str, bundle: Bundle) -> None:
+        super().__init__(form, bundle)
+        from vzip.export.engines.cpu import choice
+        from vzip.runtime.agreement import load_reference
+
+        made = dict(choice.candidates(bundle, load_reference(bundle)))
+        candidate = made[form]() if form in made else None
+        if candidate is None:
+            raise InvalidInputError(
+                f"the form {form!r} has nothing in this graph", expected=f"one of {', '.join(made)}"
+            )
+        self._candidate, self._opened = candidate, candidate.open()
+
+    def run(self, images: NDArray[Any]) -> Outputs:
+        """See `Peer`."""
+        return dict(self._opened.run({self._bundle.manifest.input.name: images}))
+
+    def prove(
+        self, reference: Reference, batches: Sequence[int], keys: NDArray[Any] | None = None
+    ) -> Mapping[str, Any]:
+        """See `Peer`."""
+        from vzip.runtime.backends.onnxruntime import OnnxRuntimeCpu
+
+        if keys is None:
+            return prove(self.run, reference, self._bundle, batches, self._precision)
+        name, made = self._bundle.manifest.input.name, self._candidate
+        with contextlib.closing(
+            OnnxRuntimeCpu.of_model(made.model, made.folder, (TOKEN_WEIGHTS,))
+        ) as opened:
+            return prove(
+                self.run, reference, self._bundle, batches, self._precision,
+                keys=keys, merging=lambda images: opened.run({name: images}),
+            )  # fmt: skip
 
 
 class OpenVino(_Graph):

@@ -32,7 +32,7 @@ from vzip.runtime.agreement import (
     Run,
     Values,
 )
-from vzip.runtime.bundle.manifest import EMBEDS, KEPT, Manifest
+from vzip.runtime.bundle.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS, Manifest
 from vzip.runtime.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ class Published(nn.Module):
         self.layers_run = weights.config.layers_run
         self.selection = manifest.selection
         self.keys: Tensor | None = None
+        self._merged: tuple[Tensor, ...] = ()  # of the last call
         attention = self.tower.encoder.layers[self.layers_run - 1].self_attn
         attention.k_proj.register_forward_hook(self._keep_keys)
 
@@ -110,6 +111,7 @@ class Published(nn.Module):
         similarity = torch.bmm(keys[:, merged], keys[:, targets].transpose(1, 2))
         assigned = torch.zeros_like(similarity)
         assigned.scatter_(2, similarity.argmax(dim=2, keepdim=True), 1)
+        self._merged = kept, rest, targets, merged, assigned
         counts = assigned.sum(dim=1)[..., None]  # [B, contextual, 1]
         sums = torch.bmm(assigned.transpose(1, 2), features[:, merged])
         if self.selection.merge == "sum":
@@ -117,6 +119,21 @@ class Published(nn.Module):
         else:
             formed = (features[:, targets] + sums) / (counts + 1)
         return torch.cat([dominant, formed], dim=1), kept.sort(dim=1).values
+
+    @property
+    def token_weights(self) -> Tensor:
+        """Return what went into which token in the last call: [B, K, S], not 0 where it did."""
+        kept, rest, targets, merged, assigned = self._merged
+        batch, size = rest.shape
+        weights = torch.zeros((batch, self.selection.tokens, size), device=rest.device)
+        rows = torch.arange(self.selection.dominant, device=rest.device)
+        for picture in range(batch):
+            weights[picture, rows, kept[picture].sort().values] = 1
+            left = rest[picture].nonzero()[:, 0]
+            below = weights[picture, self.selection.dominant :]
+            below[torch.arange(len(targets), device=rest.device), left[targets]] = 1
+            below[:, left[merged]] = assigned[picture].T.float()
+        return weights
 
 
 class Sdpa(nn.Module):
@@ -133,6 +150,7 @@ class Sdpa(nn.Module):
         self.projector = _projector(weights)
         self.heads = weights.config.tower.num_heads
         self.budget = Budget(**vars(manifest.selection))
+        self.token_weights: Tensor | None = None  # of the last call
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Encode uint8 [B, H, W, 3] to embeds [B, K, L] and kept [B, dominant]."""
@@ -155,6 +173,8 @@ class Sdpa(nn.Module):
         row = queries[:, :, :1].float() * wide.shape[-1] ** -0.5
         scores = cls_scores(torch.softmax(row @ wide.transpose(2, 3), dim=-1).squeeze(2))
         plan = make_plan(scores, wide, self.budget)
+        if not torch.compiler.is_compiling():
+            self.token_weights = plan.token_weights
         return self.projector(apply_plan(plan, hidden)), plan.kept
 
 
@@ -171,11 +191,12 @@ class Uncompressed(Sdpa):
 
 
 DYNAMIC = "torch-dynamic"
+COMPILED = "torch-compile"
 FORMS: dict[str, Callable[[VisionWeights, Manifest, torch.dtype], nn.Module]] = {
     PUBLISHED: Published,
     "torch-sdpa": Sdpa,
     DYNAMIC: Sdpa,
-    "torch-compile": Sdpa,
+    COMPILED: Sdpa,
     UNCOMPRESSED: Uncompressed,
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -218,7 +239,7 @@ class TorchEncoder:
             quantise: Any = torch.ao.quantization.quantize_dynamic
             quantise(module, {nn.Linear}, dtype=torch.qint8, inplace=True)
         self._run: Any = module
-        if form == "torch-compile":
+        if form == COMPILED:
             self._run = torch.compile(module, dynamic=False, **_COMPILE[device])
         self._staging: dict[int, Tensor] = {}
 
@@ -236,11 +257,23 @@ class TorchEncoder:
             wide = embeds.float() if embeds.dtype == torch.bfloat16 else embeds
             return {EMBEDS: wide.numpy(), KEPT: kept.cpu().numpy()}
 
-    def prove(self, reference: Reference, batches: Sequence[int]) -> Mapping[str, Any]:
+    def prove(
+        self, reference: Reference, batches: Sequence[int], keys: NDArray[Any] | None = None
+    ) -> Mapping[str, Any]:
         """See `Peer`."""
         if self._form == UNCOMPRESSED:
             return _prove_patches(self.run, reference, batches, self._precision)
-        return prove(self.run, reference, self._bundle, batches, self._precision)
+        return prove(
+            self.run, reference, self._bundle, batches, self._precision,
+            keys=keys, merging=None if self._form == COMPILED else self._merging,
+        )  # fmt: skip
+
+    def _merging(self, images: NDArray[np.uint8]) -> Outputs:
+        """Return what `run` does, and ``token_weights``."""
+        outputs = self.run(images)
+        weights = self._run.token_weights
+        assert isinstance(weights, Tensor)
+        return {**outputs, TOKEN_WEIGHTS: weights.float().cpu().numpy()}
 
     def about(self, batch: int) -> Mapping[str, Any]:
         """See `Peer`."""

@@ -106,7 +106,7 @@ def choose(bundle: Bundle, *, say: Say) -> ChosenForm:
         best, running = own, stack.enter_context(contextlib.closing(own.open()))
         proof = _judged(bundle, own, running, reference)
         measured[OWN] = _numbers(proof)
-        for form, made in _candidates(bundle, reference):
+        for form, made in candidates(bundle, reference):
             found: dict[str, Scalar] = {}
             measured[form] = found
             try:
@@ -166,7 +166,7 @@ def _numbers(proof: Proof) -> dict[str, Scalar]:
     return {name: getattr(proof, name) for name in names}
 
 
-def _candidates(
+def candidates(
     bundle: Bundle, reference: Reference
 ) -> Iterator[tuple[str, Callable[[], Candidate | None]]]:
     """Yield each form but the bundle's own, and what makes it: None if nothing of it was found."""
