@@ -27,6 +27,7 @@ import numpy as np
 
 from vzip.export.contact.machine_steps import PACKAGES, need_gpu
 from vzip.export.contact.notes import Notes, NotHereError
+from vzip.runtime import demo
 from vzip.runtime.agreement.gates import ENGINE
 from vzip.runtime.agreement.proof import prove
 from vzip.runtime.agreement.reference_file import Reference, load_reference
@@ -361,6 +362,15 @@ def command(notes: Notes, bundle: str, folder: str) -> None:
         raise BackendError(f"vzip build ended with status {done.returncode}")
     engines = read_bundle(copy).manifest.engines
     notes.note(engines={name: codec.write(record) for name, record in engines.items()})
+    if options and importlib.util.find_spec("onnxruntime") is None:
+        return  # nothing here runs what was built
+    backend = "onnxruntime" if options else "tensorrt"
+    picture = demo.pictures() / "scene-1.jpg"
+    written = str(Path(folder) / "tokens.npy")
+    done = _vzip("encode", str(copy), str(picture), "-o", written, "--backend", backend)
+    notes.note(status_of_encode=done.returncode, output_of_encode=done.stdout + done.stderr)
+    if done.returncode:
+        raise BackendError(f"vzip encode ended with status {done.returncode}")
 
 
 def killed(notes: Notes, bundle: str, folder: str) -> None:

@@ -81,6 +81,8 @@ def names(notes: Notes, module: str) -> None:
                 else [each for each in dir(value) if not each.startswith("__")]
             )
     notes.note(names=found)
+    if module == "tensorrt":  # whose 8.6 ends the process with a segmentation fault without a GPU
+        need_gpu()
     logger = trt.Logger(trt.Logger.VERBOSE)
     for kind in ("Runtime", "Builder"):
         print(f"starting {module}.{kind}", flush=True)  # noqa: T201  the last line before a crash

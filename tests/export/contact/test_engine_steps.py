@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
+import importlib.machinery
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +167,45 @@ def test_without_an_engine_there_is_nothing_to_run(
 ) -> None:
     with refused(NotHereError, got="no engine"):
         engine_steps.run(notes, str(bundle.path), str(tmp_path), None)
+
+
+def test_every_name_of_a_tensorrt_is_noted_before_it_is_started(
+    notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt: Any = types.ModuleType("tensorrt")
+    trt.__spec__ = importlib.machinery.ModuleSpec("tensorrt", None)
+    trt.__version__, trt.__file__ = "10.3.0", "/home/kowalski/tensorrt.py"
+    trt.BuilderFlag = enum.IntEnum("BuilderFlag", {"FP16": 0, "TF32": 7})
+    trt.Logger = type("Logger", (), {"VERBOSE": 4, "__init__": lambda self, level: None})
+    trt.Runtime = type("Runtime", (), {"__init__": lambda self, logger: None, "load": None})
+
+    class Builder:
+        num_DLA_cores = 2  # noqa: N815  TensorRT's
+
+        def __init__(self, logger: object) -> None:
+            if failing:
+                raise TypeError("factory function returned nullptr")
+
+    failing = False
+    trt.Builder = Builder
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    machine_steps.names(notes, "tensorrt")
+    assert notes.found["names"]["BuilderFlag"] == {"FP16": 0, "TF32": 7}
+    assert "load" in notes.found["names"]["Runtime"]
+    assert (notes.found["runtime"], notes.found["builder"]) == ("starts", "starts")
+    assert notes.found["platform"]["num_DLA_cores"] == 2
+    failing = True  # a driver that is too old
+    with pytest.raises(TypeError, match="nullptr"):
+        machine_steps.names(notes, "tensorrt")
+    assert "nullptr" in notes.found["builder"]
+
+    def absent() -> None:
+        raise NotHereError("no NVIDIA driver")
+
+    monkeypatch.setattr(machine_steps, "need_gpu", absent)
+    trt.Runtime = None  # must not be started
+    with refused(NotHereError, got="no NVIDIA driver"):
+        machine_steps.names(notes, "tensorrt")
 
 
 @pytest.fixture

@@ -108,6 +108,7 @@ def test_a_dry_run_takes_what_can_be_taken_and_says_why_the_rest_is_not(
     (result, *_) = found.results["cpu-fp16"]["tokens"]
     assert len(result["token"]) == len(result["error"]) == len(result["cosine"])
     assert max(result["error"]) < 1e-4
+    assert found.results["command"]["status_of_encode"] == 0
     assert found.results["killed"]["killed_while_running"] is True
     assert len(found.results["reopened"]["memory"]) == 50
     files = archived(tmp_path / "out.zip")
