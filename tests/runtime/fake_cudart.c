@@ -25,7 +25,7 @@ typedef struct { double at; stream_t *stream; } event_t;
 static block_t blocks[MAX_BLOCKS];
 static stream_t *streams[64];
 static int handles;                 /* streams, graphs, executables and events that are alive */
-static int devices = 1, current, major = 8, minor = 7;
+static int devices = 1, current, major = 8, minor = 7, runtime = 12060, driver = 12080;
 static int sticky, last;
 static char fail_name[64];
 static int fail_after = -1, fail_code;
@@ -63,8 +63,9 @@ void fake_reset(void) {
   handles = 0;
   devices = 1, current = 0, major = 8, minor = 7, sticky = last = 0;
   fail_after = -1, recording = 0, calls[0] = 0;
-  neighbour = spoilt = 0, legacy.queue.count = 0;
+  runtime = 12060, driver = 12080, neighbour = spoilt = 0, legacy.queue.count = 0;
 }
+void fake_versions(int library, int served) { runtime = library, driver = served; }
 void fake_device(int count, int ma, int mi) { devices = count, major = ma, minor = mi; }
 void fake_fail(const char *name, int after, int code) {
   snprintf(fail_name, sizeof fail_name, "%s", name);
@@ -164,8 +165,8 @@ int cudaDeviceGetAttribute(int *value, int attribute, int device) {
   *value = attribute == 75 ? major : minor;
   return 0;
 }
-int cudaRuntimeGetVersion(int *version) { BEGIN; *version = 12060; return 0; }
-int cudaDriverGetVersion(int *version) { BEGIN; *version = 12080; return 0; }
+int cudaRuntimeGetVersion(int *version) { BEGIN; *version = runtime; return 0; }
+int cudaDriverGetVersion(int *version) { BEGIN; *version = driver; return 0; }
 int cudaMemGetInfo(size_t *free_, size_t *total) { BEGIN; *free_ = 5, *total = 7; return 0; }
 int cudaGetLastError(void) { int code = last; last = sticky; return code; }
 int cudaMalloc(void **out, size_t size) { BEGIN; if (unsafe()) return last; return allocate(out, size, DEVICE); }

@@ -38,6 +38,7 @@ from vzip.export.engines.tensorrt.publish import build_engine, reusable
 from vzip.export.engines.tensorrt.request import BuildRequest, BuildTarget
 from vzip.runtime.agreement import Proof
 from vzip.runtime.backends.tensorrt import backend as tensorrt
+from vzip.runtime.backends.tensorrt import engine as started
 from vzip.runtime.backends.tensorrt.engine_file import read_engine
 from vzip.runtime.bundle.engine_record import EngineBatch, EngineRecord
 from vzip.runtime.bundle.manifest import Manifest
@@ -749,6 +750,20 @@ def test_no_gpu_and_a_parser_that_refuses(tiny_bundle: Path, jetson: Jetson) -> 
         jetson.build(tiny_bundle)
     jetson.install("8.6", tiny_bundle, parse=lambda *_: ["No importer\nfor Foo", "echo"])
     with refused(ExportError, got=("TensorRT 8.6.2", "No importer for Foo")):
+        jetson.build(tiny_bundle)
+
+
+def test_a_tensorrt_for_a_newer_cuda_than_the_driver_serves(
+    tiny_bundle: Path, jetson: Jetson
+) -> None:
+    """What the package `tensorrt` brings onto a machine whose nvidia-smi looks healthy."""
+    jetson.install("11.4", tiny_bundle, gpu=False)
+    jetson.monkeypatch.setattr(started, "distribution_of", lambda _: "tensorrt-cu13")
+    jetson.monkeypatch.setattr(started, "served", lambda: "12.4")
+    with refused(
+        BackendError, got="CUDA initialization", cause=("tensorrt-cu13", "12.4"),
+        cure=("pip uninstall -y tensorrt tensorrt-cu13", "pip install 'vzip[tensorrt-cu12]'"),
+    ):  # fmt: skip
         jetson.build(tiny_bundle)
 
 

@@ -169,6 +169,29 @@ def test_the_first_library_with_a_gpu_is_taken(
         cuda.load()
 
 
+def test_a_library_that_is_newer_than_the_driver_has_a_cheap_cure(
+    cudart: Path, lib: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip's newest libcudart on a driver of CUDA 12, which serves all that is made for CUDA 12."""
+    monkeypatch.setattr(cuda, "candidates", lambda: iter([str(cudart)]))
+    lib.fake_versions(13000, 12040)
+    assert cuda.served() == "12.4"
+    lib.fake_fail(b"cudaGetDeviceCount", 0, cuda.INSUFFICIENT_DRIVER)
+    with refused(
+        CudaError,
+        got="CUDA 13.0",
+        expected=("CUDA 12", "12.4"),
+        cure=("nvidia-cuda-runtime-cu12", "vzip[tensorrt-cu12]"),
+    ):
+        cuda.load()
+    # Without a driver there is none to compare with.
+    lib.fake_versions(13000, 0)
+    assert cuda.served() is None
+    lib.fake_fail(b"cudaGetDeviceCount", 0, cuda.INSUFFICIENT_DRIVER)
+    with refused(CudaError, got="cudaGetDeviceCount", cure="no NVIDIA driver"):
+        cuda.load()
+
+
 def test_without_a_library_it_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "candidates", lambda: iter(["libnone.so.1"]))
     with refused(BackendError, expected="libcudart", cure="apt install cuda-cu"):
