@@ -52,12 +52,17 @@ BATCH = 8
 
 # Of the full-size part. Real towers have a handful of channels some tens of times above the rest.
 OUTLIERS, TIMES = 6, 64.0
-PLAIN = {"smoothing": None, "keep_agreement": None, "keep_cosine": None}
+PLAIN: dict[str, Any] = {
+    "method": "minmax",
+    "smoothing": None,
+    "keep_agreement": None,
+    "keep_cosine": None,
+}
 FULL_SIZE: dict[str, tuple[bool, Recipe]] = {
     "no outliers, minmax": (False, Recipe(**PLAIN)),
     "outliers, minmax": (True, Recipe(**PLAIN)),
-    "outliers, SmoothQuant": (True, Recipe(keep_agreement=None, keep_cosine=None)),
-    "outliers, SmoothQuant + sensitivity": (True, Recipe()),
+    "outliers, SmoothQuant": (True, Recipe(**{**PLAIN, "smoothing": 0.5})),
+    "outliers, SmoothQuant + sensitivity": (True, Recipe(method="minmax")),
 }
 
 

@@ -71,6 +71,7 @@ def table(bundle: Bundle, report: Report) -> Iterator[str]:
             "quantised",
             f"{len(report.layers) - len(high)} of {counted(len(report.layers), 'linear layer')}",
         ),
+        ("8 bits", f"{report.eight_bits:.1%} of the linear layers' multiplications"),
         *_without_limits(report, high),
         *((f"in {own}", f"{layer.name}: {layer.reason}") for layer in high),
         ("overlap", f"{agreement.mean_overlap:.4f} of the kept tokens stay (at worst {least})"),
@@ -139,9 +140,10 @@ def _parser(prog: str) -> Parser:
     )
     parser.add_argument(
         "--method",
-        default="minmax",
-        choices=("minmax", "percentile", "entropy", "mse"),
-        help="how the range of a layer's input is chosen (default: %(default)s)",
+        default="error",
+        choices=("error", "minmax", "percentile", "entropy", "mse"),
+        help="error: each layer's form and range are searched for by the error of its output; with "
+        "the others all have one form, and this is how ranges are chosen (default: %(default)s)",
     )
     parser.add_argument(
         "--smooth",

@@ -29,7 +29,7 @@ def calibrate(
     *,
     precision: Literal["int8", "fp8"],
     count: int | None = None,
-    method: Literal["minmax", "percentile", "entropy", "mse"] = "minmax",
+    method: Literal["error", "minmax", "percentile", "entropy", "mse"] = "error",
     smooth: float | None = 0.5,
     min_agreement: float | None = 0.95,
     min_cosine: float | None = 0.995,
@@ -43,7 +43,8 @@ def calibrate(
             line, or ``demo`` for the demo's generator. One in five is held apart to judge by.
         precision: ``int8``; or ``fp8``, for GPUs from SM 8.9 on.
         count: How many of the images; None for all.
-        method: How the range of a layer's input is chosen.
+        method: ``error``: each layer's form and range are searched for by the error of its output.
+            Otherwise all have one form, and this is how the range of a layer's input is chosen.
         smooth: How much of the difficulty of outliers goes from inputs into weights, above 0 and
             below 1; None for nothing.
         min_agreement: Mean share of the kept tokens that must stay, above 0 and at most 1; None for

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from vzip.calibration.quantization.folds import source_of
 from vzip.calibration.quantization.pieces import (
     Chain,
     Kind,
@@ -22,8 +24,9 @@ from vzip.calibration.quantization.pieces import (
     own_graph,
 )
 from vzip.calibration.quantization.qdq import Setting, opset_of, quantised
-from vzip.calibration.quantization.ranges import Histograms, Peaks, thresholds
+from vzip.calibration.quantization.ranges import Histograms, thresholds
 from vzip.calibration.quantization.recipe import Recipe
+from vzip.calibration.quantization.search import FormSearch, SeenTokens
 from vzip.calibration.quantization.sensitivity import (
     Effect,
     Goal,
@@ -69,6 +72,11 @@ class LayerReport:
         range: Magnitude at which its input is clipped, after smoothing.
         peak: Largest magnitude of its input, before.
         smoothing: Largest ratio of two of its smoothing factors; null if it isn't smoothed.
+        apart: Channels of its input that are multiplied in high precision.
+        rotated: Channels that a rotation mixes; 0 for none.
+        multiplications: In 8 bits and in all, for one image.
+        error: Of its output when it is quantised, on tokens that were seen: mean square of the
+            error over that of the output; null if it wasn't searched for.
         effect: What quantising it alone costs; null if that was not measured.
         quantised: Whether it is.
         reason: Why not; null if it is.
@@ -79,6 +87,10 @@ class LayerReport:
     range: float
     peak: float
     smoothing: float | None
+    apart: int
+    rotated: int
+    multiplications: tuple[int, int]
+    error: float | None
     effect: Effect | None
     quantised: bool
     reason: str | None
@@ -120,12 +132,19 @@ class Report:
     peak_bytes: int
     threads: int
 
+    @property
+    def eight_bits(self) -> float:
+        """Share of the linear layers' multiplications that are in 8 bits."""
+        small = sum(each.multiplications[0] for each in self.layers)
+        return small / sum(each.multiplications[1] for each in self.layers)
+
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as values that `json` writes."""
+        """Return the fields as values that `json` writes, and ``eight_bits``."""
         agreements = {"agreement": self.agreement, "unrefined": self.unrefined}
-        return asdict(self) | {
+        shown = {
             name: None if each is None else each.to_json() for name, each in agreements.items()
         }
+        return asdict(self) | shown | {"eight_bits": self.eight_bits}
 
 
 class Quantised:
@@ -239,27 +258,33 @@ class _Work:
         self.stored: list[list[dict[str, Array]]] = []
         self.counts: list[int] = []
         self.peaks: dict[str, float] = {}
+        self.lengths: dict[str, int] = {}
+        self.errors: dict[str, float] = {}
         self._layers: Layers | None = None
         self._judge: Judge | None = None
 
     def settings(self) -> dict[str, Setting]:
         """Look at the samples and say how each linear layer is to be quantised."""
         self.step(f"calibrating on {counted(len(self.calibrate), 'image')}")
-        peaks = Peaks()
-        self._stream(peaks.see, keep=self.recipe.keep_agreement or self.recipe.keep_cosine)
+        tokens = SeenTokens(len(self.calibrate))
+        self._stream(tokens.see, keep=self.recipe.keep_agreement or self.recipe.keep_cosine)
+        self.lengths = tokens.lengths
+        channels = {name: tokens.peaks(name) for name in tokens.lengths}
+        self.peaks = {name: float(each.max()) for name, each in channels.items()}
+        self._check_peaks()
+        if self.recipe.method == "error":
+            return self._searched(tokens, channels)
         divisors = {}
         if self.recipe.smoothing is not None:
             divisors = {
-                linear.input: self._factors(linear, peaks.channels[linear.input])
+                linear.input: self._factors(linear, channels[linear.input], self.recipe.smoothing)
                 for linear in self.linears
                 if linear.norm is not None
             }
         limits = {
-            name: float((channels / divisors.get(name, np.float32(1))).max())
-            for name, channels in peaks.channels.items()
+            name: float((peaks / divisors.get(name, np.float32(1))).max())
+            for name, peaks in channels.items()
         }
-        self.peaks = {name: float(channels.max()) for name, channels in peaks.channels.items()}
-        self._check_peaks()
         if self.recipe.method != "minmax":
             self.step(f"counting magnitudes for {self.recipe.method}")
             histograms = Histograms(limits, divisors)
@@ -269,6 +294,26 @@ class _Work:
             linear.name: Setting(limits[linear.input], divisors.get(linear.input))
             for linear in self.linears
         }
+
+    def _searched(self, tokens: SeenTokens, channels: Mapping[str, Array]) -> dict[str, Setting]:
+        """Return each linear layer's best form."""
+        middle = self.recipe.smoothing
+        alphas = () if middle is None else (middle / 2, middle, (1 + middle) / 2)
+        settings = {}
+        for linear in progress(self.linears, desc="search", unit="layer"):
+            weights = [array_of(self.graph, name) for name in linear.weights]
+            factors = partial(self._factors, linear, channels[linear.input])
+            found = FormSearch(
+                linear,
+                tokens,
+                np.concatenate(weights, axis=1),
+                source_of(self.graph, linear) if linear.norm is None else None,
+                None if linear.norm is None else factors,
+                self.recipe.precision,
+            ).best(alphas)
+            settings[linear.name] = found.setting
+            self.errors[linear.name] = found.error
+        return settings
 
     def _check_peaks(self) -> None:
         """Refuse what has no range: a report couldn't even hold it."""
@@ -281,11 +326,10 @@ class _Work:
                     cure="compare it with vzip check, or export it with --dtype fp32",
                 )
 
-    def _factors(self, linear: LinearGroup, channels: Array) -> NDArray[np.float32]:
+    def _factors(self, linear: LinearGroup, channels: Array, alpha: float) -> NDArray[np.float32]:
         assert linear.norm is not None
-        assert self.recipe.smoothing is not None
         weights = [array_of(self.graph, name) for name in linear.weights]
-        found = smooth.factors(channels, weights, self.recipe.smoothing)
+        found = smooth.factors(channels, weights, alpha)
         gamma, beta = (array_of(self.graph, name) for name in linear.norm)
         return smooth.exactly(found, gamma, beta, weights)
 
@@ -326,7 +370,8 @@ class _Work:
         few = self._judge_of(ALONE)
         self.step(f"running each alone on {ALONE} images")
         found = effects(few, self.chain, layers, self.linears)
-        return first, found, ranking(found, goal, first)
+        sizes = {linear.name: self._multiplications(linear) for linear in self.linears}
+        return first, found, ranking(found, goal, first, sizes)
 
     def choose(
         self, settings: Mapping[str, Setting], order: Sequence[str], aim: Goal, least: int
@@ -358,6 +403,13 @@ class _Work:
                 counts.append(min(count, left))
         return Judge(self.chain, stored, counts, self.scores, self.manifest)
 
+    def _multiplications(self, linear: LinearGroup) -> int:
+        """Return how many numbers an image's tokens multiply in a linear layer."""
+        sizes = [self.graph.graph.initializers[name].shape for name in linear.weights]
+        return self.lengths[linear.input] * sum(
+            int(np.prod(each.numpy())) for each in sizes if each
+        )
+
     def close(self) -> None:
         """Free all sessions; they are opened again when needed."""
         self._layers = None
@@ -372,8 +424,12 @@ class _Work:
     ) -> LayerReport:
         """Return what the report says of a layer."""
         factors, effect = setting.factors, found.get(linear.name)
+        every, high_precision = self._multiplications(linear), linear.name in high
+        width = self.graph.graph.initializers[linear.weights[0]].shape
+        assert width is not None
+        small = every - every // int(width.numpy()[0]) * len(setting.apart)
         reason = None
-        if linear.name in high and effect is not None:
+        if high_precision and effect is not None:
             reason = (
                 f"alone it leaves an overlap of {effect.kept_overlap:.4f}, a cosine of "
                 f"{effect.cosine:.6f} and moves scores by {effect.score_error:.4f} deviations"
@@ -384,8 +440,12 @@ class _Work:
             range=setting.threshold,
             peak=self.peaks[linear.input],
             smoothing=None if factors is None else float(factors.max() / factors.min()),
+            apart=len(setting.apart),
+            rotated=setting.block,
+            multiplications=(0 if high_precision else small, every),
+            error=self.errors.get(linear.name),
             effect=effect,
-            quantised=linear.name not in high,
+            quantised=not high_precision,
             reason=reason,
         )
 

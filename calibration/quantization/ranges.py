@@ -1,8 +1,7 @@
-"""What the samples show of each linear layer's input, and the range to quantise it with.
+"""The range to quantise a linear layer's input with, by how often each magnitude occurs.
 
-Two passes over the samples: the first sees every channel's largest magnitude, which is all that
-SmoothQuant and `minmax` need; the second, for the other methods, counts magnitudes into bins that
-reach up to it. Nothing grows with the number of samples.
+A second pass over the samples counts magnitudes into bins that reach up to the largest, which the
+first has seen. Nothing grows with the number of samples.
 """
 
 from __future__ import annotations
@@ -26,22 +25,8 @@ _ENTROPY_BINS = 512  # onnxruntime's search takes a time that grows with the squ
 _CANDIDATES = 128  # thresholds that `mse` compares
 
 
-class Peaks:
-    """First pass: the largest magnitude of each channel of each value."""
-
-    def __init__(self) -> None:
-        self.channels: dict[str, NDArray[np.float32]] = {}
-
-    def see(self, name: str, values: Array) -> None:
-        """Take in a batch [..., channels]."""
-        flat = values.reshape(-1, values.shape[-1])
-        peaks = np.maximum(flat.max(axis=0), -flat.min(axis=0)).astype(np.float32)
-        seen = self.channels.get(name)
-        self.channels[name] = peaks if seen is None else np.maximum(seen, peaks)
-
-
 class Histograms:
-    """Second pass: how often each magnitude occurs.
+    """How often each magnitude occurs.
 
     Args:
         limits: Value's name → its largest magnitude.

@@ -9,7 +9,7 @@ from vzip.runtime.agreement import CALIBRATED
 from vzip.runtime.errors import InvalidInputError
 
 QuantPrecision = Literal["int8", "fp8"]
-Method = Literal["minmax", "percentile", "entropy", "mse"]
+Method = Literal["error", "minmax", "percentile", "entropy", "mse"]
 
 PERCENTILE = 99.99
 """Share in percent of an activation's values that `percentile` leaves unclipped."""
@@ -21,12 +21,15 @@ class Recipe:
 
     Attributes:
         precision: Of the linear layers: ``int8`` (symmetric) or ``fp8`` (E4M3).
-        method: How an activation's range is chosen from what the samples showed: its largest
+        method: ``error``: the form of each layer and its range are searched for by the error of its
+            output (`vzip.calibration.quantization.search`). Otherwise every layer has the same
+            form, and an activation's range is chosen from what the samples showed: its largest
             magnitude, the magnitude that 99.99 % of the values stay below, the clipping that keeps
             most of the distribution's information (KL divergence, for ``int8`` alone), or the one
             with the least mean squared error.
         smoothing: SmoothQuant's alpha, above 0 and below 1, for the layers that follow a
-            LayerNorm; None leaves them as they are.
+            LayerNorm, and with ``error`` around which it is searched for; None leaves them as they
+            are.
         keep_agreement: Mean share of the kept tokens that must stay the same, above 0 and at most
             1; None for no such limit.
         keep_cosine: Mean cosine that the tokens must keep, above 0 and at most 1; None for no such
@@ -37,7 +40,7 @@ class Recipe:
     """
 
     precision: QuantPrecision = "int8"
-    method: Method = "minmax"
+    method: Method = "error"
     smoothing: float | None = 0.5
     keep_agreement: float | None = CALIBRATED.overlap
     keep_cosine: float | None = CALIBRATED.every.mean

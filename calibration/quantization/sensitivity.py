@@ -31,6 +31,8 @@ class Effect:
     Attributes:
         kept_overlap: Mean share of the kept tokens that stay.
         cosine: Mean cosine of the tokens that can be compared.
+        lost: What the median of them lacks to 1: some tokens are a hair away from becoming sinks,
+            and lose much to anything.
         score_error: Root mean square change of a patch's score, relative to the deviation of the
             scores: it tells layers apart where hardly a token changes places. 0 where the selection
             has no scores.
@@ -38,6 +40,7 @@ class Effect:
 
     kept_overlap: float
     cosine: float
+    lost: float
     score_error: float
 
     def to_json(self) -> dict[str, float]:
@@ -176,7 +179,9 @@ def effects(
         place = chain.place(linear)
         session = layers.one(place, frozenset({linear.name}))
         agreement, error = judge.compare(place, {place: session})
-        found[linear.name] = Effect(agreement.mean_overlap, agreement.every.mean, error)
+        cosines = agreement.every.cosines
+        lost = float(np.median(1 - cosines)) if len(cosines) else 1.0
+        found[linear.name] = Effect(agreement.mean_overlap, agreement.every.mean, lost, error)
     return found
 
 
@@ -210,14 +215,17 @@ class Goal:
         )
 
 
-def ranking(effects: Mapping[str, Effect], goal: Goal, first: Agreement) -> list[str]:
-    """Order the layers by what they cost, the worst first.
+def ranking(
+    effects: Mapping[str, Effect], goal: Goal, first: Agreement, sizes: Mapping[str, int]
+) -> list[str]:
+    """Order the layers by what they cost for what they save, the worst first.
 
     Args:
         effects: From `effects`.
         goal: What is to be reached.
         first: With all layers quantised: only what falls short of the goal counts, unless nothing
             does.
+        sizes: How many multiplications each layer has.
 
     Returns:
         Their names.
@@ -226,7 +234,7 @@ def ranking(effects: Mapping[str, Effect], goal: Goal, first: Agreement) -> list
     short_cosine = goal.cosine is not None and first.every.mean < goal.cosine
     # Errors of different layers add up as squares.
     by_score = {name: each.score_error**2 for name, each in effects.items()}
-    by_cosine = {name: max(0.0, 1 - each.cosine) for name, each in effects.items()}
+    by_cosine = {name: max(0.0, each.lost) for name, each in effects.items()}
     parts = []
     if short_overlap or not short_cosine:
         parts.append(by_score)
@@ -237,7 +245,7 @@ def ranking(effects: Mapping[str, Effect], goal: Goal, first: Agreement) -> list
         total = max(sum(part.values()), 1e-30)
         for name, cost in part.items():
             costs[name] = max(costs[name], cost / total)
-    return sorted(costs, key=lambda name: -costs[name])
+    return sorted(costs, key=lambda name: -costs[name] / sizes[name])
 
 
 def fewest(

@@ -170,10 +170,13 @@ class Quick:
         (folder / f"calibration.{self.precision}.json").unlink()
 
 
-GOOD = LayerReport("layers.0.fc1", "fc1", 1.0, 2.0, 4.0, None, quantised=True, reason=None)
-HIGH = LayerReport(
-    "layers.1.fc2", "fc2", 1.0, 9.0, None, Effect(0.6, 0.9, 0.1), quantised=False, reason="it loses"
+GOOD = LayerReport(
+    "layers.0.fc1", "fc1", 1.0, 2.0, 4.0, 8, 0, (90, 100), 0.01, None, quantised=True, reason=None
 )
+HIGH = LayerReport(
+    "layers.1.fc2", "fc2", 1.0, 9.0, None, 0, 16, (0, 100), 0.1, Effect(0.6, 0.9, 0.1, 0.1),
+    quantised=False, reason="it loses",
+)  # fmt: skip
 
 
 class Quantiser:
@@ -210,8 +213,9 @@ def test_prints_a_short_table(
     assert said.out.splitlines() == [
         "graph        model.int8.onnx: 0.0 MiB, opset 18; in fp32 it has 0.0 MiB",
         "samples      8 images calibrated on, 2 others to judge by",
-        f"recipe       int8, minmax, smoothing 0.5, {limits}",
+        f"recipe       int8, error, smoothing 0.5, {limits}",
         "quantised    1 of 2 linear layers",
+        "8 bits       45.0% of the linear layers' multiplications",
         "all of them  would have an overlap of 0.5000 and a cosine of 0.998000",
         "in fp32      layers.1.fc2: it loses",
         "overlap      0.9700 of the kept tokens stay (at worst 0.9000)",

@@ -44,7 +44,8 @@ MakeBundle = Callable[[str], Bundle]
 Array = np.ndarray[Any, Any]
 
 FREE = Recipe(keep_agreement=None, keep_cosine=None)
-PLAIN = dataclasses.replace(FREE, smoothing=None)
+PLAIN = dataclasses.replace(FREE, method="minmax", smoothing=None)
+SMOOTH = dataclasses.replace(FREE, method="minmax")
 LINEARS = [f"layers.{n}.{part}" for n in range(3) for part in ("qkv", "out", "fc1", "fc2")]
 LINEARS += ["projector.linear_1", "projector.linear_2"]
 PAIRS = Counter({"QuantizeLinear": 14, "DequantizeLinear": 28, "Split": 3})
@@ -231,11 +232,11 @@ def test_minmax_ranges_are_the_largest_magnitudes(
 
 
 def test_the_report_says_what_was_done(made: Made, pictures: Path) -> None:
-    done = made("fp32", FREE)
+    done = made("fp32", SMOOTH)
     report = json.loads(json.dumps(done.report.to_json(), allow_nan=False))
     samples = Samples.open(str(pictures), count=10)
     assert report["samples"] == samples.to_json()
-    assert report["recipe"] == FREE.to_json()
+    assert report["recipe"] == SMOOTH.to_json()
     assert (report["calibrated"], report["held_apart"], report["deciding"]) == (8, 2, 0)
     assert report["agreement"]["images"] == 2
     assert [each["name"] for each in report["layers"]] == LINEARS

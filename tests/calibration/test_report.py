@@ -46,11 +46,37 @@ from vzip.runtime.machine import timing
 def calibration(**change: Any) -> dict[str, Any]:
     """What `vzip calibrate` writes, as its own classes do."""
     found = agreement(0.9731, 0.99873, least_overlap=0.8642, least_cosine=0.95124)
-    small, large = Effect(0.9911, 0.99912, 0.0517), Effect(0.8123, 0.9534, 0.9091)
+    small, large = Effect(0.9911, 0.99912, 0.001, 0.0517), Effect(0.8123, 0.9534, 0.05, 0.9091)
     why = "alone it leaves an overlap of 0.8123"
     layers = (
-        LayerReport("layers.0.qkv", "qkv", 1.0, 2.0, 3.0, small, quantised=True, reason=None),
-        LayerReport("layers.3.fc2", "fc2", 1.0, 2.0, None, large, quantised=False, reason=why),
+        LayerReport(
+            "layers.0.qkv",
+            "qkv",
+            1.0,
+            2.0,
+            3.0,
+            8,
+            0,
+            (9, 10),
+            0.1,
+            small,
+            quantised=True,
+            reason=None,
+        ),
+        LayerReport(
+            "layers.3.fc2",
+            "fc2",
+            1.0,
+            2.0,
+            None,
+            0,
+            16,
+            (0, 10),
+            0.2,
+            large,
+            quantised=False,
+            reason=why,
+        ),
     )
     made = Report(
         recipe=Recipe(), samples={"count": 64, "digest": "a" * 64}, calibrated=52, held_apart=12,

@@ -31,7 +31,7 @@ from vzip.runtime.bundle.reader import Bundle
 
 MakeBundle = Callable[[str], Bundle]
 
-PLAIN = Recipe(smoothing=None, keep_agreement=None, keep_cosine=None)
+PLAIN = Recipe(method="minmax", smoothing=None, keep_agreement=None, keep_cosine=None)
 SMOOTH = dataclasses.replace(PLAIN, smoothing=0.5)
 
 
@@ -42,7 +42,7 @@ def test_outliers_break_minmax_and_smoothing_with_limits_mends_it(
     samples, bundle = Samples.open(str(pictures), count=14), tiny("outliers")
     said: list[str] = []
     plain = quantize(bundle, samples, PLAIN, step=said.append).report
-    mended = quantize(bundle, samples, Recipe(), step=said.append).report
+    mended = quantize(bundle, samples, Recipe(method="minmax"), step=said.append).report
     assert plain.agreement.mean_overlap < 0.85
     assert plain.agreement.kept.mean < 0.99
     assert mended.agreement.mean_overlap >= 0.95
@@ -89,7 +89,7 @@ def test_the_layer_that_is_spoiled_has_the_largest_effect(tiny: MakeBundle, pict
     goal = Goal(0.99, 0.9999)
     first, error = judge.compare(0, layers.all(linears, frozenset()))
     assert len(first.overlaps) == 3
-    assert ranking(found, goal, first)[0] == "layers.1.out"
+    assert ranking(found, goal, first, dict.fromkeys(settings, 1))[0] == "layers.1.out"
     assert found["layers.1.out"].score_error == max(each.score_error for each in found.values())
     # What lies behind the scores moves none of them, and the projector no kept token.
     for name in ("layers.2.out", "layers.2.fc1", "layers.2.fc2", "projector.linear_2"):
@@ -109,14 +109,18 @@ def test_the_layer_that_is_spoiled_has_the_largest_effect(tiny: MakeBundle, pict
 
 def test_only_what_falls_short_ranks_the_layers() -> None:
     found = {
-        "a": Effect(1.0, 0.99, 0.0),
-        "b": Effect(0.9, 1.0, 0.5),
-        "c": Effect(0.99, 0.999, 0.1),
+        "a": Effect(1.0, 0.99, 0.01, 0.0),
+        "b": Effect(0.9, 1.0, 0.0, 0.5),
+        "c": Effect(0.99, 0.999, 0.001, 0.1),
     }
     goal = Goal(0.95, 0.995)
-    assert ranking(found, goal, agreement(0.9, 0.999)) == ["b", "c", "a"]
-    assert ranking(found, goal, agreement(0.99, 0.9)) == ["a", "c", "b"]
-    assert set(ranking(found, goal, agreement(0.9, 0.9))[:2]) == {"a", "b"}
+    sizes = dict.fromkeys(found, 7)
+    assert ranking(found, goal, agreement(0.9, 0.999), sizes) == ["b", "c", "a"]
+    assert ranking(found, goal, agreement(0.99, 0.9), sizes) == ["a", "c", "b"]
+    assert set(ranking(found, goal, agreement(0.9, 0.9), sizes)[:2]) == {"a", "b"}
+    # What saves a thousand times as much may cost more.
+    sizes["b"] = 7000
+    assert ranking(found, goal, agreement(0.9, 0.999), sizes) == ["c", "b", "a"]
 
 
 @pytest.mark.parametrize("needed", range(8))

@@ -269,7 +269,7 @@ def test_a_quantised_graph_stays_as_it_is(tmp_path: Path) -> None:
 
 
 def quantised(bundle: Bundle, precision: QuantPrecision) -> Any:
-    recipe = Recipe(precision, keep_agreement=None, keep_cosine=None)
+    recipe = Recipe(precision, "minmax", keep_agreement=None, keep_cosine=None)
     return quantize(bundle, Samples.open("demo", count=10), recipe, step=lambda _: None)
 
 
