@@ -41,6 +41,12 @@ class Chosen:
     dominant: NDArray[np.int64]
 
 
+def farness(chosen: Chosen, patches: Float) -> float:
+    """Return how far the nearest dominant patch is from a patch, on average over [N, 2] places."""
+    apart = patches[:, None] - patches[chosen.dominant][None]
+    return float(np.sqrt((apart**2).sum(-1)).min(1).mean())
+
+
 Choice = Callable[[Seen, int, np.random.Generator], Chosen]
 
 

@@ -14,6 +14,7 @@ from benchmarks import (
     handoff,
     plan,
     quantization,
+    sinks,
     small_costs,
     tuning,
 )
@@ -28,6 +29,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "llama-2-7b/end_to_end": end_to_end.table,
     "plan": plan.table,
     "quantization": quantization.tables,
+    "sinks": sinks.page,
     "small_costs": small_costs.table,
     "tuning": tuning.table,
 }

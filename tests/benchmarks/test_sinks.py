@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from benchmarks import sinks
 from benchmarks.harness import choices, probes
 from benchmarks.harness.probes import Known
 from benchmarks.harness.views import Seen, View, views
+from benchmarks.readme import RESULTS, ROOT
 from vzip.export.algorithm.budget import split_tokens
 
 SIDE, WIDTH, PICTURES = 6, 48, 16
@@ -51,8 +54,8 @@ def explained(
     reader = probes.Reader.learnt(folds, whole, long, meanings)
     places = probes.Ridge(folds, looks, [PLACES] * len(looks))
     told = []
-    for fold, look, sinks in zip(folds, looks, long, strict=True):
-        known = Known(look[kept], PLACES[kept], sinks[kept])
+    for fold, look, each in zip(folds, looks, long, strict=True):
+        known = Known(look[kept], PLACES[kept], each[kept])
         if not placed:
             known = probes.replaced(known, places, fold, SIDE)
         told.append(reader.told(known, fold, PLACES, SIDE, probes.WIDTHS))
@@ -187,6 +190,12 @@ def test_statistics_tell_stripes_flat_and_bright() -> None:
     assert upright[3] > flat[3] + 3
     assert upright[6] > 0.8
     assert lying[6] < -0.8
+
+
+def test_the_document_has_the_table_of_the_result() -> None:
+    result = json.loads((RESULTS / "sinks.json").read_text(encoding="utf-8"))
+    document = (ROOT / "docs" / "choosing-a-budget.md").read_text(encoding="utf-8")
+    assert sinks.summary(result) in document
 
 
 def test_views_repeat_and_motorcycles_are_one_scene() -> None:
