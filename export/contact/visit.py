@@ -236,7 +236,7 @@ def _taken(step: Step, work: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if ended.how or found.get("status") not in {"ok", "failed", "not here"}:
         found.update(status="failed", why=_why(found, ended))
     texts = {f"{step.name}.log": ended.output}
-    if "folder" in step.arguments and step.does != "build":
+    if "folder" in step.arguments and (step.does != "build" or found["status"] != "ok"):
         place = Path(step.arguments["folder"])
         with contextlib.suppress(OSError):
             texts[f"{step.name}.{INSPECTOR}"] = (place / INSPECTOR).read_text(errors="replace")

@@ -177,9 +177,11 @@ def findings(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 f"{one['largest_error']:.1e}, {one['share_beyond']:.1%} beyond the tolerance"
             )
     if "tensors" in (found := stages.get("tensors", {})):
-        first, worst = found["first"], found["worst"]
+        first, behind, worst = (found[k] for k in ("first", "first_behind_choice", "worst"))
         lines.append(f"tensors: {found['compared']} compared")
-        lines.append(f"first that differs: {_row(first) if first else 'none'}")
+        lines.append(f"first that differs: {_row(first) if first else 'none before any choice'}")
+        if behind:
+            lines.append(f"first behind a choice, which rounding may flip: {_row(behind)}")
         if worst and worst["difference"] > 0:
             lines.append(f"adds most: {_row(worst)}")
     if "nodes" in (found := stages.get("reduce", {})):

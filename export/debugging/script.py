@@ -12,7 +12,8 @@ from an engine file. The left side is ONNX Runtime on the CPU, which computes FP
 * ``build``: does TensorRT take the graph?
 * ``compare``: the graph's outputs on all pictures: each side beside PyTorch, and beside each other.
 * ``tensors``: every tensor, in the graph's order, on the first picture. All of them are outputs
-  then, which keeps TensorRT from fusing across them: a fault of a fusion may not show here.
+  then, which keeps TensorRT from fusing across them: a fault of a fusion may not show here. Apart
+  are those behind a choice (the largest scores, the nearest target), which rounding may flip.
 * ``reduce``: the smallest part of the graph whose outputs still differ (``polygraphy debug
   reduce``), in `reduced.onnx`. Parts are compiled with their fusions.
 * ``extract``: one operator (``polygraphy surgeon extract``), in `layer.onnx`, with what goes in and
@@ -45,6 +46,8 @@ MODEL: Final = FOLDER / "model.onnx"
 REDUCED: Final = FOLDER / "reduced.onnx"
 LAYER: Final = FOLDER / "layer.onnx"
 DIFFERS: Final = 1
+CHOICES: Final = ("TopK", "ArgMax", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
+"""Operators whose results jump where inputs are close: rounding may flip one, and all behind it."""
 FAR: Final = 1e30
 """What a difference is said to be that no number is: where one isn't finite, or another shape."""
 
@@ -286,8 +289,10 @@ def compare_tensors() -> dict[str, Any]:
         with right(every, first) as runner:
             got = _run(runner, first)
     made: dict[str, float] = {}
-    rows = []
+    rows, chosen = [], set[str]()
     for node in onnx.load(MODEL, load_external_data=False).graph.node:
+        if node.op_type in CHOICES or chosen.intersection(node.input):
+            chosen.update(node.output)
         before = max((made.get(name, 0.0) for name in node.input), default=0.0)
         for name in node.output:
             if name not in expected or name not in got:
@@ -297,13 +302,16 @@ def compare_tensors() -> dict[str, Any]:
                 "tensor": name, "operator": node.op_type, "node": node.name,
                 "dtype": str(expected[name].dtype), "shape": list(expected[name].shape),
                 "difference": made[name], "of_inputs": before,
+                "behind_choice": name in chosen,
             })  # fmt: skip
     found = [row for row in rows if beyond(row["tensor"], row["difference"])]
+    plain = [row for row in rows if not row["behind_choice"]]
     return {
         "compared": len(rows),
-        "first": found[0] if found else None,
+        "first": next((row for row in found if not row["behind_choice"]), None),
+        "first_behind_choice": next((row for row in found if row["behind_choice"]), None),
         # What adds most of what it didn't get from its inputs.
-        "worst": max(rows, key=lambda row: row["difference"] - row["of_inputs"], default=None),
+        "worst": max(plain, key=lambda row: row["difference"] - row["of_inputs"], default=None),
         "tensors": rows,
     }
 
@@ -383,9 +391,14 @@ def extract() -> dict[str, Any]:
 
 
 def _first() -> str:
-    """Return the tensor that differs first, by `tensors.json`; else what adds most."""
+    """Return the tensor that differs first, by `tensors.json`; else what adds most.
+
+    Behind a choice a difference counts only where the outputs differ too.
+    """
     found = json.loads((FOLDER / "tensors.json").read_text(encoding="utf-8"))
-    return str((found["first"] or found["worst"])["tensor"])
+    wrong = json.loads((FOLDER / "compare.json").read_text(encoding="utf-8"))["differs"]
+    behind = found["first_behind_choice"] if wrong else None
+    return str((found["first"] or behind or found["worst"])["tensor"])
 
 
 COMMANDS: Final = {

@@ -36,9 +36,8 @@ def wrong(model, feeds):
     """The right side, of a graph with one operator that isn't what it should be."""
     graph = onnx.load(model)
     for node in graph.graph.node:
-        if node.output[0] == "sum_rows":
-            assert node.op_type == "Add"
-            node.op_type = "Sub"
+        if node.output[0] == "{tensor}":
+            node.op_type = "{operator}"
     path = Path(model).parent / "wrong.onnx"
     onnx.save(graph, path)
     return real(path, feeds)
@@ -102,28 +101,47 @@ def test_the_sides_agree_and_every_tensor_is_compared(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tensor", "instead", "inputs", "behind"),
+    [
+        ("mean", "ReduceSum", ["patches"], False),
+        # The patches that are merged were chosen before.
+        ("sum_rows", "Sub", ["target_rows", "group_rows"], True),
+    ],
+)
 def test_the_operator_that_is_wrong_is_named_and_cut_out(
-    bundle: Bundle, tmp_path: Path, silent: list[str], monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle,
+    tmp_path: Path,
+    silent: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    tensor: str,
+    instead: str,
+    inputs: list[str],
+    behind: bool,
 ) -> None:
     folder = tmp_path / "out"
     debug(bundle.path, folder, side="onnxruntime", say=lambda _: None)
     script = loaded(folder)
     monkeypatch.setitem(sys.modules, "debug", script)
-    exec(WRONG, {})
+    exec(WRONG.format(tensor=tensor, operator=instead), {})
     compared = script.compare()
     assert compared["differs"] is True
-    # Merged tokens alone are wrong.
-    assert compared["right_beside_left"]["largest_error"] < 1e-6
-    assert compared["right_beside_left"]["merged_cosine"] < 0.9
+    if behind:  # merged tokens alone are wrong
+        assert compared["right_beside_left"]["largest_error"] < 1e-6
+        assert compared["right_beside_left"]["merged_cosine"] < 0.9
     found = script.compare_tensors()
-    assert found["first"]["tensor"] == "sum_rows"
-    assert found["first"]["of_inputs"] < 1e-3
+    first = found["first_behind_choice" if behind else "first"]
+    assert first["tensor"] == tensor
+    assert first["of_inputs"] < 1e-3
+    assert behind is (found["first"] is None)
     (folder / "tensors.json").write_text(json.dumps(found))
+    (folder / "compare.json").write_text(json.dumps(compared))
     cut = script.extract()
-    assert (cut["operator"], cut["outputs"], cut["differs"]) == ("Add", ["sum_rows"], True)
-    assert cut["inputs"] == ["target_rows", "group_rows"]
-    with np.load(folder / "layer_inputs.npz") as inputs:
-        assert list(inputs) == cut["inputs"]
+    assert (cut["outputs"], cut["differs"]) == ([tensor], True)
+    assert cut["inputs"] == inputs
+    with np.load(folder / "layer_inputs.npz") as saved:
+        assert list(saved) == inputs
     # Another, by its name, is right when it is alone.
     script.SETTINGS["layer"] = "map"
     assert script.extract()["differs"] is False
@@ -138,7 +156,7 @@ def test_polygraphy_reduces_the_graph_to_the_operator_that_is_wrong(
 ) -> None:
     folder = tmp_path / "out"
     debug(bundle.path, folder, side="onnxruntime", say=lambda _: None)
-    code = WRONG + "sys.exit(debug.main(sys.argv[1:]))\n"
+    code = WRONG.format(tensor="sum_rows", operator="Sub") + "sys.exit(debug.main(sys.argv[1:]))\n"
     (folder / "wrong.py").write_text(code)
     done = subprocess.run(
         [sys.executable, "wrong.py", "reduce"], cwd=folder, capture_output=True, text=True,
