@@ -78,7 +78,7 @@ def check(
     pictures = reference_images() if images is None else images
     if images and all(Glance.of(load_image(image)).flat for image in images):
         say(f"{path} is checked on flat pictures alone, one colour all over: it proves little")
-    result = UntouchedModel(weights, pictures).compare(found)
+    result = UntouchedModel(weights, pictures, found.manifest.precision).compare(found)
     checked = update_manifest(found, parity=result.to_json())
     if not result.passed:
         say(f"{path} misses the gate of {found.manifest.precision}: {'; '.join(result.short)}")

@@ -409,7 +409,7 @@ def export_bundle(
         reference = None
         if check_images:
             step("running the untouched model")
-            reference = UntouchedModel(weights, check_images)
+            reference = UntouchedModel(weights, check_images, precision)
         step("tracing")
         encoder = Encoder(
             config,

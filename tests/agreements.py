@@ -24,6 +24,6 @@ def agreement(
     return Agreement(
         two(overlap, least_overlap),
         Choices(2, nothing),
-        Values(two(cosine, least_cosine), 0.0),
-        Values(nothing, 0.0),
+        Values(two(cosine, least_cosine), np.zeros(2)),
+        Values(nothing),
     )

@@ -4,6 +4,10 @@ The reference shares nothing with the graph but the weights: transformers' own m
 (`reference.py`) and the loop-by-loop `oracle`. Choices are compared with the oracle's: which tokens
 are kept, and which target each other token goes to. Values are compared given the graph's own
 choices, which say what each token should be. `GRAPH` has the gates.
+
+An FP32 graph is judged by the model in FP64, beside what FP32 costs the model itself. An FP16 graph
+runs in true half precision (`rounded.py`) and is judged by the model in FP32, beside what half
+precision costs the model.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -19,9 +23,14 @@ from numpy.typing import NDArray
 
 from vzip.export.algorithm import oracle, selections
 from vzip.export.checkpoint.weights import VisionWeights
-from vzip.export.parity.reference import Features, projector, tower_features
-from vzip.runtime.agreement import GRAPH, Agreement, Choices, Gate, Values, kept_choices
+from vzip.export.parity.half_sums import exact_sums
+from vzip.export.parity.reference import PRECISIONS, Features, as_dtype, projector, tower_features
+from vzip.export.parity.rounded import open_rounded
+from vzip.runtime.agreement import GRAPH, Agreement, Choices, Gate, Reference, Values, kept_choices
+from vzip.runtime.agreement.floor import floor_of
+from vzip.runtime.agreement.found import merge_targets
 from vzip.runtime.backends import open_backend
+from vzip.runtime.backends.protocol import Backend
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS, Manifest
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.console import progress
@@ -52,6 +61,13 @@ class Parity:
         mean_cosine: Of all tokens.
         max_error: Largest difference relative to the largest magnitude of the reference; −1 if it
             isn't finite.
+        median_error: The median of the tokens' errors.
+        most_error: The error that 95 % of the tokens keep to.
+        floor_median_error: As `median_error`, of the untouched model that computes in the graph's
+            precision, beside itself in a finer one.
+        floor_most_error: As `most_error`.
+        floor_max_error: As `max_error`.
+        tokens_beyond: How many tokens differ by more than the gate allows beside their floor.
         short: What falls short of the precision's gate, in words; not recorded.
     """
 
@@ -65,12 +81,20 @@ class Parity:
     min_cosine: float
     mean_cosine: float
     max_error: float
+    median_error: float
+    most_error: float
+    floor_median_error: float
+    floor_most_error: float
+    floor_max_error: float
+    tokens_beyond: int
     short: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, agreement: Agreement, gate: Gate) -> Parity:
         """Return the numbers of an agreement, and the verdict."""
         chosen, grouped, every = agreement.chosen, agreement.grouped, agreement.every
+        floor, beside = every.floor[:, 0], gate.every.beside
+        assert beside is not None
         return cls(
             images=len(agreement.overlaps),
             kept_overlap=chosen.share,
@@ -81,7 +105,13 @@ class Parity:
             group_disagreements=grouped.beyond(gate.margin),
             min_cosine=every.lowest,
             mean_cosine=every.mean,
-            max_error=every.error if np.isfinite(every.error) else -1.0,
+            max_error=_number(every.error),
+            median_error=_number(every.quantile(0.5)),
+            most_error=_number(every.quantile(0.95)),
+            floor_median_error=float(np.quantile(floor, 0.5)),
+            floor_most_error=float(np.quantile(floor, 0.95)),
+            floor_max_error=float(floor.max()),
+            tokens_beyond=int(beside.beyond(every).sum()),
             short=gate.judge(agreement),
         )
 
@@ -97,6 +127,17 @@ class Parity:
         return {**numbers, "passed": self.passed}
 
 
+def _number(value: float) -> float:
+    """Return a number that JSON can hold; −1 for infinity."""
+    return float(value) if np.isfinite(value) else -1.0
+
+
+# Precision of a graph → in which the model is what is right, and in which its floor is measured.
+# BF16 as well, for engines that compute in it, and because it shows which tokens are unsteady.
+_RIGHT: Final = {"fp32": "fp64", "fp16": "fp32"}
+_MEASURED: Final = {"fp32": ("fp32", "bf16"), "fp16": ("fp16", "bf16")}
+
+
 class UntouchedModel:
     """What the untouched model says of some images.
 
@@ -105,16 +146,29 @@ class UntouchedModel:
     Args:
         weights: Of the model.
         images: At least one.
+        precision: Of the graphs that it is to be compared with.
     """
 
-    def __init__(self, weights: VisionWeights, images: Sequence[ImageSource]) -> None:
+    def __init__(
+        self, weights: VisionWeights, images: Sequence[ImageSource], precision: str = "fp32"
+    ) -> None:
         loaded = [load_image(image) for image in images]
+        self._precision = precision
         self._preprocessing = weights.config.preprocessing
         self._inputs = np.stack([tower_image(image, self._preprocessing) for image in loaded])
-        self._features = tower_features(weights, [np.asarray(image) for image in loaded])
+        self._features = tower_features(
+            weights,
+            [np.asarray(image) for image in loaded],
+            precision=_RIGHT[precision],
+            narrow=_MEASURED[precision],
+        )
         # Pooled tokens are projected already.
         pooled = weights.config.pool > 1
-        self._projector = torch.nn.Identity() if pooled else projector(weights)
+        plain = torch.nn.Identity() if pooled else projector(weights)
+        self._projectors = {
+            name: as_dtype(plain, PRECISIONS[name])
+            for name in (_RIGHT[precision], *_MEASURED[precision])
+        }
         self._check_finite(weights)
 
     def _check_finite(self, weights: VisionWeights) -> None:
@@ -124,17 +178,29 @@ class UntouchedModel:
             CheckpointError: It does, of weights that are finite.
         """
         for features in self._features:
-            with torch.no_grad():
-                tokens = self._projector(torch.from_numpy(features.hidden[0]).float())
-            if not bool(torch.isfinite(tokens).all()):
-                size = {name: float(each.abs().max()) for name, each in weights.tensors.items()}
-                name = max(size, key=lambda name: size[name])
-                raise CheckpointError(
-                    "the untouched model gives tokens that hold NaN or infinity",
-                    expected="finite ones",
-                    cause=f"numbers of its weights are too large, {size[name]:.1e} in '{name}'",
-                    cure="download the file again, or take an earlier checkpoint of the training",
-                )
+            # FP64 holds numbers that FP32, in which the graph computes, doesn't.
+            for name in ("fp32", self._precision):
+                right = name == _RIGHT[self._precision]
+                hidden = features.hidden if right else features.narrow[name].double().numpy()
+                if not np.isfinite(self._projected(hidden[0], name)).all():
+                    raise self._overflown(weights, name)
+
+    def _overflown(self, weights: VisionWeights, precision: str) -> CheckpointError:
+        size = {name: float(each.abs().max()) for name, each in weights.tensors.items()}
+        name = max(size, key=lambda name: size[name])
+        if precision == "fp16":
+            return CheckpointError(
+                "the untouched model gives tokens that hold NaN or infinity in FP16",
+                expected="finite ones, as in FP32",
+                cause=f"numbers inside are above 65504, its largest; '{name}' has {size[name]:.1e}",
+                cure="export with --dtype fp32",
+            )
+        return CheckpointError(
+            "the untouched model gives tokens that hold NaN or infinity",
+            expected="finite ones",
+            cause=f"numbers of its weights are too large, {size[name]:.1e} in '{name}'",
+            cure="download the file again, or take an earlier checkpoint of the training",
+        )
 
     @property
     def keys(self) -> NDArray[np.float64]:
@@ -151,10 +217,12 @@ class UntouchedModel:
         Returns:
             The numbers and the verdict.
         """
+        assert bundle.manifest.precision == self._precision
         outputs = _run(bundle, self._inputs, self._preprocessing)
+        ranked = self._ranked(bundle.manifest)
         agreement = Agreement.of_all(
-            _compared(features, output, bundle.manifest, self._projector)
-            for features, output in zip(self._ranked(bundle.manifest), outputs, strict=True)
+            self._compared(picture, features, output, bundle.manifest)
+            for picture, (features, output) in enumerate(zip(ranked, outputs, strict=True))
         )
         return Parity.of(agreement, GRAPH[bundle.manifest.precision])
 
@@ -165,30 +233,84 @@ class UntouchedModel:
             path: The file, ``reference.npz``: a `vzip.runtime.agreement.Reference`.
             manifest: Of the graph: its input, and which tokens it is to keep.
         """
-        selection = manifest.selection
         embeds, kept = [], []
+        floors: dict[str, list[Array]] = {name: [] for name in _MEASURED[self._precision]}
         ranked = self._ranked(manifest)
         for features in ranked:
-            tokens, chosen = oracle.compress(
-                features.hidden,
-                features.keys,
-                features.scores,
-                dominant=selection.dominant,
-                contextual=selection.contextual,
-                merge=selection.merge,
-                cls_token=selection.cls_token,
-            )
-            with torch.no_grad():
-                embeds.append(self._projector(torch.from_numpy(tokens[0]).float()).numpy())
-            kept.append(chosen[0])
+            tokens, chosen = _compressed(features.hidden, features, manifest)
+            right = self._projected(tokens)
+            embeds.append(right)
+            kept.append(chosen)
+            for name, each in floors.items():
+                hidden = features.narrow[name].double().numpy()
+                tokens, _ = _compressed(hidden, features, manifest)
+                each.append(_floor(right, self._projected(tokens, name)))
         scores = np.concatenate([features.scores for features in ranked])
+        reference = Reference(
+            _graph_input(self._inputs, self._preprocessing, manifest),
+            np.stack(kept),
+            scores.astype(np.float32),
+            np.stack(embeds).astype(np.float32),
+            {name: np.stack(each).astype(np.float32) for name, each in floors.items()},
+        )
         # Uncompressed: photographs and floats hardly shrink.
-        np.savez(
-            path,
-            input=_graph_input(self._inputs, self._preprocessing, manifest),
-            kept=np.stack(kept),
-            scores=scores.astype(np.float32),
-            embeds=np.stack(embeds),
+        np.savez(path, **reference.to_arrays())  # type: ignore[arg-type]
+
+    def _projected(
+        self, tokens: NDArray[np.float64], precision: str | None = None
+    ) -> NDArray[np.float64]:
+        """Return what the untouched projector makes of features [n, F]: [n, L].
+
+        Args:
+            tokens: The features.
+            precision: It computes in; None for the one that is right.
+        """
+        name = precision or _RIGHT[self._precision]
+        with torch.no_grad(), exact_sums():
+            made = self._projectors[name](torch.from_numpy(tokens).to(PRECISIONS[name]))
+        found: NDArray[np.float64] = made.double().numpy()
+        return found
+
+    def _compared(
+        self, picture: int, features: Features, output: _Output, manifest: Manifest
+    ) -> Agreement:
+        """Compare what the graph gave for one image."""
+        selection, offset = manifest.selection, int(manifest.tower.cls_token)
+        best = oracle.select(features.scores[0], selection.dominant - int(selection.cls_token))
+        right = np.array([0] * selection.cls_token + [patch + offset for patch in best])
+        chosen = kept_choices(right, output.kept, features.scores[0], manifest)
+        grouped, groups = _grouped(features, output, manifest)
+
+        def tokens(hidden: NDArray[np.float64]) -> NDArray[np.float64]:
+            merged = oracle.merge_groups(hidden, groups, selection.merge)
+            return np.concatenate([hidden[output.kept], merged])  # [K, F]
+
+        expected = self._projected(tokens(features.hidden[0]))  # [K, L]
+        measured = {
+            name: _floor(expected, self._projected(tokens(hidden[0].double().numpy()), name))
+            for name, hidden in features.narrow.items()
+        }
+        floor = floor_of(measured, manifest.precision)
+        scale, dominant = float(np.abs(expected).max()), selection.dominant
+        tokens_of = np.concatenate([output.kept, merge_targets(output.kept, manifest)])
+        places = np.stack([np.full(len(expected), picture), tokens_of], axis=1)
+
+        def values(rows: slice) -> Values:
+            return Values.of(
+                expected[rows],
+                output.embeds[rows],
+                scale,
+                floor=None if floor is None else floor[rows],
+                places=places[rows],
+            )
+
+        return Agreement(
+            np.array([chosen.share]),
+            chosen,
+            values(slice(dominant)),
+            values(slice(dominant, None)),
+            grouped,
+            bool(np.isfinite(output.embeds).all()),
         )
 
     def _ranked(self, manifest: Manifest) -> list[Features]:
@@ -205,6 +327,39 @@ class UntouchedModel:
             replace(each, scores=ranking(score, kept))
             for each, score in zip(self._features, scores, strict=True)
         ]
+
+
+def _compressed(
+    hidden: NDArray[np.float64], features: Features, manifest: Manifest
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return features [K, F] and kept indices [dominant] of an image, chosen by `features`.
+
+    Args:
+        hidden: [1, S, F].
+        features: Whose scores and keys choose.
+        manifest: Of the graph.
+    """
+    selection = manifest.selection
+    tokens, kept = oracle.compress(
+        hidden,
+        features.keys,
+        features.scores,
+        dominant=selection.dominant,
+        contextual=selection.contextual,
+        merge=selection.merge,
+        cls_token=selection.cls_token,
+    )
+    return tokens[0], kept[0]
+
+
+def _floor(right: Array, narrow: Array) -> NDArray[np.float64]:
+    """Return the error, and 1 minus the cosine, of each token [n, L]: [n, 2].
+
+    Where the narrow precision gives what is no number, the floor is as high as can be said.
+    """
+    found = Values.of(right, narrow, float(np.abs(right).max()))
+    largest = float(np.finfo(np.float32).max)
+    return np.stack([np.minimum(found.errors, largest), 1 - found.cosines], axis=1)
 
 
 def _graph_input(images: NDArray[np.uint8], prep: Preprocessing, manifest: Manifest) -> Array:
@@ -235,8 +390,7 @@ def _run(bundle: Bundle, images: NDArray[np.uint8], prep: Preprocessing) -> list
     manifest = bundle.manifest
     inputs = _graph_input(images, prep, manifest)
     copies = 1 if manifest.batch.dynamic else manifest.batch.max
-    graph = bundle.at(bundle.precision)  # and no CPU engine in its place
-    _, session = open_backend(BACKEND, graph, extra_outputs=(TOKEN_WEIGHTS,))
+    session = _opened(bundle.at(bundle.precision))  # and no CPU engine in its place
     names = (EMBEDS, KEPT, TOKEN_WEIGHTS)
     results = []
     try:
@@ -248,6 +402,13 @@ def _run(bundle: Bundle, images: NDArray[np.uint8], prep: Preprocessing) -> list
     finally:
         session.close()
     return results
+
+
+def _opened(bundle: Bundle) -> Backend:
+    """Open a bundle's graph; an FP16 graph so that it computes in true half precision."""
+    if bundle.manifest.precision == "fp32":
+        return open_backend(BACKEND, bundle, extra_outputs=(TOKEN_WEIGHTS,))[1]
+    return open_rounded(bundle, extra_outputs=(TOKEN_WEIGHTS,))
 
 
 def _grouped(
@@ -270,28 +431,3 @@ def _grouped(
             if chosen != best:
                 lost.append(oracle.cosine(keys, token, best) - oracle.cosine(keys, token, chosen))
     return Choices(sum(map(len, groups.values())), np.array(lost, np.float64)), groups
-
-
-def _compared(
-    features: Features, output: _Output, manifest: Manifest, untouched: torch.nn.Module
-) -> Agreement:
-    """Compare what the graph gave for one image."""
-    selection, offset = manifest.selection, int(manifest.tower.cls_token)
-    best = oracle.select(features.scores[0], selection.dominant - int(selection.cls_token))
-    right = np.array([0] * selection.cls_token + [patch + offset for patch in best])
-    chosen = kept_choices(right, output.kept, features.scores[0], manifest)
-    grouped, groups = _grouped(features, output, manifest)
-    hidden = features.hidden[0]
-    contextual = oracle.merge_groups(hidden, groups, selection.merge)
-    tokens = np.concatenate([hidden[output.kept], contextual])  # [K, D]
-    with torch.no_grad():
-        expected = untouched(torch.from_numpy(tokens).float()).numpy()  # [K, L]
-    scale, dominant = float(np.abs(expected).max()), selection.dominant
-    return Agreement(
-        np.array([chosen.share]),
-        chosen,
-        Values.of(expected[:dominant], output.embeds[:dominant], scale),
-        Values.of(expected[dominant:], output.embeds[dominant:], scale),
-        grouped,
-        bool(np.isfinite(output.embeds).all()),
-    )

@@ -1,15 +1,17 @@
 """The untouched Hugging Face model: its tower's features, projector, pooling, image processor.
 
-Nothing of ours but the weights goes in: transformers' own modules in FP32 with eager attention, the
-one that returns attention, read through forward hooks.
+Nothing of ours but the weights goes in: transformers' own modules with eager attention, the one
+that returns attention, read through forward hooks. They run one after the other, each on all images
+and in every precision that is asked for, so that no second copy of the tower is in memory in FP64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 
 from vzip.export.architecture import VisionConfig, needed_tensors
 from vzip.export.checkpoint.weights import VisionWeights
+from vzip.export.parity.half_sums import exact_sums
 from vzip.runtime.console import progress
 from vzip.runtime.pictures.resize import pillows
 
@@ -24,6 +27,14 @@ if TYPE_CHECKING:
     from transformers import CLIPVisionModel, SiglipVisionModel
 
     Tower: TypeAlias = CLIPVisionModel | SiglipVisionModel
+
+
+PRECISIONS: Final[Mapping[str, torch.dtype]] = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
 
 
 @dataclass(frozen=True)
@@ -36,67 +47,140 @@ class Features:
     Attributes:
         hidden: float64 [1, S, F], features of the selected layers, side by side.
         keys: float64 [1, H, S, d], k_proj's output of the deepest of them.
-        scores: float64 [1, N], of the patches, in FP32: the attention of CLS, summed over heads;
-            without CLS the attention that each receives, averaged over heads and queries.
+        scores: float64 [1, N], of the patches: the attention of CLS, summed over heads; without CLS
+            the attention that each receives, averaged over heads and queries.
+        narrow: Precision → what `hidden` is where the tower computes in that; same shape, in the
+            precision's own dtype.
     """
 
     hidden: NDArray[np.float64]
     keys: NDArray[np.float64]
     scores: NDArray[np.float64]
+    narrow: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-def tower_features(weights: VisionWeights, images: Sequence[NDArray[np.uint8]]) -> list[Features]:
-    """Run the untouched tower, image by image; it is freed on return.
+def tower_features(
+    weights: VisionWeights,
+    images: Sequence[NDArray[np.uint8]],
+    *,
+    precision: str = "fp64",
+    narrow: Sequence[str] = (),
+) -> list[Features]:
+    """Run the untouched tower on some images; it is freed on return.
 
     Args:
         weights: Of the model.
         images: uint8 [H, W, 3] RGB, of any size; transformers' own processor prepares them. Of an
             image that it cuts into tiles, the base tile is taken.
+        precision: What it computes in, a name of `PRECISIONS`.
+        narrow: Others, in which it runs as well, for `Features.narrow`.
 
     Returns:
         One entry an image.
     """
     config = weights.config
-    tower = _tower(weights)
-    attention = tower.encoder.layers[config.layers_run - 1].self_attn
-    caught: dict[str, torch.Tensor] = {}
-    hooks = [
-        attention.k_proj.register_forward_hook(
-            lambda _module, _inputs, output: caught.update(keys=output)
-        ),
-        attention.register_forward_hook(
-            lambda _module, _inputs, output: caught.update(attention=output[1])
-        ),
-    ]
     processor = _processor(config)
+    pixels = []
+    for image in images:
+        made = processor(images=[image], return_tensors="np")["pixel_values"]
+        # The base tile is the first of [1, tiles, 3, H, W].
+        pixels.append(torch.from_numpy(made if config.tiling is None else made[:, 0]))
+    tower = _tower(weights)
     finish = _Pooled(weights) if config.pool == 2 else None
-    features = []
-    for image in progress(images, desc="reference", unit="image"):
-        pixels = processor(images=[image], return_tensors="np")["pixel_values"]
-        if config.tiling is not None:
-            pixels = pixels[:, 0]  # [1, tiles, 3, H, W], the base tile first
-        with torch.no_grad():
-            output = tower(torch.from_numpy(pixels), output_hidden_states=True)
-        chosen = [output.hidden_states[layer] for layer in config.feature_layers]
-        hidden = torch.cat(chosen, dim=-1)  # [1, S, F]
-        heads = config.tower.num_heads
-        keys = caught["keys"].reshape(1, hidden.shape[1], heads, -1).transpose(1, 2)  # [1, H, S, d]
+    runs = {
+        name: [_Run(each.to(PRECISIONS[name])) for each in pixels] for name in (precision, *narrow)
+    }
+    stages = [_Embeddings(tower), *tower.encoder.layers[: config.layers_run]]
+    for number, stage in enumerate(progress(stages, desc="reference", unit="layer")):
+        for name, each in runs.items():
+            _advance(stage, each, PRECISIONS[name], number == config.layers_run)
+        for run in (run for each in runs.values() for run in each):
+            if number in config.states:
+                run.states[number] = run.hidden
+    del tower, stages
+    heads, features = config.tower.num_heads, []
+    for place, run in enumerate(runs[precision]):
+        assert run.keys is not None
+        assert run.attention is not None
+        hidden = run.features(config.states)
+        keys = run.keys.reshape(1, hidden.shape[1], heads, -1).transpose(1, 2)  # [1, H, S, d]
         if config.tower.cls_token:
-            scores = caught["attention"][:, :, 0, 1:].sum(dim=1)  # [1, N]
+            scores = run.attention[:, :, 0, 1:].sum(dim=1)  # [1, N]
         else:
-            scores = caught["attention"].mean(dim=(1, 2))
+            scores = run.attention.mean(dim=(1, 2))
+        others = {name: runs[name][place].features(config.states) for name in narrow}
         if finish is not None:
-            hidden, keys, scores = finish(hidden, keys, scores)
+            hidden, keys, scores = (
+                finish(hidden),
+                finish.pool(keys[0])[None],
+                finish.pool(scores[..., None])[..., 0],
+            )
+            others = {name: finish(each) for name, each in others.items()}
         features.append(
             Features(
-                hidden.double().numpy(),
-                keys.double().numpy(),
-                scores.double().numpy(),
+                hidden.double().numpy(), keys.double().numpy(), scores.double().numpy(), others
             )
         )
-    for hook in hooks:
-        hook.remove()
     return features
+
+
+@dataclass
+class _Run:
+    """One image on its way through the tower: pixels [1, 3, H, W] at first, then [1, S, D]."""
+
+    hidden: torch.Tensor
+    states: dict[int, torch.Tensor] = field(default_factory=dict)
+    keys: torch.Tensor | None = None
+    attention: torch.Tensor | None = None
+
+    def features(self, layers: Sequence[int]) -> torch.Tensor:
+        """Return [1, S, F]."""
+        return torch.cat([self.states[layer] for layer in layers], dim=-1)
+
+
+class _Embeddings(torch.nn.Module):
+    """What the tower does before its first layer."""
+
+    def __init__(self, tower: Tower) -> None:
+        super().__init__()
+        self.embeddings = tower.embeddings
+        self.norm = getattr(tower, "pre_layrnorm", torch.nn.Identity())  # CLIP's
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.norm(self.embeddings(pixels))
+        return hidden
+
+
+def _advance(stage: torch.nn.Module, runs: Sequence[_Run], dtype: torch.dtype, last: bool) -> None:
+    """Bring images one stage further in some precision; keep keys and attention of the last."""
+    module = as_dtype(stage, dtype)
+    for run in runs:
+        with torch.no_grad(), exact_sums():
+            if isinstance(module, _Embeddings):
+                run.hidden = module(run.hidden)
+                continue
+            caught: dict[str, torch.Tensor] = {}
+            attention: Any = module.self_attn
+            hooks = [
+                attention.k_proj.register_forward_hook(
+                    lambda _m, _i, output, caught=caught: caught.update(keys=output)
+                ),
+                attention.register_forward_hook(
+                    lambda _m, _i, output, caught=caught: caught.update(attention=output[1])
+                ),
+            ]
+            run.hidden = module(run.hidden, attention_mask=None)
+            for hook in hooks:
+                hook.remove()
+            if last:
+                run.keys, run.attention = caught["keys"], caught["attention"]
+
+
+def as_dtype(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Return a module in some precision: a copy, unless it is of that already."""
+    if all(each.dtype == dtype for each in module.parameters()):
+        return module
+    return copy.deepcopy(module).to(dtype)
 
 
 class _Pooled:
@@ -108,18 +192,13 @@ class _Pooled:
         sizes = SimpleNamespace(image_size=tower.image_size, patch_size=tower.patch_size)
         self._model: Any = SimpleNamespace(config=SimpleNamespace(vision_config=sizes))
 
-    def __call__(
-        self, hidden: torch.Tensor, keys: torch.Tensor, scores: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Pool projected features [1, S, L], keys [1, H, S, d] and scores [1, S] alike."""
-        with torch.no_grad():
-            return (
-                self._pool(self._projector(hidden)),
-                self._pool(keys[0])[None],
-                self._pool(scores[..., None])[..., 0],
-            )
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return projected and pooled features of the tower's [1, S, F], in their precision."""
+        with torch.no_grad(), exact_sums():
+            return self.pool(as_dtype(self._projector, hidden.dtype)(hidden))
 
-    def _pool(self, x: torch.Tensor) -> torch.Tensor:
+    def pool(self, x: torch.Tensor) -> torch.Tensor:
+        """Pool [1, S, n]."""
         from transformers import LlavaOnevisionModel
 
         pooled: torch.Tensor = LlavaOnevisionModel.apply_pooling(self._model, x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -16,6 +16,12 @@ Outputs = Mapping[str, Array]
 
 SCORES: Final = "scores"
 """Beside a graph's outputs: float [b, N], one of each patch, by which the kept ones are chosen."""
+
+FLOOR: Final = "floor"
+"""Beside a graph's outputs: float [b, K, 2], what rounding costs each token; see `Values.floor`."""
+
+PICTURES: Final = "pictures"
+"""Beside a graph's outputs: int [b], which picture each result is of."""
 
 _TINY: Final = float(np.finfo(np.float64).tiny)
 
@@ -54,31 +60,84 @@ class Values:
 
     Attributes:
         cosines: float64 [n], of each token with the reference's; −1 where a number isn't finite.
-        error: The largest difference of a number, relative to the largest magnitude in all of the
-            reference's tokens of the picture; infinity where a number isn't finite.
+        errors: float64 [n], the largest difference of a token's numbers, relative to the largest
+            magnitude in all of the reference's tokens of the picture; infinity where one isn't
+            finite.
+        floor: float64 [n, 2]: the error, and 1 minus the cosine, that rounding alone gives the same
+            tokens of the untouched model in the same precision; NaN where nobody measured that.
+        places: int64 [n, 2]: picture, and the tower token that it is or formed around; −1 where
+            that isn't known.
     """
 
     cosines: NDArray[np.float64]
-    error: float
+    errors: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    floor: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 2)))
+    places: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+
+    def __post_init__(self) -> None:
+        count = len(self.cosines)
+        if not len(self.floor):
+            object.__setattr__(self, "floor", np.full((count, 2), np.nan))
+        if not len(self.places):
+            object.__setattr__(self, "places", np.full((count, 2), -1))
+        assert len(self.errors) == len(self.floor) == len(self.places) == count
 
     @classmethod
-    def of(cls, expected: Array, got: Array, scale: float) -> Values:
+    def of(
+        cls,
+        expected: Array,
+        got: Array,
+        scale: float,
+        *,
+        floor: Array | None = None,
+        places: Array | None = None,
+    ) -> Values:
         """Compare tokens [n, L], row by row.
 
         Args:
             expected: The reference's.
             got: Those to judge.
-            scale: The largest magnitude that `error` is relative to.
+            scale: The largest magnitude that `errors` are relative to.
+            floor: See `floor`; None where nobody measured it.
+            places: See `places`; None where they aren't known.
         """
         there, here = expected.astype(np.float64), got.astype(np.float64)
-        lengths = np.linalg.norm(there, axis=1) * np.linalg.norm(here, axis=1)
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", over="ignore"):
+            lengths = np.linalg.norm(there, axis=1) * np.linalg.norm(here, axis=1)
             cosines = np.sum(there * here, axis=1) / np.maximum(lengths, _TINY)
-            error = float(np.abs(here - there).max(initial=0.0)) / max(scale, _TINY)
+            errors = np.abs(here - there).max(axis=1, initial=0.0) / max(scale, _TINY)
         return cls(
             np.where(np.isfinite(cosines), cosines, -1.0),
-            error if np.isfinite(error) else float("inf"),
+            np.where(np.isfinite(errors), errors, np.inf),
+            np.zeros((0, 2)) if floor is None else floor.astype(np.float64),
+            np.zeros((0, 2), np.int64) if places is None else places,
         )
+
+    @classmethod
+    def of_all(cls, parts: Sequence[Values]) -> Values:
+        """Return all tokens of several."""
+        return cls(
+            *(
+                np.concatenate([getattr(part, name) for part in parts])
+                for name in ("cosines", "errors", "floor", "places")
+            )
+        )
+
+    @property
+    def error(self) -> float:
+        """The largest error; 0 if there is no token."""
+        return float(self.errors.max(initial=0.0))
+
+    def quantile(self, share: float) -> float:
+        """Return the error that a share of the tokens keep to; 0 if there is none."""
+        # Without interpolation, which makes NaN of infinity.
+        found = np.quantile(self.errors, share, method="higher") if len(self.errors) else 0.0
+        return float(found)
+
+    @property
+    def has_floor(self) -> bool:
+        """Whether it is known of all of them, at least one, what rounding costs them."""
+        return bool(len(self.floor)) and bool(np.isfinite(self.floor).all())
 
     @property
     def lowest(self) -> float:
@@ -124,10 +183,7 @@ class Agreement:
             )
 
         def values(name: str) -> Values:
-            found = [getattr(part, name) for part in parts]
-            return Values(
-                np.concatenate([one.cosines for one in found]), max(one.error for one in found)
-            )
+            return Values.of_all([getattr(part, name) for part in parts])
 
         return cls(
             np.concatenate([part.overlaps for part in parts]),
@@ -141,10 +197,7 @@ class Agreement:
     @property
     def every(self) -> Values:
         """All tokens that can be compared."""
-        return Values(
-            np.concatenate([self.kept.cosines, self.merged.cosines]),
-            max(self.kept.error, self.merged.error),
-        )
+        return Values.of_all([self.kept, self.merged])
 
     @property
     def mean_overlap(self) -> float:
@@ -182,7 +235,8 @@ def compare(reference: Iterable[Outputs], got: Iterable[Outputs], manifest: Mani
 
     Args:
         reference: Batches of outputs: ``image_embeds`` [b, K, L], ``kept_indices`` [b, dominant],
-            and `SCORES` where they are known. Without them no difference counts as rounding.
+            and `SCORES` where they are known, without which no difference counts as rounding;
+            `FLOOR` and `PICTURES` likewise.
         got: Batches of another run's, of the same pictures.
         manifest: Of the bundle.
     """
@@ -203,15 +257,26 @@ def _compared(reference: Outputs, got: Outputs, manifest: Manifest) -> Agreement
     dominant = manifest.selection.dominant
     scale = float(np.abs(expected).max())
     chosen = kept_choices(right, kept, reference.get(SCORES), manifest)
-    _, there, here = np.intersect1d(right, kept, return_indices=True)
-    _, same, mine = np.intersect1d(
-        _targets(right, manifest), _targets(kept, manifest), return_indices=True
+    both, there, here = np.intersect1d(right, kept, return_indices=True)
+    targets, same, mine = np.intersect1d(
+        merge_targets(right, manifest), merge_targets(kept, manifest), return_indices=True
     )
+    picture, floor = int(reference.get(PICTURES, np.array(-1))), reference.get(FLOOR)
+
+    def values(tokens: Array, rows: Array, mine: Array) -> Values:
+        return Values.of(
+            expected[rows],
+            embeds[mine],
+            scale,
+            floor=None if floor is None else floor[rows],
+            places=np.stack([np.full(len(rows), picture), tokens], axis=1),
+        )
+
     return Agreement(
         np.array([chosen.share]),
         chosen,
-        Values.of(expected[there], embeds[here], scale),
-        Values.of(expected[dominant + same], embeds[dominant + mine], scale),
+        values(both, there, here),
+        values(targets, dominant + same, dominant + mine),
         finite=bool(np.isfinite(embeds).all()),
     )
 
@@ -241,7 +306,7 @@ def kept_choices(right: Array, kept: Array, scores: Array | None, manifest: Mani
     return Choices(manifest.selection.dominant, np.append(distances, [np.inf] * doubled))
 
 
-def _targets(kept: Array, manifest: Manifest) -> Array:
+def merge_targets(kept: Array, manifest: Manifest) -> Array:
     """Return the tower token that each merged token formed around: every step-th of the rest."""
     selection, tower = manifest.selection, manifest.tower
     taken = np.zeros(tower.tokens, bool)

@@ -32,7 +32,13 @@ class Proof:
             if one isn't finite.
         contextual_compared: Merged tokens with the same target in both.
         contextual_cosine: Mean cosine of these; 0 if there are none.
+        median_error: Of the same tokens, the median of their errors.
+        most_error: The error that 95 % of them keep to.
+        tokens: How many tokens both keep.
+        tokens_beyond: Those of them that differ by more than their floor allows; 0 where it isn't
+            known what rounding alone costs them.
         short: What falls short of the gate, in words; not recorded.
+        on_average: Whether kept tokens are on average what they should be; not recorded.
     """
 
     images: int
@@ -45,7 +51,12 @@ class Proof:
     max_error: float
     contextual_compared: int
     contextual_cosine: float
+    median_error: float = 0.0
+    most_error: float = 0.0
+    tokens: int = 0
+    tokens_beyond: int = 0
     short: tuple[str, ...] = ()
+    on_average: bool = True
 
     @property
     def passed(self) -> bool:
@@ -55,7 +66,7 @@ class Proof:
     def to_json(self) -> dict[str, bool | int | float | str]:
         """Return the fields as the manifest holds them, and ``passed``."""
         numbers = asdict(self)
-        del numbers["short"]
+        del numbers["short"], numbers["on_average"]
         return {**numbers, "passed": self.passed}
 
     def __str__(self) -> str:
@@ -65,8 +76,9 @@ class Proof:
             f"({counted(self.runs, 'run')}): kept overlap {self.kept_overlap:.4f} "
             f"({counted(self.kept_swaps, 'swap')} by rounding, "
             f"{counted(self.kept_disagreements, 'disagreement')}), kept tokens: lowest cosine "
-            f"{self.min_cosine:.6f}, mean {self.mean_cosine:.6f}, largest error "
-            f"{self.max_error:.1e}; merged tokens: mean cosine {self.contextual_cosine:.6f} of "
+            f"{self.min_cosine:.6f}, mean {self.mean_cosine:.6f}, error {self.median_error:.1e} "
+            f"(median), {self.most_error:.1e} (95 %), {self.max_error:.1e} (worst); merged "
+            f"tokens: mean cosine {self.contextual_cosine:.6f} of "
             f"{self.contextual_compared}"
         )
 
@@ -95,12 +107,12 @@ def prove(
         for start in range(0, images, size)
     ]
     agreement = compare(
-        (reference.outputs(pictures) for pictures in chosen),
+        (reference.outputs(pictures, gate.precision) for pictures in chosen),
         (run(np.ascontiguousarray(reference.input[pictures])) for pictures in chosen),
         manifest,
     )
     kept, merged = agreement.kept, agreement.merged
-    error = kept.error if agreement.finite else float("inf")
+    beside = gate.kept.beside
     return Proof(
         images=images,
         runs=len(agreement.overlaps),
@@ -109,8 +121,20 @@ def prove(
         kept_disagreements=agreement.chosen.beyond(gate.margin),
         min_cosine=kept.lowest,
         mean_cosine=kept.mean,
-        max_error=error if np.isfinite(error) else -1.0,  # a number that JSON can hold
+        max_error=_number(kept.error if agreement.finite else np.inf),
         contextual_compared=len(merged.cosines),
         contextual_cosine=merged.mean if len(merged.cosines) else 0.0,
+        median_error=_number(kept.quantile(0.5)),
+        most_error=_number(kept.quantile(0.95)),
+        tokens=len(kept.cosines),
+        tokens_beyond=(
+            int(beside.beyond(kept).sum()) if beside is not None and kept.has_floor else 0
+        ),
         short=gate.judge(agreement),
+        on_average=gate.on_average(agreement),
     )
+
+
+def _number(value: float) -> float:
+    """Return a number that JSON can hold; −1 for infinity."""
+    return float(value) if np.isfinite(value) else -1.0

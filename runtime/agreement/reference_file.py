@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import os
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vzip.runtime.agreement.found import SCORES, Array, Outputs
+from vzip.runtime.agreement.floor import ROUNDOFF, floor_of
+from vzip.runtime.agreement.found import FLOOR, PICTURES, SCORES, Array, Outputs
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, REFERENCE_FILE, Manifest
 from vzip.runtime.bundle.reader import npy_header
 from vzip.runtime.errors import BundleError, InvalidInputError
@@ -20,6 +21,10 @@ from vzip.runtime.guard import guarded
 
 if TYPE_CHECKING:
     from vzip.runtime.bundle.reader import Bundle
+
+
+_FLOOR: Final = "floor_"
+"""What the names of the arrays begin with that hold a floor."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +36,42 @@ class Reference:
         kept: int64 [n, dominant].
         scores: float32 [n, N], one per patch.
         embeds: float32 or float16 [n, K, L].
+        floors: Precision → float32 [n, K, 2]: the error, and 1 minus the cosine, of each token of
+            the untouched model that computes in this precision, as `Values` has them. Empty in
+            bundles that were exported before it was measured.
     """
 
     input: Array
     kept: NDArray[np.int64]
     scores: Array
     embeds: Array
+    floors: Mapping[str, Array] = field(default_factory=dict)
 
-    def outputs(self, pictures: Sequence[int]) -> Outputs:
-        """Return what is right for some of the pictures, for `compare`."""
+    def outputs(self, pictures: Sequence[int], precision: str | None = None) -> Outputs:
+        """Return what is right for some of the pictures, for `compare`.
+
+        Args:
+            pictures: Which of them.
+            precision: Of what is to be judged, for what rounding alone costs; None leaves it out.
+        """
         chosen = list(pictures)
-        return {
+        found = {
             EMBEDS: self.embeds[chosen],
             KEPT: self.kept[chosen],
             SCORES: self.scores[chosen],
+            PICTURES: np.array(chosen),
+        }
+        floor = None if precision is None else floor_of(self.floors, precision)
+        return found if floor is None else {**found, FLOOR: floor[chosen]}
+
+    def to_arrays(self) -> dict[str, Array]:
+        """Return the arrays of the file, by name."""
+        return {
+            "input": self.input,
+            "kept": self.kept,
+            "scores": self.scores,
+            "embeds": self.embeds,
+            **{f"{_FLOOR}{name}": array for name, array in self.floors.items()},
         }
 
 
@@ -86,7 +113,9 @@ def read_reference(data: Any, manifest: Manifest) -> Reference:
         zipfile.ZipFile(data) as archive,
     ):
         found = _arrays(archive, data, manifest)
-    return Reference(**found)
+    floors = {name: found.pop(f"{_FLOOR}{name}", None) for name in ROUNDOFF}
+    known = {name: array for name, array in floors.items() if array is not None}
+    return Reference(**found, floors=known)
 
 
 def _arrays(archive: zipfile.ZipFile, data: Any, manifest: Manifest) -> dict[str, Array]:
@@ -94,7 +123,7 @@ def _arrays(archive: zipfile.ZipFile, data: Any, manifest: Manifest) -> dict[str
     members = {each.filename: each for each in archive.infolist()}
     room = data.seek(0, os.SEEK_END)
     headers: dict[str, tuple[tuple[int, ...], np.dtype[Any], int]] = {}
-    for name in ("input", "kept", "scores", "embeds"):
+    for name in ("input", "kept", "scores", "embeds", *(f"{_FLOOR}{each}" for each in ROUNDOFF)):
         member = members.get(f"{name}.npy")
         if member is None:
             continue
@@ -120,6 +149,10 @@ def _arrays(archive: zipfile.ZipFile, data: Any, manifest: Manifest) -> dict[str
         "scores": ((count, manifest.tower.grid[0] * manifest.tower.grid[1]), ("float32",)),
         "embeds": ((count, *manifest.embeds.shape[1:]), ("float32", "float16")),
     }
+    tokens = manifest.selection.dominant + manifest.selection.contextual
+    for each in ROUNDOFF:
+        if f"{_FLOOR}{each}" in headers:  # which bundles of before don't have
+            expected[f"{_FLOOR}{each}"] = ((count, tokens, 2), ("float32",))
     found = {}
     for name, (wanted, dtypes) in expected.items():
         got = headers.get(name)

@@ -74,6 +74,7 @@ def open_session(
     fp8: bool = False,
     threads: int | None = None,
     held: Callable[[], Mapping[str, bytes]] = dict,
+    optimised: bool = True,
 ) -> Any:
     """Return a session that runs on a device and nowhere else.
 
@@ -87,6 +88,7 @@ def open_session(
         fp8: Whether the graph quantises to FP8.
         threads: How many threads run an operator on the CPU; None for `process.threads`.
         held: Gives files of external data that are not to be mapped, by name; called after `graph`.
+        optimised: Whether ONNX Runtime may compute what the graph says in another way.
 
     Raises:
         InvalidInputError: The number of threads makes no sense.
@@ -102,7 +104,10 @@ def open_session(
             cure=f"pip uninstall onnxruntime, then pip install 'vzip[{extra}]'",
         )
     options = session_options(onnxruntime, threads)
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = (
+        levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
+    )
     options.log_severity_level = _FATAL_ONLY
     if fp8:
         # ONNX Runtime 1.31 makes integer MatMuls of these too, and then can't run them.
@@ -207,6 +212,7 @@ class _OnnxRuntime:
         fp8: bool = False,
         threads: int | None = None,
         held: Callable[[], Mapping[str, bytes]] = dict,
+        optimised: bool = True,
     ) -> None:
         """Open a session on this class's device."""
 
@@ -226,6 +232,7 @@ class _OnnxRuntime:
             fp8=fp8,
             threads=threads,
             held=held,
+            optimised=optimised,
         )
         self.threads = self._session.get_session_options().intra_op_num_threads
 
@@ -291,7 +298,12 @@ class OnnxRuntimeCpu(_OnnxRuntime):
 
     @classmethod
     def of_model(
-        cls, model: bytes, folder: Path, extra_outputs: tuple[str, ...] = ()
+        cls,
+        model: bytes,
+        folder: Path,
+        extra_outputs: tuple[str, ...] = (),
+        *,
+        optimised: bool = True,
     ) -> OnnxRuntimeCpu:
         """Open a graph that is in no bundle yet.
 
@@ -299,10 +311,11 @@ class OnnxRuntimeCpu(_OnnxRuntime):
             model: The serialised model, which is believed.
             folder: Where its external data lies.
             extra_outputs: As for the class.
+            optimised: As for `open_session`.
         """
         self = cls.__new__(cls)
         self.device = processor()
-        self._open(self._import(), lambda: model, folder, extra_outputs)
+        self._open(self._import(), lambda: model, folder, extra_outputs, optimised=optimised)
         return self
 
 

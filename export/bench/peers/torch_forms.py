@@ -300,7 +300,7 @@ def _prove_patches(
                 expected = reference.embeds[picture, : len(kept)][patches]
                 values = Values.of(expected, tokens[kept[patches] - 1], np.abs(expected).max())
                 none = Choices(0, np.zeros(0))
-                found.append(Agreement(np.ones(1), none, values, Values(np.zeros(0), 0.0)))
+                found.append(Agreement(np.ones(1), none, values, Values(np.zeros(0))))
     agreement = Agreement.of_all(found)
     return {
         "images": len(reference.input),
