@@ -37,8 +37,9 @@ class Proof:
         tokens: How many tokens both keep.
         tokens_beyond: Those of them that differ by more than their floor allows; 0 where it isn't
             known what rounding alone costs them.
-        short: What falls short of the gate, in words; not recorded.
-        on_average: Whether kept tokens are on average what they should be; not recorded.
+        on_average: Whether kept tokens are on average what they should be: where they aren't, it
+            is no matter of rounding.
+        short: What falls short of the gate, in words; recorded as one text, if anything does.
     """
 
     images: int
@@ -55,8 +56,8 @@ class Proof:
     most_error: float = 0.0
     tokens: int = 0
     tokens_beyond: int = 0
-    short: tuple[str, ...] = ()
     on_average: bool = True
+    short: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -66,8 +67,9 @@ class Proof:
     def to_json(self) -> dict[str, bool | int | float | str]:
         """Return the fields as the manifest holds them, and ``passed``."""
         numbers = asdict(self)
-        del numbers["short"], numbers["on_average"]
-        return {**numbers, "passed": self.passed}
+        del numbers["short"]
+        short = {} if self.passed else {"short": "; ".join(self.short)}
+        return {**numbers, **short, "passed": self.passed}
 
     def __str__(self) -> str:
         verdict = "passed" if self.passed else f"FAILED ({'; '.join(self.short)})"

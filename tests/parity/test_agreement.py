@@ -39,6 +39,7 @@ from vzip.runtime.agreement import (
     prove,
     read_reference,
 )
+from vzip.runtime.agreement.floor import floor_of
 from vzip.runtime.backends import open_backend
 from vzip.runtime.bundle.manifest import Manifest
 from vzip.runtime.bundle.reader import Bundle, read_bundle
@@ -172,7 +173,9 @@ def test_what_is_wrong_fails(
     changed = dataclasses.replace(manifest, precision=precision)
     result = proof(reference, changed, mistake)
     assert not result.passed
-    assert all(np.isfinite(value) for value in result.to_json().values())  # the manifest's numbers
+    numbers = result.to_json()
+    assert numbers.pop("short") == "; ".join(result.short)
+    assert all(np.isfinite(value) for value in numbers.values())  # the manifest's numbers
     assert "FAILED" in str(result)
 
 
@@ -465,3 +468,108 @@ def test_a_damaged_reference_is_refused(checkpoint: Path, tmp_path: Path) -> Non
     (tmp_path / "another").write_bytes(data)
     with refused(BundleError, got="reference.npz"):
         load_reference(bundle)
+
+
+# Beside what rounding alone costs
+
+
+def values(errors: Array, floor: Array, cosines: Array | None = None) -> Values:
+    count = len(errors)
+    return Values(
+        np.ones(count) if cosines is None else cosines,
+        errors,
+        np.stack([floor, floor**2], axis=1),
+        np.stack([np.arange(count) // 64, np.arange(count) % 64], axis=1),
+    )
+
+
+FLOOR = np.full(256, 1e-3)
+FLOOR[[141, 200]] = 0.04  # unsteady
+
+
+def agreement_of(found: Values) -> Agreement:
+    right = Values(np.ones(8), np.zeros(8))
+    return Agreement(np.ones(4), Choices(216, np.zeros(0)), found, right)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "cosine", "passes"),
+    [
+        ([], 0.0, 1.0, True),
+        ([141], 0.16, 0.99, True),  # its floor allows it
+        ([141], 0.9, 0.9, True),  # chaos, of a token that is known for it
+        ([7], 0.16, 0.999, False),  # of one that isn't
+        ([*range(5)], 0.3, 0.9, False),  # confined to 2 % of the tokens
+        ([*range(12)], 0.3, 0.14, False),
+        ([141, 200, 7], 0.16, 0.99, False),
+    ],
+)
+def test_tokens_are_judged_beside_their_floor(
+    tokens: list[int], error: float, cosine: float, passes: bool
+) -> None:
+    errors, cosines = FLOOR.copy(), np.full(256, 0.999999)
+    errors[tokens], cosines[tokens] = error, cosine
+    short = ENGINE["fp16"].judge(agreement_of(values(errors, FLOOR, cosines)))
+    assert (not short) is passes
+    if tokens and not passes:
+        first = sorted(set(tokens) - {141, 200})[0]
+        assert f"of 256 kept tokens differ beyond the gate: picture 0 token {first} by" in short[-1]
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0, 20.0])
+def test_all_tokens_a_little_off_is_seen_by_the_quantiles(factor: float) -> None:
+    """Each token alone would be within its limit."""
+    short = ENGINE["fp16"].judge(agreement_of(values(factor * FLOOR, FLOOR)))
+    assert (not short) is (factor < 8)
+    assert all("median" in each or "95 %" in each for each in short)
+
+
+@pytest.mark.parametrize("mean", [0.14, 0.65, 0.99])
+def test_a_miscompile_is_known_by_the_mean(mean: float) -> None:
+    wrong = agreement_of(values(np.full(256, 0.04), FLOOR, np.full(256, mean)))
+    few = agreement_of(values(np.where(np.arange(256) < 5, 0.3, 1e-3), FLOOR))
+    gate = ENGINE["fp16"]
+    assert gate.judge(wrong)
+    assert gate.judge(few)
+    assert (gate.on_average(wrong), gate.on_average(few)) == (False, True)
+
+
+def test_what_a_coarser_precision_shows_counts_in_proportion() -> None:
+    measured = {
+        "fp16": np.array([[1e-3, 1e-6], [1e-3, 1e-6]]),
+        "bf16": np.array([[8e-2, 64e-6], [4e-3, 1e-6]]),
+    }
+    found = floor_of(measured, "fp16")
+    assert found is not None
+    assert found == pytest.approx(np.array([[1e-2, 1e-6], [1e-3, 1e-6]]))
+    bf16 = floor_of(measured, "bf16")
+    assert bf16 is not None
+    assert bf16 == pytest.approx(measured["bf16"])
+    assert floor_of(measured, "fp32") is None
+
+
+def test_a_reference_with_floors_is_read_and_used(reference: Reference, manifest: Manifest) -> None:
+    floor = np.full((PICTURES, 7, 2), 1e-6, np.float32)
+    measured = dataclasses.replace(reference, floors={"fp32": floor})
+    found = read_reference(archive(**measured.to_arrays()), manifest)
+    assert np.array_equal(found.floors["fp32"], floor)
+
+    def a_little(output: Output) -> None:
+        scale = np.abs(output["image_embeds"]).max()
+        output["image_embeds"] += np.float32(3e-4) * scale
+
+    assert proof(reference, manifest, a_little).passed  # as before it was measured
+    result = proof(found, manifest, a_little)
+    assert not result.passed
+    assert result.to_json()["on_average"] is True
+    assert result.tokens == 4 * result.runs
+    assert proof(found, manifest).passed
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (5, 6, 2), (4, 7, 2)])
+def test_a_floor_of_another_form_is_refused(
+    reference: Reference, manifest: Manifest, shape: tuple[int, ...]
+) -> None:
+    wrong = archive(**reference.to_arrays(), floor_fp16=np.zeros(shape, np.float32))
+    with refused(BundleError, got=("'floor_fp16'", str([*shape])), expected="[5, 7, 2]"):
+        read_reference(wrong, manifest)
