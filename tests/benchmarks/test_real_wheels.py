@@ -6,6 +6,7 @@ import errno
 import hashlib
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -220,3 +221,20 @@ def test_the_tier_fails_without_the_wheels_and_skips_nothing(tmp_path: Path) -> 
     assert "passed" not in last
     assert "skipped" not in last
     assert "pip can't download" in done.stdout
+
+
+@pytest.mark.slow
+def test_make_test_has_the_slice_and_make_test_fast_nothing_of_the_tier() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    collected = {}
+    for target in ("test", "test-fast", "test-rest"):
+        (expression,) = re.findall(rf'^{target}:.*\n\t.*PYTEST\) -m "(.*)"', makefile, re.MULTILINE)
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only",
+             "-m", expression, "tests/real"],
+            cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+        collected[target] = [line for line in done.stdout.splitlines() if "::" in line]
+    assert any("clip-b16-224" in name for name in collected["test"])
+    assert not any("noise" in name or "384" in name for name in collected["test"])
+    assert collected["test-fast"] == collected["test-rest"] == []

@@ -7,14 +7,17 @@ All are `slow`. A wheel that can't be had is an error of the test that asks for 
 
 from __future__ import annotations
 
+import pickle
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from benchmarks.real.pictures import pictures
+from benchmarks.real.pictures import LEARNT_FROM, pictures
 from benchmarks.real.towers import checkpoint
-from tests.real.tier import HERE, Exported
+from tests.real import untouched
+from tests.real.tier import HERE, Exported, Saw
 from vzip.export import export
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.files import locks
@@ -61,3 +64,32 @@ def exported(shared_folder: Path) -> Exported:
         return read_bundle(path)
 
     return bundle
+
+
+@pytest.fixture(scope="session")
+def saw(shared_folder: Path, photographs: list[Path]) -> Saw:
+    """Return a function that gives what the untouched tower says of photographs."""
+
+    def seen(tower: str, count: int) -> list[untouched.Seen]:
+        path = shared_folder / f"{tower}-{count}.seen"
+        with locks.on_file(path.with_suffix(".lock"), lambda: None):
+            if not path.exists():
+                found = untouched.see(checkpoint(tower), photographs[:count])
+                path.write_bytes(pickle.dumps(found))
+        return cast("list[untouched.Seen]", pickle.loads(path.read_bytes()))
+
+    return seen
+
+
+@pytest.fixture(scope="session")
+def learnt_from(shared_folder: Path) -> Path:
+    """A folder with the photographs that nothing is judged by."""
+    folder = shared_folder / "learnt-from"
+    with locks.on_file(shared_folder / "learnt-from.lock", lambda: None):
+        if not folder.exists():
+            staged = shared_folder / "learnt-from.part"
+            staged.mkdir()
+            for path in pictures(LEARNT_FROM):
+                shutil.copyfile(path, staged / path.name)
+            staged.rename(folder)
+    return folder

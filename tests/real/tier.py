@@ -8,6 +8,7 @@ from typing import Final
 
 from benchmarks.real.pictures import HELD_APART
 from benchmarks.real.towers import TOWERS
+from tests.real.untouched import Seen
 from vzip.runtime.bundle.reader import Bundle
 
 HERE: Final = Path(__file__).parent
@@ -17,3 +18,6 @@ ALL_TOWERS: Final = tuple(TOWERS)
 
 Exported = Callable[..., Bundle]
 """`exported(TOWER, **options)`, with the options of `vzip.export.export`."""
+
+Saw = Callable[[str, int], list[Seen]]
+"""`saw(TOWER, N)`: what the untouched tower says of the first N photographs."""

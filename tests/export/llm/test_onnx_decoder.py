@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -153,6 +154,33 @@ def test_a_quantised_llm_is_refused_before_any_work(checkpoint, scheme, name, tm
         return
     with refused(CheckpointError, got=(str(folder), name), cure="--with-llm"):
         llm.plan(str(folder), None)
+
+
+# ── weights that are equal ──────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_layers_and_parts_of_equal_weights_answer_as_the_untouched_model_does(
+    checkpoint: Path, tmp_path: Path, precision: Literal["fp32", "fp16"]
+) -> None:
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(
+        checkpoint, dtype="float32", trust_remote_code=False
+    )
+    decoder = model.get_decoder()
+    (layer,) = decoder.layers
+    layer.self_attn.k_proj.load_state_dict(layer.self_attn.q_proj.state_dict())
+    layer.mlp.up_proj.load_state_dict(layer.mlp.gate_proj.state_dict())
+    decoder.layers.append(copy.deepcopy(layer))
+    decoder.layers[1].self_attn.layer_idx = 1
+    model.config.text_config.num_hidden_layers = 2
+    with torch.no_grad():
+        for each in (decoder.norm, *(n for x in decoder.layers for n in (x.input_layernorm,))):
+            each.weight.fill_(1)
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "equal"))
+    model.save_pretrained(folder)
+    made = add(folder, tmp_path / "bundle", precision)  # compared before it is published
+    assert set(LLM_FILES) <= set(made.manifest.files)
 
 
 # ── refused after a comparison ──────────────────────────────────────────────────────────────────
