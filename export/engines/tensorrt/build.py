@@ -151,7 +151,7 @@ def build(
         if manifest.batch.dynamic:
             _add_profile(builder, config, manifest, settings.opt_batch)
         cache, warnings = _use_cache(bindings, config, messages, timing_cache)
-        progress = Progress()
+        progress = Progress(lambda: logger.raised is not None)
         if bindings.can.progress_monitor:
             monitor = progress.monitor(trt)  # held by this name: TensorRT keeps a bare pointer
             config.progress_monitor = monitor

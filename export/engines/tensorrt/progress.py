@@ -19,7 +19,13 @@ class Progress:
     through TensorRT's own frames: it is kept, the build is cancelled, and `reraise` raises it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, interrupted: Callable[[], bool] = lambda: False) -> None:
+        """Prepare to show.
+
+        Args:
+            interrupted: Whether the build is to be cancelled: Ctrl-C may come up in a logger too.
+        """
+        self._interrupted = interrupted
         self._lock = threading.Lock()  # TensorRT may call from several threads
         self._bars: dict[str, Bar] = {}
         self._error: BaseException | None = None
@@ -55,7 +61,7 @@ class Progress:
                     action()
         except BaseException as error:  # noqa: BLE001 - raised again by `reraise`
             self._error = error
-        return self._error is None
+        return self._error is None and not self._interrupted()
 
     def start(self, phase: str, parent: str | None, steps: int) -> None:
         """Begin a phase of so many steps."""

@@ -22,7 +22,8 @@ Hear = Callable[[str, str], None]
 def logger(trt: Any) -> Any:
     """Return the logger of a TensorRT, which it keeps for good.
 
-    Its `said` is the first error since someone emptied it.
+    Its `said` is the first error since someone emptied it, and its `raised` what was raised while
+    it was called, such as Ctrl-C: TensorRT's bindings print that and go on.
 
     Args:
         trt: The module.
@@ -41,10 +42,18 @@ def logger(trt: Any) -> Any:
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.said = ""
+            self.raised: BaseException | None = None
             self.listeners: list[Hear] = []
 
         def log(self, level: Any, message: str) -> None:
             """Called by TensorRT, from its own threads too."""
+            try:
+                self.tell(level, message)
+            except BaseException as error:  # noqa: BLE001 - raised by whoever called TensorRT
+                self.raised = self.raised or error
+
+        def tell(self, level: Any, message: str) -> None:
+            """Tell a message to whom it concerns."""
             name, priority = levels.get(level, ("VERBOSE", logging.NOTSET))
             if priority == logging.ERROR and not self.said:
                 self.said = " ".join(message.split())
@@ -64,11 +73,18 @@ def listening(trt: Any, hear: Hear) -> Iterator[Any]:
 
     Args:
         trt: The module.
-        hear: Told; what it raises would go through TensorRT's frames, so it raises nothing.
+        hear: Told.
+
+    Raises:
+        BaseException: What was raised meanwhile in a call of TensorRT's, Ctrl-C say.
     """
     one = logger(trt)
+    one.raised = None
     one.listeners.append(hear)
     try:
         yield one
     finally:
         one.listeners.remove(hear)
+        raised, one.raised = one.raised, None
+        if raised is not None:
+            raise raised

@@ -283,6 +283,29 @@ def test_ctrl_c_cancels_the_build(tiny_bundle: Path, monkeypatch: pytest.MonkeyP
     assert files(tiny_bundle / "engines") == [".lock", f"{NAME}.plan"]
 
 
+def test_ctrl_c_that_comes_up_in_the_logger_cancels_the_build(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT's bindings print what a logger raises, and go on."""
+    heard: list[str] = []
+    real = trt_build._Messages.hear
+
+    def interrupted(self: Any, severity: str, message: str) -> None:
+        heard.append(message)
+        if len(heard) == 20:
+            raise KeyboardInterrupt
+        real(self, severity, message)
+
+    monkeypatch.setattr(trt_build._Messages, "hear", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ahead(tiny_bundle)
+    cancelled = len(heard)
+    assert not read_bundle(tiny_bundle).manifest.engines
+    heard[:] = ["from here on nothing raises"] * 20
+    assert not ahead(tiny_bundle).reused
+    assert len(heard) - 20 > cancelled  # it was cut short
+
+
 # In processes of their own
 
 RUN = "import sys; from vzip.runtime.cli.main import main; sys.exit(main(sys.argv[1:]))"
