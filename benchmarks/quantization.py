@@ -1,4 +1,4 @@
-"""What INT8 and FP8 cost: ``python -m benchmarks.quantization demo`` and ``… outliers``.
+"""What INT8 and FP8 cost: ``python -m benchmarks.quantization demo``, ``… outliers``, ``… real``.
 
 ``demo``: accuracy of the demo model on held-out questions, at each budget, with its tower and
 projector in FP32 and quantised; and how many of the kept tokens stay.
@@ -7,6 +7,10 @@ projector in FP32 and quantised; and how many of the kept tokens stay.
 which are put in without changing what it computes: some channels of every LayerNorm are multiplied
 and the matching inputs of the linear layers divided. Plain minmax, SmoothQuant, and SmoothQuant
 with the most sensitive layers left as they are; agreement on images held apart, time and memory.
+
+``real``: trained towers (`benchmarks.real`), calibrated on crops of ten photographs and judged on
+eight others: all layers in one form, each step of the search left out, and ``vzip calibrate`` with
+limits. Its results go to quantization_real.json and quantization_real.md.
 
 Each full-size measurement runs in a process of its own. Results go to
 benchmarks/results/quantization.json, each part beside the other, and as tables to quantization.md.
@@ -20,17 +24,23 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx_ir as ir
 import torch
 import transformers
+from PIL import Image
 
 from benchmarks.harness.results import RESULTS
+from benchmarks.real.pictures import HELD_APART, LEARNT_FROM, pictures
+from benchmarks.real.towers import TOWERS
 from vzip.calibration.demo import accuracy, dialogue
+from vzip.calibration.quantization import search
 from vzip.calibration.quantization.pieces import PieceSession, own_graph
 from vzip.calibration.quantization.quantize import quantize
 from vzip.calibration.quantization.recipe import Recipe
@@ -63,6 +73,21 @@ FULL_SIZE: dict[str, tuple[bool, Recipe]] = {
     "outliers, minmax": (True, Recipe(**PLAIN)),
     "outliers, SmoothQuant": (True, Recipe(**{**PLAIN, "smoothing": 0.5})),
     "outliers, SmoothQuant + sensitivity": (True, Recipe(method="minmax")),
+}
+
+REAL_FILE = RESULTS / "quantization_real.json"
+ALL = Recipe(keep_agreement=None, keep_cosine=None)
+# What is measured of real towers: a name → the recipe, and what of the search is left out.
+REAL: dict[str, tuple[Recipe, str | None]] = {
+    "per tensor, minmax": (Recipe(**PLAIN), None),
+    "per tensor, SmoothQuant": (Recipe(**{**PLAIN, "smoothing": 0.5}), None),
+    "per tensor, range by mean square": (Recipe(**{**PLAIN, "method": "mse"}), None),
+    "searched": (ALL, None),
+    "searched, nothing apart": (ALL, "apart"),
+    "searched, nothing rotated": (ALL, "rotation"),
+    "searched, nothing centred": (ALL, "centring"),
+    "searched, within limits": (Recipe(keep_agreement=0.97, keep_cosine=0.995), None),
+    "SmoothQuant, within limits": (Recipe(method="minmax"), None),
 }
 
 
@@ -195,6 +220,119 @@ def measure_apart(name: str, count: int, work: Path) -> dict[str, Any]:
     return json.loads(output.read_text())  # type: ignore[no-any-return]
 
 
+@contextmanager
+def without(step: str | None) -> Iterator[None]:
+    """Leave a step of the search out."""
+    changes = {
+        "apart": ("_apart", lambda *_: 0),
+        "rotation": ("_turned", lambda *_: ()),
+        "centring": ("_centred", lambda *called: called[-1]),
+    }
+    if step is None:
+        yield
+        return
+    name, replaced = changes[step]
+    with mock.patch.object(search.FormSearch, name, replaced):
+        yield
+
+
+def crops(folder: Path, each: int) -> Path:
+    """Write photographs to calibrate on: whole, mirrored, and `each` seeded crops."""
+    rng = np.random.default_rng(0)
+    for path in pictures(LEARNT_FROM):
+        whole = Image.open(path).convert("RGB")
+        made = [whole, whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+        for share in rng.uniform(0.35, 0.9, each):
+            width, height = int(whole.width * share), int(whole.height * share)
+            left = int(rng.integers(0, whole.width - width + 1))
+            top = int(rng.integers(0, whole.height - height + 1))
+            made.append(whole.crop((left, top, left + width, top + height)))
+        for number, image in enumerate(made):
+            image.save(folder / f"{path.stem}-{number}.png")
+    return folder
+
+
+def measure_real(tower: str, name: str, count: int) -> dict[str, Any]:
+    """Quantise a real tower in one way and judge it on photographs that nothing was chosen by."""
+    recipe, left_out = REAL[name]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        bundle = export(
+            folder / "bundle", WeightSource(str(TOWERS[tower].checkpoint())), Budget(54, 10), 1
+        )
+        (folder / "crops").mkdir()
+        samples = Samples.open(str(crops(folder / "crops", 4)), count=count)
+        judging = folder / "judging.txt"
+        judging.write_text("\n".join(map(str, pictures(HELD_APART))))
+        apart = Samples.open(str(judging), count=None, shuffled=False)
+        batch = np.concatenate(list(apart.batches(bundle.manifest, 1)))
+        with without(left_out):
+            done = quantize(bundle, samples, recipe, step=lambda text: print(text, flush=True))
+        own, got = (
+            [PieceSession(graph).run({"image": image[None]}, [EMBEDS, KEPT]) for image in batch]
+            for graph in (own_graph(bundle), done.graph)
+        )
+    found = compare(own, got, bundle.manifest)
+    return {
+        "tower": tower,
+        "name": name,
+        "images": count,
+        "eight_bits": done.report.eight_bits,
+        "left_high": [x.name for x in done.report.layers if not x.quantised],
+        "agreement": {
+            **found.to_json(),
+            "first_percentile": float(np.percentile(found.every.cosines, 1)),
+            "merged_share": len(found.merged.cosines) / (10 * len(batch)),
+        },
+        "report": {**done.report.to_json(), "samples": None},
+        "environment": machine("onnx"),
+    }
+
+
+def real_table(rows: list[dict[str, Any]]) -> str:
+    """Return what was measured of real towers as Markdown."""
+    columns = (
+        "tower", "INT8", "in 8 bits", "kept overlap, mean (lowest)",
+        "cosine, mean (1st percentile, lowest)", "merged cosine (share compared)", "seconds",
+    )  # fmt: skip
+    cells = []
+    for row in rows:
+        found = row["agreement"]
+        merged = "–" if found["merged_cosine"] is None else f"{found['merged_cosine']:.4f}"
+        cells.append(
+            (
+                row["tower"],
+                row["name"],
+                f"{row['eight_bits']:.1%}",
+                f"{found['mean_overlap']:.3f} ({found['min_overlap']:.3f})",
+                "{mean_cosine:.4f} ({first_percentile:.3f}, {min_cosine:.3f})".format(**found),
+                f"{merged} ({found['merged_share']:.0%})",
+                f"{row['report']['seconds']:.0f} (load {row['environment']['state']['load']:.0f})",
+            )
+        )
+    intro = (
+        "Static INT8, one scale a tensor for activations, as TensorRT runs it; on ONNX Runtime's "
+        "CPU. Tokens are the bundle's own in FP32 and the quantised graph's, 54 + 10 of them, on "
+        f"{len(HELD_APART)} photographs that nothing was chosen by. The weights of towers without "
+        "“noise” lie on an INT8 grid, so their rows tell of activations alone, until a rotation or "
+        "a channel apart takes the weights off it. Merged tokens are compared where their target "
+        "is the same."
+    )
+    places = dict.fromkeys(_where(row["environment"]) for row in rows)
+    return "\n".join([intro, "", *markdown.table(columns, cells), "", *places, ""])
+
+
+def write_real(row: dict[str, Any]) -> str:
+    """Add or replace a row of real towers' results, and return them as Markdown."""
+    stored = json.loads(REAL_FILE.read_text())["rows"] if REAL_FILE.exists() else []
+    rows = {(each["tower"], each["name"]): each for each in [*stored, row]}
+    ordered = [rows[key] for key in ((t, n) for t in TOWERS for n in REAL) if key in rows]
+    REAL_FILE.write_text(json.dumps({"rows": ordered}, indent=1) + "\n")
+    table = real_table(ordered)
+    REAL_FILE.with_suffix(".md").write_text(table, encoding="utf-8")
+    return table
+
+
 def tables(result: dict[str, Any]) -> str:
     """Return all parts as Markdown."""
     lines: list[str] = []
@@ -279,13 +417,14 @@ def _where(environment: dict[str, Any]) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", nargs="?", choices=("demo", "outliers"))
+    parser.add_argument("part", nargs="?", choices=("demo", "outliers", "real"))
     parser.add_argument("--scenes", type=int, default=600, help="held-out scenes of the demo")
     parser.add_argument("--seed", type=int, default=90210, help="of these")
     parser.add_argument("--images", type=int, default=80, help="one in five is held apart")
     parser.add_argument(
-        "--only", action="append", choices=tuple(FULL_SIZE), help="of the full-size"
+        "--only", action="append", choices=(*FULL_SIZE, *REAL), help="of the full-size, or the real"
     )
+    parser.add_argument("--tower", action="append", choices=tuple(TOWERS), help="of the real")
     parser.add_argument("--work", type=Path, help="keep full-size bundles here")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--bundle", type=Path, help=argparse.SUPPRESS)
@@ -296,7 +435,12 @@ def main() -> None:
         options.output.write_text(json.dumps(row))
         return
     if options.part is None:
-        parser.error("say which part: demo or outliers")
+        parser.error("say which part: demo, outliers or real")
+    if options.part == "real":
+        for tower in options.tower or TOWERS:
+            for name in options.only or REAL:
+                print(write_real(measure_real(tower, name, min(options.images, 60))), flush=True)
+        return
     if options.part == "demo":
         rows = measure_demo(options.scenes, options.seed, options.images)
         where = machine("onnx")

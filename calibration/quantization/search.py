@@ -133,49 +133,59 @@ class FormSearch:
         Args:
             alphas: SmoothQuant's, that are tried.
         """
-        best: FoundForm | None = None
-        for costs, setting in self._forms(alphas):
+        best = self._judged(Setting(0.0))
+        for costs, setting in self._forms():
             found = self._judged(setting)
-            if best is None or found.error < (_WORTH if costs else 1) * best.error:
+            if found.error < (_WORTH if costs else 1) * best.error:
                 best = found
-        assert best is not None
+        factors = [] if self._factors is None else [self._factors(alpha) for alpha in alphas]
+        for each in factors:
+            found = self._judged(self._smoothed(best.setting, each))
+            best = min(best, found, key=lambda each: each.error)
         return replace(best, setting=self._corrected(best.setting))
 
-    def _forms(self, alphas: Sequence[float]) -> Iterator[tuple[bool, Setting]]:
+    def _forms(self) -> Iterator[tuple[bool, Setting]]:
         """Yield whether a form costs time, and the form, the cheapest first."""
-        plain = Setting(0.0)
-        yield False, plain
-        smooth = [replace(plain, factors=self._factors(x)) for x in alphas] if self._factors else []
-        yield from ((False, each) for each in smooth)
         if self._precision != "int8":  # whose steps grow with the numbers: outliers cost it nothing
             return
-        linear, source = self._linear, self._source
+        linear, source, plain = self._linear, self._source, Setting(0.0)
         if linear.norm is not None:
-            centred = [self._centred(replace(each, folded=True)) for each in (plain, *smooth)]
-            yield from ((False, each) for each in centred)
+            centred = self._centred(replace(plain, folded=True))
+            yield False, centred
             if count := self._apart(8):
-                yield from ((True, self._without(each, count)) for each in centred)
+                yield True, self._without(centred, count)
         elif source is not None and source.head is not None:
             folded = replace(plain, folded=True)
-            block = next(powers(source.head, _HEAD), 0)
-            for each in (folded, replace(folded, block=block)):
+            for each in (folded, *self._turned()):
                 yield False, each
                 if source.bias is not None:
                     yield False, self._centred(each)
         else:
             yield True, self._centred(plain)
-            if source is not None and (size := len(self._high)) % _BLOCK == 0:
-                for count in dict.fromkeys((0, self._apart(_BLOCK))):
-                    spread = replace(
-                        plain,
-                        order=self._order(count),
-                        apart=np.arange(size - count, size),
-                        block=_BLOCK,
-                    )
-                    yield True, spread
-                    yield True, self._centred(spread)
+            for spread in self._turned():
+                yield True, spread
+                yield True, self._centred(spread)
             if source is None and (count := self._apart(8)):
                 yield True, self._without(plain, count)
+
+    def _turned(self) -> Iterator[Setting]:
+        """Yield the rotations that what makes the input allows."""
+        source, size = self._source, len(self._high)
+        if source is not None and source.head is not None:
+            for block in powers(source.head, _HEAD):
+                yield Setting(0.0, folded=True, block=block)
+                return
+        elif source is not None and size % _BLOCK == 0:
+            for count in dict.fromkeys((0, self._apart(_BLOCK))):
+                order, apart = self._order(count), np.arange(size - count, size)
+                yield Setting(0.0, order=order, apart=apart, block=_BLOCK)
+
+    def _smoothed(self, setting: Setting, factors: NDArray[np.float32]) -> Setting:
+        """Return a form with SmoothQuant's factors before the rest of it."""
+        smoothed = replace(setting, factors=factors, shift=None, apart=np.zeros(0, np.int64))
+        if setting.shift is not None:
+            smoothed = self._centred(smoothed)
+        return self._without(smoothed, len(setting.apart)) if len(setting.apart) else smoothed
 
     def _apart(self, multiple: int) -> int:
         """Return how many channels may stand apart."""
