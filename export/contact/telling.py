@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from vzip.runtime.wording import counted
@@ -36,11 +36,15 @@ def summary(record: Found, archive: str, size: int) -> list[str]:
         f"vzip {record['vzip']}, first contact, {record['started']}: {counts['ok']} ok, "
         f"{counts['failed']} failed, {counts['not here']} not here, {record['seconds']:.0f} s"
     )
-    lines = [head, _machine(steps), _stacks(steps)]
+    lines = [head, _told(_machine, steps, "machine: ?"), _told(_stacks, steps, "stacks: ?")]
     last = [f"{archive}: {size / 1000:.0f} kB, to be attached to an issue of vzip"]
     failed = [line(name, each) for name, each in steps.items() if each["status"] == "failed"]
     absent = ", ".join(name for name, each in steps.items() if each["status"] == "not here")
-    others = [each for name, one in steps.items() if (each := _engine(name, steps, one))]
+    others = [
+        each
+        for name in steps
+        if (each := _told(lambda all_, name=name: _engine(name, all_), steps, f"{name}: ?"))
+    ]
     if absent:
         last.insert(0, f"not here: {absent}")
     room = MOST_LINES - len(lines) - len(last)
@@ -52,6 +56,14 @@ def summary(record: Found, archive: str, size: int) -> list[str]:
     else:
         shown = failed + others
     return [_short(each) for each in (*lines, *shown, *last)]
+
+
+def _told(make: Callable[..., str], steps: Mapping[str, Found], otherwise: str) -> str:
+    """Return a line of what steps noted, which may be of any form where one went wrong."""
+    try:
+        return make(steps)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return otherwise
 
 
 def _machine(steps: Mapping[str, Found]) -> str:
@@ -79,8 +91,9 @@ def _stacks(steps: Mapping[str, Found]) -> str:
     return "stacks: " + ", ".join(found)
 
 
-def _engine(name: str, steps: Mapping[str, Found], found: Found) -> str:
+def _engine(name: str, steps: Mapping[str, Found]) -> str:
     """Return the line of an engine that was built; nothing for other steps."""
+    found = steps[name]
     kind, _, which = name.partition("-")
     if kind != "build" or found["status"] != "ok":
         return ""

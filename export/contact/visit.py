@@ -37,6 +37,7 @@ MOST_BYTES: Final = 3 * 10**6
 _CHILD: Final = "from vzip.export.contact.child import main; main()"
 _LARGEST: Final = 32 * 2**20  # of a step's result
 _KEPT: Final = 8 * 2**20  # of the beginning of what TensorRT says, and of the end
+_DEEPEST: Final = 50
 _SHORTEST: Final = 2**12  # a text isn't cut below this
 _LONGEST: Final = 500  # characters of a line that a reason holds
 
@@ -233,7 +234,7 @@ def _taken(step: Step, work: Path) -> tuple[dict[str, Any], dict[str, str]]:
         kept=_KEPT,
     )
     found = _read(result)
-    if ended.how or found.get("status") not in {"ok", "failed", "not here"}:
+    if ended.how or found.get("status") not in ("ok", "failed", "not here"):
         found.update(status="failed", why=_why(found, ended))
     texts = {f"{step.name}.log": ended.output}
     if "folder" in step.arguments and (step.does != "build" or found["status"] != "ok"):
@@ -253,7 +254,24 @@ def _read(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"), parse_constant=str)
     except (OSError, ValueError, RecursionError) as error:
         return {"unread": f"{type(error).__name__}: {error}"}
-    return found if isinstance(found, dict) else {"unread": "no record"}
+    if not isinstance(found, dict):
+        return {"unread": "no record"}
+    return found if _shallow(found) else {"unread": f"a record deeper than {_DEEPEST}"}
+
+
+def _shallow(value: Any) -> bool:
+    """Say whether a record is nested no deeper than what goes through it can follow."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [
+            inner
+            for each in level
+            if isinstance(each, (dict, list))
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return True
+    return False
 
 
 def _why(found: Mapping[str, Any], ended: Ended) -> str:

@@ -62,11 +62,18 @@ elif name == "full":
 elif name == "talks":
     print("/home/kowalski/secret/file.txt and kowalski@werk17, USER=kowalski", flush=True)
     note(status="failed", why="no /home/kowalski/a b", **{"/home/kowalski/x": ["/srv/kowalski/y"]})
+elif name == "deep":
+    deep = []
+    for _ in range(400):
+        deep = [deep]
+    note(status="ok", deep=deep)
+elif name == "odd":
+    note(status=["ok"], why={"a": 1})
 elif name == "fine":
     note(status="ok", number=float("inf"))
 """
 DOES = ("hangs", "crashes", "garbage", "list", "silent", "huge", "early", "status", "full", "talks",
-        "fine")  # fmt: skip
+        "deep", "odd", "fine")  # fmt: skip
 
 
 @pytest.fixture
@@ -151,7 +158,7 @@ def test_whatever_a_step_does_the_others_are_taken(badly: None, tmp_path: Path) 
     assert "longer than 2 s" in why["hangs"]
     assert "SIGSEGV" in why["crashes"]
     assert found.results["crashes"]["before"] == "a crash"
-    for name in ("garbage", "silent", "list", "huge", "early", "status"):
+    for name in ("garbage", "silent", "list", "huge", "early", "status", "deep", "odd"):
         assert "left no result" in why[name], name
     assert f"{40 * 2**20} bytes" in why["huge"]
     assert "File too large" in found.results["full"]["why"]
@@ -268,6 +275,22 @@ def test_a_summary_has_fifteen_lines_at_most_and_failures_first() -> None:
     assert lines[3].startswith("run-0: failed")
     assert "12 more lines" in lines[-3]
     assert "cuda" in lines[-2]
+
+
+@pytest.mark.parametrize("odd", [None, 1, "x", [], {"a": []}, {"version": {}}])
+def test_a_summary_takes_whatever_steps_noted(odd: Any) -> None:
+    steps = {
+        "doctor": {"status": "ok", "environment": odd},
+        "build-a": {"status": "ok", "seconds": odd, "bytes": odd},
+        "build-b": {"status": "ok", "seconds": 1, "bytes": 1},
+        "run-b": {"status": "ok", "proof": odd, "captured": odd, "median_ms": odd},
+        "build-c": {"status": "ok", "seconds": 1, "bytes": 2**20},
+    }
+    record = {"vzip": "1", "started": "now", "seconds": 3.0, "steps": steps}
+    lines = telling.summary(record, "a.zip", 1000)
+    assert "5 ok" in lines[0]
+    assert "c: built in 1 s, 1.0 MiB" in lines
+    assert len(lines) <= 15
 
 
 def test_first_contact_needs_neither_torch_nor_onnx() -> None:
