@@ -284,6 +284,7 @@ def main() -> int:
     only = tuple(filter(None, options.only.split(",")))
     if unknown := [name for name in only if name not in STACKS]:
         parser.error(f"--only has {', '.join(unknown)}, expected some of {', '.join(STACKS)}")
+    options.output.parent.mkdir(parents=True, exist_ok=True)  # before an hour's work
     arguments = shlex.join(without_paths(sys.argv[1:]))
     command = f"python -m benchmarks.real_towers {arguments}"
 

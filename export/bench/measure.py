@@ -148,7 +148,7 @@ class _Bench:
             return
         if not self.wanted.only:
             self._say_which_engines_are_absent()
-        if self.wanted.device == "cpu":
+        if self.wanted.device == "cpu" and self.wanted.beside:
             for name in names.COPIES:
                 self._empty(
                     name, "there is no GPU: tokens are computed on the host, nothing is copied"

@@ -122,7 +122,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: str) -> tuple[int, Any]:
-    output = tmp_path / "r.json"
+    output = tmp_path / "new" / "r.json"
     told = ["real_towers", "--bundles", str(tmp_path / "b"), "-o", str(output), *arguments]
     monkeypatch.setattr(sys, "argv", told)
     status = real_towers.main()
@@ -144,10 +144,10 @@ def test_towers_are_measured_one_by_one_and_results_of_others_stay(
         assert real_towers.BASELINE in wanted.only
         assert name in real_towers.TOWERS
     assert any("torch-published:fp16" in wanted.only for _, wanted in measured)
-    text = (tmp_path / "r.json").read_text() + (tmp_path / "r.md").read_text()
+    text = (tmp_path / "new/r.json").read_text() + (tmp_path / "new/r.md").read_text()
     assert str(tmp_path) not in text
     assert "it can't be calibrated" in text
-    assert "| clip-b16-384 | 127 | 146 |" in (tmp_path / "r.md").read_text()
+    assert "| clip-b16-384 | 127 | 146 |" in (tmp_path / "new/r.md").read_text()
     assert "llava-random (checkpoint weights)" in text  # as its bundle says
 
 
@@ -164,7 +164,7 @@ def test_what_was_measured_before_a_kill_stays(
     monkeypatch.setattr(real_towers, "bench", killed)
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, tmp_path, "--towers", "clip-b16-224")
-    kept = json.loads((tmp_path / "r.json").read_text())["towers"]["clip-b16-224"]
+    kept = json.loads((tmp_path / "new/r.json").read_text())["towers"]["clip-b16-224"]
     assert {each["stack"] for each in kept["rows"]} >= {"onnxruntime:fastest"}
 
 

@@ -94,6 +94,7 @@ def test_a_stack_that_computes_something_else_is_timed_says_so_and_is_no_baselin
         wanted = Wanted(only=("onnxruntime:fp32",), rounds=1, judge=path, beside=False)
         found = bench({"tiny": bundle}, wanted, command="", say=lambda _: None)
         (row,) = found["rows"]
+        assert found["empty"] == []
         return found["baseline"], row, table(found)
 
     baseline, row, shown = rows()
