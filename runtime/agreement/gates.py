@@ -185,10 +185,18 @@ CPU_FORM: Final = Gate(
     # A form of the graph that is made for a CPU, beside `reference.npz`. Nobody asked for its
     # precision, so it must lose less than a graph that a user had quantised, and it must merge the
     # same: an INT8 encoder can keep the same tokens and have a cosine of .56 in the merged ones
-    # (OpenVINO's, in the README). Scores say nothing more than the overlap does.
+    # (OpenVINO's, in the README). Of trained towers one token in a thousand is far off where the
+    # mean is .998, in BF16 too, and a merged one goes to .97 with one token more or less in it: so
+    # means are judged. Scores say nothing more than the overlap does.
     overlap=0.95,
-    kept=Limits(lowest=0.99),
-    merged=Limits(mean=0.99),
+    kept=Limits(lowest=0.8, mean=0.995),
+    merged=Limits(mean=0.97),
+)
+
+CPU_FORM_VARIED: Final = replace(
+    # The same beside the bundle's own graph, on six times as many pictures, whose mean says more.
+    CPU_FORM,
+    overlap=0.965,
 )
 
 COARSER_PEER: Final = replace(

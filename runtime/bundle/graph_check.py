@@ -37,7 +37,9 @@ QUANTISED: Final = OWN | {"DequantizeLinear", "QuantizeLinear", "Split"}
 """Operators of a graph that `vzip calibrate` wrote."""
 
 CPU_ENGINE: Final = OWN | {
+    "Abs",
     "DynamicQuantizeLinear",
+    "QuantizeLinear",
     "com.microsoft::MatMulIntegerToFloat",
     "com.microsoft::MatMulNBits",
     "com.microsoft::MultiHeadAttention",

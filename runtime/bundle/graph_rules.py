@@ -54,9 +54,10 @@ def _float_function(call: Call) -> list[Value]:
     return [Value(call[0].dtype, call[0].shape)]
 
 
-@rule("Neg", inputs=(1, 1))
-def _neg(call: Call) -> list[Value]:
-    return folded(call, Value(call[0].dtype, call[0].shape), np.negative)
+@rule("Abs", "Neg", inputs=(1, 1))
+def _abs_or_neg(call: Call) -> list[Value]:
+    computed = np.abs if call.node.operator == "Abs" else np.negative
+    return folded(call, Value(call[0].dtype, call[0].shape), computed)
 
 
 @rule("Identity", inputs=(1, 1))

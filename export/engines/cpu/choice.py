@@ -1,8 +1,9 @@
 """Which form of a bundle's graph is the fastest on this CPU, of those that keep the tokens.
 
 Each form is opened by the runtime's own backend, run on the bundle's reference pictures and
-compared with what the untouched model says of them. What agrees is timed against the fastest so
-far, call by call in turns.
+compared with what the untouched model says of them. These are few, and a form may be right on all
+of them by chance; so one that agrees is also compared with the bundle's own graph, on mirrored and
+zoomed ones. What agrees then is timed against the fastest so far, call by call in turns.
 """
 
 from __future__ import annotations
@@ -19,10 +20,19 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from vzip.export.engines.cpu.forms import FORMS, Form, rewrite
-from vzip.export.engines.cpu.patterns import array, norms
-from vzip.export.graph import smooth
+from vzip.export.engines.cpu.learning import batches, learn, varied
 from vzip.export.graph.unshared import read_own_graph
-from vzip.runtime.agreement import CPU_FORM, ENGINE, Proof, Reference, load_reference, prove
+from vzip.runtime.agreement import (
+    CPU_FORM,
+    CPU_FORM_VARIED,
+    ENGINE,
+    Outputs,
+    Proof,
+    Reference,
+    compare,
+    load_reference,
+    prove,
+)
 from vzip.runtime.backends.onnxruntime import OnnxRuntimeCpu
 from vzip.runtime.bundle.precision_record import Precision
 from vzip.runtime.bundle.reader import Bundle
@@ -41,8 +51,6 @@ NEEDED_FOR: Final = "an engine for the CPU"
 EXTRA: Final = "cpu-build"
 SECONDS: Final = 2.0
 """That a comparison takes, roughly; a large tower's fewest calls take longer."""
-ALPHA: Final = 0.5
-"""Share of the outliers that smoothing moves to the weights, SmoothQuant's own default."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,8 @@ class ChosenForm:
         candidate: The form.
         proof: How it agrees.
         measured: Form → what was measured of it, in that order: ``kept_overlap``, ``min_cosine``,
-            ``contextual_cosine``; ``ms``, its fastest call, which other load disturbs least;
+            ``contextual_cosine``, and of a form that agrees the same means as ``varied_…``, beside
+            the bundle's own graph on more pictures; ``ms``, its fastest call, which other load disturbs least;
             ``against_ms``, that of ``against``, the fastest form until then, in turns with it; or
             ``refused``, why it can't be chosen.
     """
@@ -106,7 +115,11 @@ def choose(bundle: Bundle, *, say: Say) -> ChosenForm:
         best, running = own, stack.enter_context(contextlib.closing(own.open()))
         proof = _judged(bundle, own, running, reference)
         measured[OWN] = _numbers(proof)
-        for form, made in candidates(bundle, reference):
+        last = bundle.manifest.input.dtype == "uint8"
+        more = varied(reference.input, channels_last=last)
+        # A graph that isn't right itself says nothing of its forms.
+        expected = _outputs(bundle, running, more) if proof.passed else []
+        for form, made in candidates(bundle, more):
             found: dict[str, Scalar] = {}
             measured[form] = found
             try:
@@ -116,15 +129,26 @@ def choose(bundle: Bundle, *, say: Say) -> ChosenForm:
                     continue
                 opened = stack.enter_context(contextlib.closing(candidate.open()))
                 judged = _judged(bundle, candidate, opened, reference)
+                found.update(_numbers(judged))
+                short = list(judged.short)
+                if expected and not short:
+                    beside = compare(expected, _outputs(bundle, opened, more), bundle.manifest)
+                    found.update(
+                        varied_overlap=beside.mean_overlap,
+                        varied_cosine=beside.kept.mean,
+                        varied_contextual_cosine=beside.merged.mean,
+                    )
+                    short += (
+                        f"{each} of varied pictures" for each in CPU_FORM_VARIED.judge(beside)
+                    )
             except BackendError as error:
                 found["refused"] = f"it can't be run: {error}"
                 continue
             finally:
                 if "refused" in found:
                     say(f"form {form}: {found['refused']}")
-            found.update(_numbers(judged))
-            if not judged.passed:
-                found["refused"] = "; ".join(judged.short)
+            if short:
+                found["refused"] = "; ".join(short)
                 opened.close()
                 say(f"form {form}: its tokens differ: {found['refused']}")
                 continue
@@ -161,21 +185,27 @@ def _judged(
     return prove(lambda images: opened.run({name: images}), reference, manifest, sizes, gate)
 
 
+def _outputs(bundle: Bundle, opened: OnnxRuntimeCpu, pictures: Array) -> list[Outputs]:
+    """Return what a graph gives of pictures, call by call."""
+    name = bundle.manifest.input.name
+    return [opened.run({name: images}) for images in batches(bundle, pictures)]
+
+
 def _numbers(proof: Proof) -> dict[str, Scalar]:
     names = ("kept_overlap", "min_cosine", "contextual_cosine")
     return {name: getattr(proof, name) for name in names}
 
 
 def candidates(
-    bundle: Bundle, reference: Reference
+    bundle: Bundle, pictures: Array
 ) -> Iterator[tuple[str, Callable[[], Candidate | None]]]:
     """Yield each form but the bundle's own, and what makes it: None if nothing of it was found."""
     graph = read_own_graph(bundle, NEEDED_FOR, EXTRA)
-    factors = _factors(bundle, graph, reference.input)
+    learnt = learn(bundle, graph, pictures)
 
     def rewritten(form: Form) -> Candidate | None:
         changed = graph.clone()
-        if not rewrite(changed, form, factors):
+        if not rewrite(changed, form, learnt):
             return None
         if form.own_weights:  # what little is left of the bundle's is taken along: 6 % of a ViT-L
             ir.external_data.load_to_model(changed)
@@ -196,35 +226,3 @@ def candidates(
         yield form.name, partial(rewritten, form)
     if CALIBRATED in bundle.manifest.precisions:
         yield CALIBRATED, calibrated
-
-
-def _factors(bundle: Bundle, graph: ir.Model, pictures: Array) -> dict[str, Array]:
-    """Return what the channels of LayerNorms' results are divided by, from the bundle's pictures.
-
-    Args:
-        bundle: The bundle.
-        graph: Its graph.
-        pictures: The graph's input, [n, …].
-
-    Returns:
-        Name of the result → float32 [in], powers of two.
-    """
-    found = {
-        str(norm.outputs[0].name): [array(linear.weight) for linear in fed]
-        for norm, fed in norms(graph.graph).items()
-    }
-    if not found:
-        return {}
-    model, folder = bundle.read_model(), bundle.weights_folder
-    largest: dict[str, Array] = {}
-    rows = 1 if bundle.manifest.batch.dynamic else bundle.manifest.batch.max
-    with contextlib.closing(OnnxRuntimeCpu.of_model(model, folder, tuple(found))) as opened:
-        for start in range(0, len(pictures), rows):
-            chosen = np.arange(start, start + rows) % len(pictures)
-            images = np.ascontiguousarray(pictures[chosen])
-            results = opened.run({bundle.manifest.input.name: images})
-            for value in found:
-                result = results[value]
-                most = np.abs(result).max(axis=tuple(range(result.ndim - 1)))
-                largest[value] = np.maximum(largest.get(value, 0), most)
-    return {value: smooth.factors(largest[value], fed, ALPHA) for value, fed in found.items()}

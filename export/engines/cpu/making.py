@@ -33,7 +33,7 @@ from vzip.runtime.wording import counted
 
 Say = Callable[[str], None]
 
-VERSION: Final = 3
+VERSION: Final = 4
 """Goes up when forms, or how they are chosen, change: engines of before are then made anew."""
 
 

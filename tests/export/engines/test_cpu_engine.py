@@ -28,7 +28,7 @@ from tests.refusals import refused, says
 from vzip.export.cli import build as build_command
 from vzip.export.cli import inspect as inspect_command
 from vzip.export.engines import build
-from vzip.export.engines.cpu import choice, forms, making
+from vzip.export.engines.cpu import choice, forms, making, products
 from vzip.export.engines.cpu.forms import FORMS
 from vzip.export.engines.cpu.patterns import array
 from vzip.export.graph.reading import read_graph
@@ -69,8 +69,9 @@ def _afresh(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def fastest(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Return a function that says which form is to be measured as the fastest; all agree."""
-    monkeypatch.setattr(forms, "BLOCK", 16)  # lets blocks fit into the tiny tower's rows
-    monkeypatch.setattr(choice, "CPU_FORM", Gate(overlap=0.5, kept=Limits(lowest=0.5)))
+    monkeypatch.setattr(products, "BLOCK", 16)  # lets blocks fit into the tiny tower's rows
+    for gate in ("CPU_FORM", "CPU_FORM_VARIED"):
+        monkeypatch.setattr(choice, gate, Gate(overlap=0.5, kept=Limits(lowest=0.5)))
 
     def choose(form: str) -> None:
         def fake(calls: dict[str, Callable[[], object]], *, seconds: float) -> dict[str, Timing]:
@@ -229,8 +230,8 @@ def test_a_form_that_keeps_other_tokens_or_cannot_run_is_not_chosen(
 ) -> None:
     right, opened = choice.rewrite, choice.Candidate.open
 
-    def wrong(model: ir.Model, form: forms.Form, factors: Any) -> bool:
-        done = right(model, form, factors)
+    def wrong(model: ir.Model, form: forms.Form, learnt: Any) -> bool:
+        done = right(model, form, learnt)
         for name, value in model.graph.initializers.items():
             if name.endswith(".scale"):
                 value.const_value = ir.tensor(np.full_like(array(value), 0.01), name=name)

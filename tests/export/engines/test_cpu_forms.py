@@ -14,9 +14,11 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from vzip.export.engines.cpu import forms
+from vzip.export.engines.cpu import forms, products
 from vzip.export.engines.cpu.forms import FORMS, FuseAttention, rewrite
+from vzip.export.engines.cpu.learning import learn, saturates, varied
 from vzip.export.engines.cpu.patterns import array, attention, gates, linears, norms
+from vzip.export.engines.cpu.products import Learnt, hadamard, rotated
 from vzip.export.graph.reading import read_graph
 from vzip.runtime.agreement import load_reference
 from vzip.runtime.backends.onnxruntime import with_output
@@ -31,9 +33,13 @@ def graph_of(bundle: Bundle) -> ir.Model:
     return read_graph(bundle, "a test")
 
 
-def formed(bundle: Bundle, form: forms.Form, factors: dict[str, Array] | None = None) -> ir.Model:
+DYNAMIC, FUSED = (next(f for f in FORMS if f.name == name) for name in ("dynamic", "fused"))
+TOKENS = next(f for f in FORMS if f.name == "tokens")
+
+
+def formed(bundle: Bundle, form: forms.Form, learnt: Learnt | None = None) -> ir.Model:
     model = graph_of(bundle)
-    assert rewrite(model, form, factors or {})
+    assert rewrite(model, form, learnt or Learnt())
     return model
 
 
@@ -41,7 +47,9 @@ def pictures(bundle: Bundle) -> Array:
     return load_reference(bundle).input[: bundle.manifest.batch.max]
 
 
-def run(model: ir.Model, bundle: Bundle, extra: tuple[str, ...] = ()) -> dict[str, Array]:
+def run(
+    model: ir.Model, bundle: Bundle, extra: tuple[str, ...] = (), images: Array | None = None
+) -> dict[str, Array]:
     """Run a graph without ONNX Runtime's own optimisations."""
     data = ir.to_proto(model).SerializeToString()
     for name in extra:
@@ -54,7 +62,7 @@ def run(model: ir.Model, bundle: Bundle, extra: tuple[str, ...] = ()) -> dict[st
     )
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     names = [each.name for each in session.get_outputs()]
-    feeds = {bundle.manifest.input.name: pictures(bundle)}
+    feeds = {bundle.manifest.input.name: pictures(bundle) if images is None else images}
     return dict(zip(names, session.run(names, feeds), strict=True))
 
 
@@ -129,7 +137,9 @@ def test_attention_of_another_form_stays_as_it_is(exported: MakeBundle, case: st
         for turned in (queries, keys):
             split = turned.inputs[0].producer()
             shape = array(split.inputs[1]) * [1, 1, 2, 1] // [1, 1, 1, 2]
-            split.replace_input_with(1, forms._constant(model.graph, f"{split.name}.other", shape))
+            split.replace_input_with(
+                1, products.constant(model.graph, f"{split.name}.other", shape)
+            )
     elif case == "unscaled":  # by a value that isn't constant
         scaled = queries.inputs[0].producer().inputs[0].producer()
         constant = next(place for place, v in enumerate(scaled.inputs) if v.is_initializer())
@@ -153,7 +163,7 @@ def test_attention_of_another_form_stays_as_it_is(exported: MakeBundle, case: st
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let blocks fit into the tiny tower's rows."""
-    monkeypatch.setattr(forms, "BLOCK", 16)
+    monkeypatch.setattr(products, "BLOCK", 16)
 
 
 def by_hand(x: Array, weights: Array, bits: str, block: int = 16) -> Array:
@@ -163,6 +173,14 @@ def by_hand(x: Array, weights: Array, bits: str, block: int = 16) -> Array:
         step = (max(x.max(), 0) - min(x.min(), 0)) / 255
         zero = np.clip(np.rint(-min(x.min(), 0) / step), 0, 255)
         rounded = (np.clip(np.rint(x / step) + zero, 0, 255) - zero) * step
+        steps = np.abs(weights).max(axis=0) / 127
+        return np.asarray(rounded @ (np.rint(weights / steps) * steps))
+    if bits == "tokens":
+        width = min(64, x.shape[-1] & -x.shape[-1])
+        width = width if width >= 16 else 1  # too few to be worth it
+        x, weights = rotated(x, width), rotated(weights.T, width).T
+        steps = np.abs(x).max(axis=-1, keepdims=True) / 127
+        rounded = np.rint(x / steps) * steps
         steps = np.abs(weights).max(axis=0) / 127
         return np.asarray(rounded @ (np.rint(weights / steps) * steps))
     rows = x.reshape(*x.shape[:-1], -1, block)
@@ -187,7 +205,11 @@ def test_every_linear_layer_is_rounded_as_described(
         value: np.exp2(rng.integers(-2, 3, len(array(fed[0].weight)))).astype(np.float32)
         for value, fed in normed.items()
     }
-    changed = formed(bundle, form, factors)
+    read = {each.input.name: len(array(each.weight)) for each in found}
+    means = {
+        name: (rng.standard_normal(rows) / 64).astype(np.float32) for name, rows in read.items()
+    }
+    changed = formed(bundle, form, Learnt(factors, means))
     kinds = operators(changed)
     assert all(each.bias is not None for each in found)
     layers = len(normed) // 2
@@ -198,11 +220,13 @@ def test_every_linear_layer_is_rounded_as_described(
         else form.after_norm if each.input.name in normed else form.others
         for each in found
     ]  # fmt: skip
-    fits = [b == "tensor" or (b == "blocks" and len(array(each.weight)) % 16 == 0)
+    fits = [b in {"tensor", "tokens"} or (b == "blocks" and len(array(each.weight)) % 16 == 0)
             for b, each in zip(bits, found, strict=True)]  # fmt: skip
     assert len(found) == 6 * layers + 2
     assert len(normed) == 2 * layers >= 4
-    assert kinds["MatMulIntegerToFloat"] == bits.count("tensor")
+    assert kinds["MatMulIntegerToFloat"] == bits.count("tensor") + bits.count("tokens")
+    inputs = {x.input.name for x, b in zip(found, bits, strict=True) if b == "tokens"}
+    assert kinds["QuantizeLinear"] == len(inputs)  # once for layers that share an input
     assert kinds["MatMulNBits"] == sum(b == "blocks" and f for b, f in zip(bits, fits, strict=True))
     names = {x.name for each in found for x in (each.input, each.output)} - {EMBEDS}
     values = run(changed, bundle, tuple(names))
@@ -217,9 +241,14 @@ def test_every_linear_layer_is_rounded_as_described(
         assert how is not None
         gain = times.get(linear.output, 1)
         weights = array(linear.weight) * np.float32(gain / over.get(linear.output, 1))
-        if linear.input.name in factors:
+        if how != "tokens" and linear.input.name in factors:
             weights = weights * factors[linear.input.name][:, None]
         bias, x = gain * array(linear.bias), values[linear.input.name]
+        mean = means[linear.input.name] * np.float32(over.get(linear.output, 1))
+        if how == "tokens":
+            # What a norm gives is centred already, the rest is in the chain.
+            bias = bias + mean @ weights
+            x = x if linear.input.name in normed else x - mean
         expected, got = by_hand(x, weights, how) + bias, values[linear.output.name]
         # What lies between two steps may be rounded either way; the rounding as a whole may not.
         rounding = np.square(x.astype(np.float64) @ weights + bias - expected).mean()
@@ -250,7 +279,7 @@ def test_the_constant_of_quickgelu_goes_into_the_weights_around_it(exported: Mak
     model = graph_of(bundle)
     every = gates(model.graph, linears(model.graph))
     assert [gate.c for gate in every] == [pytest.approx(1.702)] * len(every) != []
-    changed = formed(bundle, FORMS[0])
+    changed = formed(bundle, DYNAMIC)
     x_name, gated = every[0].before.output.name, _tail(model)[2].outputs[0].name
     values = run(changed, bundle, (x_name, gated))
     x = values[x_name].astype(np.float64)
@@ -259,7 +288,7 @@ def test_the_constant_of_quickgelu_goes_into_the_weights_around_it(exported: Mak
     plain = run(model, bundle, (x_name,))[x_name]
     assert np.dot(x.ravel(), plain.ravel()) / np.square(plain).sum() == pytest.approx(1.702, 0.01)
     assert _tail(changed)[1].inputs[0].name == x_name
-    fused = formed(bundle, FORMS[-1])
+    fused = formed(bundle, FUSED)
     assert operators(changed)["Mul"] == operators(fused)["Mul"] - len(every)
 
 
@@ -287,7 +316,7 @@ def test_a_gate_of_another_form_keeps_its_constant(exported: MakeBundle, case: s
         also_read(model, scaled.outputs[0])
     assert len(gates(model.graph, linears(model.graph))) == known - 1
     expected = run(model, bundle)
-    assert rewrite(model, FORMS[0], {})
+    assert rewrite(model, DYNAMIC, Learnt())
     values = run(model, bundle)
     for name in expected:
         assert alike(values[name], expected[name]) > 0.98, name
@@ -326,7 +355,7 @@ def test_smoothing_divides_what_a_norm_gives(exported: MakeBundle) -> None:
     }
     assert len(factors) >= 4
     first = next(iter(factors))
-    assert rewrite(changed, FORMS[0], factors)
+    assert rewrite(changed, DYNAMIC, Learnt(factors))
     before, after = run(model, bundle, (first,)), run(changed, bundle, (first,))
     assert np.array_equal(after[first], before[first] / factors[first])
     # Later ones get other inputs, for the rounding before them: each against its own.
@@ -353,4 +382,93 @@ def test_a_norm_that_something_else_reads_is_not_smoothed(exported: MakeBundle) 
 @pytest.mark.slow
 def test_fp16_graphs_have_no_other_form(exported: MakeBundle) -> None:
     for form in FORMS:
-        assert not rewrite(graph_of(exported("fp16")), form, {})
+        assert not rewrite(graph_of(exported("fp16")), form, Learnt())
+
+
+# What forms stand on
+
+
+@pytest.mark.parametrize("width", [1, 16, 64])
+def test_a_rotation_undoes_itself_and_spreads_an_outlier(width: int) -> None:
+    turn = hadamard(width)
+    assert np.allclose(turn @ turn, np.eye(width), atol=1e-6)
+    rows = np.zeros((3, 128), np.float32)
+    rows[:, 5] = 8
+    turned = rotated(rows, width)
+    assert np.abs(turned).max() == pytest.approx(8 / np.sqrt(width))
+    assert np.allclose(rotated(turned, width), rows, atol=1e-5)
+
+
+def test_a_planted_outlier_and_a_sink_cost_tokens_little_and_a_scale_per_call_much(
+    exported: MakeBundle,
+) -> None:
+    """A channel that is hot in a few tokens, as in the input of fc2 of trained towers."""
+    bundle, errors = exported("image"), {}
+    for form in (TOKENS, DYNAMIC):
+        model = graph_of(bundle)
+        linear = next(each for each in linears(model.graph) if "fc2" in str(each.weight.name))
+        tokens = linear.input.shape[1]
+        hot = np.zeros((1, tokens, len(array(linear.weight))), np.float32)
+        hot[:, ::9, 3] = 300
+        planted = products.constant(model.graph, "planted", hot)
+        added = ir.node("Add", (linear.input, planted))
+        added.outputs[0].name, added.outputs[0].shape = "hot", linear.input.shape
+        added.outputs[0].type = linear.input.type
+        model.graph.insert_before(linear.product, added)
+        linear.product.replace_input_with(0, added.outputs[0])
+        name = linear.output.name
+        # The tokens that aren't hot, beside the same graph in FP32.
+        expected = run(model, bundle, (name,))[name]
+        assert rewrite(model, form, Learnt())
+        cold = np.arange(tokens) % 9 != 0
+        got = run(model, bundle, (name,))[name]
+        errors[form.name] = 1 - alike(got[:, cold], expected[:, cold])
+    assert errors["tokens"] < 1e-3 < errors["dynamic"] / 10
+
+
+def test_tokens_of_a_picture_do_not_depend_on_the_others_of_its_call(exported: MakeBundle) -> None:
+    bundle = exported("image")
+    images = pictures(bundle)
+    others = np.concatenate([images[:1], 255 - images[1:]])
+    for form, alone in ((TOKENS, True), (DYNAMIC, False)):
+        changed = formed(bundle, form)
+        one, other = (run(changed, bundle, images=each)[EMBEDS][0] for each in (images, others))
+        assert np.array_equal(one, other) == alone
+
+
+def test_learnt_are_each_channels_mean_and_the_largest_weight_of_this_cpu(
+    exported: MakeBundle,
+) -> None:
+    bundle = exported("image")
+    graph = graph_of(bundle)
+    learnt = learn(bundle, graph, pictures(bundle))
+    names = {each.input.name for each in linears(graph.graph)}
+    assert learnt.means.keys() == names
+    for name, values in run(graph, bundle, tuple(names)).items():
+        if name in names:
+            expected = values.reshape(-1, values.shape[-1]).mean(0)
+            assert np.allclose(learnt.means[name], expected, atol=1e-4), name
+    assert learnt.largest == (63 if saturates(bundle.weights_folder) else 127)
+
+
+@pytest.mark.parametrize("largest", [127, 63])
+def test_weights_stay_within_what_this_cpu_can_add(exported: MakeBundle, largest: int) -> None:
+    model = formed(exported("image"), TOKENS, Learnt(largest=largest))
+    weights = [
+        array(value) for name, value in model.graph.initializers.items() if name.endswith(".s8")
+    ]
+    assert max(np.abs(each.astype(int)).max() for each in weights) == largest
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_varied_pictures_are_mirrored_and_zoomed(channels_last: bool) -> None:
+    pictures = np.random.default_rng(0).integers(0, 255, (2, 6, 7, 3), np.uint8)
+    given = pictures if channels_last else pictures.transpose(0, 3, 1, 2)
+    found = varied(given, channels_last=channels_last)
+    assert found.shape == (12, *given.shape[1:])
+    found = found if channels_last else found.transpose(0, 2, 3, 1)
+    assert np.array_equal(found[:2], pictures)
+    assert np.array_equal(found[2:4], pictures[:, :, ::-1])
+    assert np.array_equal(found[4, ::2, ::2], pictures[0, :3, :4])
+    assert np.array_equal(found[10, 0, 0], pictures[0, 3, 3])
+    assert np.array_equal(found[11, -1, -1], pictures[1, 5, 6])
