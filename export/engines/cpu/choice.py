@@ -26,6 +26,7 @@ from vzip.runtime.agreement import (
     CPU_FORM,
     CPU_FORM_VARIED,
     ENGINE,
+    Agreement,
     Outputs,
     Proof,
     Reference,
@@ -82,10 +83,10 @@ class ChosenForm:
         candidate: The form.
         proof: How it agrees.
         measured: Form → what was measured of it, in that order: ``kept_overlap``, ``min_cosine``,
-            ``contextual_cosine``, and of a form that agrees the same means as ``varied_…``, beside
-            the bundle's own graph on more pictures; ``ms``, its fastest call, which other load disturbs least;
-            ``against_ms``, that of ``against``, the fastest form until then, in turns with it; or
-            ``refused``, why it can't be chosen.
+            ``contextual_cosine``, and of a form that agrees means as ``varied_…``, beside the
+            bundle's own graph on more pictures; ``ms``, its fastest call, which other load disturbs
+            least; ``against_ms``, that of ``against``, the fastest form until then, in turns with
+            it; or ``refused``, why it can't be chosen.
     """
 
     candidate: Candidate
@@ -93,7 +94,7 @@ class ChosenForm:
     measured: Mapping[str, Mapping[str, Scalar]]
 
 
-def choose(bundle: Bundle, *, say: Say) -> ChosenForm:
+def choose(bundle: Bundle, *, say: Say) -> ChosenForm:  # noqa: PLR0915  one form after another
     """Return the fastest form of a bundle's graph that agrees with the untouched model.
 
     Args:
@@ -115,11 +116,10 @@ def choose(bundle: Bundle, *, say: Say) -> ChosenForm:
         best, running = own, stack.enter_context(contextlib.closing(own.open()))
         proof = _judged(bundle, own, running, reference)
         measured[OWN] = _numbers(proof)
-        last = bundle.manifest.input.dtype == "uint8"
-        more = varied(reference.input, channels_last=last)
         # A graph that isn't right itself says nothing of its forms.
+        more = _varied(bundle, reference)
         expected = _outputs(bundle, running, more) if proof.passed else []
-        for form, made in candidates(bundle, more):
+        for form, made in candidates(bundle, reference):
             found: dict[str, Scalar] = {}
             measured[form] = found
             try:
@@ -132,15 +132,8 @@ def choose(bundle: Bundle, *, say: Say) -> ChosenForm:
                 found.update(_numbers(judged))
                 short = list(judged.short)
                 if expected and not short:
-                    beside = compare(expected, _outputs(bundle, opened, more), bundle.manifest)
-                    found.update(
-                        varied_overlap=beside.mean_overlap,
-                        varied_cosine=beside.kept.mean,
-                        varied_contextual_cosine=beside.merged.mean,
-                    )
-                    short += (
-                        f"{each} of varied pictures" for each in CPU_FORM_VARIED.judge(beside)
-                    )
+                    got = _outputs(bundle, opened, more)
+                    short = _beside(compare(expected, got, bundle.manifest), found)
             except BackendError as error:
                 found["refused"] = f"it can't be run: {error}"
                 continue
@@ -185,6 +178,18 @@ def _judged(
     return prove(lambda images: opened.run({name: images}), reference, manifest, sizes, gate)
 
 
+def _varied(bundle: Bundle, reference: Reference) -> Array:
+    return varied(reference.input, channels_last=bundle.manifest.input.dtype == "uint8")
+
+
+def _beside(agreement: Agreement, found: dict[str, Scalar]) -> list[str]:
+    """Put down how a form agrees with the own graph, and return what falls short."""
+    found["varied_overlap"] = agreement.mean_overlap
+    found["varied_cosine"] = agreement.kept.mean
+    found["varied_contextual_cosine"] = agreement.merged.mean
+    return [f"{each} of varied pictures" for each in CPU_FORM_VARIED.judge(agreement)]
+
+
 def _outputs(bundle: Bundle, opened: OnnxRuntimeCpu, pictures: Array) -> list[Outputs]:
     """Return what a graph gives of pictures, call by call."""
     name = bundle.manifest.input.name
@@ -197,11 +202,11 @@ def _numbers(proof: Proof) -> dict[str, Scalar]:
 
 
 def candidates(
-    bundle: Bundle, pictures: Array
+    bundle: Bundle, reference: Reference
 ) -> Iterator[tuple[str, Callable[[], Candidate | None]]]:
     """Yield each form but the bundle's own, and what makes it: None if nothing of it was found."""
     graph = read_own_graph(bundle, NEEDED_FOR, EXTRA)
-    learnt = learn(bundle, graph, pictures)
+    learnt = learn(bundle, graph, _varied(bundle, reference))
 
     def rewritten(form: Form) -> Candidate | None:
         changed = graph.clone()

@@ -132,7 +132,7 @@ class EightBits(ir.passes.InPlacePass):
         """Replace the nodes of each layer; see the class."""
         graph = model.graph
         taken = self._taken(graph)
-        normed = {norm.outputs[0].name: norm for norm in norms(graph)}
+        normed = {name_of(norm.outputs[0]): norm for norm in norms(graph)}
         times: dict[str, float] = {}  # result of a layer → the c of the gate after it
         over: dict[str, float] = {}  # and of the gate before it
         for gate in gates(graph, [linear for linear, _ in taken]):

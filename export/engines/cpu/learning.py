@@ -135,7 +135,8 @@ def _watch(model: ir.Model, names: list[str]) -> None:
         for source, operator, kind in (
             (value, "ReduceMean", _MEAN), (size.outputs[0], "ReduceMax", _MOST)
         ):  # fmt: skip
-            inputs, attributes = (source,), {"axes": axes, "keepdims": 0}
+            inputs: tuple[ir.Value, ...] = (source,)
+            attributes: dict[str, Any] = {"axes": axes, "keepdims": 0}
             if (model.opset_imports.get("") or 0) >= 18:
                 held = ir.Value(
                     name=f"{name}{kind}.axes", const_value=ir.tensor(np.array(axes, np.int64))

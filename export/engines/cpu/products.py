@@ -254,7 +254,8 @@ def hadamard(width: int) -> NDArray[np.float32]:
     matrix = np.ones((1, 1))
     while len(matrix) < width:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return (matrix / np.sqrt(width)).astype(np.float32)
+    made: NDArray[np.float32] = (matrix / np.sqrt(width)).astype(np.float32)
+    return made
 
 
 def rotated(rows: Array, width: int) -> Array:

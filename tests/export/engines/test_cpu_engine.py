@@ -303,7 +303,7 @@ def test_outliers_are_smoothed_away(
     bundle, found = exported("outliers"), []
     for _ in range(2):
         found.append(choice.choose(bundle, say=lambda _: None).measured["dynamic"]["min_cosine"])
-        monkeypatch.setattr(choice, "_factors", lambda *_: {})
+        monkeypatch.setattr(choice, "learn", lambda *_: products.Learnt())
     smoothed, plain = found
     assert 1 - smoothed < 0.2 * (1 - plain)
 
