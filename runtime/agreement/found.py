@@ -144,6 +144,12 @@ class Values:
         """The lowest cosine; −1 if there is none."""
         return float(self.cosines.min(initial=1.0)) if len(self.cosines) else -1.0
 
+    def lowest_of(self, share: float) -> float:
+        """Return the lowest cosine of a share of the tokens, the best ones; −1 if there is none."""
+        if not len(self.cosines):
+            return -1.0
+        return float(np.quantile(self.cosines, 1.0 - share, method="lower"))
+
     @property
     def mean(self) -> float:
         """The mean cosine; −1 if there is none."""

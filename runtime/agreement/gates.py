@@ -17,9 +17,10 @@ class Limits:
     """What some tokens must reach; None demands nothing.
 
     Attributes:
-        lowest: Smallest cosine of any of them.
+        lowest: Smallest cosine of any of them, or of a share of them.
         mean: Smallest mean of their cosines.
         error: Largest difference, relative to the largest magnitude.
+        of: The share of the tokens, the best ones, that `lowest` and `error` are asked of.
         beside: What stands in the place of `lowest` and `error` where it is known of every token
             what rounding alone costs it.
     """
@@ -27,6 +28,7 @@ class Limits:
     lowest: float | None = None
     mean: float | None = None
     error: float | None = None
+    of: float = 1.0
     beside: Beside | None = None
 
     def judge(self, what: str, values: Values) -> list[str]:
@@ -40,11 +42,12 @@ class Limits:
         at_least("mean", values.mean, self.mean)
         if self.beside is not None and values.has_floor:
             return short + self.beside.judge(what, values)
-        at_least("lowest", values.lowest, self.lowest)
-        if self.error is not None and not values.error <= self.error:
-            short.append(
-                f"largest error of {what} {values.error:.3g}, expected at most {self.error}"
-            )
+        if self.of < 1.0 and len(values.cosines):
+            what = f"{self.of:.0%} of {what}"
+        at_least("lowest", values.lowest_of(self.of), self.lowest)
+        error = values.quantile(self.of)
+        if self.error is not None and not error <= self.error:
+            short.append(f"largest error of {what} {error:.3g}, expected at most {self.error}")
         return short
 
 
@@ -136,11 +139,13 @@ GRAPH: Final[Mapping[str, Gate]] = {
 
 _QUANTISED: Final = Gate(
     # Wide enough for the rounding of eight bits, and too narrow for engines known to be wrong,
-    # whose cosines were .14 to .65.
+    # whose cosines were .14 to .65. On trained towers no single token or choice can be asked for:
+    # CLIP-B/16's own BF16 has tokens with a cosine of .49 and scores that move by .7, and is .997
+    # on average. So the mean is, which nothing asked for before, and 95 % of the tokens are.
     margin=0.5,
-    disagreements=0.0,
+    disagreements=0.02,
     overlap=0.85,
-    kept=Limits(lowest=0.9, error=0.3),
+    kept=Limits(lowest=0.9, mean=0.97, error=0.3, of=0.95),
     merged=Limits(mean=0.95),
 )
 
@@ -209,7 +214,7 @@ COARSER_PEER: Final = replace(
 UNCOMPRESSED_PEER: Final[Mapping[str, Gate]] = {
     # An encoder in a benchmark that gives every patch: nothing was chosen, so the tokens that the
     # reference keeps are compared, by an engine's limit.
-    precision: Gate(kept=Limits(lowest=gate.kept.lowest))
+    precision: Gate(kept=Limits(lowest=gate.kept.lowest, mean=gate.kept.mean, of=0.95))
     for precision, gate in {**ENGINE, "bf16": _QUANTISED}.items()
 }
 

@@ -16,6 +16,7 @@ from benchmarks import (
     quantization,
     sinks,
     small_costs,
+    token_errors,
     tuning,
 )
 from benchmarks.readme import RESULTS
@@ -31,6 +32,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "quantization": quantization.tables,
     "sinks": sinks.page,
     "small_costs": small_costs.table,
+    "token_errors": token_errors.page,
     "tuning": tuning.table,
 }
 

@@ -524,6 +524,18 @@ def test_all_tokens_a_little_off_is_seen_by_the_quantiles(factor: float) -> None
     assert all("median" in each or "95 %" in each for each in short)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "cosine", "passes"), [(3, 0.5, True), (8, 0.0, False), (16, 0.8, False)]
+)
+def test_few_tokens_of_a_coarse_form_may_be_far_off_and_no_more(
+    wrong: int, cosine: float, passes: bool
+) -> None:
+    """Of 256: 3 are 1 %, 16 are 6 %, and 8 bring the mean to .969."""
+    cosines = np.where(np.arange(256) < wrong, cosine, 0.9999)
+    found = agreement_of(Values(cosines, np.zeros(256)))
+    assert (not ENGINE["int8"].judge(found)) is passes
+
+
 @pytest.mark.parametrize("mean", [0.14, 0.65, 0.99])
 def test_a_miscompile_is_known_by_the_mean(mean: float) -> None:
     wrong = agreement_of(values(np.full(256, 0.04), FLOOR, np.full(256, mean)))

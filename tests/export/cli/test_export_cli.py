@@ -598,6 +598,7 @@ def test_a_failed_gate_has_status_1(
         parity = read_bundle(bundle).manifest.parity
         assert parity is not None
         assert parity["passed"] is False
-        for said in (str(bundle), "lowest cosine", f"{parity['min_cosine']:.6g}", "0.99999"):
+        got = f"{parity['tokens_beyond']:.0f} of "
+        for said in (str(bundle), got, "differ beyond the gate", f"{parity['median_error']:.3g}"):
             assert said in line
     assert "passed: False" in captured.out.splitlines()
