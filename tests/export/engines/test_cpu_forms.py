@@ -176,7 +176,7 @@ def by_hand(x: Array, weights: Array, bits: str, block: int = 16) -> Array:
         steps = np.abs(weights).max(axis=0) / 127
         return np.asarray(rounded @ (np.rint(weights / steps) * steps))
     if bits == "tokens":
-        width = min(64, x.shape[-1] & -x.shape[-1])
+        width = min(128, x.shape[-1] & -x.shape[-1])
         width = width if width >= 16 else 1  # too few to be worth it
         x, weights = rotated(x, width), rotated(weights.T, width).T
         steps = np.abs(x).max(axis=-1, keepdims=True) / 127
