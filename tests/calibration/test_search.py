@@ -122,6 +122,7 @@ def test_what_makes_an_input_is_found(tiny: MakeBundle) -> None:
     assert found["projector.linear_1"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fp32", "fp16"])
 def test_the_graph_computes_what_was_searched_for(
     name: str, tiny: MakeBundle, pictures: Path
