@@ -117,7 +117,9 @@ GRAPH: Final[Mapping[str, Gate]] = {
         every=Limits(
             lowest=0.99999,
             error=1e-4,
-            beside=Beside(times=4, error=1e-4, turned=1e-5, median=1e-6, most=5e-6),
+            # CLIP-B/16's right graph at 384 px has 1.0e-5 where the model's own FP32 has 2.2e-6;
+            # graphs that are wrong in one place have 5e-4 and more there, 2e-4 in the median.
+            beside=Beside(times=4, error=1e-4, turned=1e-5, median=1e-6, most=3e-5),
         ),
     ),
     # In true half precision. It moves scores by up to a hundredth, and those of unsteady tokens by
