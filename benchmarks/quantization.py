@@ -52,7 +52,8 @@ from vzip.export.pages import markdown
 from vzip.export.pipeline import WeightSource, export_bundle
 from vzip.runtime import demo
 from vzip.runtime.agreement import compare
-from vzip.runtime.bundle.manifest import EMBEDS, KEPT, Model
+from vzip.runtime.bundle.manifest import EMBEDS, KEPT
+from vzip.runtime.bundle.origin import Model
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.machine.record import machine
 

@@ -30,7 +30,7 @@ from benchmarks.real.towers import checkpoint
 from vzip.export.bench.measure import Wanted, bench
 from vzip.export.bench.output import without_paths
 from vzip.export.pages import markdown
-from vzip.runtime.bundle.manifest import Weights
+from vzip.runtime.bundle.origin import Weights
 from vzip.runtime.console import say
 from vzip.runtime.errors import VzipError
 from vzip.runtime.files import atomic

@@ -25,6 +25,7 @@ from vzip.export.checkpoint.reader import Checkpoint, read_projector, read_visio
 from vzip.export.pictures import reference_images
 from vzip.runtime import console
 from vzip.runtime.bundle import manifest as form
+from vzip.runtime.bundle import origin
 from vzip.runtime.bundle.writer import bundle_writer
 from vzip.runtime.errors import ExportError, InvalidInputError, ParityError, require
 from vzip.runtime.files.plain import open_plain
@@ -74,7 +75,7 @@ class WeightSource:
 
     @classmethod
     def of(
-        cls, model: form.Model, *, projector: Path | None = None, media: Media | None = None
+        cls, model: origin.Model, *, projector: Path | None = None, media: Media | None = None
     ) -> WeightSource:
         """Return where a bundle's weights come from, as its manifest says it."""
         return cls(
@@ -106,7 +107,7 @@ class WeightSource:
     def _checkpoint(self) -> Checkpoint:
         return Checkpoint.open(self.model, revision=self.revision, vision_tower=self.vision_tower)
 
-    def load(self) -> tuple[VisionWeights, form.Model]:
+    def load(self) -> tuple[VisionWeights, origin.Model]:
         """Read or draw the weights.
 
         Returns:
@@ -120,7 +121,7 @@ class WeightSource:
         from vzip.export.checkpoint.planted_outliers import with_outliers
         from vzip.export.checkpoint.random_weights import random_vision
 
-        kind: form.Weights = "checkpoint"
+        kind: origin.Weights = "checkpoint"
         if self.seed is not None:
             config = self.config()
             # FP16 whatever the precision, as published checkpoints are: both precisions of a graph
@@ -140,7 +141,7 @@ class WeightSource:
             weights = dataclasses.replace(weights, tensors={**weights.tensors, **tuned})
             with open_plain(self.projector) as file:
                 digest = hashlib.sha256(file.read()).hexdigest()
-        return weights, form.Model(
+        return weights, origin.Model(
             id=model_id,
             revision=revision,
             family=weights.config.family,
@@ -164,7 +165,7 @@ def export(
     cls_token: bool = True,
     selection: str = selections.DEFAULT,
     revision: str | None = None,
-    weights: form.Weights = "checkpoint",
+    weights: origin.Weights = "checkpoint",
     seed: int | None = None,
     projector: str | os.PathLike[str] | None = None,
     vision_tower: str | os.PathLike[str] | None = None,
@@ -300,8 +301,8 @@ def export(
 
 def _seed(weights: str, seed: int | None, *, with_llm: bool) -> int | None:
     """Return the seed of random weights; None where a checkpoint's are asked for."""
-    if weights not in get_args(form.Weights):
-        expected = " or ".join(get_args(form.Weights))
+    if weights not in get_args(origin.Weights):
+        expected = " or ".join(get_args(origin.Weights))
         raise InvalidInputError(f"weights is {weights!r}", expected=expected)
     if weights == "checkpoint" and seed is not None:
         raise InvalidInputError(
@@ -448,7 +449,7 @@ def export_bundle(
 
 def describe(
     config: VisionConfig,
-    model: form.Model,
+    model: origin.Model,
     *,
     budget: Budget,
     precision: Precision,

@@ -23,7 +23,7 @@ from vzip.export.checkpoint.weights import VisionWeights
 from vzip.export.graph.trace import GraphOptions
 from vzip.export.parity.reference import projector, tower_features
 from vzip.export.pipeline import export_bundle
-from vzip.runtime.bundle.manifest import Model
+from vzip.runtime.bundle.origin import Model
 from vzip.runtime.pictures.preprocess import Preprocessing
 
 SIDE, PATCH, WIDTH, HIDDEN, DOMINANT, CONTEXTUAL = 16, 4, 16, 6, 4, 3

@@ -163,6 +163,7 @@ ELSEWHERE = {
     "runtime/llm/server/http_client.py: self._opener.open": "an address",
     "export/engines/cpu/choice.py: own.open": "an engine",
     "export/engines/cpu/choice.py: candidate.open": "an engine",
+    "export/bench/peers/onnx_engines.py: candidate.open": "an engine",
     # What is given a file that is open, or what was read.
     "runtime/llm/experimental/embedding_table.py: np.memmap": "an open file",
     "runtime/llm/llm_files.py: np.memmap": "an open file",
@@ -180,6 +181,10 @@ ELSEWHERE = {
     "runtime/files/atomic.py: temporary.open": "written",
     "runtime/files/atomic.py: os.open": "written before",
     "runtime/tokens/job.py: temporary.open": "written",
+    "export/engines/tensorrt/build_log.py: os.open": "written, and new",
+    "export/bench/judging.py: path.open": "written",
+    "export/bench/judging.py: archive.open": "a member of an archive that is written",
+    "export/bench/judging.py: np.load": "an open file",
     "runtime/console.py: os.open": "the null device",
     "runtime/console.py: Path(os.devnull).open": "the null device",
     # Of vzip or of the system.
@@ -189,6 +194,18 @@ ELSEWHERE = {
     "runtime/machine/sensors.py: path.read_bytes": OWN,
     "export/cli/models.py: (demo.checkpoint() / 'config.json').read_text": OWN,
     "export/bench/worker.py: Image.open": OWN,
+    "export/contact/engine_steps.py: (copy / 'manifest.json').read_bytes": "a copy of ours",
+    "export/contact/engine_steps.py: (place / RECORD).read_text": OWN,
+    "export/contact/engine_steps.py: path.read_bytes": "what was just written",
+    "export/contact/visit.py: (place / INSPECTOR).read_text": OWN,
+    "export/contact/visit.py: path.read_text": "what a step of ours wrote",
+    "export/debugging/comparing.py: path.read_text": "what a stage of ours wrote",
+    # A script that is copied out and runs without vzip.
+    "export/debugging/script.py: (FOLDER / 'compare.json').read_text": OWN,
+    "export/debugging/script.py: (FOLDER / 'settings.json').read_text": OWN,
+    "export/debugging/script.py: (FOLDER / 'tensors.json').read_text": OWN,
+    "export/debugging/script.py: np.load": OWN,
+    "export/debugging/script.py: onnx.load": "a copy of what was checked",
 }
 
 

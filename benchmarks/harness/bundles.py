@@ -18,7 +18,7 @@ from typing import Any, Final
 import vzip.calibration
 import vzip.export
 import vzip.runtime
-from vzip.runtime.bundle.manifest import Weights
+from vzip.runtime.bundle.origin import Weights
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.files import locks
 from vzip.runtime.machine.record import versions

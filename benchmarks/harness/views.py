@@ -143,7 +143,7 @@ class Tower:
             with staged.open("wb") as file:
                 np.savez(file, **self._forward(image))
             staged.rename(path)
-        with np.load(path) as arrays:
+        with np.load(path, allow_pickle=False) as arrays:
             return Seen(**{name: arrays[name].astype(np.float32) for name in arrays.files})
 
     @cached_property

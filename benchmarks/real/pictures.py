@@ -73,7 +73,7 @@ def _write_further(folder: Path) -> None:
     for name, data in zip(FURTHER, read, strict=False):
         (folder / name).write_bytes(data)
     (stored,) = wheels.PYWAVELETS.read("pywt/data/ascent.npz")
-    with np.load(io.BytesIO(stored)) as arrays:
+    with np.load(io.BytesIO(stored), allow_pickle=False) as arrays:
         Image.fromarray(arrays["data"].astype(np.uint8)).save(folder / "ascent.png")
     (raw,) = wheels.SCIPY.read("scipy/misc/face.dat")
     face = np.frombuffer(bz2.decompress(raw), np.uint8).reshape(768, 1024, 3)

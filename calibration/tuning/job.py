@@ -24,7 +24,7 @@ from vzip.calibration.tuning.workers import Workers
 from vzip.export.algorithm.budget import Budget
 from vzip.export.checkpoint.weights import VisionWeights
 from vzip.export.parity.reference import projector as untouched_projector
-from vzip.runtime.bundle.manifest import Model
+from vzip.runtime.bundle.origin import Model
 from vzip.runtime.console import progress
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.llm.local.transformers import TransformersLLM

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from vzip.export.algorithm import oracle
 from vzip.runtime.agreement import CPU_FORM, Gate, Reference, Run, compare, prove, read_reference
 from vzip.runtime.bundle.manifest import KEPT, TOKEN_WEIGHTS, Manifest
+from vzip.runtime.files.plain import open_plain
 
 if TYPE_CHECKING:
     from vzip.export.checkpoint.weights import VisionWeights
@@ -69,10 +70,11 @@ def load_judge(path: Path, manifest: Manifest) -> JudgedBy:
     Raises:
         BundleError: It is not of this bundle's tower and budget.
     """
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         reference = read_reference(file, manifest)
-    with np.load(path) as arrays:
-        return JudgedBy(reference, arrays[_KEYS])
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as arrays:
+            return JudgedBy(reference, arrays[_KEYS])
 
 
 def judged(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 from vzip.export.cli.options import add_compression, add_model
-from vzip.runtime.bundle.manifest import Weights
+from vzip.runtime.bundle.origin import Weights
 from vzip.runtime.cli.options import Parser, add_threads
 from vzip.runtime.console import emit, run_command
 

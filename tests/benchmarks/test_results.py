@@ -30,6 +30,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "llama-2-7b/end_to_end": end_to_end.table,
     "plan": plan.table,
     "quantization": quantization.tables,
+    "quantization_real": lambda result: quantization.real_table(result["rows"]),
     "sinks": sinks.page,
     "small_costs": small_costs.table,
     "token_errors": token_errors.page,

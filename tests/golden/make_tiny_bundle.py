@@ -20,7 +20,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from vzip.runtime.bundle.manifest import Batch, Llm, Manifest, Model, Selection, Tensor, Tower
+from vzip.runtime.bundle.manifest import Batch, Llm, Manifest, Selection, Tensor, Tower
+from vzip.runtime.bundle.origin import Model
 from vzip.runtime.bundle.writer import bundle_writer
 from vzip.runtime.pictures.preprocess import Preprocessing
 

@@ -33,7 +33,7 @@ from vzip.export.inspect.describe import describe_graph
 from vzip.export.pictures import reference_images
 from vzip.export.pipeline import export_bundle
 from vzip.runtime import VisionEncoder
-from vzip.runtime.bundle.manifest import Model
+from vzip.runtime.bundle.origin import Model
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.pictures.preprocess import Preprocessing
 

@@ -70,10 +70,10 @@ def see(folder: Path, photographs: list[Path]) -> list[Seen]:
     tower: Any
     if sizes.pop("model_type") == "clip_vision_model":
         tower = CLIPVisionModel(CLIPVisionConfig(**sizes))
-        processor = CLIPImageProcessorPil.from_pretrained(folder)
+        processor = CLIPImageProcessorPil.from_pretrained(folder, trust_remote_code=False)
     else:
         tower = SiglipVisionModel(SiglipVisionConfig(**sizes))
-        processor = SiglipImageProcessorPil.from_pretrained(folder)
+        processor = SiglipImageProcessorPil.from_pretrained(folder, trust_remote_code=False)
     load(tower, folder, "vision_tower.vision_model.")
     layer = tower.encoder.layers[config["vision_feature_layer"]]
     caught: dict[str, torch.Tensor] = {}

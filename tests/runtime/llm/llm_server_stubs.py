@@ -16,7 +16,8 @@ import torch
 from tests.places import GOLDEN
 from tests.runtime.llm.fake_chat_server import Handler, event, fake_server, stream
 from vzip.runtime import demo
-from vzip.runtime.bundle.manifest import Llm, Model, Selection
+from vzip.runtime.bundle.manifest import Llm, Selection
+from vzip.runtime.bundle.origin import Model
 from vzip.runtime.llm.local.transformers import TransformersLLM
 
 REQUESTS = json.loads((GOLDEN / "llm_requests.json").read_text())
