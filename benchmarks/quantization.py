@@ -34,10 +34,9 @@ import numpy as np
 import onnx_ir as ir
 import torch
 import transformers
-from PIL import Image
 
 from benchmarks.harness.results import RESULTS
-from benchmarks.real.pictures import HELD_APART, LEARNT_FROM, pictures
+from benchmarks.real.pictures import HELD_APART, LEARNT_FROM, crops, pictures
 from benchmarks.real.towers import TOWERS
 from vzip.calibration.demo import accuracy, dialogue
 from vzip.calibration.quantization import search
@@ -237,22 +236,6 @@ def without(step: str | None) -> Iterator[None]:
         yield
 
 
-def crops(folder: Path, each: int) -> Path:
-    """Write photographs to calibrate on: whole, mirrored, and `each` seeded crops."""
-    rng = np.random.default_rng(0)
-    for path in pictures(LEARNT_FROM):
-        whole = Image.open(path).convert("RGB")
-        made = [whole, whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
-        for share in rng.uniform(0.35, 0.9, each):
-            width, height = int(whole.width * share), int(whole.height * share)
-            left = int(rng.integers(0, whole.width - width + 1))
-            top = int(rng.integers(0, whole.height - height + 1))
-            made.append(whole.crop((left, top, left + width, top + height)))
-        for number, image in enumerate(made):
-            image.save(folder / f"{path.stem}-{number}.png")
-    return folder
-
-
 def measure_real(tower: str, name: str, count: int) -> dict[str, Any]:
     """Quantise a real tower in one way and judge it on photographs that nothing was chosen by."""
     recipe, left_out = REAL[name]
@@ -262,7 +245,7 @@ def measure_real(tower: str, name: str, count: int) -> dict[str, Any]:
             folder / "bundle", WeightSource(str(TOWERS[tower].checkpoint())), Budget(54, 10), 1
         )
         (folder / "crops").mkdir()
-        samples = Samples.open(str(crops(folder / "crops", 4)), count=count)
+        samples = Samples.open(str(crops(folder / "crops", pictures(LEARNT_FROM), 4)), count=count)
         judging = folder / "judging.txt"
         judging.write_text("\n".join(map(str, pictures(HELD_APART))))
         apart = Samples.open(str(judging), count=None, shuffled=False)

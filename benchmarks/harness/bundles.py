@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Final
 import vzip.calibration
 import vzip.export
 import vzip.runtime
+from benchmarks.real.pictures import crops
 from vzip.runtime.bundle.origin import Weights
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.files import locks
@@ -144,9 +146,9 @@ def _make(recipe: Recipe, path: Path) -> dict[str, Any]:
             {"min_agreement": None, "min_cosine": None} if recipe.all_layers else {}
         )
         try:
-            listed = path.with_name(f"{path.name}.txt")
-            listed.write_text("".join(f"{each}\n" for each in recipe.learnt), encoding="utf-8")
-            calibrate(path, str(listed), precision="int8", **limits)
+            with tempfile.TemporaryDirectory() as folder:
+                samples = crops(Path(folder), recipe.learnt, 0 if recipe.all_layers else 4)
+                calibrate(path, str(samples), precision="int8", **limits)
         except VzipError as error:
             lacking["onnxruntime:int8"] = str(error)
     if CPU_ENGINE not in bundle.manifest.engines:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import io
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -78,3 +79,28 @@ def _write_further(folder: Path) -> None:
     (raw,) = wheels.SCIPY.read("scipy/misc/face.dat")
     face = np.frombuffer(bz2.decompress(raw), np.uint8).reshape(768, 1024, 3)
     Image.fromarray(face).save(folder / "face.png")
+
+
+def crops(folder: Path, chosen: Iterable[Path], each: int) -> Path:
+    """Write pictures to calibrate on: every one whole, mirrored, and `each` seeded crops of it.
+
+    Args:
+        folder: Where, an empty one.
+        chosen: The pictures.
+        each: How many crops of one.
+
+    Returns:
+        The folder.
+    """
+    rng = np.random.default_rng(0)
+    for path in chosen:
+        whole = Image.open(path).convert("RGB")
+        made = [whole, whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+        for share in rng.uniform(0.35, 0.9, each):
+            width, height = int(whole.width * share), int(whole.height * share)
+            left = int(rng.integers(0, whole.width - width + 1))
+            top = int(rng.integers(0, whole.height - height + 1))
+            made.append(whole.crop((left, top, left + width, top + height)))
+        for number, image in enumerate(made):
+            image.save(folder / f"{path.stem}-{number}.png")
+    return folder
