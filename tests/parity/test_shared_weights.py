@@ -301,8 +301,10 @@ def test_the_cpu_s_forms_agree_as_those_of_nearly_equal_weights(
     for form, one in equal.measured.items():
         other = nearly.measured[form]
         assert ("refused" in one) == ("refused" in other), (form, one, other)
+        # The nudge may move a near-tie of 8 bits: a token or two of all pictures' kept ones.
+        # Weights smoothed or quantised together for both differ by far more (.46 for .93).
         for name in ("kept_overlap", "min_cosine", "contextual_cosine"):
-            assert one[name] == pytest.approx(other[name], abs=5e-3), (form, name)
+            assert one[name] == pytest.approx(other[name], abs=3e-2), (form, name)
 
 
 def test_what_a_graph_holds_is_told_as_it_is_stored(tmp_path: Path) -> None:
