@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from vzip.calibration.quantization.sensitivity import (
     scores_name,
 )
 from vzip.calibration.samples import Samples
+from vzip.export.engines.cpu.learning import varied
 from vzip.export.graph import smooth
 from vzip.runtime.agreement import Agreement, compare
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, Manifest
@@ -55,6 +56,9 @@ DECIDING = 8
 
 ALONE = 2
 """Images, of these, on which each layer is quantised alone: a run for every layer."""
+
+JUDGING = 8
+"""Images held apart, of fewer than which views judge too: on two, a single token decides."""
 
 _LARGEST_BATCH = 8  # of a graph with an open batch: what one layer makes of them is held at once
 _HEADROOM = 0.1  # of the way to 1: the images that decide are not those that judge
@@ -104,7 +108,8 @@ class Report:
         recipe: How.
         samples: `Samples.to_json` of all images.
         calibrated: Images that ranges and layers were chosen by.
-        held_apart: Images that the agreement was measured on, and nothing else.
+        held_apart: Images that the agreement was measured on, and nothing else; of fewer than
+            `JUDGING` also their mirror images and their quarters.
         deciding: Images, of those calibrated on, that layers were chosen by.
         rounds: How often the images held apart were looked at: more than once if a choice didn't
             hold on them.
@@ -456,22 +461,33 @@ def _batch_size(manifest: Manifest) -> int:
     return min(batch.max, _LARGEST_BATCH) if batch.dynamic else batch.max
 
 
-def _batches(samples: Samples, manifest: Manifest) -> Any:
-    """Iterate the graph's inputs, and how many of their images count: the last one fills up."""
-    size = _batch_size(manifest)
-    for array in samples.batches(manifest, size):
-        count = len(array)
-        absent = 0 if manifest.batch.dynamic else size - count
-        filled = np.concatenate([array, np.repeat(array[-1:], absent, axis=0)])
-        yield {manifest.input.name: filled}, count
+def _batches(samples: Samples, manifest: Manifest) -> Iterator[tuple[dict[str, Array], int]]:
+    """Iterate the graph's inputs, and how many of their images count."""
+    for array in samples.batches(manifest, _batch_size(manifest)):
+        yield _filled(array, manifest)
+
+
+def _filled(images: Array, manifest: Manifest) -> tuple[dict[str, Array], int]:
+    """Return the graph's input and how many of its images count: the last one fills it up."""
+    count = len(images)
+    absent = 0 if manifest.batch.dynamic else _batch_size(manifest) - count
+    filled = np.concatenate([images, np.repeat(images[-1:], absent, axis=0)])
+    return {manifest.input.name: filled}, count
 
 
 def _outputs(graph: ir.Model, manifest: Manifest, samples: Samples) -> list[dict[str, Array]]:
-    """Run a whole graph on samples."""
+    """Run a whole graph on samples held apart, and on views of them where they are few."""
     session = PieceSession(graph)
+    batches = _batches(samples, manifest)
+    if len(samples) < JUDGING:
+        images = np.concatenate([values[manifest.input.name][:n] for values, n in batches])
+        views = varied(images, channels_last=manifest.input.dtype == "uint8")
+        size = _batch_size(manifest)
+        parts = (views[first : first + size] for first in range(0, len(views), size))
+        batches = (_filled(part, manifest) for part in parts)
     return [
         {name: value[:count] for name, value in session.run(values, [EMBEDS, KEPT]).items()}
-        for values, count in _batches(samples, manifest)
+        for values, count in batches
     ]
 
 

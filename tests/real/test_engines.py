@@ -8,7 +8,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from benchmarks.real.pictures import HELD_APART, pictures
@@ -16,7 +15,9 @@ from tests.real.tier import Exported
 from vzip.calibration import calibrate
 from vzip.export import build
 from vzip.runtime import VisionEncoder
+from vzip.runtime.agreement import Agreement, compare
 from vzip.runtime.backends.tensorrt.engine_file import read_engine
+from vzip.runtime.bundle.manifest import EMBEDS, KEPT
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 
 TOWERS = ("clip-b16-224", "dinov2-s14-336", "dinov2-s14-336-siglip")
@@ -27,17 +28,14 @@ def copied(bundle: Bundle, folder: Path) -> Path:
     return shutil.copytree(bundle.path, folder / "bundle", copy_function=shutil.copyfile)
 
 
-def agreement(bundle: Path, precision: str | None) -> tuple[float, float]:
-    """Return the share of kept tokens that stay on photographs held apart, and the mean cosine."""
+def agreement(bundle: Path, precision: str | None) -> Agreement:
+    """Return how a bundle's tokens agree with its own graph's, on photographs held apart."""
     files, found = pictures(HELD_APART), []
     for each in ("fp32", precision):
         with VisionEncoder.open(bundle, precision=each, backend="onnxruntime") as encoder:
-            found.append(encoder.encode(files))
-    own, other = found
-    shares = [np.isin(a, b).mean() for a, b in zip(own.kept, other.kept, strict=True)]
-    one, two = own.embeds.astype(np.float64), other.embeds.astype(np.float64)
-    near = (one * two).sum(-1) / np.linalg.norm(one, axis=-1) / np.linalg.norm(two, axis=-1)
-    return float(np.mean(shares)), float(near.mean())
+            tokens = encoder.encode(files)
+            found.append({EMBEDS: tokens.embeds, KEPT: tokens.kept})
+    return compare(found[:1], found[1:], read_bundle(bundle).manifest)
 
 
 @pytest.mark.parametrize("tower", TOWERS)
@@ -47,8 +45,9 @@ def test_calibrated_graphs_keep_the_tokens(
     bundle = copied(exported(tower), tmp_path)
     calibrate(bundle, str(learnt_from), precision="int8", say=lambda _: None)
     assert "int8" in read_bundle(bundle).manifest.precisions
-    overlap, _ = agreement(bundle, "int8")
-    assert overlap >= 0.9
+    found = agreement(bundle, "int8")
+    assert found.mean_overlap >= 0.95
+    assert found.kept.mean >= 0.98
 
 
 @pytest.mark.parametrize("tower", TOWERS)
@@ -57,9 +56,9 @@ def test_the_cpu_s_engine_keeps_the_tokens(tower: str, exported: Exported, tmp_p
     built = build(bundle, cpu=True, say=lambda _: None)
     assert built.record.proof is not None
     assert built.record.proof["passed"] is True
-    overlap, near = agreement(bundle, "fastest")
-    assert overlap >= 0.97
-    assert near >= 0.995
+    found = agreement(bundle, "fastest")
+    assert found.mean_overlap >= 0.96
+    assert found.kept.mean >= 0.995
 
 
 @pytest.mark.parametrize(("tower", "dtype"), [*((tower, "fp16") for tower in TOWERS)])
