@@ -6,13 +6,15 @@ the bundle's manifest, whichever backend runs it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -23,7 +25,15 @@ from vzip.runtime.bundle.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS, Manifest, 
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.errors import BackendError, InvalidInputError
 from vzip.runtime.guard import door
-from vzip.runtime.pictures.images import Channels, ImageSource, check_channels, load_image
+from vzip.runtime.machine import process
+from vzip.runtime.pictures.ahead import ahead
+from vzip.runtime.pictures.images import (
+    Channels,
+    ImageSource,
+    check_channels,
+    check_source,
+    load_image,
+)
 from vzip.runtime.pictures.preprocess import pixel_values, tower_image
 from vzip.runtime.pictures.tiles import arrange, arrange_rows, cut, newline_row
 from vzip.runtime.wording import are, counted
@@ -213,6 +223,9 @@ class VisionEncoder:
         always runs B images: if fewer are left, the last one stands in for the missing ones and
         its copies' results are dropped.
 
+        Several images are decoded and resized in as many threads as cores, or as `open` was given
+        as `threads`: those of the next two calls while one runs.
+
         Args:
             images: One image (path, encoded bytes, PIL image, uint8 array [H, W, 3]), or a list or
                 tuple of them.
@@ -226,7 +239,8 @@ class VisionEncoder:
 
         Raises:
             InvalidInputError: An image can't be used, there is none, or there are too many to be
-                left on the device.
+                left on the device. What is damaged inside is found when it is decoded: the graph
+                may have run with the images before it.
             BackendError: The encoder is closed or was opened before a fork; the graph failed, or
                 gave what the manifest doesn't promise; the backend leaves nothing on a device. The
                 next call is not affected, unless the device itself is lost, which each then says.
@@ -239,10 +253,17 @@ class VisionEncoder:
                 "got an empty list of images",
                 expected="at least one image",
             )
-        preprocessing = self.manifest.preprocessing
-        loaded = (load_image(each, channels=channels) for each in sources)
-        pixels = np.stack([tower_image(each, preprocessing) for each in loaded])
-        return self._encode_pixels(pixels, on_device)
+        for each in sources if len(sources) > 1 else ():
+            check_source(each, channels=channels)  # before the first call, and before any waits
+        preprocessing, most = self.manifest.preprocessing, self.manifest.batch.max
+
+        def prepared(source: Any) -> NDArray[np.uint8]:
+            return tower_image(load_image(source, channels=channels), preprocessing)
+
+        pictures = ahead(prepared, sources, threads=self.decoders, most=2 * most)
+        with contextlib.closing(pictures):
+            batches = iter(lambda: list(islice(pictures, most)), [])
+            return self._encode_batches(map(np.stack, batches), len(sources), on_device)
 
     def image_embeds(
         self, image: ImageSource, *, channels: Channels = "rgb", several: bool = False
@@ -398,30 +419,49 @@ class VisionEncoder:
                 cure=f"export another with --media {media}",
             )
 
+    @property
+    def decoders(self) -> int:
+        """How many threads decode several pictures: those asked for as `threads`, or the cores."""
+        return self._asked.get("threads") or process.thread_limit() or process.cores()
+
     def _encode_pixels(self, pixels: NDArray[np.uint8], on_device: bool) -> CompressedTokens:
-        """Run images of the tower's resolution, uint8 [B, H, W, 3], as the graph takes them."""
-        if self.manifest.input.name == "image":
-            return self._encode_chunks(pixels, on_device)
-        return self._encode_chunks(pixel_values(pixels, self.manifest.preprocessing), on_device)
+        """Run any number of images of the tower's resolution, uint8 [n, H, W, 3]."""
+        most, count = self.manifest.batch.max, len(pixels)
+        batches = (pixels[first : first + most] for first in range(0, count, most))
+        return self._encode_batches(batches, count, on_device)
 
-    def _encode_chunks(self, array: Array, on_device: bool) -> CompressedTokens:
-        """Run an array of any number of images in as many calls as its batch needs."""
-        batch = self.manifest.batch
-        chunks = [array[first : first + batch.max] for first in range(0, len(array), batch.max)]
-        if not batch.dynamic and (absent := batch.max - len(chunks[-1])):
-            chunks[-1] = np.concatenate([chunks[-1], np.repeat(chunks[-1][-1:], absent, axis=0)])
-        checked = [_checked_input(self.manifest, each) for each in chunks]
-        return self._tokens(checked, len(array), on_device)
+    def _encode_batches(
+        self, batches: Iterable[NDArray[np.uint8]], count: int, on_device: bool
+    ) -> CompressedTokens:
+        """Run batches of images as the graph takes them, uint8 [B, H, W, 3], `count` images in all.
 
-    def _tokens(self, chunks: list[Array], count: int, on_device: bool) -> CompressedTokens:
+        Each but the last is full. One is asked for when the one before it has been run.
+        """
+        return self._tokens(map(self._chunk, batches), count, on_device)
+
+    def _chunk(self, pixels: NDArray[np.uint8]) -> Array:
+        """Return one batch of images as exactly what the graph takes."""
+        batch, array = self.manifest.batch, cast("Array", pixels)
+        if self.manifest.input.name != "image":
+            array = pixel_values(pixels, self.manifest.preprocessing)
+        if not batch.dynamic and (absent := batch.max - len(array)):
+            array = np.concatenate([array, np.repeat(array[-1:], absent, axis=0)])
+        return _checked_input(self.manifest, array)
+
+    def _tokens(self, given: Iterable[Array], count: int, on_device: bool) -> CompressedTokens:
         """Run checked chunks; of all their rows, the first `count` are images."""
         opened, left = self._usable(), None
+        chunks: list[Array] = []
+        results: list[dict[str, Array]] = []
         if on_device:
+            chunks += given
             result, left = self._run_on_device(opened, chunks)
             left.keep_rows(count)
-            results = [result]
+            results.append(result)
         else:
-            results = [self._run(opened, chunk) for chunk in chunks]
+            for chunk in given:
+                results.append(self._run(opened, chunk))
+                chunks.append(chunk)
         embeds = _joined([result[EMBEDS] for result in results])[:count]
         kept = _joined([result[KEPT] for result in results])[:count]
         return CompressedTokens(embeds, kept, lambda: self._groups(chunks, kept), left)

@@ -84,7 +84,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"})
 
 _HEAD = 12  # bytes that tell a format
-_LOCKS: WeakValueDictionary[int, threading.Lock] = WeakValueDictionary()  # by a PIL image's id
+# By the id of a PIL image, or of the file that it is read from.
+_LOCKS: WeakValueDictionary[int, threading.Lock] = WeakValueDictionary()
 _LOCKS_LOCK = threading.Lock()
 
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -135,9 +136,33 @@ def load_image(
             expected="a positive number of pixels, or None for a full decode",
             cause="twice the tower's input is close to it",
         )
-    check_channels(channels)
+    check_source(source, channels=channels)
     if isinstance(source, np.ndarray):
         return _from_array(source, channels)
+    if isinstance(source, Image.Image):
+        return _from_pil(source)
+    if isinstance(source, bytes):
+        return _decode(source, "the encoded image", draft)
+    return _decode(_read(source, MAX_ENCODED_BYTES), _named(source), draft)
+
+
+@door(InvalidInputError, "the image '{source}' can't be read", cure="save it again")
+def check_source(source: ImageSource, *, channels: Channels = "rgb") -> None:
+    """Refuse what `load_image` refuses without decoding it: cheap, where there are many.
+
+    Of a file, its size and first bytes are looked at.
+
+    Args:
+        source: As for `load_image`.
+        channels: As for `load_image`.
+
+    Raises:
+        InvalidInputError: As for `load_image`; what is damaged is found when it is decoded.
+    """
+    check_channels(channels)
+    if isinstance(source, np.ndarray):
+        _check_array(source, channels)
+        return
     if channels == "bgr" and isinstance(source, (str, Path, bytes, Image.Image)):
         raise InvalidInputError(
             f"got channels='bgr' with an image of type {_type_name(source)}",
@@ -145,21 +170,19 @@ def load_image(
             cause="files and PIL images say themselves which channel is red",
             cure="leave channels out; of a PIL image made from a BGR array give the array",
         )
-    if isinstance(source, Image.Image):
-        return _from_pil(source)
     if isinstance(source, bytes):
-        name = "the encoded image"
-        _check_encoded_size(len(source), name)
-        return _decode(source, name, draft)
-    if isinstance(source, (str, Path)):
-        return _from_path(source, draft)
-    raise InvalidInputError(
-        f"got an image of type {_type_name(source)}",
-        expected=(
-            "a path, bytes, a PIL image or a uint8 numpy array [H, W, 3] (a tensor becomes one "
-            "with .cpu().numpy(), a file with .read())"
-        ),
-    )
+        _check_encoded_size(len(source), "the encoded image")
+        _known_format(source, "the encoded image")
+    elif isinstance(source, (str, Path)):
+        _read(source, 0)
+    elif not isinstance(source, Image.Image):
+        raise InvalidInputError(
+            f"got an image of type {_type_name(source)}",
+            expected=(
+                "a path, bytes, a PIL image or a uint8 numpy array [H, W, 3] (a tensor becomes one "
+                "with .cpu().numpy(), a file with .read())"
+            ),
+        )
 
 
 def is_animated(path: str | Path) -> bool:
@@ -184,7 +207,14 @@ def check_channels(channels: object) -> None:
 
 
 def _from_array(array: np.ndarray[Any, Any], channels: Channels) -> Image.Image:
-    """Return the RGB image of a uint8 array [H, W, 3] or [H, W]; raises InvalidInputError."""
+    """Return the RGB image of an array that was checked."""
+    if array.ndim == 2:
+        return Image.fromarray(array).convert("RGB")
+    return Image.fromarray(array if channels == "rgb" else np.ascontiguousarray(array[..., ::-1]))
+
+
+def _check_array(array: np.ndarray[Any, Any], channels: Channels) -> None:
+    """Refuse an array that isn't uint8 [H, W, 3] or [H, W]; raises InvalidInputError."""
     got = f"got an image array of dtype {array.dtype} and shape {list(array.shape)}"
     expected = f"uint8 [H, W, 3] ({channels.upper()}) or [H, W] (grey)"
     if array.dtype != np.uint8:
@@ -219,15 +249,16 @@ def _from_array(array: np.ndarray[Any, Any], channels: Channels) -> Image.Image:
             cure=cure,
         )
     _check_size(array.shape[1], array.shape[0], "the image array")
-    if array.ndim == 2:
-        return Image.fromarray(array).convert("RGB")
-    return Image.fromarray(array if channels == "rgb" else np.ascontiguousarray(array[..., ::-1]))
 
 
-def _from_path(source: str | Path, draft: int | None) -> Image.Image:
-    """Decode the file at a path; raises InvalidInputError."""
-    text = str(source)
-    name = f"the image {text!r}"
+def _named(source: str | Path) -> str:
+    """Return what messages call the file at a path."""
+    return f"the image {str(source)!r}"
+
+
+def _read(source: str | Path, most: int) -> bytes:
+    """Return the first bytes of an image file, and `most` more; raises InvalidInputError."""
+    text, name = str(source), _named(source)
     # A Path has collapsed the slashes of a URL that was made into one: `https:/host`. One letter
     # before the colon is a drive.
     if re.match(r"(?i)([a-z][a-z0-9+.-]+:/|data:)", text):
@@ -247,7 +278,7 @@ def _from_path(source: str | Path, draft: int | None) -> Image.Image:
             _check_encoded_size(os.fstat(file.fileno()).st_size, name)
             head = file.read(_HEAD)
             _known_format(head, name)
-            data = head + file.read(MAX_ENCODED_BYTES)
+            data = head + file.read(most)
         _check_encoded_size(len(data), name)  # it may have grown
     except NotPlainError as error:
         folder = error.errno == errno.EISDIR
@@ -271,7 +302,7 @@ def _from_path(source: str | Path, draft: int | None) -> Image.Image:
             expected="a readable image file",
             cure="check the path and its permissions",
         ) from error
-    return _decode(data, name, draft)
+    return data
 
 
 def _decode(data: bytes, name: str, draft: int | None) -> Image.Image:
@@ -356,12 +387,12 @@ def _plugin(kind: str) -> Callable[[BinaryIO], ImageFile]:
 def _from_pil(image: Image.Image) -> Image.Image:
     """Return the image of a caller's PIL image, which may not be decoded yet."""
     name = "the PIL image"
-    # Decoding and reading EXIF change a PIL image, and Pillow has no lock around either.
-    with _LOCKS_LOCK:
-        lock = _LOCKS.get(id(image))
-        if lock is None:
-            lock = _LOCKS[id(image)] = threading.Lock()
-    with lock:
+    # Decoding and reading EXIF change a PIL image, and Pillow has no lock around either. Several
+    # images may be read from one open file.
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_lock_of(image))
+        if (file := getattr(image, "fp", None)) is not None:
+            stack.enter_context(_lock_of(file))
         _check_size(image.width, image.height, name)
         _check_mode(image, name)
         try:
@@ -371,6 +402,15 @@ def _from_pil(image: Image.Image) -> Image.Image:
             raise
         except Exception as error:  # as for bytes
             raise _undecodable(f"{name} can't be decoded", error) from error
+
+
+def _lock_of(value: object) -> threading.Lock:
+    """Return the lock that all threads take around an object."""
+    with _LOCKS_LOCK:
+        lock = _LOCKS.get(id(value))
+        if lock is None:
+            lock = _LOCKS[id(value)] = threading.Lock()
+        return lock
 
 
 def _check_undecoded(image: Image.Image, name: str) -> None:

@@ -18,6 +18,7 @@ import PIL
 from PIL import Image
 
 from vzip.runtime.machine.process import cores
+from vzip.runtime.pictures.ahead import share
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -92,10 +93,12 @@ def resize_rows(
 def on_cores(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
     """Return the function of each item, in their order, computed in as many threads as cores.
 
+    A thread of `ahead` has its share of them.
+
     Raises:
         Exception: What the function raises, of the first item for which it does.
     """
-    threads = min(len(items), cores())
+    threads = min(len(items), share() or cores())
     if threads <= 1:
         return [function(item) for item in items]
     from concurrent.futures import ThreadPoolExecutor  # few pictures need it

@@ -2,7 +2,8 @@
 
 Each image's tokens go, as soon as they are there, into a hidden folder beside the output, which is
 a token cache without a limit; the output is put together from it and takes its name in one step.
-So a run that was killed has lost one batch at most, whatever the outputs are.
+So a run that was killed has lost two batches at most, whatever the outputs are: while one goes
+through the graph, the next one's pictures are decoded.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import dataclasses
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple
 
 import numpy as np
 
@@ -39,6 +41,8 @@ from vzip.runtime.tokens.file import (
 from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
     from vzip.runtime.encoder import VisionEncoder
 
 # Images, whether they are read here or not: one in another format was meant to be encoded.
@@ -46,6 +50,9 @@ _SUFFIXES = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif",
     ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl",
 }  # fmt: skip
+_AT_ONCE: Final = (
+    2  # batches: the pictures of one are decoded while the other goes through the graph
+)
 _HEADER_PER_IMAGE = 450  # bytes at most, beside the name, which stands there three times
 
 
@@ -244,6 +251,8 @@ class EncodeJob:
         self._writings = tuple(_Writing(output, origin, store) for output in outputs)
         self._unwritten = deque(self._writings)
         self._waiting: dict[str, bytes] = {}  # the next batch: digest → encoded image
+        self._begun: deque[_Begun] = deque()  # batches that are being encoded
+        self._unfinished = set[str]()  # digests of all these
         self._failed: dict[str, str] = {}  # digest → why
         self._uses = Counter[str]()  # how many outputs in the making take an image
 
@@ -258,16 +267,26 @@ class EncodeJob:
         Raises:
             VzipError: The graph failed, or something can't be written.
         """
+        from concurrent.futures import ThreadPoolExecutor
+
         writings = iter(self._writings)
         writing = None
-        for name, path in images:
-            if writing is None or writing.full:
-                writing = next(writings)
-            self._take(writing, name, path)
-            if len(self._waiting) == self._encoder.manifest.batch.max or writing.full:
-                self._step()
-        self._encode()
-        self._write()
+        pool = ThreadPoolExecutor(1 if self._encoder.decoders == 1 else _AT_ONCE)
+        try:
+            for name, path in images:
+                if writing is None or writing.full:
+                    writing = next(writings)
+                self._take(writing, name, path)
+                if len(self._waiting) == self._encoder.manifest.batch.max:
+                    self._encode(pool)
+                    self._finish(_AT_ONCE - 1)
+                if writing.full:
+                    self._write()
+            self._encode(pool)
+            self._finish(0)
+            self._write()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _take(self, writing: _Writing, name: str, path: Path) -> None:
         """Note what becomes of one image; if it must be encoded, it waits for a full batch."""
@@ -280,32 +299,35 @@ class EncodeJob:
         digest = image_digest(data)
         writing.items.append((name, digest))
         self._uses[digest] += 1
-        known = digest in self._waiting or digest in self._failed or digest in writing.old
+        known = digest in self._unfinished or digest in self._failed or digest in writing.old
         if not known and self._store.get(digest, self._origin.fingerprint) is None:
             self._waiting[digest] = data
+            self._unfinished.add(digest)
 
-    def _step(self) -> None:
-        """Run a batch if it is full, and write what is complete."""
-        if len(self._waiting) == self._encoder.manifest.batch.max:
-            self._encode()
-        self._write()
+    def _encode(self, pool: ThreadPoolExecutor) -> None:
+        """Begin with the images that wait."""
+        if self._waiting:
+            images = [*self._waiting.values()]
+            future = pool.submit(encode_images, self._encoder, images, several=self._several)
+            self._begun.append(_Begun([*self._waiting], future))
+            self._waiting.clear()
 
-    def _encode(self) -> None:
-        """Run the images that wait."""
-        if not self._waiting:
-            return
-        results = encode_images(self._encoder, list(self._waiting.values()), several=self._several)
-        for digest, result in zip(self._waiting, results, strict=True):
-            if isinstance(result, InvalidInputError):
-                self._failed[digest] = str(result)
-            else:
-                self._store.put(self._origin, ImageTokens(digest, digest, *result))
-                self.encoded += 1
-        self._waiting.clear()
+    def _finish(self, begun: int) -> None:
+        """Keep what the batches gave, all but so many that began last; write what is complete."""
+        while len(self._begun) > begun:
+            batch = self._begun.popleft()
+            for digest, result in zip(batch.digests, batch.future.result(), strict=True):
+                if isinstance(result, InvalidInputError):
+                    self._failed[digest] = str(result)
+                else:
+                    self._store.put(self._origin, ImageTokens(digest, digest, *result))
+                    self.encoded += 1
+            self._unfinished.difference_update(batch.digests)
+            self._write()
 
     def _write(self) -> None:
         """Write the outputs that lack nothing any more, in order."""
-        while self._unwritten and self._unwritten[0].complete(self._waiting):
+        while self._unwritten and self._unwritten[0].complete(self._unfinished):
             writing = self._unwritten.popleft()
             digests = [(name, digest) for name, digest in writing.items if digest is not None]
             self.left_out += [(n, self._failed[d]) for n, d in digests if d in self._failed]
@@ -317,6 +339,13 @@ class EncodeJob:
                 self._uses[digest] -= 1
                 if not self._uses[digest]:
                     self._store.remove(digest, self._origin.fingerprint)
+
+
+class _Begun(NamedTuple):
+    """A batch that is being encoded: its images' digests, and what will be made of them."""
+
+    digests: list[str]
+    future: Future[list[EncodedImage | InvalidInputError]]
 
 
 class _Writing:
@@ -344,9 +373,9 @@ class _Writing:
         """Whether all images were seen."""
         return len(self.items) == len(self._output.images)
 
-    def complete(self, waiting: Mapping[str, bytes]) -> bool:
-        """Return whether all images were seen and none of them waits to be encoded."""
-        return self.full and not any(digest in waiting for _, digest in self.items)
+    def complete(self, unfinished: AbstractSet[str]) -> bool:
+        """Return whether all images were seen and all of them were encoded."""
+        return self.full and not any(digest in unfinished for _, digest in self.items)
 
     def write(self, images: Sequence[tuple[str, str]]) -> bool:
         """Write the file, unless it is right already; return whether it is there now.

@@ -8,10 +8,11 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -404,9 +405,73 @@ def test_splits_into_chunks_and_fills_a_static_batch_with_copies(
         assert np.array_equal(fed[2][1], fed[2][0])
 
 
+@pytest.mark.parametrize("threads", [None, 1])
+def test_pictures_are_decoded_while_the_batch_before_runs(
+    tiny_bundle, golden, monkeypatch, threads
+):
+    """Unless one thread was asked for, which then does one thing after the other."""
+    monkeypatch.setattr(process, "cores", lambda: 4)
+    monkeypatch.setattr(process, "_limit", threads)
+    decoded = [threading.Event() for _ in range(6)]
+    seen: list[tuple[bool, bool]] = []
+
+    def load(source: int, *, channels: str) -> Any:
+        image = Image.fromarray(golden["images"][source % 5])
+        decoded[source].set()
+        return image
+
+    monkeypatch.setattr(encoder, "load_image", load)
+    monkeypatch.setattr(encoder, "check_source", lambda _source, *, channels: None)
+    with opened(tiny_bundle) as vision:
+        fake, run = fake_of(vision), fake_of(vision).run
+
+        def watched(feeds: Any) -> Any:
+            if not seen:  # the first of two batches of three
+                seen.append((decoded[3].wait(10 if threads is None else 0.05), decoded[5].is_set()))
+            return run(feeds)
+
+        monkeypatch.setattr(fake, "run", watched)
+        tokens = vision.encode(cast("Any", list(range(6))))
+        assert tokens.kept.shape == (6, 4)
+        order = [golden["images"][number % 5] for number in range(6)]
+        assert np.array_equal(np.concatenate(fake.fed), order)
+        assert seen[0][0] is (threads is None)
+
+
+@pytest.mark.parametrize("place", [0, 4, 11])
+def test_one_broken_picture_of_many_is_named_as_it_is_alone(tiny_bundle, tmp_path, golden, place):
+    files = [tmp_path / f"{number}.png" for number in range(12)]
+    for number, file in enumerate(files):
+        file.write_bytes(png(golden["images"][number % 5]))
+    for broken in files[place:]:  # the first of several counts
+        broken.write_bytes(png(golden["images"][0])[:-40])
+    with opened(tiny_bundle) as encoder:
+        with pytest.raises(InvalidInputError) as alone:
+            encoder.encode(files[place])
+        with pytest.raises(InvalidInputError) as among:
+            encoder.encode(files)
+        assert str(files[place]) in str(among.value)
+        assert str(among.value) == str(alone.value)
+        assert encoder.encode(files[:1] if place else list(golden["images"])).kept.shape[1] == 4
+
+
+def test_pil_images_of_one_open_file_do_not_disturb_each_other(tiny_bundle, tmp_path, golden):
+    """Nor does one image that stands in the list several times."""
+    array = np.random.default_rng(5).integers(0, 256, (400, 400, 3), np.uint8)
+    (tmp_path / "a.png").write_bytes(png(array))
+    with opened(tiny_bundle) as encoder, (tmp_path / "a.png").open("rb") as file:
+        encoder.encode(Image.fromarray(array))
+        (expected,) = fake_of(encoder).fed[0]
+        for _ in range(5):
+            images = [Image.open(file) for _ in range(6)]
+            encoder.encode([*images, images[0], images[0]])
+        assert all(np.array_equal(each, expected) for fed in fake_of(encoder).fed for each in fed)
+
+
 def test_refuses_what_is_no_image_before_anything_runs(tiny_bundle, golden):
     good = golden["images"][0]
-    bad: list[Any] = [b"GIF8 but no more", good.astype(np.float32), None, (n for n in "generator")]
+    absent = "no/such/file.png"
+    bad: list[Any] = [b"GIF8 but no more", good.astype(np.float32), None, absent, (n for n in "ab")]
     with opened(tiny_bundle) as encoder:
         for nothing in ([], ()):
             with refused(InvalidInputError, got="empty"):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from vzip.runtime import VisionEncoder
 from vzip.runtime.bundle.fingerprint import fingerprint
 from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.cli.main import main
+from vzip.runtime.machine import process
 from vzip.runtime.tokens import job as encode_job
 from vzip.runtime.tokens.cache import origin_of
 from vzip.runtime.tokens.file import TokenFile
@@ -45,13 +47,13 @@ def folder(tmp_path: Path) -> Path:
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many images or tiles went through a graph in one go."""
     sizes: list[int] = []
-    encode = VisionEncoder._encode_pixels  # what images and tiles have in common
+    encode = VisionEncoder._encode_batches  # what images and tiles have in common
 
-    def counted(self: VisionEncoder, pixels: Any, on_device: bool) -> Any:
-        sizes.append(len(pixels))
-        return encode(self, pixels, on_device)
+    def counted(self: VisionEncoder, batches: Any, count: int, on_device: bool) -> Any:
+        sizes.append(count)
+        return encode(self, batches, count, on_device)
 
-    monkeypatch.setattr(VisionEncoder, "_encode_pixels", counted)
+    monkeypatch.setattr(VisionEncoder, "_encode_batches", counted)
     return sizes
 
 
@@ -140,6 +142,28 @@ def test_batches_are_filled_across_shards(tmp_path, output, folder, encoded, cap
     for name in shards:
         for image, (tokens, _) in contents(tmp_path / name).items():
             np.testing.assert_array_equal(tokens, one[image][0])
+
+
+@pytest.mark.parametrize("threads", [2, 1])
+def test_a_batch_is_decoded_while_the_one_before_is_encoded(output, folder, monkeypatch, threads):
+    """Unless one thread was asked for; then nothing is done meanwhile."""
+    monkeypatch.setattr(process, "_limit", None)
+    begun, seen = [threading.Event() for _ in range(2)], []
+    encode_batch, lock = encode_job.encode_images, threading.Lock()
+
+    def watched(encoder: VisionEncoder, images: list[bytes], **options: Any) -> Any:
+        with lock:
+            number = len(seen)
+            seen.append(False)
+        begun[number].set()
+        if number == 0:
+            seen[0] = begun[1].wait(10 if threads > 1 else 0.05)
+        return encode_batch(encoder, images, **options)
+
+    monkeypatch.setattr(encode_job, "encode_images", watched)
+    assert encode(TINY, folder, "-o", output, "--threads", threads) == 0
+    assert seen == [threads > 1, False]
+    assert_encodes(TINY, contents(output), folder)
 
 
 def test_files_go_by_their_last_name_in_the_order_given(output, folder, encoded):
@@ -443,6 +467,7 @@ class counting:  # no function: Python 3.10's pathlib would bind it to an object
 for name in ("fsync", "replace", "unlink"):
     setattr(os, name, counting(getattr(os, name)))
 from vzip.runtime.cli.main import main
+from vzip.runtime.machine import process
 sys.exit(main(["encode", *sys.argv[3:], "--backend", "onnxruntime"]))
 """
 
