@@ -32,6 +32,7 @@ COMMANDS: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
             "chat": "answer questions until end of input",
             "show": "draw which patches of an image are kept",
             "encode": "write the tokens of images to a file",
+            "serve": "serve tokens and answers over HTTP, with a page to try it",
         },
         "choose": {
             "plan": "estimate latency and memory for several budgets on a machine",

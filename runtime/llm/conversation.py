@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from abc import abstractmethod
 from collections.abc import Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -89,6 +89,20 @@ def check_context(
         )
 
 
+class Spoken(NamedTuple):
+    """What an answer took, where the LLM's tokens are counted here.
+
+    Attributes:
+        prompt: Tokens of all turns before it and of its question.
+        tokens: Its own, the one that ended it included.
+        ended: Whether the LLM ended it, and not the limit.
+    """
+
+    prompt: int
+    tokens: int
+    ended: bool
+
+
 class Turns(Conversation, Generic[T]):
     """Turns of a conversation: a history, to which each question and its answer are added.
 
@@ -108,10 +122,12 @@ class Turns(Conversation, Generic[T]):
 
     Attributes:
         shown: As given.
+        spoken: What the last answer took; None where an LLM server counts.
     """
 
     def __init__(self, name: str, shown: Shown) -> None:
         self.shown = shown
+        self.spoken: Spoken | None = None
         self._name = name
         self._history: list[T] = []
         self._intact = True
@@ -134,6 +150,37 @@ class Turns(Conversation, Generic[T]):
 
         The text has no white space around it. It is yielded at least once for a whole answer.
         """
+
+    @abstractmethod
+    def _said(self, answer: str) -> list[T]:
+        """Return an answer, as it stands in the history behind its question."""
+
+    def resume(self, turns: Sequence[tuple[str, str]]) -> None:
+        """Begin behind questions and answers of another conversation about the same.
+
+        They are taken as told, and nothing runs: the LLM reads them with the next question.
+        An answer's ids are those of its text, which needn't be those that an LLM once gave for it.
+
+        Args:
+            turns: Questions with their answers, in order.
+
+        Raises:
+            InvalidInputError: This conversation has begun; or as for `stream`.
+        """
+        if self._history or self._turn:
+            raise InvalidInputError(
+                f"{self._name}: the conversation has begun",
+                expected="one in which nothing was asked",
+                cure="begin a new conversation",
+            )
+        try:
+            for question, answer in turns:
+                check_question(self._name, question)
+                asked = self._asked(question.strip(), 1)
+                self._history = [*asked, *self._said(answer.strip())]
+        except Exception:
+            self._history = []
+            raise
 
     def stream(
         self, question: str, *, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
@@ -252,12 +299,17 @@ class TokenConversation(Turns[int]):
         )
         return [*before, *new]
 
+    def _said(self, answer: str) -> list[int]:
+        # As a text of its own: behind the prompt's end a word is the token of its beginning.
+        return self._text.prompts.tokenizer.encode(answer, special=False)
+
     def _answers(
         self, asked: list[int], max_new_tokens: int
     ) -> Generator[tuple[list[int], str], None, None]:
         with contextlib.closing(self._generate(asked, max_new_tokens)) as answer:
             for made in answer:
                 spoken = self._text.spoken(made)
+                self.spoken = Spoken(len(asked), len(made), made[-1] in self._text.eos_ids)
                 yield [*asked, *made[: len(spoken) + 1]], self._text.prompts.decode(spoken)
 
 

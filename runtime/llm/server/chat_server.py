@@ -186,6 +186,9 @@ class ServerConversation(Turns["Message"]):
         content = question if self._history else first
         return [*self._history, {"role": "user", "content": content}]
 
+    def _said(self, answer: str) -> list[Message]:
+        return [{"role": "assistant", "content": answer}]
+
     def _answers(
         self, asked: list[Message], max_new_tokens: int
     ) -> Generator[tuple[list[Message], str], None, None]:
