@@ -42,6 +42,41 @@ def run(
         MissingDependencyError: uvicorn or httptools is not installed.
         InvalidInputError: The address can't be had.
     """
+    server = make_server(
+        web,
+        host=host,
+        port=port,
+        proxy=proxy,
+        drain_seconds=drain_seconds,
+        access_log=access_log,
+        started=started,
+    )
+    # uvicorn raises the signal again when it is done; then there is nothing left to be ended.
+    before = {each: signal.signal(each, _nothing) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        server.run()
+    except SystemExit as error:  # it has logged that the address can't be had
+        raise InvalidInputError(
+            f"the service can't listen at {host}:{port}",
+            expected="an address of this machine, and a port that is free",
+            cure="give another one with --port",
+        ) from error
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def make_server(
+    web: Web,
+    *,
+    host: str,
+    port: int,
+    proxy: str | None = None,
+    drain_seconds: float = 30.0,
+    access_log: bool = False,
+    started: Callable[[str, int], None] | None = None,
+) -> Any:
+    """Return uvicorn's server, which is not running yet; see `run`."""
     require("uvicorn", "httptools", needed_for="the service", extra="serve")
     import uvicorn
 
@@ -73,19 +108,7 @@ def run(
         timeout_keep_alive=15,
         timeout_graceful_shutdown=round(drain_seconds),
     )
-    # uvicorn raises the signal again when it is done; then there is nothing left to be ended.
-    before = {each: signal.signal(each, _nothing) for each in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        Server(config).run()
-    except SystemExit as error:  # it has logged that the address can't be had
-        raise InvalidInputError(
-            f"the service can't listen at {host}:{port}",
-            expected="an address of this machine, and a port that is free",
-            cure="give another one with --port",
-        ) from error
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+    return Server(config)
 
 
 def _nothing(*_: object) -> None:
