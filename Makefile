@@ -79,9 +79,11 @@ format: $(VENV)/linked
 	$(BIN)/ruff format .
 
 # The environment of a Jetson with JetPack 6, and the newest: no torch, no onnx, numpy 1 and 2.
-# Tests of LLMs compare with transformers' own; a server's conversation doesn't.
+# Tests of LLMs compare with transformers' own; a server's conversation doesn't. The service's core
+# needs no web framework.
 WITHOUT_TORCH := tests/contract tests/runtime/llm/test_chat_server.py tests/runtime/llm/test_http_bounds.py \
-  $(filter-out tests/runtime/llm/,$(wildcard tests/runtime/*/)) $(wildcard tests/runtime/test_*.py)
+  tests/runtime/service/test_admission.py tests/runtime/service/test_batcher.py \
+  $(filter-out tests/runtime/llm/ tests/runtime/service/,$(wildcard tests/runtime/*/)) $(wildcard tests/runtime/test_*.py)
 test-pythons: .venv-3.10/ready .venv-3.13/ready
 	for version in 3.10 3.13; do \
 	  VZIP_TEST_BACKENDS=onnxruntime .venv-$$version/bin/python -m pytest $(WITHOUT_TORCH) || exit 1; \

@@ -31,6 +31,7 @@ READS = {
     "chat": "{x} image.png",
     "show": "{x} image.png -o out.png",
     "encode": "{x} image.png -o out.safetensors",
+    "serve": "{x}",
     "plan": "--model {x} --target l4",
     "sweep": "--model {x} --tokens 6 -o out",
     "check": "{x}",

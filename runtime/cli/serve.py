@@ -134,7 +134,7 @@ def _add_limits(parser: Parser) -> None:
     add("--batch", type=int, metavar="N",
         help="most pictures of a call of the graph (default: as many as it takes)")  # fmt: skip
     add("--delay-ms", type=float, default=default.delay * 1e3, metavar="MS",
-        help="how long a picture may wait for others in its call (default: %(default)g)")  # fmt: skip
+        help="how long a picture may wait for others to join (default: %(default)g)")  # fmt: skip
     add("--workers", type=int, metavar="N",
         help="threads that prepare pictures (default: enough for two calls)")  # fmt: skip
     add("--queue", type=int, default=default.queue, metavar="N",

@@ -90,14 +90,18 @@ class Ticket:
         if self._gone:
             raise RefusedError("the client went away", status=499, code=GONE)
         if self.left <= 0:
-            raise RefusedError(
-                f"the request was not answered within {self._seconds:g} s",
-                status=504,
-                code=EXPIRED,
-                retry_after=1,
-                cause="the server is busy, or the request is too large for its limit",
-                cure="ask again later, or for less",
-            )
+            raise self.expired()
+
+    def expired(self) -> RefusedError:
+        """Return the error of a request whose deadline is over."""
+        return RefusedError(
+            f"the request was not answered within {self._seconds:g} s",
+            status=504,
+            code=EXPIRED,
+            retry_after=1,
+            cause="the server is busy, or the request is too large for its limit",
+            cure="ask again later, or for less",
+        )
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:

@@ -85,7 +85,7 @@ def read_request(body: bytes, header_length: str | None, outputs: Sequence[str])
     Raises:
         InvalidInputError: It is none.
     """
-    size = _header_size(header_length, len(body))
+    size = header_size(header_length, len(body))
     head, rest = parsed(body[:size]), memoryview(body)[size:]
     listed = head.get("inputs")
     if not isinstance(listed, list) or not listed or not all(isinstance(e, dict) for e in listed):
@@ -139,7 +139,16 @@ def write_response(
     return b"".join([text, *blobs]), headers
 
 
-def _header_size(stated: str | None, size: int) -> int:
+def header_size(stated: str | None, size: int) -> int:
+    """Return how many bytes of a body are JSON.
+
+    Args:
+        stated: What the header `HEADER_LENGTH` says; None without it.
+        size: Bytes of the body.
+
+    Raises:
+        InvalidInputError: The header says what can't be.
+    """
     if stated is None:
         return size
     number = int(stated) if stated.isascii() and stated.isdigit() and len(stated) < 12 else -1

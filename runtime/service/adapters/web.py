@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import numpy as np
 
@@ -193,7 +193,7 @@ class _Endpoint:
                 response = await self._handler(exchange)
                 await response(scope, exchange.request.receive, send)
         except asyncio.TimeoutError:
-            ticket.check()  # says so, where nothing was said yet
+            raise ticket.expired() from None
         except asyncio.CancelledError:
             if not ticket.gone:
                 raise
@@ -280,7 +280,7 @@ class Web:
             RefusedError: It is one.
         """
         host = request.headers.get("host", "")
-        name = urlsplit(f"//{host}").hostname or ""
+        name = _parts(f"//{host}").hostname
         if self.settings.local_only and name not in _LOCAL:
             raise RefusedError(
                 f"the request is for the host {host[:100]!r}",
@@ -291,7 +291,7 @@ class Web:
                 cure="start the server with --host and --api-key to serve other machines",
             )
         origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _parts(origin).netloc != host:
             raise RefusedError(
                 f"the request comes from a page of {origin[:100]!r}",
                 status=403,
@@ -679,12 +679,11 @@ class Web:
         def read() -> inference_protocol.Inference:
             return inference_protocol.read_request(body, length, outputs)
 
-        binary = (
-            length is not None and int(length or 0) <= _SMALL if (length or "").isdigit() else False
-        )
+        # Numbers in JSON take their time, and nobody else is served meanwhile.
+        listed = inference_protocol.header_size(length, len(body))
         inference = (
             read()
-            if binary or len(body) <= _SMALL
+            if listed <= _SMALL
             else await exchange.wait(self.service.later(exchange.ticket, read))
         )
         given = inference.inputs.get(wanted)
@@ -727,6 +726,14 @@ class Web:
         """Encode pictures, each as the only one of its prompt."""
         futures = [self.service.picture(exchange.ticket, each) for each in files]
         return list(await asyncio.gather(*map(exchange.wait, futures)))
+
+
+def _parts(url: str) -> SplitResult:
+    """Return the parts of a URL, which are empty where it is none."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
 
 
 def _json(value: Any) -> Any:
