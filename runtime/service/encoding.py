@@ -46,7 +46,7 @@ _LARGE = 2**22  # pixels of a picture of which only few are decoded at once
 _MOST_WORKERS = 64
 
 
-class Seen(NamedTuple):
+class SeenPicture(NamedTuple):
     """A picture's tokens, and what they cost.
 
     Attributes:
@@ -62,7 +62,7 @@ class Seen(NamedTuple):
     remembered: bool
 
 
-class Clip(NamedTuple):
+class SeenClip(NamedTuple):
     """A clip's tokens, and what they cost.
 
     Attributes:
@@ -162,7 +162,7 @@ class EncodingService:
         spec = self.manifest.input
         self._encoder.run(np.zeros((1, *map(int, spec.shape[1:])), spec.dtype))
 
-    def picture(self, ticket: Ticket, data: bytes, *, several: bool = False) -> Future[Seen]:
+    def picture(self, ticket: Ticket, data: bytes, *, several: bool = False) -> Future[SeenPicture]:
         """Encode a picture.
 
         Args:
@@ -175,7 +175,7 @@ class EncodingService:
         """
         return self._later(ticket, lambda: self._picture(data, several))
 
-    def clip(self, ticket: Ticket, data: bytes, frames: int | None = None) -> Future[Clip]:
+    def clip(self, ticket: Ticket, data: bytes, frames: int | None = None) -> Future[SeenClip]:
         """Encode a clip.
 
         Args:
@@ -217,20 +217,20 @@ class EncodingService:
 
         return self._pool.submit(run)
 
-    def _picture(self, data: bytes, several: bool) -> Seen:
+    def _picture(self, data: bytes, several: bool) -> SeenPicture:
         begun = time.monotonic()
         digest = hashlib.sha256(data).hexdigest()
         origin = self._origins[several]
         found = self.remembered.get(digest, origin.fingerprint)
         self.figures.recalled(found is not None)
         if found is not None:
-            return Seen(digest, found, time.monotonic() - begun, True)
+            return SeenPicture(digest, found, time.monotonic() - begun, True)
         with self._decoding(data):
             encoded = self._encoder.image_tokens(data, several=several)
         self.remembered.put(digest, origin, encoded)
         seconds = time.monotonic() - begun
         self.figures.prepared(seconds)
-        return Seen(digest, encoded, seconds, False)
+        return SeenPicture(digest, encoded, seconds, False)
 
     @contextmanager
     def _decoding(self, data: bytes) -> Iterator[None]:
@@ -248,7 +248,7 @@ class EncodingService:
         with self._large:
             yield
 
-    def _clip(self, data: bytes, frames: int) -> Clip:
+    def _clip(self, data: bytes, frames: int) -> SeenClip:
         begun = time.monotonic()
         digest = hashlib.sha256(data).hexdigest()
         with self._large, tempfile.TemporaryDirectory(prefix="vzip-") as folder:
@@ -259,7 +259,7 @@ class EncodingService:
             except InvalidInputError as error:
                 raise _without(str(path), error) from error
             embeds = self._encoder.video_embeds(shown)
-        return Clip(digest, embeds, len(shown), time.monotonic() - begun)
+        return SeenClip(digest, embeds, len(shown), time.monotonic() - begun)
 
 
 def _checked(ticket: Ticket, work: Callable[[], T]) -> T:

@@ -27,7 +27,7 @@ from vzip.runtime.service.adapters import chat_protocol, inference_protocol
 from vzip.runtime.service.adapters.bodies import Within, media_of, parsed, read_body
 from vzip.runtime.service.admission import GONE, RefusedError, Ticket
 from vzip.runtime.service.answering import Answered, Answering, Talk
-from vzip.runtime.service.encoding import Clip, EncodingService, Seen
+from vzip.runtime.service.encoding import EncodingService, SeenClip, SeenPicture
 from vzip.runtime.service.figures import PrometheusFigures
 from vzip.runtime.tokens.file import ImageTokens, to_bytes
 
@@ -446,7 +446,7 @@ class Web:
             )
         media = [asked.clip] if asked.clip is not None else list(asked.pictures)
         files = await self._media(exchange, media)
-        shown: list[Seen | Clip] = []
+        shown: list[SeenPicture | SeenClip] = []
         talk = Talk(await self._digests(exchange, files), asked.turns)
         begun = time.monotonic()
         if not (asked.turns and self.answering.has(talk)):
@@ -466,11 +466,11 @@ class Web:
 
     async def _shown(
         self, exchange: Exchange, files: list[bytes], *, clip: bool
-    ) -> list[Seen | Clip]:
+    ) -> list[SeenPicture | SeenClip]:
         """Encode what is shown; pictures beside each other."""
         service, ticket = self.service, exchange.ticket
         if clip:
-            seen: Seen | Clip = await exchange.wait(service.clip(ticket, files[0]))
+            seen: SeenPicture | SeenClip = await exchange.wait(service.clip(ticket, files[0]))
             return [seen]
         several = len(files) > 1
         futures = [service.picture(ticket, each, several=several) for each in files]
@@ -481,7 +481,7 @@ class Web:
         exchange: Exchange,
         asked: chat_protocol.ChatRequest,
         talk: Talk,
-        shown: list[Seen | Clip],
+        shown: list[SeenPicture | SeenClip],
         encoding: float,
     ) -> Any:
         from starlette.responses import StreamingResponse
@@ -494,8 +494,8 @@ class Web:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
                 loop.call_soon_threadsafe(pieces.put_nowait, item)
 
-        clip = next((each for each in shown if isinstance(each, Clip)), None)
-        given = [each.encoded.embeds for each in shown if isinstance(each, Seen)]
+        clip = next((each for each in shown if isinstance(each, SeenClip)), None)
+        given = [each.encoded.embeds for each in shown if isinstance(each, SeenPicture)]
         future = self.answering.ask(
             exchange.ticket,
             talk,
@@ -539,14 +539,14 @@ class Web:
         return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
 
     def _took(
-        self, answered: Answered, shown: list[Seen | Clip], encoding: float
+        self, answered: Answered, shown: list[SeenPicture | SeenClip], encoding: float
     ) -> dict[str, Any]:
         """Return what an answer took, beyond what the protocol has room for."""
         manifest = self.service.manifest
         patches = manifest.tower.grid[0] * manifest.tower.grid[1]
         tokens = whole = 0
         for each in shown:
-            if isinstance(each, Seen):
+            if isinstance(each, SeenPicture):
                 tokens += len(each.encoded.embeds)
                 whole += len(each.encoded.kept) * patches
             else:
@@ -562,7 +562,7 @@ class Web:
             "kv_bytes": None if kv is None else kv * tokens,
             "kv_bytes_saved": None if kv is None else kv * max(0, whole - tokens),
             "remembered": bool(shown)
-            and all(isinstance(each, Seen) and each.remembered for each in shown),
+            and all(isinstance(each, SeenPicture) and each.remembered for each in shown),
             "continued": answered.continued,
         }
 
@@ -592,7 +592,7 @@ class Web:
         images = [
             ImageTokens(str(number), each.digest, *each.encoded)
             for number, each in enumerate(seen)
-            if isinstance(each, Seen)
+            if isinstance(each, SeenPicture)
         ]
         data = to_bytes(self.service.origin(several=several), images)
         return Response(data, media_type="application/octet-stream")
@@ -615,7 +615,7 @@ class Web:
         if len(files) != 1:
             raise InvalidInputError(f"got {len(files)} pictures", expected="one, to be drawn")
         (seen,) = await self._shown(exchange, files, clip=False)
-        assert isinstance(seen, Seen)
+        assert isinstance(seen, SeenPicture)
         kept = seen.encoded.kept
         first = int(self.service.manifest.tower.cls_token)
         return _json(
@@ -716,13 +716,17 @@ class Web:
                 f"got {len(given)} pictures",
                 expected="one, since the number of its tokens depends on its size",
             )
-        seen = [each for each in await self._shown_alone(exchange, given) if isinstance(each, Seen)]
+        seen = [
+            each
+            for each in await self._shown_alone(exchange, given)
+            if isinstance(each, SeenPicture)
+        ]
         return {
             EMBEDS: np.stack([each.encoded.embeds for each in seen]),
             KEPT: np.concatenate([each.encoded.kept for each in seen]),
         }
 
-    async def _shown_alone(self, exchange: Exchange, files: list[bytes]) -> list[Seen]:
+    async def _shown_alone(self, exchange: Exchange, files: list[bytes]) -> list[SeenPicture]:
         """Encode pictures, each as the only one of its prompt."""
         futures = [self.service.picture(exchange.ticket, each) for each in files]
         return list(await asyncio.gather(*map(exchange.wait, futures)))
