@@ -107,7 +107,7 @@ def headline(whole: dict[str, Any]) -> str:
         f"{_place(result)}; on {found['images']} photographs held apart, kept tokens "
         f"{found['kept_overlap']:.1%} the same as the untouched model's, cosine "
         f"{found['mean_cosine']:.4f}, of merged tokens {found['contextual_cosine']:.4f} "
-        f"(`{result['command']}`)."
+        f"(`{result['command']}`).{_best(ours, rows[result['baseline']])}"
     )
 
 
@@ -125,7 +125,7 @@ def headline_random(result: dict[str, Any]) -> str:
         f"`{ours['stack']}` {ours['median_ms']:.0f} ms, "
         f"`{base['stack']}` {base['median_ms']:.0f} ms, on {_place(result)}; kept tokens "
         f"{ours['agreement']['kept_overlap']:.1%} the same, cosine "
-        f"{ours['agreement']['mean_cosine']:.4f} (`{result['command']}`)."
+        f"{ours['agreement']['mean_cosine']:.4f} (`{result['command']}`).{_best(ours, base)}"
     )
 
 
@@ -350,8 +350,20 @@ def _median(row: dict[str, Any]) -> float:
 
 
 def _place(result: dict[str, Any]) -> str:
-    where = result["environment"]
-    return f"{where['cores']} cores, {where['processor']}"
+    where, before = result["environment"], result.get("before")
+    place = f"{where['cores']} cores, {where['processor']}"
+    if before is not None and before["others_cores"] is not None:
+        return f"{place} ({before['others_cores']} of them in use by others)"
+    load = where.get("state", {}).get("load")
+    return place if load is None else f"{place} (load before: {load})"
+
+
+def _best(ours: dict[str, Any], base: dict[str, Any]) -> str:
+    """Return the ratio of the fastest calls, in which other load counts least."""
+    if "min_ms" not in ours or "min_ms" not in base:
+        return ""
+    one, other = ours["min_ms"], base["min_ms"]
+    return f" Fastest calls: {one:.0f} and {other:.0f} ms, {other / one:.1f} times."
 
 
 def _cell(value: float | None, form: str, unit: str = "") -> str:

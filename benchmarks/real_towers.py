@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.encoder import joined
+from benchmarks.encoder import WAIT_S, joined
 from benchmarks.harness import bundles
 from benchmarks.harness.results import RESULTS, text
 from benchmarks.real.pictures import HELD_APART, LEARNT_FROM, pictures
@@ -140,7 +140,9 @@ def measure(
         chosen = tuple(each for each in stacks if not only or each in (*only, BASELINE))
         # What isn't in the bundle can't be named.
         chosen = tuple(each for each in chosen if each not in made.lacking)
-        wanted = Wanted(only=chosen, rounds=min(rounds, most), judge=made.judge, beside=False)
+        wanted = Wanted(
+            only=chosen, rounds=min(rounds, most), judge=made.judge, beside=False, wait_s=WAIT_S
+        )
         if only and set(chosen) == {BASELINE} and BASELINE not in only:
             continue
         found.append(bench({name: made.bundle}, wanted, command=command, say=say))

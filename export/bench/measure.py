@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from vzip.export.bench import stacks as names
+from vzip.export.bench.others import UNSTEADY, wait_until_idle, warnings
 from vzip.export.bench.peers import Device
 from vzip.export.bench.processes import Process, WorkerError, profiles, take_turns
+from vzip.export.bench.remaining import Remaining
 from vzip.export.bench.stacks import Stack
 from vzip.runtime.bundle.manifest import REFERENCE_FILE
 from vzip.runtime.bundle.reader import Bundle
@@ -48,6 +50,7 @@ class Wanted:
         judge: Of `vzip.export.bench.judging.write_judge`: what tokens are judged by instead of the
             bundle's own reference. What differs is then timed all the same, and its row says so.
         beside: Whether ceilings and preprocessing are timed too.
+        wait_s: How long to wait for a machine that nobody else uses; 0 for not at all.
     """
 
     peers: bool = False
@@ -57,6 +60,7 @@ class Wanted:
     device: Device = "cpu"
     judge: Path | None = None
     beside: bool = True
+    wait_s: float = 0.0
 
     def stacks(self, bundle: Bundle) -> list[Stack]:
         """Return the stacks of a bundle.
@@ -67,7 +71,8 @@ class Wanted:
         own, others = names.own(bundle), names.peers(self.device)
         if self.only:
             asked = [each for each in names.named() if str(each) in self.only]
-            return names.chosen([*own, *others, *asked], self.only)
+            slow = names.peers(self.device, asked=True)
+            return names.chosen([*own, *others, *slow, *asked], self.only)
         return [*own, *others] if self.peers else own
 
 
@@ -108,15 +113,25 @@ def bench(
         "command": command,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "environment": machine(),
+        "before": wait_until_idle(wanted.wait_s, say=say),
+        "warnings": [],
         "baseline": None,
         "bundles": [_described(name, bundle) for name, bundle in bundles.items()],
         "rows": [],
         "states": [],
         "empty": [],
     }
+    beside = {
+        name: [*names.ceilings(stacks, wanted.device), *names.phases(wanted.device)]
+        for name, stacks in listed.items()
+        if wanted.beside
+    }
+    progress = Remaining(sum(map(len, [*listed.values(), *beside.values()])), say)
     for name, bundle in bundles.items():
-        one = _Bench(name, bundle, stacks=listed[name], wanted=wanted, result=result, say=say)
+        stacks = listed[name]
+        one = _Bench(name, bundle, stacks=stacks, wanted=wanted, result=result, progress=progress)
         one.run()
+    result["warnings"] = warnings(result["rows"], result["before"])
     return result
 
 
@@ -131,10 +146,10 @@ class _Bench:
         stacks: Sequence[Stack],
         wanted: Wanted,
         result: dict[str, Any],
-        say: Callable[[str], None],
+        progress: Remaining,
     ) -> None:
         self.name, self.bundle, self.stacks, self.wanted = name, bundle, list(stacks), wanted
-        self.result, self.say = result, say
+        self.result, self.progress, self.say = result, progress, progress.say
         self.largest_mib = 0.0
         self.batches = list(self._batches())
 
@@ -234,7 +249,7 @@ class _Bench:
 
     def _open(self, group: _Group, stack: Stack) -> bool:
         """Open, prove and warm up one stack; one that fails becomes an empty cell."""
-        self.say(f"{self.name}: {stack}")
+        opened = self.progress.opening(f"{self.name}: {stack}")
         judge: dict[str, Any] = {} if self.wanted.judge is None else {"judge": self.wanted.judge}
         process = Process(stack, self.bundle.path, **judge)
         try:
@@ -248,19 +263,34 @@ class _Bench:
             process.close()
             self._empty(str(stack), _reason(error, stack))
             return False
+        finally:
+            opened()
+        self._plan(about)
         group.opened[str(stack)], group.about[str(stack)] = process, about
         return True
 
+    def _plan(self, about: Row) -> None:
+        """Count a stack's turns among those that are to come."""
+        for batch in self.batches:
+            if (warm := about.get(f"batch {batch}")) is not None:
+                self.progress.plan(warm["warm_ms"], _calls(warm["warm_ms"]), self.wanted.rounds)
+
     def _time(self, group: _Group, held: _Group, number: int) -> None:
         """Take turns at every batch."""
+        for about in held.about.values() if number else ():
+            self._plan(about)  # again
         for batch in self.batches:
             key = f"batch {batch}"
             opened = {n: p for n, p in group.opened.items() if key in group.about[n]}
             calls = {name: _calls(group.about[name][key]["warm_ms"]) for name in opened}
             failed: dict[str, str] = {}
-            self.say(f"{self.name}: {len(opened)} in turns, batch {batch}")
+            over = self.progress.turns(
+                f"{self.name}: {len(opened)} in turns, batch {batch}",
+                [(group.about[name][key]["warm_ms"], calls[name]) for name in opened],
+                self.wanted.rounds,
+            )
             turns, states = take_turns(
-                self.wanted.rounds, opened, calls, batch, failed, say=self.say
+                self.wanted.rounds, opened, calls, batch, failed, say=self.say, over=over
             )
             for name, reason in failed.items():
                 self._empty(f"{name}, batch {batch}", reason)
@@ -323,13 +353,18 @@ _ONCE: Final = (names.PREPROCESSING,)  # whatever the batch
 
 
 def summary(answers: Sequence[Mapping[str, list[float]]]) -> Row:
-    """Return `timing.summary` of one stack's turns, and medians of what else they timed.
+    """Return `timing.summary` of one stack's turns, and medians of what else they saw.
+
+    ``spread`` is the distance of the quartiles as a share of the median, ``unsteady`` whether that
+    is more than `UNSTEADY`, ``others_cores`` how many cores others kept busy.
 
     ``host_ms`` is what a call costs beyond the GPU's time for its launch: checks, copies into and
     out of pinned memory, the launch itself, waiting, and the copy of the embeddings to the host.
     """
     found = timing.summary([answer["ms"] for answer in answers])
-    for name in ("engine_ms", "on_device_ms"):
+    found["spread"] = found["iqr_ms"] / found["median_ms"]
+    found["unsteady"] = found["spread"] > UNSTEADY
+    for name in ("engine_ms", "on_device_ms", "others_cores"):
         every = [value for answer in answers for value in answer.get(name, ())]
         if every:
             found[name] = statistics.median(every)
@@ -343,8 +378,9 @@ def relate(rows: Sequence[Row], baseline: str | None) -> None:
 
     Adds ``flops``, ``gflop_per_s`` and ``share_of_ceiling`` (of the rate of the multiplications
     alone, in the precision of `ceiling_of`), and ``times_baseline``: how many times as fast as the
-    baseline. Both are medians over the rounds of ratios of turns, as machines drift. None where
-    there is nothing to relate to.
+    baseline. Both are medians over the rounds of ratios of turns, as machines drift. And
+    ``times_baseline_best``, of the fastest call of each, and ``ratio_unsteady``, whether one of the
+    two is `unsteady`. None where there is nothing to relate to.
     """
     named = {row["stack"]: row for row in rows}
     base = named.get(baseline or "")
@@ -362,6 +398,8 @@ def relate(rows: Sequence[Row], baseline: str | None) -> None:
             None if ceiling is None else flops / ceiling["flops"] * _ratio(ceiling, row)
         )
         row["times_baseline"] = None if base is None else _ratio(base, row)
+        row["times_baseline_best"] = None if base is None else base["min_ms"] / row["min_ms"]
+        row["ratio_unsteady"] = None if base is None else base["unsteady"] or row["unsteady"]
 
 
 def _ratio(base: Row, row: Row) -> float:

@@ -4,6 +4,8 @@
 
 * ``what``, ``schema``, ``command``, ``started`` (UTC), ``environment`` (see
   `vzip.runtime.machine.record`), ``baseline``: name of the stack that ratios are of, or null.
+* ``before``: of `vzip.export.bench.others.wait_until_idle`; ``warnings``: what a reader must know
+  first, such as that the machine was in use.
 * ``bundles``: a record each: ``name``, ``model``, ``weights``, ``precision``, ``tokens``, …
 * ``rows``: one for each bundle, batch and stack that ran; one that was open in several groups (the
   baseline, a ceiling) has one for each group. All times are milliseconds of one call.
@@ -12,14 +14,16 @@
   - ``stack`` (``onnxruntime:int8``), and its parts ``kind`` (``ours``, ``peer``, ``ceiling``,
     ``phase``), ``name``, ``form``, ``precision``, ``device``;
   - ``median_ms``, ``p90_ms``, ``p99_ms``, ``min_ms``, ``iqr_ms``, ``calls``, ``turn_medians_ms``,
-    ``drift``: see `vzip.runtime.machine.timing.summary`; ``images_per_s``;
+    ``drift``: see `vzip.runtime.machine.timing.summary`; ``images_per_s``; ``spread`` and
+    ``unsteady``, ``others_cores``: see `vzip.export.bench.measure.summary`;
   - ``open_s``, ``first_call_ms``, ``warm_up_calls``, ``warm_ms``, ``peak_host_mib`` (the process,
     up to this batch), ``torch_reserved_mib``, ``python``, ``packages``;
   - ``agreement`` with the untouched model: `vzip.export.bench.judging.judged`, ``passed`` unless
     a benchmark gave pictures of its own, as what differs from the bundle's reference is not timed;
     a peer without compression has cosines of the kept patches alone;
   - ``flops`` of the call, ``gflop_per_s``, ``share_of_ceiling`` (of the rate of the multiplications
-    alone), ``times_baseline`` (how many times as fast); null where it can't be said;
+    alone), ``times_baseline`` (how many times as fast), ``times_baseline_best`` (by the fastest
+    call of each), ``ratio_unsteady``; null where it can't be said;
   - of an engine ``engine_ms``, ``host_ms``, ``on_device_ms`` and ``profile``
     (`vzip.export.inspect.engine_profile`, or ``error``); of preprocessing ``picture`` and
     ``pixels``; of copies ``bytes``.
@@ -41,9 +45,11 @@ Result = Mapping[str, Any]
 Row = Mapping[str, Any]
 
 COLUMNS: Final = (
-    "stack", "median ms", "p90", "p99", "IQR", "calls", "images/s", "× baseline", "TFLOP/s",
-    "of ceiling", "kept overlap", "cosine", "merged", "peak MiB", "open s", "first ms",
+    "stack", "median ms", "best", "p90", "p99", "IQR", "calls", "images/s", "× baseline", "best",
+    "TFLOP/s", "of ceiling", "kept overlap", "cosine", "merged", "peak MiB", "open s", "first ms",
+    "others' cores",
 )  # fmt: skip
+_BELIEVED: Final = 100  # times as fast: no encoder is, beside another form of itself
 COLOURS: Final[Mapping[str, str]] = {
     "ours": "#1f6feb", "peer": "#8b949e", "ceiling": "#d1572a", "phase": "#2c8a4b"
 }  # fmt: skip
@@ -91,19 +97,19 @@ def heading(bundle: Mapping[str, Any], batch: int) -> str:
 def cells(row: Row) -> tuple[str, ...]:
     """Return a row's cells, as `COLUMNS` has them; – is what can't be said of it."""
     agreement = row.get("agreement") or {}
-    rate, share, times = (
-        row.get(name) for name in ("gflop_per_s", "share_of_ceiling", "times_baseline")
-    )
+    rate, share = (row.get(name) for name in ("gflop_per_s", "share_of_ceiling"))
     other = "" if agreement.get("passed", True) else ", other tokens"
     return (
         row["stack"] + (f" ({row['chosen']})" if "chosen" in row else "") + other,
         _number(row["median_ms"]),
+        _number(row["min_ms"]),
         _number(row["p90_ms"]),
         _number(row["p99_ms"]),
         _number(row["iqr_ms"]),
         str(row["calls"]),
         _number(row["images_per_s"]),
-        "–" if times is None else f"{times:.2f}×",
+        ratio(row),
+        "–" if row.get("times_baseline_best") is None else f"{row['times_baseline_best']:.2f}×",
         "–" if rate is None else f"{rate / 1000:.3g}",
         "–" if share is None else f"{share:.0%}",
         _optional(agreement.get("kept_overlap"), 4),
@@ -112,7 +118,24 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row['peak_host_mib']:.0f}",
         f"{row['open_s']:.1f}",
         _optional(row.get("first_call_ms"), 0),
+        _optional(row.get("others_cores"), 2),
     )
+
+
+def ratio(row: Row) -> str:
+    """Return how many times as fast as the baseline, or that the run is too unsteady to say it.
+
+    The ratio of an unsteady run is given roughly, and not at all where it is out of all proportion.
+    """
+    times = row.get("times_baseline")
+    if times is None:
+        return "–"
+    if not row.get("ratio_unsteady"):
+        return f"{times:.2f}×"
+    why = f"spread {row['spread']:.0%}" if row["unsteady"] else "baseline"
+    if times >= _BELIEVED:
+        return f"unsteady ({why})"
+    return f"about {times:.1f}×, unsteady ({why})"
 
 
 def facts(result: Result) -> list[tuple[str, str]]:
@@ -133,21 +156,35 @@ def facts(result: Result) -> list[tuple[str, str]]:
         ("clocks", "the kernel doesn't say" if clocks is None else f"{clocks} MHz"),
         ("governor", place["governor"] or "the kernel doesn't say"),
         ("threads", ", ".join(f"{k}={v}" for k, v in place["threads"].items()) or "no bound set"),
-        ("load before", f"{state['load']}"),
+        ("load before", _load(result)),
         ("system", f"{place['system']}, Python {place['python']}"),
         ("packages", ", ".join(f"{name} {each}" for name, each in place["packages"].items())),
     ]
 
 
+def _load(result: Result) -> str:
+    """Return what kept the machine busy before, as far as the result says so."""
+    average = f"{result['environment']['state']['load']}, the average over a minute"
+    before = result.get("before")
+    if before is None or before["others_cores"] is None:
+        return average
+    waited = f" after {before['waited_s']:.0f} s of waiting" if before["waited_s"] else ""
+    others = f"{before['others_cores']} of {counted(before['cores'], 'core')} in use{waited}"
+    return f"{others} (load {average})"
+
+
 def table(result: Result) -> str:
     """Return the result as Markdown."""
     lines = [f"{result['what']}.", ""]
+    lines += [line for each in result.get("warnings", ()) for line in (f"**Warning: {each}.**", "")]
     if result["baseline"] is not None:
         said = (
             f"× baseline: how many times as fast as `{result['baseline']}`, the median of the "
-            "ratios of their turns. Of ceiling: share of the rate at which the encoder's matrix "
-            "multiplications alone ran beside it, in the same precision. IQR: distance of the "
-            "quartiles."
+            "ratios of their turns; best: of the fastest call of each. Unsteady: its quartiles or "
+            "the baseline's are more than a third of the median apart. Of ceiling: share of the "
+            "rate at which the encoder's matrix multiplications alone ran beside it, in the same "
+            "precision. IQR: distance of the quartiles. Others' cores: kept busy by other programs "
+            "during its turns."
         )
         lines += [said, ""]
     for bundle, batch, rows in sections(result):
@@ -195,8 +232,7 @@ def plot(result: Result, kind: Literal["svg", "png"]) -> bytes:
             error_kw={"ecolor": "#1c2128", "elinewidth": 0.8, "capsize": 2},
         )
         for place, row in enumerate(slowest_first):
-            times = row.get("times_baseline")
-            said = "" if times is None else f"  {times:.2f}×"
+            said = "" if row.get("times_baseline") is None else f"  {ratio(row)}"
             text = f" {_number(row['median_ms'])}{said}"
             end = (row["median_ms"] + row["iqr_ms"] / 2, place)
             panel.annotate(text, end, va="center", fontsize=7,

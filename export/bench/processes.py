@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from vzip.export.bench import worker
+from vzip.export.bench.others import Moment
 from vzip.export.bench.stacks import Stack
 from vzip.runtime.backends import TENSORRT
 from vzip.runtime.errors import VzipError
@@ -85,10 +86,15 @@ class Process:
     def ask(self, limit_s: float, **request: object) -> dict[str, Any]:
         """Return the answer to a request; before and after, the worker is stopped.
 
+        A turn's has ``others_cores`` as well: how many cores others kept busy meanwhile, where the
+        system says so.
+
         Raises:
             WorkerError: It is an error, the process died, or the limit passed.
         """
         assert self._process.stdin is not None
+        pids = (self._process.pid, os.getpid())
+        before = Moment.now(*pids)
         try:
             self._signal(signal.SIGCONT)
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -103,11 +109,15 @@ class Process:
         if not line:
             status = self._process.wait()
             raise WorkerError(f"{self.stack}: ended with status {status} ({self._last_line()})")
+        others = Moment.now(*pids).others_since(before)
         self._signal(signal.SIGSTOP)
         answer = json.loads(line)
         if "error" in answer:
             raise WorkerError(f"{self.stack}: {answer['error']}")
-        return dict(answer["ok"])
+        found = dict(answer["ok"])
+        if request.get("do") == "turn" and others is not None:
+            found["others_cores"] = [others]
+        return found
 
     def _signal(self, number: int) -> None:
         if self._process.poll() is None:
@@ -142,6 +152,7 @@ def take_turns(
     failed: dict[str, str],
     *,
     say: Callable[[str], None],
+    over: Callable[[int], None] = lambda _rounds: None,
 ) -> tuple[Turns, list[dict[str, Any]]]:
     """Time the open stacks in turn, each round beginning with another one.
 
@@ -152,6 +163,7 @@ def take_turns(
         batch: Images in a call.
         failed: Name → why it failed; one that fails is put here and left out from then on.
         say: Told what failed.
+        over: Told after each round how many are over.
 
     Returns:
         Name → the answers of its turns, and the machine's state after each round.
@@ -172,6 +184,7 @@ def take_turns(
             else:
                 turns[name].append(answer)
         states.append(state())
+        over(number + 1)
     return turns, states
 
 

@@ -67,10 +67,17 @@ def own(bundle: Bundle) -> list[Stack]:
     return stacks
 
 
-def peers(device: Device) -> list[Stack]:
-    """Return every peer on a device, in each of its precisions, and those of the CPU alone."""
+def peers(device: Device, *, asked: bool = False) -> list[Stack]:
+    """Return every peer on a device, in each of its precisions, and those of the CPU alone.
+
+    Args:
+        device: The best that the machine has.
+        asked: Those that are timed where they are asked for by name alone, instead.
+    """
     found = []
     for name, kind in PEERS.items():
+        if kind.asked != asked:
+            continue
         place: Device = device if kind.precisions(device) else "cpu"
         found += [Stack("peer", name, each, each, place) for each in kind.precisions(place)]
     return found

@@ -16,6 +16,7 @@ from vzip.runtime.errors import InvalidInputError, require
 from vzip.runtime.files import outputs
 
 NOTHING_RAN = 1
+WAIT_S = 30.0  # for a machine that nobody else uses
 
 PLOT, PAGE = "the plot of a benchmark", "the page of a benchmark"
 
@@ -49,9 +50,12 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         batches=arguments.batches,
         rounds=arguments.rounds,
         device="cpu" if isinstance(gpus(), str) else "cuda",
+        wait_s=WAIT_S,
     )
     command = shlex.join([*prog.split(), *argv])
     result = without_paths(bench(bundles, wanted, command=command, say=say))
+    for each in result.get("warnings", ()):
+        say(f"warning: {each}")
     paths: list[Path] = []
     try:
         if folder is not None:
@@ -134,8 +138,9 @@ def _parser(prog: str) -> Parser:
         prog,
         "Time every backend, engine and precision of bundles on this machine, each in a process "
         "of its own, in turns. Tokens are compared with the bundle's reference first. The "
-        "matrix multiplications alone are timed too, and peers with --peers. Exit status 1 if "
-        "nothing could be timed.",
+        "matrix multiplications alone are timed too, and peers with --peers. A machine in use is "
+        f"waited for, {WAIT_S:.0f} s at most, and warned of. Exit status 1 if nothing could be "
+        "timed.",
         table=True,
     )
     parser.add_argument(
@@ -144,7 +149,8 @@ def _parser(prog: str) -> Parser:
     parser.add_argument(
         "--peers",
         action="store_true",
-        help="also PyTorch as published and at its best, ONNX Runtime and OpenVINO as they come",
+        help="also PyTorch as published and at its best, ONNX Runtime and OpenVINO as they come "
+        "(torch.compile with --only torch-compile alone)",
     )
     parser.add_argument(
         "--only",

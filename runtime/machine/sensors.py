@@ -8,6 +8,7 @@ units that are switched off can't, is left out.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -119,6 +120,7 @@ def jetpack(l4t: str) -> str | None:
 
 
 _DIGITS: Final = "[0-9]{1,18}"  # of a number that a kernel writes
+_TICKS: Final = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100  # in a second
 
 
 def memory(root: Path = ROOT) -> Memory | None:
@@ -236,6 +238,34 @@ def instructions(root: Path = ROOT) -> list[str]:
     match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
     there = set(match[1].split()) if match else set()
     return [name for name in _INSTRUCTIONS if name in there]
+
+
+def busy_s(root: Path = ROOT) -> float | None:
+    """Return for how many seconds the CPUs that this process may use were busy, since they started.
+
+    Whoever kept them so, other machines on the same hardware included (``steal``). Of two readings
+    the difference counts. None where there is no /proc/stat. Source: proc_stat(5).
+    """
+    text = _read(root / "proc/stat") or ""
+    found = {
+        int(name): [int(each) for each in times.split()]
+        for name, times in re.findall(rf"^cpu({_DIGITS}) +((?:{_DIGITS} *)+)$", text, re.M)
+    }
+    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(found)
+    counted = [times for cpu, times in found.items() if cpu in own] or list(found.values())
+    if not counted:
+        return None
+    # user, nice, system, idle, iowait, irq, softirq, steal; a guest's time is in user and nice.
+    return sum(sum(times[:8]) - sum(times[3:5]) for times in counted) / _TICKS
+
+
+def cpu_s(pid: int, root: Path = ROOT) -> float | None:
+    """Return the CPU's seconds that a process has had; None where it is gone or nothing says so."""
+    fields = (_read(root / f"proc/{pid}/stat") or "").rpartition(")")[2].split()
+    times = fields[11:15]  # of itself, in user mode and in the kernel; of children that ended
+    if len(times) < 4 or not all(re.fullmatch(_DIGITS, each) for each in times):
+        return None
+    return sum(map(int, times)) / _TICKS
 
 
 def governor(root: Path = ROOT) -> str | None:

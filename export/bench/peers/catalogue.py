@@ -25,6 +25,7 @@ class Kind:
         cuda: Precisions in which it runs on an NVIDIA GPU.
         named: Precisions in which it runs on a CPU where one asks for it by name: true half
             precision, for what it does to the tokens; no CPU without kernels for it is fast.
+        asked: Whether it is timed only where one asks for it by name: it compiles for minutes.
     """
 
     make: Callable[[str, str, Bundle, Device], Peer]
@@ -32,6 +33,7 @@ class Kind:
     cpu: tuple[str, ...] = ()
     cuda: tuple[str, ...] = ()
     named: tuple[str, ...] = ()
+    asked: bool = False
 
     def precisions(self, device: Device) -> tuple[str, ...]:
         """Return those for a device."""
@@ -88,6 +90,7 @@ PEERS: Mapping[str, Kind] = MappingProxyType(
             "torch-sdpa under torch.compile",
             cpu=("fp32", "bf16"),
             cuda=("fp16",),
+            asked=True,
         ),
         UNCOMPRESSED: Kind(
             _torch,

@@ -402,6 +402,7 @@ def test_the_stacks_of_a_bundle(tiny):
     assert "torch-sdpa:bf16" in cpu
     assert "torch-sdpa:fp16" in cuda
     assert "openvino:bf16" in cuda  # which has a CPU too
+    assert not [each for each in cpu + cuda if "compile" in each]  # which takes minutes
     devices = {each.device for each in stacks.peers("cuda") if each.name == "openvino"}
     assert devices == {"cpu"}
     found = stacks.ceilings(stacks.own(bundle), "cpu")
@@ -413,6 +414,10 @@ def test_stacks_by_name(tiny):
     bundle = read_bundle(tiny)
     found = Wanted(only=("onnxruntime", "openvino:bf16")).stacks(bundle)
     assert list(map(str, found)) == ["onnxruntime:fastest", "onnxruntime:fp32", "openvino:bf16"]
+    for device, form in (("cpu", "bf16"), ("cuda", "fp16")):
+        found = Wanted(only=("torch-compile",), device=device).stacks(bundle)
+        assert f"torch-compile:{form}" in map(str, found)
+    assert Wanted(only=("torch-compile:fp32",)).stacks(bundle)
 
 
 # --- what is written -------------------------------------------------------------------------
@@ -430,7 +435,7 @@ def result() -> dict[str, Any]:
     picture = {"picture": "china.jpg", "pixels": [640, 427]}
     rows = [
         row(Stack("peer", "torch-published", "fp32", "fp32", "cpu"), 200.0, **more, **proven),
-        row(ONNX, 100.0, **more, **proven),
+        row(ONNX, 100.0, **more, **proven, others_cores=0.25),
         row(Stack("ceiling", "ceiling", "fp32", "fp32", "cpu"), 50.0, flops=2e9, **more),
         row(ONNX, 999.0, **more, **proven, group=1),
         row(Stack("phase", "preprocessing", "china.jpg", "", "cpu"), 5.0, **more, **picture),
@@ -452,8 +457,8 @@ def test_the_table(result):
         "| torch-published:fp32",
     ]
     assert lines[first + 1] == (
-        "| onnxruntime:fp32 | 100 | 100 | 100 | 0.00 | 1 | 1.00 | 2.00× | 0.02 | 50% | 0.9870 | "
-        "0.999120 | – | 1234 | 2.0 | – |"
+        "| onnxruntime:fp32 | 100 | 100 | 100 | 100 | 0.00 | 1 | 1.00 | 2.00× | 2.00× | 0.02 | "
+        "50% | 0.9870 | 0.999120 | – | 1234 | 2.0 | – | 0.25 |"
     )
     assert lines[first + 3] == ""
     # What was timed at another moment stands apart, and is not related to the baseline of this one.
@@ -461,6 +466,74 @@ def test_the_table(result):
     assert sum(line.startswith("### <b>: 64 of 577") for line in lines) == 2
     assert "| <b> | preprocessing, china.jpg (640 × 427) | 1 | 5.00 | 5.00 | 5.00 | 1 |" in lines
     assert "| gpu | none <here> \\| at all |" in lines
+
+
+def test_an_unsteady_run_says_so_in_place_of_its_ratio(result):
+    base, ours = result["rows"][:2]
+    steady, wild = {"spread": 0.1, "unsteady": False}, {"spread": 0.48, "unsteady": True}
+    for theirs, own, times, said in (
+        (steady, steady, 6.204, "6.20×"),
+        (steady, wild, 6.204, "about 6.2×, unsteady (spread 48%)"),
+        (wild, steady, 6.204, "about 6.2×, unsteady (baseline)"),
+        (wild, wild, 3277.0, "unsteady (spread 48%)"),
+    ):
+        base.update(theirs)
+        ours.update(own)
+        encoder.relate([base, ours], base["stack"])
+        ours["times_baseline"] = times
+        assert ours["ratio_unsteady"] is (theirs["unsteady"] or own["unsteady"])
+        assert output.ratio(ours) == said
+        assert f"| {said} |" in output.table(result)
+        assert said in assert_shut(page(result, None)).words
+        assert "3277" not in output.table(result)
+
+
+def test_the_spread_is_that_of_the_quartiles():
+    found = encoder.summary([{"ms": [90.0, 100.0, 110.0]}, {"ms": [100.0]}])
+    assert found["spread"] == pytest.approx(0.05)
+    assert not found["unsteady"]
+    found = encoder.summary([{"ms": [50.0, 100.0, 150.0], "others_cores": [0.5]}])
+    assert (found["spread"], found["unsteady"], found["others_cores"]) == (0.5, True, 0.5)
+
+
+def test_ratios_of_the_best_calls_stand_beside_those_of_medians():
+    base = Stack("peer", "torch-published", "fp32", "fp32", "cpu")
+    rows = [row(base, 90.0, 120.0, 120.0), row(ONNX, 20.0, 20.0, 20.0)]
+    encoder.relate(rows, str(base))
+    assert rows[1]["times_baseline"] == 6
+    assert rows[1]["times_baseline_best"] == 4.5
+
+
+def test_a_machine_in_use_is_marked_on_page_and_table_and_said(monkeypatch, tiny, capsys):
+    Machine(monkeypatch, memory=10**6)
+    monkeypatch.setattr("vzip.export.bench.others._others_now", lambda: 1.5)
+    monkeypatch.setattr("vzip.export.bench.others.process.cores", lambda *_: 2)
+    monkeypatch.setattr(bench_cli, "WAIT_S", 0.05)
+    assert main([str(tiny), "--only", "onnxruntime:fp32", "--json"], prog="vzip bench") == 0
+    said = capsys.readouterr()
+    assert "no idle machine" in said.err
+    result = json.loads(said.out)
+    assert result["before"]["others_cores"] == 1.5
+    (warning,) = result["warnings"]
+    assert f"**Warning: {warning}.**" in output.table(result)
+    assert f"Warning: {warning}." in assert_shut(page(result, None)).words
+    assert "warning: " in said.err
+    assert dict(output.facts(result))["load before"].startswith("1.5 of 2 cores in use")
+
+
+def test_progress_is_said_with_the_time_left(monkeypatch, tiny):
+    Machine(monkeypatch, memory=10**6)
+    said: list[str] = []
+    wanted = Wanted(rounds=3)
+    bench({"tiny": read_bundle(tiny)}, wanted, command="", say=said.append)
+    opened = [line for line in said if line.startswith("tiny: ") and " of " in line]
+    count = len(wanted.stacks(read_bundle(tiny))) + 4  # two ceilings, two pictures
+    assert [line.partition(f" of {count}")[0][-1] for line in opened][-1] == str(count)
+    assert all(" left" in line for line in opened[1:])
+    assert [line[:14] for line in said if line.startswith("  round")] == [
+        "  round 1 of 3",
+        "  round 2 of 3",
+    ]
 
 
 def test_the_page_needs_nothing_else_and_escapes_everything(result):

@@ -1,0 +1,106 @@
+"""What others take of the CPU: counted, waited out, warned of; and how long a run will take."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from vzip.export.bench import others as load
+from vzip.export.bench.others import Moment, wait_until_idle
+from vzip.export.bench.remaining import Remaining
+
+BURN = "import time\nend = time.monotonic() + 60\nwhile time.monotonic() < end: pass"
+BEFORE = {"cores": 2, "others_cores": 0.0, "idle": True, "waited_s": 0.0}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counted in /proc")
+def test_what_others_take_is_counted_and_what_is_timed_is_not():
+    burner = subprocess.Popen([sys.executable, "-c", BURN])
+    try:
+        time.sleep(0.1)
+        before, known = Moment.now(), Moment.now(burner.pid)
+        time.sleep(1.0)
+        after, knows = Moment.now(), Moment.now(burner.pid)
+    finally:
+        burner.kill()
+        burner.wait()
+    everybody, others = after.others_since(before), knows.others_since(known)
+    assert everybody is not None
+    assert others is not None
+    # Other tests may run meanwhile: the difference is what one program took, of a core at most.
+    assert 0.1 < everybody - others < 1.3
+
+
+def test_what_the_system_does_not_say_is_not_made_up(monkeypatch):
+    monkeypatch.setattr(load.sensors, "busy_s", lambda: None)
+    assert Moment.now(os.getpid()).others_since(Moment(0.0, 1.0)) is None
+    found = wait_until_idle(5.0, say=pytest.fail)
+    assert (found["others_cores"], found["idle"], found["waited_s"]) == (None, None, 0.0)
+    assert load.warnings([{"others_cores": None}], found) == []
+
+
+@pytest.mark.parametrize(
+    ("looks", "limit", "idle", "said"),
+    [
+        ([0.0], 30, True, []),
+        ([1.5, 1.5, 0.1], 30, True, ["1.5 of 2 cores", "waited 2 s: the machine is idle"]),
+        ([1.5] * 99, 3, False, ["up to 3 s", "waited 3 s: there was no idle machine"]),
+        ([1.5], 0, False, []),
+    ],
+)
+def test_an_idle_machine_is_waited_for_but_not_for_ever(monkeypatch, looks, limit, idle, said):
+    monkeypatch.setattr(load.process, "cores", lambda: 2)
+    clock, given = [0.0], iter(looks)
+
+    def look() -> float:
+        clock[0] += 1.0
+        return next(given)
+
+    told: list[str] = []
+    found = wait_until_idle(
+        limit, say=told.append, look=look, clock=lambda: clock[0] - (1.0 if clock[0] else 0.0)
+    )
+    assert found["idle"] is idle
+    assert len(told) == len(said)
+    assert all(part in text for part, text in zip(said, told, strict=True))
+
+
+def test_a_reader_is_warned_of_a_machine_in_use_and_of_unsteady_runs():
+    quiet = {"others_cores": 0.1, "unsteady": False}
+    assert load.warnings([quiet, {"unsteady": False}], BEFORE) == []
+    (said,) = load.warnings([quiet, {"others_cores": 1.2}], BEFORE)
+    assert "1 of 2 rows" in said
+    assert "up to 1.2" in said
+    (said,) = load.warnings([quiet], {**BEFORE, "idle": False, "others_cores": 0.6})
+    assert "0.6 of 2 cores" in said
+    (said,) = load.warnings([quiet, {"unsteady": True}], BEFORE)
+    assert "1 of 2 rows" in said
+
+
+def test_the_time_left_is_what_others_of_its_kind_took():
+    clock, said = [0.0], list[str]()
+    progress = Remaining(3, said.append, clock=lambda: clock[0])
+    assert progress.left_s() is None
+    for _ in range(2):
+        opened = progress.opening("b: x")
+        clock[0] += 10.0
+        opened()
+        progress.plan(100.0, 10, 5)  # 5 s of calls, 6.5 with what surrounds them
+    assert said == ["b: x, 1 of 3", "b: x, 2 of 3, about 40 s left"]
+    assert progress.left_s() == pytest.approx(10 + 6.5 + 2 * 6.5)
+    opened = progress.opening("b: fails")
+    clock[0] += 1.0
+    opened()
+    assert progress.left_s() == pytest.approx(13)
+    over = progress.turns("b: turns", [(100.0, 10), (100.0, 10)], 5)
+    clock[0] += 5.2  # twice as long as was planned
+    over(1)
+    assert progress.left_s() == pytest.approx(4 * 5.2)
+    for number in range(2, 6):
+        over(number)
+    assert progress.left_s() == 0
+    assert said[-1].startswith("  round 4 of 5, about ")
