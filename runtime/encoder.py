@@ -31,6 +31,7 @@ from vzip.runtime.pictures.images import (
     Channels,
     ImageSource,
     check_channels,
+    check_draft,
     check_source,
     load_image,
 )
@@ -213,6 +214,7 @@ class VisionEncoder:
         *,
         on_device: bool = False,
         channels: Channels = "rgb",
+        draft: int | None = None,
     ) -> CompressedTokens:
         """Return the compressed tokens of one or more images.
 
@@ -233,6 +235,8 @@ class VisionEncoder:
                 `CompressedTokens.on_device`; no more images than one call takes.
             channels: The order of an array's last axis: ``rgb``, or ``bgr`` for what OpenCV reads.
                 Images that are no arrays are refused with ``bgr``: they say it themselves.
+            draft: As for `load_image`: large JPEGs decoded to fewer pixels, which is faster and
+                gives nearly the same tokens (docs/runtime.md, "Large pictures"). None for all.
 
         Returns:
             The tokens, B = the number of images, in their order.
@@ -247,6 +251,7 @@ class VisionEncoder:
         """
         self._usable()  # before any image is decoded
         check_channels(channels)
+        check_draft(draft)
         sources: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
         if not sources:
             raise InvalidInputError(
@@ -258,7 +263,7 @@ class VisionEncoder:
         preprocessing, most = self.manifest.preprocessing, self.manifest.batch.max
 
         def prepared(source: Any) -> NDArray[np.uint8]:
-            return tower_image(load_image(source, channels=channels), preprocessing)
+            return tower_image(load_image(source, draft=draft, channels=channels), preprocessing)
 
         pictures = ahead(prepared, sources, threads=self.decoders, most=2 * most)
         with contextlib.closing(pictures):

@@ -130,12 +130,7 @@ def load_image(
             meaning is not certain; `draft` is no positive integer; `channels` is neither, or is
             ``bgr`` for what is no array.
     """
-    if draft is not None and (type(draft) is not int or draft < 1):
-        raise InvalidInputError(
-            f"got draft = {draft!r}",
-            expected="a positive number of pixels, or None for a full decode",
-            cause="twice the tower's input is close to it",
-        )
+    check_draft(draft)
     check_source(source, channels=channels)
     if isinstance(source, np.ndarray):
         return _from_array(source, channels)
@@ -203,6 +198,16 @@ def check_channels(channels: object) -> None:
         raise InvalidInputError(
             f"got channels={channels!r}",
             expected="'rgb' or 'bgr', OpenCV's order",
+        )
+
+
+def check_draft(draft: object) -> None:
+    """Raise InvalidInputError unless this is what `load_image` takes as `draft`."""
+    if draft is not None and (type(draft) is not int or draft < 1):
+        raise InvalidInputError(
+            f"got draft = {draft!r}",
+            expected="a positive number of pixels, or None for a full decode",
+            cause="twice the tower's input is close to it",
         )
 
 

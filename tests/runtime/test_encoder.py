@@ -37,6 +37,7 @@ from vzip.runtime.errors import (
     VzipError,
 )
 from vzip.runtime.machine import process
+from vzip.runtime.pictures.images import load_image
 from vzip.runtime.pictures.preprocess import tower_image
 from vzip.runtime.pictures.tiles import arrange, arrange_rows, cut
 
@@ -415,7 +416,7 @@ def test_pictures_are_decoded_while_the_batch_before_runs(
     decoded = [threading.Event() for _ in range(6)]
     seen: list[tuple[bool, bool]] = []
 
-    def load(source: int, *, channels: str) -> Any:
+    def load(source: int, **_: Any) -> Any:
         image = Image.fromarray(golden["images"][source % 5])
         decoded[source].set()
         return image
@@ -453,6 +454,22 @@ def test_one_broken_picture_of_many_is_named_as_it_is_alone(tiny_bundle, tmp_pat
         assert str(files[place]) in str(among.value)
         assert str(among.value) == str(alone.value)
         assert encoder.encode(files[:1] if place else list(golden["images"])).kept.shape[1] == 4
+
+
+def test_a_draft_is_taken_where_it_is_asked_for(tiny_bundle, tmp_path):
+    rng, file = np.random.default_rng(3), tmp_path / "large.jpg"
+    Image.fromarray(rng.integers(0, 256, (256, 320, 3), np.uint8)).save(file, quality=95)
+    with opened(tiny_bundle) as encoder:
+        prep = encoder.manifest.preprocessing
+        for draft in (None, 2 * prep.shortest_edge):
+            encoder.encode([file, file], draft=draft)
+            expected = tower_image(load_image(file, draft=draft), prep)
+            assert all(np.array_equal(each, expected) for each in fake_of(encoder).fed[-1])
+        exact, drafted = fake_of(encoder).fed
+        assert not np.array_equal(exact, drafted)
+        for wrong in (0, -1, 1.5, True):
+            with refused(InvalidInputError, got=f"draft = {wrong}"):
+                encoder.encode(file, draft=cast("Any", wrong))
 
 
 def test_pil_images_of_one_open_file_do_not_disturb_each_other(tiny_bundle, tmp_path, golden):
