@@ -163,6 +163,17 @@ def _some(
     return [int(part) for part in text.split(",")]
 
 
+def add_wait(parser: argparse.ArgumentParser) -> None:
+    """Add ``--wait``, as `vzip bench` has it."""
+    parser.add_argument(
+        "--wait",
+        type=float,
+        default=WAIT_S,
+        metavar="S",
+        help="seconds to wait, at most, for an idle machine (default: %(default)g)",
+    )
+
+
 def _vzip(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "vzip.runtime.cli.main", *arguments], check=True)
 
@@ -178,6 +189,7 @@ def main() -> None:
         "--batches", default="", help="some of 1,8; on a GPU of 1,8,32 (default: all)"
     )
     parser.add_argument("--only", default="", help="stacks, as of vzip bench (default: all)")
+    add_wait(parser)
     parser.add_argument("-o", "--output", type=Path, default=FILE, metavar="FILE.json")
     options = parser.parse_args()
     device: Literal["cpu", "cuda"] = "cpu" if isinstance(gpus(), str) else "cuda"
@@ -194,7 +206,7 @@ def main() -> None:
         bundle = bundles[tokens]
         wanted = Wanted(
             peers=True, only=asked or main, batches=(batch,), rounds=min(options.rounds, most),
-            device=device, wait_s=WAIT_S,
+            device=device, wait_s=options.wait,
         )  # fmt: skip
         results.append(bench({bundle.path.name: bundle}, wanted, command="", say=say))
         arguments = without_paths(sys.argv[1:])

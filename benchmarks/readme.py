@@ -101,7 +101,7 @@ def headline(whole: dict[str, Any]) -> str:
         return f"No stack of vzip's agrees with the untouched model on {what} ({_place(result)})."
     found, form = ours["agreement"], f" ({ours['chosen']})" if ours.get("chosen") else ""
     return (
-        f"**{ours['times_baseline']:.1f} times as fast as VisionZip's published PyTorch form** on "
+        f"**{_times(ours)} as fast as VisionZip's published PyTorch form** on "
         f"a CPU, with trained weights: {what}, `{ours['stack']}`{form} {ours['median_ms']:.0f} ms, "
         f"`{result['baseline']}` {rows[result['baseline']]['median_ms']:.0f} ms, side by side on "
         f"{_place(result)}; on {found['images']} photographs held apart, kept tokens "
@@ -121,7 +121,7 @@ def headline_random(result: dict[str, Any]) -> str:
     ours = min(own, key=_median)
     return (
         f"With random weights, at the size of LLaVA-1.5's own encoder: "
-        f"{ours['times_baseline']:.1f} times, one image, {FEWEST} of 576 tokens, "
+        f"{_times(ours)}, one image, {FEWEST} of 576 tokens, "
         f"`{ours['stack']}` {ours['median_ms']:.0f} ms, "
         f"`{base['stack']}` {base['median_ms']:.0f} ms, on {_place(result)}; kept tokens "
         f"{ours['agreement']['kept_overlap']:.1%} the same, cosine "
@@ -180,7 +180,7 @@ def encoder(result: dict[str, Any]) -> str:
             (
                 name if row.get("group") == group else f"{name} †",
                 f"{row['median_ms']:.0f}",
-                _cell(row["times_baseline"], ".2f"),
+                _cell(row["times_baseline"], ".2f", _mark(row)),
                 _cell(row["share_of_ceiling"], ".0%"),
                 _cell(agreement.get("kept_overlap"), ".4f"),
                 _cell(agreement.get("mean_cosine"), ".5f"),
@@ -356,6 +356,15 @@ def _place(result: dict[str, Any]) -> str:
         return f"{place} ({before['others_cores']} of them in use by others)"
     load = where.get("state", {}).get("load")
     return place if load is None else f"{place} (load before: {load})"
+
+
+def _times(row: dict[str, Any]) -> str:
+    """Return how many times as fast as the baseline, and whether that is unsteady."""
+    return f"{row['times_baseline']:.1f} times{_mark(row)}"
+
+
+def _mark(row: dict[str, Any]) -> str:
+    return " (unsteady)" if row.get("ratio_unsteady") else ""
 
 
 def _best(ours: dict[str, Any], base: dict[str, Any]) -> str:

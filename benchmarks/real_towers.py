@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.encoder import WAIT_S, joined
+from benchmarks.encoder import WAIT_S, add_wait, joined
 from benchmarks.harness import bundles
 from benchmarks.harness.results import RESULTS, text
 from benchmarks.real.pictures import HELD_APART, LEARNT_FROM, pictures
@@ -117,7 +117,13 @@ PARTS: Final = {
 
 
 def measure(
-    name: str, folder: Path, *, rounds: int, only: tuple[str, ...], command: str
+    name: str,
+    folder: Path,
+    *,
+    rounds: int,
+    only: tuple[str, ...],
+    command: str,
+    wait_s: float = WAIT_S,
 ) -> Iterator[dict[str, Any]]:
     """Measure a tower, and yield what is known of it after each group of turns.
 
@@ -127,6 +133,7 @@ def measure(
         rounds: Most turns.
         only: Stacks; empty for all.
         command: As it stands in the result.
+        wait_s: How long to wait for an idle machine before each group, at most.
 
     Yields:
         As `vzip.export.bench.output` describes it, and ``about``, ``real``, ``outliers`` (see
@@ -141,7 +148,7 @@ def measure(
         # What isn't in the bundle can't be named.
         chosen = tuple(each for each in chosen if each not in made.lacking)
         wanted = Wanted(
-            only=chosen, rounds=min(rounds, most), judge=made.judge, beside=False, wait_s=WAIT_S
+            only=chosen, rounds=min(rounds, most), judge=made.judge, beside=False, wait_s=wait_s
         )
         if only and set(chosen) == {BASELINE} and BASELINE not in only:
             continue
@@ -196,7 +203,7 @@ def rows(name: str, result: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
             f"{found['contextual_cosine']:.4f}",
             f"{found['contextual_share']:.0%}",
             f"{row['median_ms']:.0f}",
-            f"{row['times_baseline']:.2f}",
+            f"{row['times_baseline']:.2f}" + (" (unsteady)" if row.get("ratio_unsteady") else ""),
             "yes" if agrees(row) else f"no: {found['disagrees']}",
         )
 
@@ -277,6 +284,7 @@ def main() -> int:
     parser.add_argument("--towers", default="real,random", help=f"some of {known} (default: all)")
     parser.add_argument("--only", default="", help="stacks beside the baseline (default: all)")
     parser.add_argument("--rounds", type=int, default=5, help="most turns of each (default: 5)")
+    add_wait(parser)
     parser.add_argument("-o", "--output", type=Path, default=FILE, metavar="FILE.json")
     options = parser.parse_args()
     asked = [
@@ -295,7 +303,12 @@ def main() -> int:
         """Measure a tower and write what comes of it; an error is no reason to leave out others."""
         try:
             for result in measure(
-                name, options.bundles, rounds=options.rounds, only=only, command=command
+                name,
+                options.bundles,
+                rounds=options.rounds,
+                only=only,
+                command=command,
+                wait_s=options.wait,
             ):
                 write(options.output, name, result)
         except VzipError as error:

@@ -119,7 +119,7 @@ def test_every_long_command_below_a_folder_that_is_no_text(
         ["ask", bundle, picture, "What digit is there?", "--cache", str(place / "cache")],
         ["check", bundle],
         ["calibrate", bundle, "--images", str(pictures), "--precision", "int8"],
-        ["bench", bundle, "-o", str(place / "bench")],
+        ["bench", bundle, "--wait", "0", "-o", str(place / "bench")],
         ["report", bundle, "--images", str(pictures), "-o", str(place / "r.html")],
         [*sweep, "-o", str(place / "sweep")],
         ["convert", "--model", "demo", "--to", "gguf", "-o", str(place / "a.gguf")],

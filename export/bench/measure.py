@@ -379,8 +379,9 @@ def relate(rows: Sequence[Row], baseline: str | None) -> None:
     Adds ``flops``, ``gflop_per_s`` and ``share_of_ceiling`` (of the rate of the multiplications
     alone, in the precision of `ceiling_of`), and ``times_baseline``: how many times as fast as the
     baseline. Both are medians over the rounds of ratios of turns, as machines drift. And
-    ``times_baseline_best``, of the fastest call of each, and ``ratio_unsteady``, whether one of the
-    two is `unsteady`. None where there is nothing to relate to.
+    ``times_baseline_best``, of the fastest call of each, and ``ratio_unsteady`` and
+    ``share_unsteady``, whether one of the two is `unsteady`. None where there is nothing to relate
+    to.
     """
     named = {row["stack"]: row for row in rows}
     base = named.get(baseline or "")
@@ -397,6 +398,7 @@ def relate(rows: Sequence[Row], baseline: str | None) -> None:
         row["share_of_ceiling"] = (
             None if ceiling is None else flops / ceiling["flops"] * _ratio(ceiling, row)
         )
+        row["share_unsteady"] = None if ceiling is None else ceiling["unsteady"] or row["unsteady"]
         row["times_baseline"] = None if base is None else _ratio(base, row)
         row["times_baseline_best"] = None if base is None else base["min_ms"] / row["min_ms"]
         row["ratio_unsteady"] = None if base is None else base["unsteady"] or row["unsteady"]

@@ -6,6 +6,7 @@ were busy is counted, and what is timed is taken off.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
@@ -40,10 +41,15 @@ class Moment(NamedTuple):
         return cls(time.monotonic(), others)
 
     def others_since(self, before: Moment) -> float | None:
-        """Return how many cores others kept busy since another moment, on average."""
+        """Return how many cores others kept busy since another moment, on average.
+
+        Where a quota allows fewer cores than there are, others may have the rest: only what they
+        took beyond it counts.
+        """
         if self.others_s is None or before.others_s is None or self.wall_s <= before.wall_s:
             return None
-        return max(0.0, (self.others_s - before.others_s) / (self.wall_s - before.wall_s))
+        taken = (self.others_s - before.others_s) / (self.wall_s - before.wall_s)
+        return max(0.0, taken - _spare())
 
 
 def wait_until_idle(
@@ -103,9 +109,10 @@ def warnings(rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> li
             f"{cores} cores busy (up to {max(busy):.1f}); times and ratios are not this machine's"
         )
     if before["idle"] is False:
+        waited = f", after {before['waited_s']:.0f} s of waiting" if before["waited_s"] else ""
         found.append(
-            f"no idle machine: when it began, after {before['waited_s']:.0f} s of waiting, other "
-            f"programs kept {before['others_cores']:.1f} of {cores} cores busy"
+            f"no idle machine: when it began{waited}, other programs kept "
+            f"{before['others_cores']:.1f} of {cores} cores busy"
         )
     unsteady = [row for row in rows if row.get("unsteady")]
     if unsteady:
@@ -114,6 +121,12 @@ def warnings(rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> li
             "of the median apart, and their ratios say little"
         )
     return found
+
+
+def _spare() -> int:
+    """Return how many of the CPUs that this process may be put on its quota doesn't pay for."""
+    every = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(0, (every or 1) - process.cores())
 
 
 def _others_now() -> float | None:

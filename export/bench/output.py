@@ -23,7 +23,7 @@
     a peer without compression has cosines of the kept patches alone;
   - ``flops`` of the call, ``gflop_per_s``, ``share_of_ceiling`` (of the rate of the multiplications
     alone), ``times_baseline`` (how many times as fast), ``times_baseline_best`` (by the fastest
-    call of each), ``ratio_unsteady``; null where it can't be said;
+    call of each), ``ratio_unsteady`` and ``share_unsteady``; null where it can't be said;
   - of an engine ``engine_ms``, ``host_ms``, ``on_device_ms`` and ``profile``
     (`vzip.export.inspect.engine_profile`, or ``error``); of preprocessing ``picture`` and
     ``pixels``; of copies ``bytes``.
@@ -49,7 +49,7 @@ COLUMNS: Final = (
     "TFLOP/s", "of ceiling", "kept overlap", "cosine", "merged", "peak MiB", "open s", "first ms",
     "others' cores",
 )  # fmt: skip
-_BELIEVED: Final = 100  # times as fast: no encoder is, beside another form of itself
+_BELIEVED: Final = 100  # times as fast or as slow: none is, beside another form of itself
 COLOURS: Final[Mapping[str, str]] = {
     "ours": "#1f6feb", "peer": "#8b949e", "ceiling": "#d1572a", "phase": "#2c8a4b"
 }  # fmt: skip
@@ -97,7 +97,7 @@ def heading(bundle: Mapping[str, Any], batch: int) -> str:
 def cells(row: Row) -> tuple[str, ...]:
     """Return a row's cells, as `COLUMNS` has them; – is what can't be said of it."""
     agreement = row.get("agreement") or {}
-    rate, share = (row.get(name) for name in ("gflop_per_s", "share_of_ceiling"))
+    rate = row.get("gflop_per_s")
     other = "" if agreement.get("passed", True) else ", other tokens"
     return (
         row["stack"] + (f" ({row['chosen']})" if "chosen" in row else "") + other,
@@ -111,7 +111,7 @@ def cells(row: Row) -> tuple[str, ...]:
         ratio(row),
         "–" if row.get("times_baseline_best") is None else f"{row['times_baseline_best']:.2f}×",
         "–" if rate is None else f"{rate / 1000:.3g}",
-        "–" if share is None else f"{share:.0%}",
+        share(row),
         _optional(agreement.get("kept_overlap"), 4),
         _optional(agreement.get("mean_cosine"), 6),
         _optional(agreement.get("contextual_cosine"), 4),
@@ -133,9 +133,24 @@ def ratio(row: Row) -> str:
     if not row.get("ratio_unsteady"):
         return f"{times:.2f}×"
     why = f"spread {row['spread']:.0%}" if row["unsteady"] else "baseline"
-    if times >= _BELIEVED:
+    return _unsteady(times, f"{times:.2g}×", why)
+
+
+def share(row: Row) -> str:
+    """Return a row's share of the ceiling, or that the run is too unsteady to say it."""
+    part = row.get("share_of_ceiling")
+    if part is None:
+        return "–"
+    if not row.get("share_unsteady"):
+        return f"{part:.0%}"
+    why = f"spread {row['spread']:.0%}" if row["unsteady"] else "ceiling"
+    return _unsteady(part, f"{100 * part:.2g}%", why)
+
+
+def _unsteady(ratio: float, text: str, why: str) -> str:
+    if not 1 / _BELIEVED < ratio < _BELIEVED:
         return f"unsteady ({why})"
-    return f"about {times:.1f}×, unsteady ({why})"
+    return f"about {text}, unsteady ({why})"
 
 
 def facts(result: Result) -> list[tuple[str, str]]:

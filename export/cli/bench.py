@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,7 +51,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         batches=arguments.batches,
         rounds=arguments.rounds,
         device="cpu" if isinstance(gpus(), str) else "cuda",
-        wait_s=WAIT_S,
+        wait_s=arguments.wait,
     )
     command = shlex.join([*prog.split(), *argv])
     result = without_paths(bench(bundles, wanted, command=command, say=say))
@@ -133,14 +134,24 @@ def _batches(text: str) -> tuple[int, ...]:
     return tuple(sorted(map(int, parts)))
 
 
+def _seconds(text: str) -> float:
+    """Return how long to wait, a number of seconds from 0 on."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected seconds, 0 for not at all")
+    return seconds
+
+
 def _parser(prog: str) -> Parser:
     parser = Parser(
         prog,
         "Time every backend, engine and precision of bundles on this machine, each in a process "
         "of its own, in turns. Tokens are compared with the bundle's reference first. The "
-        "matrix multiplications alone are timed too, and peers with --peers. A machine in use is "
-        f"waited for, {WAIT_S:.0f} s at most, and warned of. Exit status 1 if nothing could be "
-        "timed.",
+        "matrix multiplications alone are timed too, and peers with --peers. The result warns of "
+        "a machine in use. Exit status 1 if nothing could be timed.",
         table=True,
     )
     parser.add_argument(
@@ -168,6 +179,14 @@ def _parser(prog: str) -> Parser:
     )
     parser.add_argument(
         "--rounds", type=int, default=7, metavar="N", help="turns of each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--wait",
+        type=_seconds,
+        default=WAIT_S,
+        metavar="S",
+        help="seconds to wait, at most, until other programs leave the machine alone; 0 takes it "
+        "as it is (default: %(default)g)",
     )
     add_output(parser, "FOLDER", "where result.json, .md, .svg, .png and .html go", required=False)
     add_threads(parser)

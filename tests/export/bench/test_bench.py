@@ -476,6 +476,8 @@ def test_an_unsteady_run_says_so_in_place_of_its_ratio(result):
         (steady, wild, 6.204, "about 6.2×, unsteady (spread 48%)"),
         (wild, steady, 6.204, "about 6.2×, unsteady (baseline)"),
         (wild, wild, 3277.0, "unsteady (spread 48%)"),
+        (wild, wild, 1 / 3277, "unsteady (spread 48%)"),
+        (wild, wild, 0.0312, "about 0.031×, unsteady (spread 48%)"),
     ):
         base.update(theirs)
         ours.update(own)
@@ -486,6 +488,23 @@ def test_an_unsteady_run_says_so_in_place_of_its_ratio(result):
         assert f"| {said} |" in output.table(result)
         assert said in assert_shut(page(result, None)).words
         assert "3277" not in output.table(result)
+
+
+def test_an_unsteady_share_of_the_ceiling_says_so(result):
+    _, ours, ceiling = result["rows"][:3]
+    steady, wild = {"spread": 0.1, "unsteady": False}, {"spread": 0.48, "unsteady": True}
+    for its, own, part, said in (
+        (steady, steady, 0.8, "80%"),
+        (steady, wild, 0.8, "about 80%, unsteady (spread 48%)"),
+        (wild, steady, 0.8, "about 80%, unsteady (ceiling)"),
+        (wild, wild, 327.7, "unsteady (spread 48%)"),
+    ):
+        ceiling.update(its)
+        ours.update(own)
+        encoder.relate([ours, ceiling], None)
+        ours["share_of_ceiling"] = part
+        assert output.share(ours) == said
+        assert f"| {said} |" in output.table(result)
 
 
 def test_the_spread_is_that_of_the_quartiles():
@@ -508,8 +527,8 @@ def test_a_machine_in_use_is_marked_on_page_and_table_and_said(monkeypatch, tiny
     Machine(monkeypatch, memory=10**6)
     monkeypatch.setattr("vzip.export.bench.others._others_now", lambda: 1.5)
     monkeypatch.setattr("vzip.export.bench.others.process.cores", lambda *_: 2)
-    monkeypatch.setattr(bench_cli, "WAIT_S", 0.05)
-    assert main([str(tiny), "--only", "onnxruntime:fp32", "--json"], prog="vzip bench") == 0
+    options = ["--only", "onnxruntime:fp32", "--json", "--wait", "0.05"]
+    assert main([str(tiny), *options], prog="vzip bench") == 0
     said = capsys.readouterr()
     assert "no idle machine" in said.err
     result = json.loads(said.out)
@@ -585,7 +604,7 @@ def test_a_power_mode_is_among_the_facts(result):
 def test_the_command_writes_all_of_it(monkeypatch, tiny, tmp_path, capsys):
     Machine(monkeypatch, memory=10**6)
     folder = tmp_path / "out"
-    options = ["--only", "onnxruntime:fp32", "--rounds", "2", "-o", str(folder)]
+    options = ["--only", "onnxruntime:fp32", "--rounds", "2", "--wait", "0", "-o", str(folder)]
     assert main([str(tiny), *options], prog="vzip bench") == 0
     stored = json.loads((folder / "result.json").read_text())
     assert stored["command"].startswith("vzip bench ")
@@ -640,7 +659,7 @@ def test_what_cant_be_drawn_is_said_first(
 
 
 def test_where_nothing_could_be_timed_the_status_says_so(tiny_bundle, capsys):
-    assert main([str(tiny_bundle)], prog="vzip bench") == 1
+    assert main([str(tiny_bundle), "--wait", "0"], prog="vzip bench") == 1
     assert "no reference.npz" in capsys.readouterr().out
 
 
@@ -650,6 +669,8 @@ def test_bad_options(tiny):
         ({"got": "--only has 'jax'", "expected": "onnxruntime"}, "--only", "jax"),
         ({"got": __file__, "expected": "folder"}, "-o", __file__),
         ({"got": "'1,1'"}, "--batches", "1,1"),
+        ({"got": "'-1', expected seconds"}, "--wait=-1"),
+        ({"got": "'inf', expected seconds"}, "--wait", "inf"),
         ({"got": "'tiny_bundle'", "cure": "rename"}, str(tiny)),
     ):
         with refused(InvalidInputError, **said):

@@ -18,7 +18,8 @@ BEFORE = {"cores": 2, "others_cores": 0.0, "idle": True, "waited_s": 0.0}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counted in /proc")
-def test_what_others_take_is_counted_and_what_is_timed_is_not():
+def test_what_others_take_is_counted_and_what_is_timed_is_not(monkeypatch):
+    monkeypatch.setattr(load, "_spare", lambda: 0)
     burner = subprocess.Popen([sys.executable, "-c", BURN])
     try:
         time.sleep(0.1)
@@ -41,6 +42,15 @@ def test_what_the_system_does_not_say_is_not_made_up(monkeypatch):
     found = wait_until_idle(5.0, say=pytest.fail)
     assert (found["others_cores"], found["idle"], found["waited_s"]) == (None, None, 0.0)
     assert load.warnings([{"others_cores": None}], found) == []
+
+
+@pytest.mark.parametrize(
+    ("quota", "others"), [(2, 0.5), (8, 6.5), (1, 0.0)], ids=["some", "none", "more than others"]
+)
+def test_others_may_have_the_cores_that_a_quota_does_not_pay_for(monkeypatch, quota, others):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(8)), raising=False)
+    monkeypatch.setattr(load.process, "cores", lambda: quota)
+    assert Moment(10.0, 65.0).others_since(Moment(0.0, 0.0)) == others
 
 
 @pytest.mark.parametrize(
@@ -77,6 +87,7 @@ def test_a_reader_is_warned_of_a_machine_in_use_and_of_unsteady_runs():
     assert "up to 1.2" in said
     (said,) = load.warnings([quiet], {**BEFORE, "idle": False, "others_cores": 0.6})
     assert "0.6 of 2 cores" in said
+    assert "waiting" not in said  # nobody waited
     (said,) = load.warnings([quiet, {"unsteady": True}], BEFORE)
     assert "1 of 2 rows" in said
 
