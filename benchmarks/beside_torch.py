@@ -80,7 +80,7 @@ class Setting:
         torch_threads: Of PyTorch.
         together: Both at the same time, instead of in turn.
         llm: Whether there is a LLM.
-        encoder: Its name.
+        tower: Of the encoder.
     """
 
     wait: str
@@ -88,13 +88,13 @@ class Setting:
     torch_threads: int
     together: bool = False
     llm: bool = True
-    encoder: str = TOWER
+    tower: str = TOWER
 
 
 def settings(number: int) -> list[Setting]:
     """Return what is measured on a machine of so many cores."""
     every = [
-        Setting(wait, number, number, llm=False, encoder=name)
+        Setting(wait, number, number, llm=False, tower=name)
         for name in (DEMO, TOWER)
         for wait in WAITS
     ]
@@ -155,7 +155,7 @@ def measured(bundles: Mapping[str, Bundle]) -> Row:
     feeds = {name: _feeds(bundle) for name, bundle in bundles.items()}
     sessions = {
         key: _session(bundles[key[0]], *key[1:])
-        for key in sorted({(each.encoder, each.wait, each.threads) for each in every})
+        for key in sorted({(each.tower, each.wait, each.threads) for each in every})
     }
     llm = Llm(bundles[TOWER].manifest.llm.hidden_size)
     taken: dict[Setting, list[Parts]] = {each: [] for each in every}
@@ -164,8 +164,8 @@ def measured(bundles: Mapping[str, Bundle]) -> Row:
             start = max(0, number) * 3 % len(every)
             for each in every[start:] + every[:start]:
                 torch.set_num_threads(each.torch_threads)
-                session = sessions[each.encoder, each.wait, each.threads]
-                encode = partial(_encode, session, feeds[each.encoder])
+                session = sessions[each.tower, each.wait, each.threads]
+                encode = partial(_encode, session, feeds[each.tower])
                 take = _together if each.together else _in_turn
                 parts = take(encode, llm if each.llm else None)
                 if number >= 0:
@@ -331,7 +331,7 @@ def page(found: Row) -> str:
 
 def _when(row: Row) -> str:
     if not row["llm"]:
-        return f"{row['encoder']} alone"
+        return f"{row['tower']} alone"
     return "at the same time" if row["together"] else "in turn"
 
 
