@@ -36,7 +36,8 @@ from benchmarks.real.pictures import HELD_APART, pictures
 from benchmarks.real.towers import checkpoint
 from vzip.export import export
 from vzip.export.pages import markdown
-from vzip.runtime.backends.onnxruntime import import_onnxruntime, session_options
+from vzip.runtime.backends.onnxruntime import session_options
+from vzip.runtime.backends.packages import import_onnxruntime
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.console import say
 from vzip.runtime.machine.process import cores

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.harness.bundles import CPU_ENGINE, sources
+from benchmarks.harness.bundles import CPU_ENGINE, sources, with_cpu_engine
 from vzip.export.bench.measure import Wanted, bench
 from vzip.export.bench.output import plot, table, without_paths
 from vzip.runtime.bundle.reader import Bundle, read_bundle
@@ -45,8 +45,8 @@ OTHERS = (
 )  # fmt: skip
 # At the other budgets, which share the tower: ours and the best of each peer.
 BEST = (
-    "torch-published:fp32", "torch-sdpa:bf16", "onnxruntime", "onnxruntime-dynamic",
-    "openvino:fp32", "openvino-f32",
+    "torch-published:fp32", "torch-sdpa:bf16", "onnxruntime", "onnxruntime:fastest",
+    "onnxruntime-dynamic", "openvino:fp32", "openvino-f32",
 )  # fmt: skip
 # In batches, where a call of the published form takes 20 s: what is open at once.
 FEW = ("torch-published:fp32", "torch-sdpa:bf16", "onnxruntime:fastest", "openvino-f32")
@@ -205,8 +205,8 @@ def main() -> None:
     for tokens, batch, main, most in runs:
         bundle = bundles[tokens]
         wanted = Wanted(
-            peers=True, only=asked or main, batches=(batch,), rounds=min(options.rounds, most),
-            device=device, wait_s=options.wait,
+            peers=True, only=with_cpu_engine(asked or main, bundle), batches=(batch,),
+            rounds=min(options.rounds, most), device=device, wait_s=options.wait,
         )  # fmt: skip
         results.append(bench({bundle.path.name: bundle}, wanted, command="", say=say))
         arguments = without_paths(sys.argv[1:])

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.bundles import CPU_ENGINE_STACKS
 from benchmarks.harness.results import RESULTS
 from benchmarks.real_towers import COLUMNS, fastest
 from benchmarks.real_towers import rows as rows_of_tower
@@ -215,7 +216,8 @@ def _aims(rows: dict[str, dict[str, Any]]) -> list[str]:
     Args:
         rows: Stack → its row.
     """
-    fastest, own = rows.get("onnxruntime:fastest"), rows.get("onnxruntime:fp32")
+    engines = [rows[name] for name in CPU_ENGINE_STACKS if name in rows]
+    fastest, own = next(iter(engines), None), rows.get("onnxruntime:fp32")
     if fastest is None or own is None:
         return []
     faster = [

@@ -54,6 +54,7 @@ STACKS: Final[Mapping[str, str]] = {
     "openvino-f32:int8": "INT8 per tensor, vzip calibrate",
     "onnxruntime-form:tokens": "INT8 per token, all layers",
     "onnxruntime:fastest": "engine of vzip build --cpu",
+    "openvino:fastest": "engine of vzip build --cpu",
 }
 """Stack → its precision. ONNX Runtime computes FP16 graphs in FP32 on a CPU: half is PyTorch's."""
 _HALF: Final = tuple(name for name in STACKS if name.endswith(":fp16"))
@@ -146,6 +147,7 @@ def measure(
     for stacks, most in tower.runs:
         chosen = tuple(each for each in stacks if not only or each in (*only, BASELINE))
         # What isn't in the bundle can't be named.
+        chosen = bundles.with_cpu_engine(chosen, made.bundle)
         chosen = tuple(each for each in chosen if each not in made.lacking)
         wanted = Wanted(
             only=chosen, rounds=min(rounds, most), judge=made.judge, beside=False, wait_s=wait_s

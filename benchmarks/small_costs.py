@@ -30,7 +30,7 @@ from vzip.calibration.demo import scenes
 from vzip.export.pages import markdown
 from vzip.runtime import VisionEncoder
 from vzip.runtime.agreement import compare
-from vzip.runtime.backends.onnxruntime import import_onnxruntime
+from vzip.runtime.backends.packages import import_onnxruntime
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, MODEL_FILE
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.machine.process import peak_bytes

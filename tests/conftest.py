@@ -25,7 +25,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # Which backends the contract is held against. The default is what every development environment
 # has; an environment without torch says `onnxruntime`, a machine with a GPU says all of them.
 # Nothing is skipped for want of a package: a backend that is listed and can't be imported fails.
-BACKENDS = os.environ.get("VZIP_TEST_BACKENDS", "onnxruntime,pytorch").split(",")
+BACKENDS = os.environ.get("VZIP_TEST_BACKENDS", "onnxruntime,openvino,pytorch").split(",")
 
 
 # Tests marked `gpu` run where a GPU is. Elsewhere they are deselected, and the header says why;

@@ -11,6 +11,7 @@ import hashlib
 import json
 import multiprocessing
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import vzip.calibration
 import vzip.export
 import vzip.runtime
 from benchmarks.real.pictures import crops
+from vzip.runtime.bundle.engine_record import CPU_STACKS
 from vzip.runtime.bundle.origin import Weights
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.files import locks
@@ -27,7 +29,11 @@ from vzip.runtime.machine.record import versions
 
 CPU_ENGINE: Final = "fastest"
 """Name of the engine that `vzip build --cpu` makes."""
-_PACKAGES: Final = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow")
+CPU_ENGINE_STACKS: Final = tuple(f"{stack}:{CPU_ENGINE}" for stack in CPU_STACKS)
+"""What it is called as a stack: after the library that was measured to be the fastest."""
+_PACKAGES: Final = (
+    "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino", "numpy", "pillow",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,20 @@ class Made:
     judge: Path
     outliers: dict[str, float] | None
     lacking: dict[str, str]
+
+
+def with_cpu_engine(names: Sequence[str], bundle: Bundle) -> tuple[str, ...]:
+    """Return names of stacks with the bundle's CPU engine under its own name, where it has one.
+
+    Args:
+        names: Stacks, in which one of `CPU_ENGINE_STACKS` stands for it.
+        bundle: The bundle.
+    """
+    record = bundle.manifest.engines.get(CPU_ENGINE)
+    if record is None:
+        return tuple(names)
+    own = f"{record.stack}:{CPU_ENGINE}"
+    return tuple(dict.fromkeys(own if each in CPU_ENGINE_STACKS else each for each in names))
 
 
 def sources() -> str:
@@ -156,7 +176,7 @@ def _make(recipe: Recipe, path: Path) -> dict[str, Any]:
         try:
             build(path, cpu=True, name=CPU_ENGINE)
         except VzipError as error:
-            lacking[f"onnxruntime:{CPU_ENGINE}"] = str(error)
+            lacking.update(dict.fromkeys(CPU_ENGINE_STACKS, str(error)))
     say(f"{recipe.name}: asking the untouched model")
     manifest = bundle.manifest
     weights, _ = WeightSource.of(manifest.model).load()

@@ -16,7 +16,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from vzip.export.graph.unshared import LINEAR, read_own_graph
-from vzip.runtime.backends.onnxruntime import import_onnxruntime, session_options, with_output
+from vzip.runtime.backends.onnxruntime import session_options, with_output
+from vzip.runtime.backends.packages import import_onnxruntime
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.errors import BackendError, BundleError
 from vzip.runtime.files.names import in_utf8

@@ -25,7 +25,8 @@ from vzip.export.checkpoint.weights import VisionWeights
 from vzip.export.graph import passes
 from vzip.export.graph.trace import quiet_exporter, save
 from vzip.export.graph.traced import Encoder
-from vzip.runtime.backends.onnxruntime import import_onnxruntime, open_session
+from vzip.runtime.backends.onnxruntime import open_session
+from vzip.runtime.backends.packages import import_onnxruntime
 from vzip.runtime.bundle.manifest import MODEL_FILE
 from vzip.runtime.console import progress
 from vzip.runtime.errors import BackendError

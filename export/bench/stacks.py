@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 
 from vzip.export.bench.peers import Device
 from vzip.export.bench.peers.catalogue import PEERS
-from vzip.runtime.backends import BACKENDS, ONNXRUNTIME, TENSORRT
+from vzip.runtime.backends import BACKENDS, OPENVINO, TENSORRT
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.errors import InvalidInputError
 
@@ -58,12 +58,13 @@ def own(bundle: Bundle) -> list[Stack]:
     stacks = [
         Stack("ours", TENSORRT, name, record.precision, "cuda")
         if record.cpu is None
-        else Stack("ours", ONNXRUNTIME, name, FASTEST, "cpu")
+        else Stack("ours", record.stack, name, FASTEST, "cpu")
         for name, record in manifest.engines.items()
     ]
     stacks += [Stack("ours", "onnxruntime-cuda", each, each, "cuda") for each in there]
     stacks += [Stack("ours", name, each, each, "cpu") for name in CPU_BACKENDS for each in there]
-    assert {TENSORRT, "onnxruntime-cuda", *CPU_BACKENDS} == set(BACKENDS)
+    # The backend `openvino` runs a graph just as the peer of that name does.
+    assert {TENSORRT, "onnxruntime-cuda", OPENVINO, *CPU_BACKENDS} == set(BACKENDS)
     return stacks
 
 

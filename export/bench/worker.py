@@ -111,7 +111,8 @@ class TimedEncoder:
             self.run = run
             self.prove_by = lambda reference, batches: peers.prove(
                 run, reference, bundle, batches, self.precision,
-                keys=self.keys, merging=self._merging if stack.name == "onnxruntime" else None,
+                keys=self.keys,
+                merging=self._merging if stack.name in {"onnxruntime", "openvino"} else None,
             )  # fmt: skip
 
     def _merging(self, images: Any) -> Any:

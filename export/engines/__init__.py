@@ -44,7 +44,7 @@ def build(
         bundle: The folder of the bundle.
         cpu: Make an engine for this machine's CPU instead of a GPU: the form of the bundle's graph
             that is measured to be the fastest of those whose tokens agree (`docs/fastest.md`). All
-            options below but `name` are TensorRT's and are refused.
+            options below but `name` and `opt_batch` are TensorRT's and are refused.
         name: The engine's name; None for one after TensorRT and the GPU, or after the processor.
         precision: Of the graph to build from: ``int8`` or ``fp8``, which `vzip calibrate` made;
             ``auto`` builds from the bundle's own graph and from those, and keeps of those an engine
@@ -52,7 +52,7 @@ def build(
         workspace_mib: Limit in MiB for the builder's scratch memory; None for TensorRT's own.
         builder_optimization_level: From 0 (quick) to 5 (searches longest); None for TensorRT's own.
         opt_batch: Batch that the engine is tuned for, where the graph's batch is open; None for the
-            largest.
+            largest, on a CPU for one picture and for eight alike.
         low_memory: Build with little memory, for modules with 4 or 8 GB; what can't fit is not
             started.
         safer: If the tokens differ, try settings that are slower and safer.
@@ -79,13 +79,13 @@ def build(
             "precision (--precision)": precision,
             "workspace_mib (--workspace)": workspace_mib,
             "builder_optimization_level (--builder-optimization-level)": builder_optimization_level,
-            "opt_batch (--opt-batch)": opt_batch,
             "low_memory (--low-memory)": low_memory or None,
             "safer (--safer)": safer or None,
             "rtx (--rtx)": rtx,
             "log (--log)": log,
         }
-        return _build_cpu(bundle, name, [each for each in given if given[each] is not None], say)
+        others = [each for each in given if given[each] is not None]
+        return _build_cpu(bundle, name, opt_batch, others, say)
     from vzip.export.engines.tensorrt.auto import AUTO
     from vzip.export.engines.tensorrt.request import BuildRequest
 
@@ -158,6 +158,7 @@ def _check_parity(
 def _build_cpu(
     bundle: str | os.PathLike[str],
     name: str | None,
+    batch: int | None,
     others: Sequence[str],
     say: Callable[[str], None],
 ) -> BuiltEngine:
@@ -165,13 +166,13 @@ def _build_cpu(
     if others:
         raise InvalidInputError(
             f"got cpu (--cpu) together with {', '.join(others)}",
-            expected="no other option than name (--name)",
+            expected="no other options than name and opt_batch (--name, --opt-batch)",
             cause="only TensorRT has the others",
             cure="leave them out",
         )
     from vzip.export.engines.cpu.making import build_cpu
 
-    engine = build_cpu(bundle, name, say=say)
+    engine = build_cpu(bundle, name, batch=batch, say=say)
     if engine.reused:
         say(f"'{engine.name}' is there already, the same in every respect; it was not made again")
     return engine

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Mapping
 from typing import Final
 
+from vzip.runtime.backends import cpu_engine
 from vzip.runtime.backends.protocol import (
     Backend,
     BackendClass,
@@ -36,14 +37,20 @@ AUTO: Final = "auto"
 TENSORRT: Final = "tensorrt"
 ONNXRUNTIME: Final = "onnxruntime"
 ONNXRUNTIME_CUDA: Final = "onnxruntime-cuda"
+OPENVINO: Final = "openvino"
 
 BACKENDS: Final[dict[str, str | None]] = {
     TENSORRT: "vzip.runtime.backends.tensorrt.backend:TensorRt",
     ONNXRUNTIME_CUDA: "vzip.runtime.backends.onnxruntime:OnnxRuntimeCuda",
     ONNXRUNTIME: "vzip.runtime.backends.onnxruntime:OnnxRuntimeCpu",
+    OPENVINO: "vzip.runtime.backends.openvino:OpenVinoCpu",
     "pytorch": None,
 }
-"""Name → ``module:class``, in the order in which ``auto`` tries them; None: an entry point says."""
+"""Name → ``module:class``, in the order in which ``auto`` tries them; None: an entry point says.
+The one that runs the bundle's CPU engine takes the place of ``onnxruntime``."""
+
+CPU_ENGINES: Final = (ONNXRUNTIME, OPENVINO)
+"""The backends that run CPU engines, each those of its own library."""
 
 
 def open_backend(
@@ -94,10 +101,10 @@ def open_backend(
     if name != AUTO:
         return name, _load(name)(bundle, extra_outputs, **given)
     reasons: dict[str, VzipError] = {}
-    for candidate in BACKENDS:
+    for candidate in _order(bundle):
         try:
             opened = _load(candidate)(bundle, extra_outputs, **given)
-        except (MissingDependencyError, BackendUnavailableError) as error:  # noqa: PERF203 - four
+        except (MissingDependencyError, BackendUnavailableError) as error:  # noqa: PERF203 - five
             reasons[candidate] = error
             _log.info("passed over the backend %s: %s", candidate, error)
         else:
@@ -110,6 +117,15 @@ def open_backend(
         expected=f"one of {names}",
         cause=_said(reasons),
     )
+
+
+def _order(bundle: Bundle) -> list[str]:
+    """Return the order in which ``auto`` tries backends."""
+    order = list(BACKENDS)
+    if (stack := cpu_engine.stack_to_try(bundle)) is not None:
+        order.remove(stack)
+        order.insert(order.index(ONNXRUNTIME_CUDA) + 1, stack)
+    return order
 
 
 def _warn_of_the_cpu(
@@ -134,16 +150,20 @@ def _said(reasons: Mapping[str, VzipError]) -> str:
 def _needed(name: str, bundle: Bundle, engine: str | None) -> str | None:
     """Return the backend that alone runs the engine that is asked for; None if none is."""
     if engine is None:
-        return ONNXRUNTIME if bundle.cpu_engine == "must" else None
+        if bundle.cpu_engine != "must":
+            return None
+        # Where none fits, whoever has one says why.
+        there = [each.stack for each in bundle.manifest.engines.values() if each.cpu is not None]
+        return cpu_engine.stack_to_try(bundle) or next(iter(there), ONNXRUNTIME)
     engines = bundle.manifest.engines
     if engine not in engines:
-        cpu = " --cpu" if name == ONNXRUNTIME else ""
+        cpu = " --cpu" if name in CPU_ENGINES else ""
         raise InvalidInputError(
             f"{bundle.path} has no engine {engine!r}",
             expected=f"one of {', '.join(sorted(engines))}" if engines else "an engine in it",
             cure=f"build one here with: vzip build {bundle.path}{cpu}",
         )
-    return ONNXRUNTIME if engines[engine].cpu is not None else TENSORRT
+    return TENSORRT if engines[engine].cpu is None else engines[engine].stack
 
 
 def _open_engine(
@@ -158,6 +178,10 @@ def _open_engine(
         from vzip.runtime.backends.onnxruntime import OnnxRuntimeCpu
 
         return OnnxRuntimeCpu(bundle, extra_outputs, engine=engine, **given)
+    if name == OPENVINO:
+        from vzip.runtime.backends.openvino import OpenVinoCpu
+
+        return OpenVinoCpu(bundle, extra_outputs, engine=engine, **given)
     from vzip.runtime.backends.tensorrt.backend import TensorRt
 
     return TensorRt(bundle, extra_outputs, engine=engine, **given)

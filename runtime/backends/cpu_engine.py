@@ -1,31 +1,53 @@
 """CPU engines: which of a bundle's fits this machine, and what is checked before one runs.
 
-A CPU engine is the bundle's graph, rewritten for ONNX Runtime on one model of processor. Integer
-products saturate on one processor and not on another, and kernels change with ONNX Runtime. So an
-engine runs only where it was proven: on that processor, with that version.
+A CPU engine is the bundle's graph, rewritten for ONNX Runtime or compiled by OpenVINO on one model
+of processor. Integer products saturate on one processor and not on another, and kernels change with
+the library. So an engine runs only where it was proven: on that processor, with that version.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from vzip.runtime import console
+from vzip.runtime.backends.packages import version_of
 from vzip.runtime.bundle import graph_check, graph_limits
 from vzip.runtime.bundle.engine_record import CpuTarget, EngineRecord
 from vzip.runtime.bundle.reader import FASTEST, Bundle, naming, open_engine, weights
-from vzip.runtime.errors import BackendError, BundleError, InvalidInputError, VzipError
+from vzip.runtime.errors import (
+    BackendError,
+    BundleError,
+    InvalidInputError,
+    MissingDependencyError,
+    VzipError,
+)
 from vzip.runtime.machine import sensors
 from vzip.runtime.machine.record import processor
 
-STACK: Final = "onnxruntime"
+TITLES: Final = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+"""Stack of a CPU engine, which is the name of the backend that runs it → the library's name."""
 
 _said: set[str] = set()
 
 
-def choose(bundle: Bundle, engine: str | None, version: str) -> str | None:
+def stack_to_try(bundle: Bundle) -> str | None:
+    """Return the backend that runs the CPU engine which fits this machine; None if none fits.
+
+    Of several that fit, whose names `choose` then asks for, the first one's.
+    """
+    if bundle.cpu_engine == "never" or bundle.quantised is not None:
+        return None
+    records = _records(bundle)
+    fitting = (each.stack for name, each in records.items() if unfit(bundle, name) is None)
+    return next(fitting, None)
+
+
+def choose(bundle: Bundle, engine: str | None, stack: str) -> str | None:
     """Return the CPU engine to run; None for the bundle's graph.
 
     What is taken without being asked for is said once on standard error; so is what doesn't fit.
@@ -33,13 +55,14 @@ def choose(bundle: Bundle, engine: str | None, version: str) -> str | None:
     Args:
         bundle: The bundle.
         engine: Name of the engine asked for; None leaves it to `Bundle.cpu_engine`.
-        version: Of the installed ONNX Runtime.
+        stack: Whose engines can be run, a key of `TITLES`.
 
     Raises:
         InvalidInputError: There is no CPU engine of that name.
         BackendError: The engine asked for doesn't fit this machine; or none does and one must.
+        MissingDependencyError: Its library isn't installed.
     """
-    records = {name: each for name, each in bundle.manifest.engines.items() if each.cpu is not None}
+    records = _records(bundle)
     cure = f"make one here with: {build_command(bundle)}"
     if engine is not None:
         if engine not in records:
@@ -50,12 +73,12 @@ def choose(bundle: Bundle, engine: str | None, version: str) -> str | None:
                 else "a CPU engine in it",
                 cure=cure,
             )
-        if (fault := unfit(bundle, engine, version)) is not None:
+        if (fault := unfit(bundle, engine)) is not None:
             raise fault
         return engine
     if bundle.cpu_engine == "never" or bundle.quantised is not None:
         return None
-    faults = {name: unfit(bundle, name, version) for name in records}
+    faults = {name: unfit(bundle, name) for name in records}
     fitting = [name for name, fault in faults.items() if fault is None]
     if len(fitting) > 1:
         raise BackendError(
@@ -76,6 +99,13 @@ def choose(bundle: Bundle, engine: str | None, version: str) -> str | None:
         )
     for name in fitting:
         form, own = _target(records[name]).form, bundle.manifest.precision
+        if records[name].stack != stack:
+            _say(
+                f"{bundle.path}: the bundle's own graph runs; the backend "
+                f"'{records[name].stack}' (--backend {records[name].stack}) runs the CPU engine "
+                f"{name!r} (form {form})"
+            )
+            return None
         _say(
             f"{bundle.path}: the CPU engine {name!r} (form {form}) runs; "
             f"precision={own!r} (--precision {own}) runs the bundle's own graph"
@@ -86,13 +116,12 @@ def choose(bundle: Bundle, engine: str | None, version: str) -> str | None:
     return None
 
 
-def unfit(bundle: Bundle, name: str, version: str) -> VzipError | None:
+def unfit(bundle: Bundle, name: str) -> VzipError | None:
     """Return the error for a CPU engine that can't run here; None if it can.
 
     Args:
         bundle: The bundle.
         name: Name of a CPU engine that its manifest records.
-        version: Of the installed ONNX Runtime.
     """
     record = bundle.manifest.engines[name]
     target, where = _target(record), f"{bundle.path}: the CPU engine {name!r}"
@@ -103,9 +132,18 @@ def unfit(bundle: Bundle, name: str, version: str) -> VzipError | None:
             expected=f"one from the graph in {bundle.precision}, as the precision says",
             cure="leave the precision out",
         )
+    try:
+        version = version_of(record.stack, where)
+    except MissingDependencyError as error:
+        return error
     conditions = (
         ("from a graph with SHA-256", record.model_sha256, _graph_digest(bundle, record), ""),
-        ("with ONNX Runtime", record.version, version, "it is proven for one version alone"),
+        (
+            f"with {TITLES[record.stack]}",
+            record.version,
+            version,
+            "it is proven for one version alone",
+        ),
         ("on", target.processor, processor(), "it is proven for one processor alone"),
         (
             "with the instructions",
@@ -125,10 +163,10 @@ def unfit(bundle: Bundle, name: str, version: str) -> VzipError | None:
 
 
 def read_engine(bundle: Bundle, name: str) -> bytes:
-    """Return the bytes of a CPU engine that are, each of them, those that were recorded.
+    """Return the bytes of a CPU engine of ONNX Runtime's that are those that were recorded.
 
     A session is made from them: what was checked is what runs. Weights that lie in the bundle's
-    file are checked too.
+    file are checked too, and what the graph holds.
 
     Args:
         bundle: The bundle.
@@ -139,25 +177,9 @@ def read_engine(bundle: Bundle, name: str) -> bytes:
             graph reads another file.
     """
     record = bundle.manifest.engines[name]
-    where = f"{bundle.path}: the CPU engine {name!r}"
-    cure = f"make it anew with: {build_command(bundle)}"
-    with open_engine(bundle, name) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size != record.bytes:
-            raise BundleError(
-                f"{where} has {size} bytes",
-                expected=str(record.bytes),
-                cause="it was truncated or replaced",
-                cure=cure,
-            )
+    with _opened(bundle, name) as file:
         model = file.read()
-    if (got := hashlib.sha256(model).hexdigest()) != record.sha256:
-        raise BundleError(
-            f"{where} has SHA-256 {got[:12]}…",
-            expected=f"{record.sha256[:12]}…",
-            cause="it was damaged or replaced",
-            cure=cure,
-        )
+    _check_digest(bundle, name, model)
     source, file_name = bundle.at(record.precision), f"engines/{name}.plan"
     data_file = f"{source.graph_file}.data"
     listed = bundle.manifest.files.get(data_file)
@@ -180,6 +202,65 @@ def read_engine(bundle: Bundle, name: str) -> bytes:
     return model
 
 
+def read_compiled(bundle: Bundle, name: str) -> bytearray:
+    """Return the bytes of a CPU engine of OpenVINO's that are those that were recorded.
+
+    They hold all that it needs, in a form that is OpenVINO's alone; it is believed, as engines of
+    TensorRT's are.
+
+    Args:
+        bundle: The bundle.
+        name: Name of a CPU engine that fits.
+
+    Raises:
+        BundleError: The file is missing, no plain file, or damaged.
+    """
+    with _opened(bundle, name) as file:
+        data = bytearray(bundle.manifest.engines[name].bytes)
+        file.readinto(data)  # type: ignore[attr-defined]
+    _check_digest(bundle, name, data)
+    return data
+
+
+def check_engine(bundle: Bundle, name: str) -> None:
+    """Refuse the file of a CPU engine that isn't what was recorded, as it is when it is opened.
+
+    Raises:
+        BundleError: As for `read_engine` and `read_compiled`.
+    """
+    if bundle.manifest.engines[name].stack == "openvino":
+        read_compiled(bundle, name)
+    else:
+        read_engine(bundle, name)
+
+
+@contextlib.contextmanager
+def _opened(bundle: Bundle, name: str) -> Iterator[BinaryIO]:
+    """Open a CPU engine's file, whose size is the recorded one."""
+    record = bundle.manifest.engines[name]
+    with open_engine(bundle, name) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != record.bytes:
+            raise BundleError(
+                f"{bundle.path}: the CPU engine {name!r} has {size} bytes",
+                expected=str(record.bytes),
+                cause="it was truncated or replaced",
+                cure=f"make it anew with: {build_command(bundle)}",
+            )
+        yield file
+
+
+def _check_digest(bundle: Bundle, name: str, data: bytes | bytearray) -> None:
+    record = bundle.manifest.engines[name]
+    if (got := hashlib.sha256(data).hexdigest()) != record.sha256:
+        raise BundleError(
+            f"{bundle.path}: the CPU engine {name!r} has SHA-256 {got[:12]}…",
+            expected=f"{record.sha256[:12]}…",
+            cause="it was damaged or replaced",
+            cure=f"make it anew with: {build_command(bundle)}",
+        )
+
+
 def weights_folder(bundle: Bundle, name: str) -> Path:
     """Return the folder in which the external data of a CPU engine lies."""
     return bundle.at(bundle.manifest.engines[name].precision).weights_folder
@@ -193,6 +274,10 @@ def held_weights(bundle: Bundle, name: str) -> dict[str, bytes]:
 def build_command(bundle: Bundle) -> str:
     """Return the command that makes a CPU engine."""
     return f"vzip build {bundle.path} --cpu"
+
+
+def _records(bundle: Bundle) -> dict[str, EngineRecord]:
+    return {name: each for name, each in bundle.manifest.engines.items() if each.cpu is not None}
 
 
 def _target(record: EngineRecord) -> CpuTarget:

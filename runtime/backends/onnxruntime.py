@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,9 +13,10 @@ from numpy.typing import NDArray
 
 from vzip.runtime.backends import cpu_engine
 from vzip.runtime.backends.forks import outlive_forks
+from vzip.runtime.backends.packages import import_onnxruntime
 from vzip.runtime.backends.protocol import BackendUnavailableError
 from vzip.runtime.bundle.reader import Bundle
-from vzip.runtime.errors import BackendError, first_line, missing
+from vzip.runtime.errors import BackendError, first_line
 from vzip.runtime.files.names import in_utf8
 from vzip.runtime.machine import process
 from vzip.runtime.machine.record import processor
@@ -27,24 +27,6 @@ _NO_INTEGERS_KEY = "session.disable_quant_qdq"
 _IN_MEMORY = "add_external_initializers_from_files_in_memory"  # not in the oldest versions
 _ONNX_ALONE = ("session.load_model_format", "ONNX")  # its own format was looked at by nobody
 _FATAL_ONLY = 4  # what it logs of errors, it raises as well
-
-
-def import_onnxruntime(needed_for: str, extra: str) -> Any:
-    """Import onnxruntime without its telemetry and return it.
-
-    Since 1.29 onnxruntime's Linux builds report to Microsoft from the moment they are imported, on
-    threads of their own that also keep a fork of the process from ending. ORT_DISABLE_TELEMETRY=1
-    is the documented opt-out and counts only before the import; a value that is set already stays.
-
-    Raises:
-        MissingDependencyError: It isn't installed.
-    """
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise missing("onnxruntime", needed_for=needed_for, extra=extra) from error
-    return onnxruntime
 
 
 def session_options(onnxruntime: Any, threads: int | None = None) -> Any:
@@ -282,7 +264,7 @@ class OnnxRuntimeCpu(_OnnxRuntime):
         """
         self.device = processor()
         onnxruntime = self._import()
-        self.engine = cpu_engine.choose(bundle, engine, onnxruntime.__version__)
+        self.engine = cpu_engine.choose(bundle, engine, self.name)
         if self.engine is None:
             super().__init__(bundle, extra_outputs, threads=threads)
         else:

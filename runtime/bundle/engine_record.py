@@ -35,7 +35,9 @@ LARGEST_KERNEL_CACHE: Final = 2**28
 LOCK_FILE: Final = ".lock"
 
 STACKS: Final = ("tensorrt", "tensorrt_rtx")
-"""Of the engines for GPUs; those for CPUs are ONNX Runtime's."""
+"""Of the engines for GPUs."""
+CPU_STACKS: Final = ("onnxruntime", "openvino")
+"""Of the engines for CPUs."""
 
 NAME: Final = matching(
     "[A-Za-z0-9][A-Za-z0-9._-]{0,99}",
@@ -139,7 +141,7 @@ class EngineRecord(Record):
 
     sha256: Sha256
     bytes: Count
-    stack: Literal["tensorrt", "tensorrt_rtx", "onnxruntime"]
+    stack: Literal["tensorrt", "tensorrt_rtx", "onnxruntime", "openvino"]
     version: Version
     gpu: Text | None
     sm: tuple[Capability, ...]
@@ -157,8 +159,9 @@ class EngineRecord(Record):
     def __post_init__(self) -> None:
         super().__post_init__()
         for_cpu = self.cpu is not None
-        if for_cpu != (self.stack == "onnxruntime"):
-            raise self.misfit("stack", "'onnxruntime' where there is 'cpu', else one for GPUs")
+        if for_cpu != (self.stack in CPU_STACKS):
+            where = " or ".join(map(repr, CPU_STACKS))
+            raise self.misfit("stack", f"{where} where there is 'cpu', else one for GPUs")
         if for_cpu == bool(self.sm):
             raise self.misfit("sm", f"{'no' if for_cpu else 'a list of'} compute capabilities")
         if self.proof is not None and type(self.proof.get("passed")) is not bool:
@@ -168,6 +171,7 @@ class EngineRecord(Record):
     def gpu_stack(self) -> Literal["tensorrt", "tensorrt_rtx"]:
         """The stack of an engine that is for GPUs."""
         assert self.stack != "onnxruntime"
+        assert self.stack != "openvino"
         return self.stack
 
     @property

@@ -74,7 +74,7 @@ def check_numbers(command: str, arguments: argparse.Namespace) -> None:
 
 def conversation(arguments: argparse.Namespace) -> Conversation:
     """Encode the images or the video and open the LLM; what fails fast comes first."""
-    from vzip.runtime.backends import AUTO, ONNXRUNTIME
+    from vzip.runtime.backends import AUTO, CPU_ENGINES
     from vzip.runtime.bundle.reader import read_bundle
     from vzip.runtime.encoder import VisionEncoder
     from vzip.runtime.pictures.video import is_video, sample_frames
@@ -103,7 +103,7 @@ def conversation(arguments: argparse.Namespace) -> Conversation:
     # Backends verify what they run.
     bundle = read_bundle(arguments.bundle, verify=False).to_run(arguments.precision)
     # Other backends run no CPU engines, whose tokens the cache then doesn't give either.
-    wanted = bundle if arguments.backend in {AUTO, ONNXRUNTIME} else bundle.at(bundle.precision)
+    wanted = bundle if arguments.backend in {AUTO, *CPU_ENGINES} else bundle.at(bundle.precision)
     images = CachedImages([] if framed else paths, wanted, arguments.cache)
     for path in [] if framed else paths:
         tell_if_animated(path, "; give a folder of frames or a video for more")

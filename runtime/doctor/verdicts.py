@@ -89,6 +89,12 @@ def _onnxruntime(record: Record) -> Verdict:
     return Verdict("onnxruntime", f"ONNX Runtime {version} on the CPU", tuple(needs))
 
 
+def _openvino(record: Record) -> Verdict:
+    version = record["packages"].get("openvino")
+    needs = () if version else (Need("the package openvino", "pip install 'vzip[openvino]'"),)
+    return Verdict("openvino", f"OpenVINO {version} on the CPU", needs)
+
+
 def _onnxruntime_cuda(record: Record) -> Verdict:
     found = record["onnxruntime"]
     needs = _gpu_needs(record)
@@ -168,6 +174,7 @@ JUDGES: Final[Mapping[str, Callable[[Record], Verdict]]] = MappingProxyType(
         "tensorrt": _tensorrt,
         "onnxruntime-cuda": _onnxruntime_cuda,
         "onnxruntime": _onnxruntime,
+        "openvino": _openvino,
         "pytorch": _pytorch,
     }
 )

@@ -85,7 +85,7 @@ def asked(monkeypatch, tmp_path, tiny_bundle):
         if not target.exists():
             target.symlink_to(tiny_bundle)
         bundle = read_bundle(target)
-        engine = SimpleNamespace(cpu="this one", precision="fp32")
+        engine = SimpleNamespace(cpu="this one", precision="fp32", stack="onnxruntime")
         return SimpleNamespace(path=bundle.path, manifest=SimpleNamespace(
             precision="fp32", precisions=(), engines={encoder.CPU_ENGINE: engine},
         ))  # fmt: skip

@@ -108,7 +108,8 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     def made(_folder: Path, recipe: Recipe) -> Made:
         if recipe.name == "dinov2-s14-336":
             raise ExportError("it is refused")
-        bundle: Any = SimpleNamespace(path=tmp_path)
+        engines = {"fastest": SimpleNamespace(stack="onnxruntime")}
+        bundle: Any = SimpleNamespace(path=tmp_path, manifest=SimpleNamespace(engines=engines))
         return Made(bundle, tmp_path / "j.npz", {"stream": 127.0, "fc2": 146.0, "entropy": 0.8,
                     "top5": 0.2, "sinks": 20.0, "share": 0.4, "norm": 9.0},
                     {"onnxruntime:int8": "it can't be calibrated"})  # fmt: skip

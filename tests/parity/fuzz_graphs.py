@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from vzip.runtime.backends.onnxruntime import import_onnxruntime
+from vzip.runtime.backends.packages import import_onnxruntime
 from vzip.runtime.bundle import graph_check, graph_limits, graph_rules
 from vzip.runtime.console import emit
 from vzip.runtime.errors import BundleError

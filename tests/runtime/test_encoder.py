@@ -23,7 +23,7 @@ from tests.places import GOLDEN
 from tests.refusals import refused
 from vzip.runtime import CompressedTokens, VisionEncoder, backends, encoder, open_llm
 from vzip.runtime.backends import open_backend
-from vzip.runtime.backends.onnxruntime import import_onnxruntime
+from vzip.runtime.backends.packages import import_onnxruntime
 from vzip.runtime.backends.protocol import BackendUnavailableError, NoEngineError
 from vzip.runtime.bundle.manifest import Manifest
 from vzip.runtime.bundle.reader import Bundle, read_bundle
@@ -175,6 +175,7 @@ def test_auto_takes_the_first_that_can_be_used_and_hides_no_failure(tiny_bundle,
         "tensorrt": BackendUnavailableError("no GPU"),
         "onnxruntime-cuda": BackendUnavailableError("no GPU"),
         "onnxruntime": MissingDependencyError("no package"),
+        "openvino": MissingDependencyError("no package"),
     }
 
     def load(name: str) -> Callable[..., object]:
@@ -188,7 +189,7 @@ def test_auto_takes_the_first_that_can_be_used_and_hides_no_failure(tiny_bundle,
 
     monkeypatch.setattr(backends, "_load", load)
     assert open_backend("auto", read_bundle(tiny_bundle)) == ("pytorch", "pytorch")
-    assert tried == ["tensorrt", "onnxruntime-cuda", "onnxruntime", "pytorch"]
+    assert tried == ["tensorrt", "onnxruntime-cuda", "onnxruntime", "openvino", "pytorch"]
     outcomes["onnxruntime-cuda"] = BackendError("onnxruntime-cuda is broken")
     with refused(BackendError, got="onnxruntime-cuda"):
         open_backend("auto", read_bundle(tiny_bundle))
@@ -291,9 +292,10 @@ def test_a_command_s_threads_are_its_sessions(tiny_bundle, tmp_path, monkeypatch
 
 
 def test_without_any_package_the_error_names_every_reason(tiny_bundle, monkeypatch):
-    for package in ("onnxruntime", "torch", "onnx"):
+    for package in ("onnxruntime", "openvino", "torch", "onnx"):
         monkeypatch.setitem(sys.modules, package, None)
-    reasons = ("onnxruntime-cuda: ", "pytorch: ", "vzip[gpu]", "vzip[cpu]", "vzip[export]")
+    extras = ("vzip[gpu]", "vzip[cpu]", "vzip[openvino]", "vzip[export]")
+    reasons = ("onnxruntime-cuda: ", "pytorch: ", *extras)
     with refused(BackendError, expected=tuple(backends.BACKENDS), cause=reasons):
         VisionEncoder.open(tiny_bundle)
     for name, extra in (("onnxruntime", "vzip[cpu]"), ("pytorch", "vzip[export]")):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vzip.export.bench.peers import Device, Outputs, prove
 from vzip.runtime.bundle.manifest import TOKEN_WEIGHTS
-from vzip.runtime.errors import InvalidInputError, MissingDependencyError, missing
+from vzip.runtime.errors import InvalidInputError, missing
 from vzip.runtime.machine import process
 
 if TYPE_CHECKING:
@@ -63,7 +62,8 @@ class OnnxRuntime(_Graph):
 
     def __init__(self, _name: str, precision: str, bundle: Bundle, _device: Device) -> None:
         super().__init__(precision, bundle)
-        from vzip.runtime.backends.onnxruntime import import_onnxruntime, session_options
+        from vzip.runtime.backends.onnxruntime import session_options
+        from vzip.runtime.backends.packages import import_onnxruntime
 
         if precision not in ("int8", bundle.manifest.precision):
             raise InvalidInputError(
@@ -120,14 +120,10 @@ class CpuForm(_Graph):
         self, reference: Reference, batches: Sequence[int], keys: NDArray[Any] | None = None
     ) -> Mapping[str, Any]:
         """See `Peer`."""
-        from vzip.runtime.backends.onnxruntime import OnnxRuntimeCpu
-
         if keys is None:
             return prove(self.run, reference, self._bundle, batches, self._precision)
         name, made = self._bundle.manifest.input.name, self._candidate
-        with contextlib.closing(
-            OnnxRuntimeCpu.of_model(made.model, made.folder, (TOKEN_WEIGHTS,))
-        ) as opened:
+        with contextlib.closing(made.open((TOKEN_WEIGHTS,))) as opened:
             return prove(
                 self.run, reference, self._bundle, batches, self._precision,
                 keys=keys, merging=lambda images: opened.run({name: images}),
@@ -139,16 +135,9 @@ class OpenVino(_Graph):
 
     def __init__(self, name: str, precision: str, bundle: Bundle, _device: Device) -> None:
         super().__init__(precision, bundle)
-        # As it is imported it reports to its makers, from a fork of this process that may never
-        # end; where this package can't be imported, it doesn't.
-        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-        try:
-            import openvino
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"{name} needs the package 'openvino', which can't be imported here",
-                cure="install it with: pip install openvino",
-            ) from error
+        from vzip.runtime.backends.packages import import_openvino
+
+        openvino = import_openvino(f"the peer {name}", "openvino")
         if precision == "int8":
             if "int8" not in bundle.manifest.precisions:
                 raise InvalidInputError(

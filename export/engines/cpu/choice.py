@@ -1,19 +1,21 @@
 """Which form of a bundle's graph is the fastest on this CPU, of those that keep the tokens.
 
-Each form is opened by the runtime's own backend, run on the bundle's reference pictures and
-compared with what the untouched model says of them. These are few, and a form may be right on all
-of them by chance; so one that agrees is also compared with the bundle's own graph, on mirrored and
-zoomed ones. What agrees then is timed against the fastest so far, call by call in turns.
+Each form is opened by the runtime's own backend, ONNX Runtime's or OpenVINO's, run on the bundle's
+reference pictures and compared with what the untouched model says of them. These are few, and a
+form may be right on all of them by chance; so one that agrees is also compared with the bundle's
+own graph, on mirrored and zoomed ones. What agrees then is timed against the fastest so far, call
+by call in turns.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -35,9 +37,13 @@ from vzip.runtime.agreement import (
     prove,
 )
 from vzip.runtime.backends.onnxruntime import OnnxRuntimeCpu
+from vzip.runtime.backends.openvino import FP32, OpenVinoCpu, capabilities
+from vzip.runtime.backends.packages import import_openvino
+from vzip.runtime.backends.protocol import Backend
+from vzip.runtime.bundle.manifest import EMBEDS, KEPT, Manifest
 from vzip.runtime.bundle.precision_record import Precision
 from vzip.runtime.bundle.reader import Bundle
-from vzip.runtime.errors import BackendError, ParityError
+from vzip.runtime.errors import BackendError, MissingDependencyError, ParityError
 from vzip.runtime.files.codec import Scalar
 from vzip.runtime.machine.timing import interleaved
 
@@ -63,16 +69,68 @@ class Candidate:
         precision: Precision of the bundle's graph that it was made from.
         model: The serialised model.
         folder: Where external data of it lies, which is the bundle's own.
+        tower: What OpenVINO computes the tower in, as it calls it; None for ONNX Runtime.
     """
 
     form: str
     precision: Precision
     model: bytes
     folder: Path
+    tower: str | None = None
 
-    def open(self) -> OnnxRuntimeCpu:
+    @property
+    def stack(self) -> Literal["onnxruntime", "openvino"]:
+        """Whose it is."""
+        return "onnxruntime" if self.tower is None else "openvino"
+
+    def open(self, extra_outputs: tuple[str, ...] = ()) -> Backend:
         """Open it with the runtime's own backend."""
-        return OnnxRuntimeCpu.of_model(self.model, self.folder)
+        if self.tower is None:
+            return OnnxRuntimeCpu.of_model(self.model, self.folder, extra_outputs)
+        return self._compiled(extra_outputs)
+
+    def engine(self) -> bytes:
+        """Return the engine's file."""
+        if self.tower is None:
+            return self.model
+        with contextlib.closing(self._compiled()) as opened:
+            return opened.exported()
+
+    def _compiled(self, extra_outputs: tuple[str, ...] = ()) -> OpenVinoCpu:
+        assert self.tower is not None
+        names = (EMBEDS, KEPT, *extra_outputs)
+        return OpenVinoCpu.of_graph(self.model, self.folder, self.tower, names)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """How OpenVINO computes a graph; what follows the tower it computes in FP32 in any case.
+
+    Attributes:
+        name: Of the form, for records and messages.
+        tower: What the tower is computed in, as OpenVINO calls it.
+        needs: What it says to have kernels for, where a CPU has them.
+        calibrated: Whether the graph is that of ``vzip calibrate``, in 8 bits, or the bundle's own.
+    """
+
+    name: str
+    tower: str
+    needs: str
+    calibrated: bool = False
+
+
+OPENVINO_FORMS: Final = (
+    Compiled("openvino", FP32, "FP32"),
+    Compiled("openvino-bf16", "bf16", "BF16"),
+    Compiled("openvino-fp16", "f16", "FP16"),
+    Compiled("openvino-int8", FP32, "INT8", calibrated=True),
+    Compiled("openvino-int8-bf16", "bf16", "BF16", calibrated=True),
+    Compiled("openvino-int8-fp16", "f16", "FP16", calibrated=True),
+)
+"""Those with FP16 are for ARM, and for x86 with AMX's: other x86 has no such kernels."""
+OPENVINO_EXTRA: Final = "openvino"
+MANY: Final = 8
+"""The batch that forms are timed in beside that of one picture, where the graph takes it."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +144,8 @@ class ChosenForm:
             ``contextual_cosine``, and of a form that agrees means as ``varied_…``, beside the
             bundle's own graph on more pictures; ``ms``, its fastest call, which other load disturbs
             least; ``against_ms``, that of ``against``, the fastest form until then, in turns with
-            it; or ``refused``, why it can't be chosen.
+            it; the same in a larger batch of N as ``ms_N`` and ``against_ms_N``; or ``refused``,
+            why it can't be chosen.
     """
 
     candidate: Candidate
@@ -94,12 +153,17 @@ class ChosenForm:
     measured: Mapping[str, Mapping[str, Scalar]]
 
 
-def choose(bundle: Bundle, *, say: Say) -> ChosenForm:  # noqa: PLR0915  one form after another
+def choose(bundle: Bundle, *, say: Say, batch: int | None = None) -> ChosenForm:
     """Return the fastest form of a bundle's graph that agrees with the untouched model.
+
+    Where the batch is open, forms are timed with one picture and with `MANY`, and what counts is
+    the geometric mean of the two ratios: there is one form for all batches, so that a picture's
+    tokens don't depend on how many came with it.
 
     Args:
         bundle: The bundle; it has a `reference.npz`.
         say: Told a line about each form.
+        batch: The only batch that forms are timed in; None for those above.
 
     Raises:
         BundleError: The bundle is damaged.
@@ -107,9 +171,7 @@ def choose(bundle: Bundle, *, say: Say) -> ChosenForm:  # noqa: PLR0915  one for
         ParityError: No form agrees, nor does the bundle's own graph.
     """
     reference = load_reference(bundle)
-    rows = 1 if bundle.manifest.batch.dynamic else bundle.manifest.batch.max
-    pictures = np.ascontiguousarray(reference.input[np.arange(rows) % len(reference.input)])
-    feeds = {bundle.manifest.input.name: pictures}
+    sizes = [batch] if batch is not None else timed_sizes(bundle.manifest)
     own = Candidate(OWN, bundle.precision, bundle.read_model(), bundle.weights_folder)
     measured: dict[str, dict[str, Scalar]] = {}
     with contextlib.ExitStack() as stack:
@@ -146,12 +208,9 @@ def choose(bundle: Bundle, *, say: Say) -> ChosenForm:  # noqa: PLR0915  one for
                 say(f"form {form}: its tokens differ: {found['refused']}")
                 continue
             backends = {best.form: running, form: opened}
-            calls = {name: partial(each.run, feeds) for name, each in backends.items()}
-            taken = interleaved(calls, seconds=SECONDS)
-            mine, other = taken[form].min_ms, taken[best.form].min_ms
-            found.update(ms=mine, against=best.form, against_ms=other)
-            say(f"form {form}: {mine:.2f} ms, {best.form} beside it {other:.2f} ms")
-            if mine < other or not proof.passed:
+            share = _timed(bundle, reference, backends, sizes, found)
+            say(f"form {form}: {_times(found, sizes)}")
+            if share < 1 or not proof.passed:
                 running.close()
                 best, running, proof = candidate, opened, judged
             else:
@@ -160,15 +219,64 @@ def choose(bundle: Bundle, *, say: Say) -> ChosenForm:  # noqa: PLR0915  one for
         raise ParityError(
             f"{bundle.path}: no form of the graph agrees with PyTorch's tokens on this CPU "
             f"({proof})",
-            cause="this ONNX Runtime miscompiles the graph, or the weights are damaged",
+            cause="the installed libraries miscompile the graph, or the weights are damaged",
             cure="check the bundle with vzip check, or install another version of onnxruntime",
         )
     return ChosenForm(best, proof, measured)
 
 
-def _judged(
-    bundle: Bundle, candidate: Candidate, opened: OnnxRuntimeCpu, reference: Reference
-) -> Proof:
+def timed_sizes(manifest: Manifest) -> list[int]:
+    """Return the batches that forms are timed in."""
+    if not manifest.batch.dynamic:
+        return [manifest.batch.max]
+    return sorted({1, min(MANY, manifest.batch.max)})
+
+
+def _timed(
+    bundle: Bundle,
+    reference: Reference,
+    backends: Mapping[str, Backend],
+    sizes: Sequence[int],
+    found: dict[str, Scalar],
+) -> float:
+    """Time the fastest form until now and another in turns, and put down what they take.
+
+    Args:
+        bundle: The bundle.
+        reference: Its pictures.
+        backends: The two, by their forms; the other one last.
+        sizes: Batches.
+        found: What is known of the other one.
+
+    Returns:
+        What share of the former's time the latter takes, the geometric mean over the batches.
+    """
+    best, form = backends
+    ratios = []
+    for place, size in enumerate(sizes):
+        pictures = np.ascontiguousarray(reference.input[np.arange(size) % len(reference.input)])
+        feeds = {bundle.manifest.input.name: pictures}
+        calls = {name: partial(each.run, feeds) for name, each in backends.items()}
+        taken = interleaved(calls, seconds=SECONDS)
+        mine, other = taken[form].min_ms, taken[best].min_ms
+        many = "" if place == 0 else f"_{size}"
+        found.update({f"ms{many}": mine, "against": best, f"against_ms{many}": other})
+        ratios.append(mine / other)
+    return float(np.prod(ratios) ** (1 / len(ratios)))
+
+
+def _times(found: Mapping[str, Scalar], sizes: Sequence[int]) -> str:
+    """Return what `_timed` put down, in words."""
+    parts = []
+    for place, size in enumerate(sizes):
+        many = "" if place == 0 else f"_{size}"
+        batch = f" in batches of {size}" if len(sizes) > 1 else ""
+        mine, other = found[f"ms{many}"], found[f"against_ms{many}"]
+        parts.append(f"{mine:.2f} ms{batch}, {found['against']} beside it {other:.2f} ms")
+    return "; ".join(parts)
+
+
+def _judged(bundle: Bundle, candidate: Candidate, opened: Backend, reference: Reference) -> Proof:
     """Run a form in the smallest and the largest batch that the graph takes, and judge it."""
     manifest = bundle.manifest
     sizes = sorted({1 if manifest.batch.dynamic else manifest.batch.max, manifest.batch.max})
@@ -190,7 +298,7 @@ def _beside(agreement: Agreement, found: dict[str, Scalar]) -> list[str]:
     return [f"{each} of varied pictures" for each in CPU_FORM_VARIED.judge(agreement)]
 
 
-def _outputs(bundle: Bundle, opened: OnnxRuntimeCpu, pictures: Array) -> list[Outputs]:
+def _outputs(bundle: Bundle, opened: Backend, pictures: Array) -> list[Outputs]:
     """Return what a graph gives of pictures, call by call."""
     name = bundle.manifest.input.name
     return [opened.run({name: images}) for images in batches(bundle, pictures)]
@@ -227,7 +335,25 @@ def candidates(
         at = bundle.at(CALIBRATED)
         return Candidate(CALIBRATED, at.precision, at.read_model(), at.weights_folder)
 
+    def compiled(form: Compiled) -> Candidate:
+        at = calibrated() if form.calibrated else own
+        return dataclasses.replace(at, form=form.name, tower=form.tower)
+
     for form in FORMS:
         yield form.name, partial(rewritten, form)
-    if CALIBRATED in bundle.manifest.precisions:
+    there = CALIBRATED in bundle.manifest.precisions
+    if there:
         yield CALIBRATED, calibrated
+    own = Candidate(OWN, bundle.precision, bundle.read_model(), bundle.weights_folder)
+    for each in openvino_forms():
+        if there or not each.calibrated:
+            yield each.name, partial(compiled, each)
+
+
+def openvino_forms() -> list[Compiled]:
+    """Return the forms that OpenVINO has kernels for on this CPU; none where it isn't installed."""
+    try:
+        has = capabilities(import_openvino(NEEDED_FOR, OPENVINO_EXTRA))
+    except MissingDependencyError:
+        return []
+    return [each for each in OPENVINO_FORMS if each.needs in has]

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vzip.runtime.backends.onnxruntime import import_onnxruntime, open_session
+from vzip.runtime.backends.onnxruntime import open_session
+from vzip.runtime.backends.packages import import_onnxruntime
 from vzip.runtime.bundle.manifest import LLM_DATA_FILE
 from vzip.runtime.bundle.reader import read_bundle
 from vzip.runtime.errors import BackendError, BundleError, InvalidInputError, first_line

@@ -24,7 +24,7 @@ from vzip.export.algorithm.visionzip import (
     make_plan,
     received_scores,
 )
-from vzip.runtime.backends.onnxruntime import import_onnxruntime
+from vzip.runtime.backends.packages import import_onnxruntime
 from vzip.runtime.errors import BudgetError, InvalidInputError
 
 VECTORS = GOLDEN / "conformance" / "visionzip.npz"

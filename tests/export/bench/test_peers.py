@@ -243,7 +243,7 @@ def test_openvino_gets_the_int8_graph(monkeypatch, tiny_bundle, name, hint):
 
 def test_without_openvino_it_is_one_line(monkeypatch, tiny_bundle):
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with refused(MissingDependencyError, cure="pip install openvino"):
+    with refused(MissingDependencyError, cure="vzip[openvino]"):
         open_peer("openvino", "fp32", read_bundle(tiny_bundle), "cpu")
 
 

@@ -169,6 +169,9 @@ def test_the_fastest_that_agrees_becomes_the_engine(
     assert written.proof["passed"] is True
     assert (written.precision, written.cpu.form) == ("int8" if form == "int8" else "fp32", form)
     others = ["int8"] if form == "int8" else []
+    others += [
+        each.name for each in choice.openvino_forms() if form == "int8" or not each.calibrated
+    ]
     assert list(written.cpu.measured) == ["own", *(each.name for each in FORMS), *others]
     assert all("refused" not in each for each in written.cpu.measured.values())
     # Weights that are the bundle's own lie in its file; a form in 8 bits has all of its own.
@@ -208,7 +211,13 @@ def test_what_was_measured_is_said_and_recorded(bundle: Path) -> None:
         assert "refused" in found or found["ms"] > 0 < found["against_ms"]
         assert any(form.name in line for line in said)
     best = made.record.cpu.form
-    assert best == "own" or measured[best]["ms"] < measured[best]["against_ms"]
+    many = f"_{min(choice.MANY, made.bundle.manifest.batch.max)}"
+    ratios = [
+        measured[best][f"ms{size}"] / measured[best][f"against_ms{size}"]
+        for size in ("", many)
+        if best != "own"
+    ]
+    assert np.prod(ratios) <= 1
     target = made.record.cpu
     assert (target.processor, target.threads) == (making.processor(), making.cores())
 
@@ -217,9 +226,10 @@ def test_what_was_measured_is_said_and_recorded(bundle: Path) -> None:
 def test_an_fp16_graph_has_no_other_form(exported: MakeBundle, tmp_path: Path) -> None:
     path = copied(exported("fp16"), tmp_path)
     made = make(path)
-    assert (made.record.cpu.form, made.record.precision) == ("own", "fp16")
-    refusals = [each["refused"] for name, each in made.record.cpu.measured.items() if name != "own"]
-    assert len(refusals) == len(FORMS)
+    assert made.record.precision == "fp16"
+    refused = [name for name, each in made.record.cpu.measured.items() if "refused" in each]
+    assert refused == [form.name for form in FORMS]
+    assert made.record.cpu.form in {"own", *(each.name for each in choice.openvino_forms())}
     assert opens(path) == NAME
     assert opens(path, precision="fp16") is None
 

@@ -28,7 +28,7 @@ from vzip.export.checkpoint.random_weights import random_vision
 from vzip.export.graph import passes
 from vzip.export.graph.trace import GraphOptions, save, trace
 from vzip.export.graph.traced import Encoder, GraphInput
-from vzip.runtime.backends.onnxruntime import import_onnxruntime
+from vzip.runtime.backends.packages import import_onnxruntime
 from vzip.runtime.bundle import graph_check
 from vzip.runtime.bundle.manifest import DATA_FILE, EMBEDS, KEPT, MODEL_FILE, TOKEN_WEIGHTS
 from vzip.runtime.errors import ExportError
