@@ -477,6 +477,7 @@ def describe(
                 (batch, budget.tokens, config.llm_hidden_size),
             ),
             form.Tensor(form.KEPT, "int64", (batch, budget.dominant)),
+            form.Tensor(form.POSITIONS, "int64", (batch, budget.tokens)),
         ),
         batch=form.Batch(options.batch, options.dynamic_batch),
         preprocessing=config.preprocessing,

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vzip.export.graph.reading import read_graph
-from vzip.runtime.bundle.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS
+from vzip.runtime.bundle.manifest import EMBEDS, KEPT, POSITIONS, TOKEN_WEIGHTS
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.errors import BackendError, VzipError, missing
 
@@ -71,7 +71,7 @@ class PyTorch:
             torch.set_num_threads(threads)  # which the whole process has in common
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._encoder: Any = encoder.to(self.device)
-        self._outputs = (EMBEDS, KEPT, *extra_outputs)
+        self._outputs = (*(each.name for each in bundle.manifest.outputs), *extra_outputs)
         self._input = bundle.manifest.input.name
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.generic]]:
@@ -84,7 +84,7 @@ class PyTorch:
         try:
             with torch.inference_mode(), self._exact():
                 made = encoder(torch.tensor(feeds[self._input], device=self.device))
-                values = dict(zip((EMBEDS, KEPT, TOKEN_WEIGHTS), made, strict=True))
+                values = dict(zip((EMBEDS, KEPT, POSITIONS, TOKEN_WEIGHTS), made, strict=True))
                 return {name: values[name].contiguous().cpu().numpy() for name in self._outputs}
         except RuntimeError as error:
             line = (str(error).splitlines() or [type(error).__name__])[0]

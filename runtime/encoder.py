@@ -21,7 +21,15 @@ import numpy as np
 from vzip.runtime.backends import AUTO, open_backend
 from vzip.runtime.backends.protocol import Backend, DeviceBackend
 from vzip.runtime.bundle.fingerprint import cuts_only_alone
-from vzip.runtime.bundle.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS, Manifest, Media, Tensor
+from vzip.runtime.bundle.manifest import (
+    EMBEDS,
+    KEPT,
+    POSITIONS,
+    TOKEN_WEIGHTS,
+    Manifest,
+    Media,
+    Tensor,
+)
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.errors import BackendError, InvalidInputError
 from vzip.runtime.guard import door
@@ -59,6 +67,9 @@ class CompressedTokens:
         kept: int64 [B, dominant], ascending: which tower tokens were kept. With a CLS tower, 0 is
             CLS and patches are 1 … N; without one, patches are 0 … N − 1. Patches are in raster
             order.
+        positions: int64 [B, K], the patch that each token stands for, 0 … N − 1 in raster order,
+            without CLS: a kept token's own, a merged token's target, and 0 for CLS. None where the
+            bundle was exported before graphs said so (schema 1).
         on_device: `embeds` on the GPU that computed them, if that was asked for; torch.from_dlpack
             takes it without a copy. It stays as it is for as long as something refers to it.
     """
@@ -69,9 +80,11 @@ class CompressedTokens:
         kept: NDArray[np.int64],
         groups: Callable[[], NDArray[np.int64]],
         on_device: DeviceArray | None = None,
+        positions: NDArray[np.int64] | None = None,
     ) -> None:
         self.embeds = embeds
         self.kept = kept
+        self.positions = positions
         self.on_device = on_device
         self._make_groups = groups
         self._groups: NDArray[np.int64] | None = None
@@ -469,7 +482,10 @@ class VisionEncoder:
                 chunks.append(chunk)
         embeds = _joined([result[EMBEDS] for result in results])[:count]
         kept = _joined([result[KEPT] for result in results])[:count]
-        return CompressedTokens(embeds, kept, lambda: self._groups(chunks, kept), left)
+        positions = None
+        if self.manifest.has_positions:
+            positions = _joined([result[POSITIONS] for result in results])[:count]
+        return CompressedTokens(embeds, kept, lambda: self._groups(chunks, kept), left, positions)
 
     def _run_on_device(
         self, opened: Backend, chunks: list[Array]
@@ -638,6 +654,22 @@ def check_outputs(manifest: Manifest, backend: str, outputs: dict[str, Array], c
                 f"{manifest.tower.tokens - 1} without "
                 f"duplicates{(', CLS (0) among them' if manifest.selection.cls_token else '')}"
             ),
+            cause="the backend computes wrongly here",
+            cure="check the bundle with vzip check, or take another backend",
+        )
+    if manifest.has_positions:
+        _check_positions(manifest, backend, outputs[POSITIONS], kept)
+
+
+def _check_positions(manifest: Manifest, backend: str, positions: Array, kept: Array) -> None:
+    """Refuse positions that no patch has, or that aren't those of the kept tokens."""
+    has_cls, dominant = int(manifest.tower.cls_token), manifest.selection.dominant
+    patches = manifest.tower.tokens - has_cls
+    own = np.maximum(kept - has_cls, 0)
+    if positions.min() < 0 or positions.max() >= patches or (positions[:, :dominant] != own).any():
+        raise BackendError(
+            f"{backend} gave {POSITIONS} {positions[0].tolist()}",
+            expected=f"patches 0 … {patches - 1}, of kept tokens their own: {own[0].tolist()} …",
             cause="the backend computes wrongly here",
             cure="check the bundle with vzip check, or take another backend",
         )

@@ -80,7 +80,7 @@ class _Tail(nn.Module):
     def forward(self, features: Tensor, keys: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """[1, tower tokens, F], [1, H, S, d] and [1, N] → [1, K, L] and [1, K, S]."""
         signals = selections.Signals(keys, self.encoder.cls_token, lambda: scores)
-        embeds, _, weights = self.encoder.compress(features, signals, self.budget)
+        embeds, _, _, weights = self.encoder.compress(features, signals, self.budget)
         return embeds, weights
 
 

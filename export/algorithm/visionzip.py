@@ -7,10 +7,11 @@ Axes: B images; S tower tokens, CLS first where the tower has one; N patches (S 
 S); H heads; d head width; D feature width; K = dominant + contextual output tokens.
 
 Planning and applying are apart. `make_plan` reads scores and keys once and answers with the kept
-indices and one matrix `token_weights` [B, K, S]; `apply_plan` multiplies any features of those S
-tokens by it. Row k < dominant of the matrix is one-hot; row dominant + c holds what is merged into
-contextual token c. Everything is a sort, a comparison or a matrix product: no mask indexing, no
-data-dependent shape, so the same code is traced into the ONNX graph.
+indices, one matrix `token_weights` [B, K, S] and the patch that each row stands for; `apply_plan`
+multiplies any features of those S tokens by the matrix. Row k < dominant of it is one-hot; row
+dominant + c holds what is merged into contextual token c. Everything is a sort, a comparison or a
+matrix product: no mask indexing, no data-dependent shape, so the same code is traced into the ONNX
+graph.
 """
 
 from __future__ import annotations
@@ -41,10 +42,13 @@ class Plan(NamedTuple):
         token_weights: float32 [B, K, S]; output token k is the sum over s of
             `token_weights[b, k, s] * features[b, s]`. Dominant rows first, then contextual rows
             in target order.
+        positions: int64 [B, K], the patch that each output token stands for, 0 … N − 1 in raster
+            order: a kept token's own, a contextual token's target. 0 for CLS.
     """
 
     kept: Tensor
     token_weights: Tensor
+    positions: Tensor
 
 
 def cls_scores(cls_attention: Tensor) -> Tensor:
@@ -125,8 +129,12 @@ def make_plan(scores: Tensor, keys: Tensor, budget: Budget) -> Plan:
     # it. A running sum would say the same; TensorRT 8.6 to 10.7 make a loop of S steps of CumSum.
     kept_before = (positions >= kept.unsqueeze(-1)).float().sum(dim=1)  # [B, S]
     rank = (positions - int(drops_cls)).float() - kept_before  # of a token that is in the rest
-    contextual_rows = _contextual_rows(keys, rest, rank, budget, rest_count=rest_count)
-    return Plan(kept, torch.cat([kept_rows, contextual_rows], dim=1))
+    targets, contextual_rows = _contextual_rows(keys, rest, rank, budget, rest_count=rest_count)
+    # As floats, exact: no number is beyond 2**24. By a sum and not a product of matrices, which a
+    # GPU may round to 11 bits.
+    target_tokens = (targets * positions.float()).sum(dim=-1)  # [B, contextual]
+    tokens = torch.cat([kept.float(), target_tokens], dim=1) - int(has_cls)
+    return Plan(kept, torch.cat([kept_rows, contextual_rows], dim=1), tokens.clamp(min=0.0).long())
 
 
 def apply_plan(plan: Plan, features: Tensor) -> Tensor:
@@ -216,8 +224,10 @@ def _top_indices(scores: Tensor, count: int) -> Tensor:
 
 def _contextual_rows(
     keys: Tensor, rest: Tensor, rank: Tensor, budget: Budget, *, rest_count: int
-) -> Tensor:
-    """Return float32 [B, contextual, S]: the weight of every tower token in contextual tokens.
+) -> tuple[Tensor, Tensor]:
+    """Return targets and weights of contextual tokens, each float32 [B, contextual, S].
+
+    A row of targets is one-hot; weights are those of every tower token in the contextual ones.
 
     `rest` is float32 [B, S], 1 for the `rest_count` tokens of every image that can be merged, and
     `rank` float32 [B, S], a token's number among them in spatial order.
@@ -245,5 +255,5 @@ def _contextual_rows(
     assigned = (choice.unsqueeze(1) == target_number.unsqueeze(-1)).float() * merged.unsqueeze(1)
     count = assigned.sum(dim=-1, keepdim=True)  # [B, contextual, 1]
     if budget.merge == "average":
-        return (targets + assigned) / (1.0 + count)
-    return targets + assigned / count.clamp(min=1.0)
+        return targets, (targets + assigned) / (1.0 + count)
+    return targets, targets + assigned / count.clamp(min=1.0)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from vzip.runtime.bundle import graph_check
-from vzip.runtime.bundle.manifest import TOKEN_WEIGHTS
+from vzip.runtime.bundle.manifest import EMBEDS, KEPT, POSITIONS, TOKEN_WEIGHTS
 
 # How the encoder's parameters end that are FP16 in an FP16 graph.
 WEIGHT_NAMES = (".weight", ".bias", ".kernel", ".positions")
@@ -51,10 +51,10 @@ class HideTokenWeights(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=modified)
 
     def ensures(self, model: ir.Model) -> None:
-        """Two outputs, and one value of that name inside."""
+        """Three outputs, and one value of that name inside."""
         names = [value.name for value in model.graph.outputs]
-        if names != ["image_embeds", "kept_indices"]:
-            _fail(f"outputs are {names}; expected image_embeds and kept_indices")
+        if names != [EMBEDS, KEPT, POSITIONS]:
+            _fail(f"outputs are {names}; expected {EMBEDS}, {KEPT} and {POSITIONS}")
         inside = [v.name for node in model.graph for v in node.outputs if v.name == TOKEN_WEIGHTS]
         if len(inside) != 1:
             _fail(f"{len(inside)} values are named {TOKEN_WEIGHTS}; expected one")

@@ -16,7 +16,14 @@ from onnx_ir.passes import Sequential, common
 
 from vzip.export.graph import passes
 from vzip.export.graph.traced import Encoder, GraphInput, LayerNorm
-from vzip.runtime.bundle.manifest import DATA_FILE, MODEL_FILE, TOKEN_WEIGHTS
+from vzip.runtime.bundle.manifest import (
+    DATA_FILE,
+    EMBEDS,
+    KEPT,
+    MODEL_FILE,
+    POSITIONS,
+    TOKEN_WEIGHTS,
+)
 from vzip.runtime.errors import ExportError
 
 
@@ -63,7 +70,7 @@ def trace(encoder: Encoder, options: GraphOptions, *, image_size: int) -> ir.Mod
 
     Returns:
         The model with inputs [`image` or `pixel_values`] and outputs [`image_embeds`,
-        `kept_indices`], all passes applied.
+        `kept_indices`, `token_positions`], all passes applied.
 
     Raises:
         ExportError: If the graph breaks a promise of `docs/bundle.md`.
@@ -84,7 +91,7 @@ def trace(encoder: Encoder, options: GraphOptions, *, image_size: int) -> ir.Mod
             dynamo=True,
             opset_version=18,
             input_names=[options.graph_input],
-            output_names=["image_embeds", "kept_indices", TOKEN_WEIGHTS],
+            output_names=[EMBEDS, KEPT, POSITIONS, TOKEN_WEIGHTS],
             dynamic_shapes=({0: batch_axis},) if options.dynamic_batch else None,
             optimize=True,
             verbose=False,

@@ -264,7 +264,7 @@ class Encoder(nn.Module):
         pooling = None if config.pool == 1 else _parameter(_pooling(tower.grid), torch.float32)
         self.pooling = pooling  # [S, patches], the selection's tokens from the tower's
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Encode a batch of images.
 
         Args:
@@ -272,8 +272,8 @@ class Encoder(nn.Module):
 
         Returns:
             `image_embeds` [B, K, L], `kept_indices` int64 [B, dominant] ascending (0 = CLS, where
-            there is one), and `token_weights` float32 [B, K, S], which the graph holds but does
-            not output.
+            there is one), `token_positions` int64 [B, K] (of `Plan.positions`), and
+            `token_weights` float32 [B, K, S], which the graph holds but does not output.
         """
         features, signals = self.look(image)
         return self.compress(features, signals, self.budget)
@@ -314,7 +314,7 @@ class Encoder(nn.Module):
 
     def compress(
         self, features: Tensor, signals: selections.Signals, budget: Budget
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Select, merge and project what `look` returned.
 
         Args:
@@ -336,7 +336,7 @@ class Encoder(nn.Module):
         assert bool(asked) == self.selection.uses_attention, (
             "the selection's uses_attention is wrong"
         )
-        return self._embeds(plan, features), plan.kept, plan.token_weights
+        return self._embeds(plan, features), plan.kept, plan.positions, plan.token_weights
 
     def _attention_scores(self, queries: Tensor, split_keys: Tensor) -> Tensor:
         """Score patches by attention, in FP32 and apart from the layer's own.
@@ -372,7 +372,7 @@ class Encoder(nn.Module):
             projected: Tensor = self.projector(apply_plan(plan, features))
             return projected
         weights = torch.matmul(plan.token_weights, self.pooling)  # [B, K, tower tokens]
-        return apply_plan(Plan(plan.kept, weights), self.projector(features))
+        return apply_plan(plan._replace(token_weights=weights), self.projector(features))
 
 
 def _pooling(grid: tuple[int, int]) -> Tensor:

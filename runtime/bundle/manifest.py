@@ -40,7 +40,8 @@ from vzip.runtime.guard import door
 from vzip.runtime.pictures.preprocess import Preprocessing
 
 FORMAT: Final = "vzip-bundle"
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
+"""Since 2 the graph says which patch each token stands for (``token_positions``)."""
 MANIFEST_FILE: Final = "manifest.json"
 MODEL_FILE: Final = "model.onnx"
 DATA_FILE: Final = "model.onnx.data"
@@ -73,6 +74,7 @@ MOST_PIXELS: Final = 2**30
 
 EMBEDS: Final = "image_embeds"
 KEPT: Final = "kept_indices"
+POSITIONS: Final = "token_positions"
 TOKEN_WEIGHTS: Final = "token_weights"  # noqa: S105 - no password
 """A value inside the graph, float32 [B, K, S]: weight of tower token s in output token k."""
 
@@ -242,7 +244,8 @@ class Manifest(Record):
         token_order: `TOKEN_ORDER`.
         inputs: The one input: ``image`` uint8 [B, H, W, 3] RGB, or ``pixel_values`` float32
             [B, 3, H, W] normalised.
-        outputs: ``image_embeds`` [B, K, L] and ``kept_indices`` int64 [B, dominant], in this order.
+        outputs: ``image_embeds`` [B, K, L], ``kept_indices`` int64 [B, dominant] and
+            ``token_positions`` int64 [B, K], in this order; the last not in schema 1.
         batch: How many images one call takes.
         preprocessing: From a picture to the tower's input.
         tiling: How large images are cut into tiles; None where they are not.
@@ -306,9 +309,19 @@ class Manifest(Record):
         """The output ``kept_indices`` int64 [B, dominant]."""
         return self.outputs[1]
 
+    @property
+    def has_positions(self) -> bool:
+        """Whether the graph has the output ``token_positions``."""
+        return len(self.outputs) == 3
+
+    @property
+    def schema_version(self) -> int:
+        """Number of the form that the manifest is written in."""
+        return SCHEMA_VERSION if self.has_positions else 1
+
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as JSON values, in the order of `docs/bundle.md`."""
-        return {"format": FORMAT, "schema_version": SCHEMA_VERSION, **codec.write(self)}
+        return {"format": FORMAT, "schema_version": self.schema_version, **codec.write(self)}
 
     def to_bytes(self) -> bytes:
         """Return the text of manifest.json, UTF-8 with a newline at the end."""
@@ -329,7 +342,11 @@ class Manifest(Record):
         _check_version(value)
         fields = {name: each for name, each in value.items() if name not in _VERSION_KEYS}
         with codec.reading(MANIFEST_FILE):
-            return codec.read(cls, fields)
+            manifest = codec.read(cls, fields)
+            if value["schema_version"] != manifest.schema_version:
+                wanted = f"{POSITIONS} among them in schema 2, and not in schema 1"
+                raise manifest.misfit("outputs", wanted, _named(manifest.outputs))
+            return manifest
 
     @classmethod
     @door(
@@ -366,10 +383,10 @@ def _check_version(value: object) -> None:
             cure="give the folder that `vzip export -o` wrote",
         )
     version = value.get("schema_version")
-    if type(version) is not int or version != SCHEMA_VERSION:
+    if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
         raise BundleError(
             f"manifest.json: 'schema_version' is {version!r}",
-            expected=f"{SCHEMA_VERSION}",
+            expected=f"1 to {SCHEMA_VERSION}",
             cause="the bundle was made by another version of vzip",
             cure="export it again, or install that version",
         )
@@ -440,8 +457,10 @@ def _check_tensors(manifest: Manifest) -> None:
     dtypes: tuple[Literal["float32", "float16"], ...] = (
         ("float32",) if manifest.precision == "fp32" else ("float32", "float16")
     )
-    allowed = [(Tensor(EMBEDS, dtype, (batch, tokens, width)), kept) for dtype in dtypes]
-    if manifest.outputs not in allowed:
+    positions = Tensor(POSITIONS, "int64", (batch, tokens))
+    allowed = [(Tensor(EMBEDS, dtype, (batch, tokens, width)), kept, positions) for dtype in dtypes]
+    allowed_before = [outputs[:2] for outputs in allowed]  # in schema 1
+    if manifest.outputs not in (*allowed, *allowed_before):
         expected = " or ".join(_named(pair) for pair in allowed)
         raise manifest.misfit("outputs", expected, _named(manifest.outputs))
 

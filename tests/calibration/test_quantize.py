@@ -238,7 +238,7 @@ def test_the_report_says_what_was_done(made: Made, pictures: Path) -> None:
     assert report["samples"] == samples.to_json()
     assert report["recipe"] == SMOOTH.to_json()
     assert (report["calibrated"], report["held_apart"], report["deciding"]) == (8, 2, 0)
-    assert report["agreement"]["images"] == 2
+    assert report["agreement"]["images"] == 2 * 6  # and their views
     assert [each["name"] for each in report["layers"]] == LINEARS
     kinds = ["qkv", "out_proj", "fc1", "fc2"]
     assert [each["kind"] for each in report["layers"]] == [*3 * kinds, "projector", "projector"]

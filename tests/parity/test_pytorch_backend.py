@@ -26,7 +26,7 @@ from vzip.export.graph.trace import GraphOptions
 from vzip.export.graph.unshared import read_own_graph
 from vzip.export.pipeline import WeightSource, export_bundle
 from vzip.runtime.backends import open_backend
-from vzip.runtime.bundle.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS
+from vzip.runtime.bundle.manifest import EMBEDS, KEPT, POSITIONS, TOKEN_WEIGHTS
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.errors import BackendError
 
@@ -45,7 +45,7 @@ def agree(bundle: Bundle, tolerance: float) -> None:
     if tensor.name == "image":
         array = rng.integers(0, 256, tensor.shape, np.uint8)
     expected, got = (outputs(bundle, backend, array) for backend in BACKENDS)
-    assert list(got) == [EMBEDS, KEPT, TOKEN_WEIGHTS]
+    assert list(got) == [EMBEDS, KEPT, POSITIONS, TOKEN_WEIGHTS]
     for name, want in expected.items():
         assert (got[name].dtype, got[name].shape) == (want.dtype, want.shape)
         if name == EMBEDS:

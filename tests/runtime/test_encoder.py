@@ -25,7 +25,7 @@ from vzip.runtime import CompressedTokens, VisionEncoder, backends, encoder, ope
 from vzip.runtime.backends import open_backend
 from vzip.runtime.backends.packages import import_onnxruntime
 from vzip.runtime.backends.protocol import BackendUnavailableError, NoEngineError
-from vzip.runtime.bundle.manifest import Manifest
+from vzip.runtime.bundle.manifest import Manifest, Tensor
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.bundle.writer import update_manifest
 from vzip.runtime.cli.main import main
@@ -633,6 +633,46 @@ def test_groups_cost_nothing_until_they_are_asked_for(tiny_bundle, golden, again
     encoder.close()
     encoder.close()
     assert (fake.closed, second.closed) == (1, 1)
+
+
+class Placed(Fake):
+    """A backend that says where its tokens belong."""
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
+        outputs = super().run(feeds)
+        count = len(outputs["kept_indices"])
+        outputs["token_positions"] = np.tile([0, 0, 1, 2, 3, 7, 15], (count, 1))
+        self.spoil(outputs)
+        return outputs
+
+
+def with_positions(manifest: Manifest) -> Manifest:
+    positions = Tensor("token_positions", "int64", (manifest.kept.shape[0], 7))
+    return dataclasses.replace(manifest, outputs=(*manifest.outputs, positions))
+
+
+def test_positions_are_the_patches_that_tokens_stand_for(tiny_bundle, golden) -> None:
+    assert opened(tiny_bundle).encode(golden["images"][0]).positions is None  # schema 1
+    encoder = opened(tiny_bundle, change=with_positions, kind=Placed)
+    positions = encoder.encode(list(golden["images"])).positions
+    assert positions is not None
+    assert positions.dtype == np.int64
+    assert positions.tolist() == [[0, 0, 1, 2, 3, 7, 15]] * 5
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [(6, 16), (5, -1), (1, 1), (0, 1)],
+    ids=["beyond the grid", "below it", "another patch's", "not CLS"],
+)
+def test_positions_that_no_patch_has_are_refused(tiny_bundle, golden, column, value) -> None:
+    def spoil(outputs: Arrays) -> None:
+        if "token_positions" in outputs:
+            outputs["token_positions"][:, column] = value
+
+    encoder = opened(tiny_bundle, spoil, change=with_positions, kind=Placed)
+    with refused(BackendError, got="token_positions", expected="patches 0 … 15"):
+        encoder.encode(golden["images"][0])
 
 
 def test_tokens_have_a_short_description():

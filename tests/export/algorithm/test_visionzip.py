@@ -470,5 +470,5 @@ def test_shapes_that_do_not_fit(
         )
 
 
-def test_a_plan_is_a_pair() -> None:
-    assert Plan._fields == ("kept", "token_weights")
+def test_a_plan_says_what_rows_are_made_of_and_where_they_belong() -> None:
+    assert Plan._fields == ("kept", "token_weights", "positions")

@@ -123,9 +123,9 @@ def assert_close(got: Tensor, expected: Any, tolerance: float = 1e-5) -> None:
 
 
 def assert_equals_upstream(
-    outputs: tuple[Tensor, Tensor, Tensor], there: Upstream, budget: Budget
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor], there: Upstream, budget: Budget
 ) -> None:
-    embeds, kept, token_weights = outputs
+    embeds, kept, positions, token_weights = outputs
     tokens, expected_kept = oracle.compress(
         there.hidden,
         there.keys,
@@ -143,6 +143,12 @@ def assert_equals_upstream(
     full = torch.cat([there.cls[:, None], there.features], dim=1)
     for image in range(len(kept)):
         assert_close(embeds[image, : budget.dominant], full[image, kept[image]])
+        taken = {*kept[image].tolist(), 0}  # CLS, where it isn't kept, is dropped
+        rest = [token for token in range(there.hidden.shape[1]) if token not in taken]
+        targets = oracle.group(there.keys[image], rest, budget.contextual)
+        patches = [max(token - 1, 0) for token in (*kept[image].tolist(), *targets)]
+        assert positions[image].tolist() == patches
+    assert positions.dtype == torch.int64
     assert token_weights.shape == (len(kept), budget.tokens, there.hidden.shape[1])
 
 
@@ -259,10 +265,10 @@ def test_fp16_weights_are_all_fp16(
         else torch.from_numpy(pixel_values(images, weights.config.preprocessing))
     )
     with torch.no_grad():
-        embeds, kept, token_weights = module(given)
+        embeds, kept, positions, token_weights = module(given)
         exact = encoder(weights)(torch.from_numpy(images))
     assert embeds.dtype == torch.float16
-    assert kept.dtype == torch.int64
+    assert kept.dtype == positions.dtype == torch.int64
     assert token_weights.dtype == torch.float32
     for image in range(3):
         alike = [t for t in kept[image].tolist() if t in exact[1][image].tolist()]
@@ -302,7 +308,7 @@ def test_the_dead_layer_is_absent(weights: VisionWeights, images: np.ndarray) ->
 def test_every_other_tensor_matters(weights: VisionWeights, images: np.ndarray) -> None:
     given = torch.from_numpy(images)
     with torch.no_grad():
-        embeds, _, token_weights = encoder(weights)(given)
+        embeds, _, _, token_weights = encoder(weights)(given)
         for name, tensor in weights.tensors.items():
             if name.startswith((DEAD_LAYER, "tower.post_layernorm.")):
                 continue

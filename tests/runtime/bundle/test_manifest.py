@@ -172,6 +172,25 @@ def test_what_may_be_otherwise():
     assert Manifest.from_json(changed("engines", engines)).engines["x"].sm == ("86", "120")
 
 
+def test_schema_2_is_where_the_graph_says_positions() -> None:
+    assert not Manifest.from_json(values()).has_positions
+    told = values()
+    positions = {"name": "token_positions", "dtype": "int64", "shape": ["batch", 7]}
+    told["outputs"].append(positions)
+    with refused(BundleError, got="'outputs' is", expected="not in schema 1"):
+        Manifest.from_json(told)
+    manifest = Manifest.from_json(told | {"schema_version": 2})
+    assert manifest.has_positions
+    assert manifest.to_json()["schema_version"] == 2
+    assert Manifest.from_bytes(manifest.to_bytes()) == manifest
+    with refused(BundleError, got="'outputs' is", expected="token_positions among them"):
+        Manifest.from_json(values() | {"schema_version": 2})
+    for wrong in ({"dtype": "float32"}, {"shape": ["batch", 4]}, {"name": "positions"}):
+        told["outputs"][-1] = positions | wrong
+        with refused(BundleError, got="'outputs' is", expected="token_positions int64 [batch, 7]"):
+            Manifest.from_json(told | {"schema_version": 2})
+
+
 TILING: dict[str, Any] = {"pinpoints": [[16, 32]], "order": "reference"}
 DAMAGED: list[tuple[str, object, str, str]] = [
     # path, value → place in the message, what is expected there
@@ -357,9 +376,9 @@ def test_refuses_every_missing_key():
     ("path", "value", "field"),
     [
         ("format", "zip", {"cure": "vzip export -o"}),
-        ("schema_version", 2, {"got": "is 2", "expected": "1", "cure": "export it again"}),
-        ("schema_version", True, {"got": "is True", "expected": "1"}),
-        ("schema_version", 1.0, {"got": "is 1.0", "expected": "1"}),
+        ("schema_version", 3, {"got": "is 3", "expected": "1 to 2", "cure": "export it again"}),
+        ("schema_version", True, {"got": "is True", "expected": "1 to 2"}),
+        ("schema_version", 1.0, {"got": "is 1.0", "expected": "1 to 2"}),
     ],
 )
 def test_refuses_other_formats_and_versions(path, value, field):
