@@ -57,7 +57,9 @@ OWN: Final = "own"
 NEEDED_FOR: Final = "an engine for the CPU"
 EXTRA: Final = "cpu-build"
 SECONDS: Final = 2.0
-"""That a comparison takes, roughly; a large tower's fewest calls take longer."""
+"""That the timed calls of a comparison take, roughly; a large tower's fewest take longer."""
+SETTLE_S: Final = 0.05
+"""Before each timed call, for the threads of the library that was called before to end spinning."""
 
 
 @dataclass(frozen=True)
@@ -257,7 +259,7 @@ def _timed(
         pictures = np.ascontiguousarray(reference.input[np.arange(size) % len(reference.input)])
         feeds = {bundle.manifest.input.name: pictures}
         calls = {name: partial(each.run, feeds) for name, each in backends.items()}
-        taken = interleaved(calls, seconds=SECONDS)
+        taken = interleaved(calls, seconds=SECONDS, settle_s=SETTLE_S)
         mine, other = taken[form].min_ms, taken[best].min_ms
         many = "" if place == 0 else f"_{size}"
         found.update({f"ms{many}": mine, "against": best, f"against_ms{many}": other})

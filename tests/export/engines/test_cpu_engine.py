@@ -64,6 +64,7 @@ NAME = "x"
 def _afresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_engine, "_said", set())
     monkeypatch.setattr(choice, "SECONDS", 0.05)
+    monkeypatch.setattr(choice, "SETTLE_S", 0.0)
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def fastest(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         monkeypatch.setattr(choice, gate, Gate(overlap=0.5, kept=Limits(lowest=0.5)))
 
     def choose(form: str) -> None:
-        def fake(calls: dict[str, Callable[[], object]], *, seconds: float) -> dict[str, Timing]:
+        def fake(calls: dict[str, Callable[[], object]], **_: float) -> dict[str, Timing]:
             for each in calls.values():
                 each()
             return {name: Timing.of([1.0 if name == form else 2.0]) for name in calls}
@@ -100,7 +101,7 @@ def _built(exported: MakeBundle, tmp_path_factory: pytest.TempPathFactory) -> Pa
     path = copied(exported("image"), tmp_path_factory.mktemp("built"))
     with pytest.MonkeyPatch.context() as patch:
 
-        def dynamic(calls: dict[str, object], *, seconds: float) -> dict[str, Timing]:
+        def dynamic(calls: dict[str, object], **_: float) -> dict[str, Timing]:
             return {name: Timing.of([1.0 if name == "dynamic" else 2.0]) for name in calls}
 
         patch.setattr(choice, "interleaved", dynamic)
@@ -678,6 +679,7 @@ from vzip.export.engines.cpu import choice, making
 
 path, log, seconds = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
 choice.SECONDS = 0.05
+choice.SETTLE_S = 0.0
 right = choice.choose
 
 def choose(*given, **more):

@@ -39,7 +39,7 @@ OFFERED = [each.name for each in choice.openvino_forms() if not each.calibrated]
 def fastest(patch: pytest.MonkeyPatch, form: str) -> None:
     """Let a form be measured as the fastest; all agree."""
 
-    def fake(calls: dict[str, Callable[[], object]], *, seconds: float) -> dict[str, Timing]:
+    def fake(calls: dict[str, Callable[[], object]], **_: float) -> dict[str, Timing]:
         return {name: Timing.of([1.0 if name == form else 2.0]) for name in calls}
 
     patch.setattr(choice, "interleaved", fake)
@@ -248,7 +248,7 @@ def test_a_form_must_be_faster_over_the_batches(exported: MakeBundle) -> None:
             (images,) = feeds.values()
             return takes[self.name][len(images)]
 
-    def fake(calls: dict[str, Callable[[], Any]], *, seconds: float) -> dict[str, Timing]:
+    def fake(calls: dict[str, Callable[[], Any]], **_: float) -> dict[str, Timing]:
         return {name: Timing.of([call()]) for name, call in calls.items()}
 
     backends: Any = {name: Fake(name) for name in takes}

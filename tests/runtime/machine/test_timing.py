@@ -57,6 +57,24 @@ def test_one_turn_has_no_drift():
     assert timing.summary([[3.0]])["drift"] == 0
 
 
+def test_what_another_call_leaves_behind_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As threads that spin for a while after a call of their library."""
+    now, before = [0], [""]
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: now[0])
+
+    def call(name: str) -> Any:
+        def run() -> None:
+            now[0] += (50 if before[0] in {name, ""} else 90) * 1_000_000
+            before[0] = name
+
+        return run
+
+    calls = {name: call(name) for name in "ab"}
+    assert timing.interleaved(calls)["b"].p90_ms == 90
+    found = timing.interleaved(calls, settle_s=1e-9)
+    assert found["a"].p90_ms == found["b"].p90_ms == 50
+
+
 def test_a_machine_that_slows_down_favours_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     now, called = [0], []
     monkeypatch.setattr(time, "perf_counter_ns", lambda: now[0])
