@@ -26,6 +26,9 @@ _FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 _NO_INTEGERS_KEY = "session.disable_quant_qdq"
 _IN_MEMORY = "add_external_initializers_from_files_in_memory"  # not in the oldest versions
 _ONNX_ALONE = ("session.load_model_format", "ONNX")  # its own format was looked at by nobody
+# Its threads spin for some 35 ms after a call (1.31), on cores that another library works on then:
+# python -m benchmarks.beside_torch.
+_AT_REST_BETWEEN_CALLS = ("session.force_spinning_stop", "1")
 _FATAL_ONLY = 4  # what it logs of errors, it raises as well
 
 
@@ -86,6 +89,7 @@ def open_session(
             cure=f"pip uninstall onnxruntime, then pip install 'vzip[{extra}]'",
         )
     options = session_options(onnxruntime, threads)
+    options.add_session_config_entry(*_AT_REST_BETWEEN_CALLS)
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = (
         levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL

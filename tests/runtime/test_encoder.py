@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -262,6 +263,19 @@ def test_a_session_has_as_many_threads_as_were_asked_for(tiny_bundle, golden, mo
         VisionEncoder.open(tiny_bundle, threads=0)
     with refused(InvalidInputError, got=("threads=2", "'vllm'")):
         open_llm(tiny_bundle, "vllm:http://127.0.0.1:9", threads=2)
+
+
+def test_the_threads_of_a_session_rest_between_calls(tiny_bundle, golden):
+    """Those that spin use some 30 ms of another library's cores (benchmarks.beside_torch)."""
+    with VisionEncoder.open(tiny_bundle, backend="onnxruntime", threads=4) as opened:
+        opened.run(golden["images"][:2])
+        used = []
+        for _ in range(5):
+            opened.run(golden["images"][:2])
+            start = time.process_time()
+            time.sleep(0.05)
+            used.append(1000 * (time.process_time() - start))
+    assert min(used) < 3
 
 
 def test_weights_that_are_cut_behind_an_encoder_stay_whole(tiny_bundle, golden):
