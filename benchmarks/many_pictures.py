@@ -33,7 +33,7 @@ from vzip.runtime.agreement import compare
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT
 from vzip.runtime.console import say
 from vzip.runtime.machine.record import machine
-from vzip.runtime.machine.timing import Timing, interleaved
+from vzip.runtime.machine.timing import Timing, interleaved, turn
 from vzip.runtime.pictures.images import load_image
 
 WHAT: Final = "32 photographs from files to tokens, VisionEncoder.encode"
@@ -42,6 +42,7 @@ PIXELS: Final = 12e6
 AIM: Final = 1.6
 DRAFT: Final = 2  # decoded to at least so many times the tower's edge
 WAIT_S: Final = 120.0
+ROUNDS: Final = 5
 TOWERS: Final = {
     "demo": ("--model", "demo", "--tokens", "43"),
     "clip-b16-224": ("--tokens", "22"),
@@ -87,11 +88,13 @@ def ways(encoder: VisionEncoder, files: Files) -> dict[str, Callable[[], object]
     assert agreement.mean_overlap > 0.995
     assert agreement.kept.mean > 0.99999
     edge = encoder.manifest.preprocessing.shortest_edge
-    return {
+    found: dict[str, Callable[[], object]] = {
         ONE: lambda: [encoder.encode(each) for each in files],
         TOGETHER: lambda: encoder.encode(list(files)),
         DRAFTS: lambda: encoder.encode(list(files), draft=DRAFT * edge),
     }
+    found[DRAFTS]()
+    return found
 
 
 def drafts_agree(encoder: VisionEncoder, files: Files) -> Row:
@@ -132,12 +135,18 @@ def decoders(data: bytes, least: int) -> dict[str, Callable[[], object]]:
     return found
 
 
-def measure(*, seconds: float | None = None) -> Row:
-    """Measure everything.
+def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+    """Time calls of several seconds, each once a round; they were warmed up."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds):
+        names = list(calls)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            taken[name] += turn(calls[name], calls=1, settle=0)
+    return {name: Timing.of(times) for name, times in taken.items()}
 
-    Args:
-        seconds: As for `interleaved`, of each comparison.
-    """
+
+def measure(*, rounds: int = ROUNDS) -> Row:
+    """Measure everything, each way `rounds` times."""
     result: Row = {
         "what": WHAT,
         "command": "python -m benchmarks.many_pictures",
@@ -163,14 +172,14 @@ def measure(*, seconds: float | None = None) -> Row:
             result["before"] = wait_until_idle(WAIT_S, say=say)
             for name, encoder in encoders.items():
                 for kind, files in kinds.items():
-                    times = interleaved(ways(encoder, cycled(files)), seconds=seconds)
+                    times = in_turns(ways(encoder, cycled(files)), rounds)
                     row = {"tower": name, "pictures": kind, "threads": encoder.threads}
                     result["encode"].append({**row, "ms": _json(times)})
                     say(f"{name}, {kind}: {ratio(result['encode'][-1], TOGETHER):.2f}")
                 result["drafts"].append({"tower": name, **drafts_agree(encoder, large)})
         for file in large[:3]:
             data = file.read_bytes()
-            times = interleaved(decoders(data, 448), seconds=seconds)
+            times = interleaved(decoders(data, 448), seconds=2.0)
             row = {"picture": file.stem, "megabytes": round(len(data) / 1e6, 2)}
             result["decoders"].append({**row, "ms": _json(times)})
     return result
