@@ -1,6 +1,6 @@
 """Many photographs from files to tokens: one at a time, together, and together as drafts.
 
-    python -m benchmarks.many_pictures [-o benchmarks/results]
+    python -m benchmarks.many_pictures [--untimed] [-o benchmarks/results]
 
 `VisionEncoder.encode` of 32 files. The towers are the demo model's and a trained one
 (`benchmarks.real`), exported for it with batches of up to 8, in ONNX Runtime's FP32. Photographs
@@ -146,10 +146,10 @@ def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str
 
 
 def measure(*, rounds: int = ROUNDS) -> Row:
-    """Measure everything, each way `rounds` times."""
+    """Measure everything, each way `rounds` times; 0 for what drafts cost in tokens alone."""
     result: Row = {
         "what": WHAT,
-        "command": "python -m benchmarks.many_pictures",
+        "command": f"python -m benchmarks.many_pictures{'' if rounds else ' --untimed'}",
         "environment": machine("opencv-python-headless", "simplejpeg"),
         "aim": AIM,
         "encode": [],
@@ -169,15 +169,15 @@ def measure(*, rounds: int = ROUNDS) -> Row:
                 path = bundles.enter_context(exported(*more))
                 opened = VisionEncoder.open(path, "onnxruntime")
                 encoders[name] = bundles.enter_context(opened)
-            result["before"] = wait_until_idle(WAIT_S, say=say)
+            result["before"] = wait_until_idle(WAIT_S if rounds else 0.0, say=say)
             for name, encoder in encoders.items():
-                for kind, files in kinds.items():
+                for kind, files in kinds.items() if rounds else ():
                     times = in_turns(ways(encoder, cycled(files)), rounds)
                     row = {"tower": name, "pictures": kind, "threads": encoder.threads}
                     result["encode"].append({**row, "ms": _json(times)})
                     say(f"{name}, {kind}: {ratio(result['encode'][-1], TOGETHER):.2f}")
                 result["drafts"].append({"tower": name, **drafts_agree(encoder, large)})
-        for file in large[:3]:
+        for file in large[:3] if rounds else ():
             data = file.read_bytes()
             times = interleaved(decoders(data, 448), seconds=2.0)
             row = {"picture": file.stem, "megabytes": round(len(data) / 1e6, 2)}
@@ -205,9 +205,32 @@ def table(result: Row) -> str:
             f"{'' if used is None else f'; others used {used} cores before'}."
         ),
         "",
-        f"## {COUNT} photographs from files to tokens, ms a photograph",
+        *(_times(result) if result["encode"] else ("Times: not measured yet.", "")),
+        "## Drafts of photographs of 12 megapixels, beside all pixels",
         "",
     ]
+    lines += [
+        f"* {row['tower']}, decoded to {row['draft']} pixels or more: "
+        f"{row['mean_overlap']:.1%} of the kept tokens are the same ({row['min_overlap']:.1%} at "
+        f"least), cosine {row['mean_cosine']:.4f} on average, {row['min_cosine']:.4f} at least."
+        for row in result["drafts"]
+    ]
+    if not result["decoders"]:
+        return "\n".join(lines) + "\n"
+    names = dict.fromkeys(name for row in result["decoders"] for name in row["ms"])
+    shown = [
+        (
+            f"{row['picture']}, {row['megabytes']} MB",
+            *(f"{row['ms'][name]['median_ms']:.1f}" for name in names),
+        )
+        for row in result["decoders"]
+    ]
+    lines += ["", "## Decoders of a JPEG of 12 megapixels, one thread, ms", ""]
+    return "\n".join([*lines, *markdown.table(("picture", *names), shown)]) + "\n"
+
+
+def _times(result: Row) -> list[str]:
+    """Return the section of times."""
     rows = [
         (
             row["tower"],
@@ -221,9 +244,11 @@ def table(result: Row) -> str:
         for row in result["encode"]
     ]
     columns = ("tower", "photographs", ONE, TOGETHER, "", DRAFTS, "", "largest spread")
-    lines += markdown.table(columns, rows)
     reached = [row for row in result["encode"] if ratio(row, TOGETHER) >= result["aim"]]
-    lines += [
+    return [
+        f"## {COUNT} photographs from files to tokens, ms a photograph",
+        "",
+        *markdown.table(columns, rows),
         "",
         (
             f"The aim, {result['aim']} times one at a time, is reached in {len(reached)} of "
@@ -231,31 +256,16 @@ def table(result: Row) -> str:
             "that keeps all cores busy by itself gains nothing, so the share of decoding decides."
         ),
         "",
-        "## Drafts of photographs of 12 megapixels, beside all pixels",
-        "",
     ]
-    lines += [
-        f"* {row['tower']}, decoded to {row['draft']} pixels or more: "
-        f"{row['mean_overlap']:.1%} of the kept tokens are the same ({row['min_overlap']:.1%} at "
-        f"least), cosine {row['mean_cosine']:.4f} on average, {row['min_cosine']:.4f} at least."
-        for row in result["drafts"]
-    ]
-    names = dict.fromkeys(name for row in result["decoders"] for name in row["ms"])
-    shown = [
-        (
-            f"{row['picture']}, {row['megabytes']} MB",
-            *(f"{row['ms'][name]['median_ms']:.1f}" for name in names),
-        )
-        for row in result["decoders"]
-    ]
-    lines += ["", "## Decoders of a JPEG of 12 megapixels, one thread, ms", ""]
-    return "\n".join([*lines, *markdown.table(("picture", *names), shown)]) + "\n"
 
 
 def main() -> None:
     """Command line."""
-    options = results.parser(__doc__).parse_args()
-    results.write(options.output, "many_pictures", measure(), table)
+    parser = results.parser(__doc__)
+    parser.add_argument("--untimed", action="store_true", help="what drafts cost in tokens alone")
+    options = parser.parse_args()
+    result = measure(rounds=0 if options.untimed else ROUNDS)
+    results.write(options.output, "many_pictures", result, table)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,13 @@ def test_the_page_has_ratios_and_says_where_the_aim_is_reached() -> None:
     assert "| p, 3.2 MB | 40.0 |" in page
 
 
+def test_what_was_not_timed_is_said_not_to_be() -> None:
+    page = many_pictures.table({**RESULT, "encode": [], "decoders": []})
+    assert "Times: not measured yet." in page
+    assert "98.7% of the kept tokens" in page
+    assert "one at a time" not in page
+
+
 def test_photographs_are_enlarged_to_the_pixels_that_are_said(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(many_pictures, "PIXELS", 30_000)
     rng = np.random.default_rng(0)
