@@ -376,11 +376,13 @@ def cut(openvino: Any, model: Any) -> list[Any]:
 
 
 def _beside(weights: Any) -> list[Any]:
-    """Return what a value is multiplied with, as nodes."""
+    """Return what a value is multiplied with, as nodes; in FP16 graphs it is converted before."""
     found = []
     for reader in weights.get_target_inputs():
         node = reader.get_node()
-        if node.get_type_name() == "MatMul":
+        if node.get_type_name() == "Convert":
+            found += _beside(node.output(0))
+        elif node.get_type_name() == "MatMul":
             sources = (each.get_source_output() for each in node.inputs())
             found += [each.get_node() for each in sources if each != weights]
     return found

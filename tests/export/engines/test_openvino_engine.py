@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.precisions import add_precision, golden_precisions
 from tests.refusals import refused, says
 from vzip.export.cli import inspect as inspect_command
 from vzip.export.engines.cpu import choice, making
@@ -259,8 +260,11 @@ def test_a_form_must_be_faster_over_the_batches(exported: MakeBundle) -> None:
     assert found == {"ms": 2.0, "against": "a", "against_ms": 1.0, "ms_4": 1.0, "against_ms_4": 3.0}
 
 
-def test_what_follows_the_tower_is_in_fp32_whatever_the_tower_is_in(exported: MakeBundle) -> None:
-    bundle = exported("image")
+@pytest.mark.parametrize("kind", ["image", "fp16"])
+def test_what_follows_the_tower_is_in_fp32_whatever_the_tower_is_in(
+    exported: MakeBundle, kind: str
+) -> None:
+    bundle = exported(kind)
     names = ("image_embeds", "kept_indices", "token_weights")
     opened = openvino.OpenVinoCpu.of_graph(
         bundle.read_model(), bundle.weights_folder, "bf16", names
@@ -283,6 +287,23 @@ def test_what_follows_the_tower_is_in_fp32_whatever_the_tower_is_in(exported: Ma
     tokens = opened.run({bundle.manifest.input.name: load_reference(bundle).input[:1]})
     weights = tokens["token_weights"]
     assert np.allclose(weights.sum(axis=-1), 1, atol=1e-6)  # a BF16 sum would be 4e-3 off
+    opened.close()
+
+
+@pytest.mark.parametrize("tower", ["f32", "bf16"])
+def test_a_graph_of_vzip_calibrate_runs(
+    tiny_bundle: Path, golden: dict[str, np.ndarray[Any, Any]], tower: str
+) -> None:
+    """In 8 bits OpenVINO rounds in other places; the tokens are the graph's all the same."""
+    at = add_precision(tiny_bundle, "int8")
+    opened = openvino.OpenVinoCpu.of_graph(
+        at.read_model(), at.weights_folder, tower, ("image_embeds", "kept_indices")
+    )
+    found = opened.run({at.manifest.input.name: golden["images"][:3]})
+    expected = golden_precisions()["int8"][:3]
+    assert np.array_equal(found["kept_indices"], golden["kept"][:3])
+    error = np.abs(found["image_embeds"] - expected).max() / np.abs(expected).max()
+    assert error <= (2e-2 if tower == "bf16" else 1e-2)
     opened.close()
 
 
