@@ -35,7 +35,7 @@ from benchmarks.harness import results
 from benchmarks.real.pictures import HELD_APART, pictures
 from benchmarks.real.towers import checkpoint
 from vzip.export import export
-from vzip.export.bench.others import IDLE, Moment, wait_until_idle
+from vzip.export.bench.others import IDLE, UNSTEADY, Moment, wait_until_idle
 from vzip.export.pages import markdown
 from vzip.runtime.backends.onnxruntime import session_options
 from vzip.runtime.backends.packages import import_onnxruntime
@@ -319,7 +319,8 @@ def page(found: Row) -> str:
         f"{found['what']}. Medians; the LLM reads {found['tokens']} tokens of {TOWER} and {WORDS} "
         f"words and says {SAID}. All: encoder, reading and saying in turn. Answer: reading and "
         "saying, while another thread encodes. Spread: the largest distance of quartiles in the "
-        "row, as a share of its median. Others' cores: kept busy by other programs, in the worst "
+        "row, as a share of its median; unsteady from a third on: something disturbed it, and its "
+        "times say little. Others' cores: kept busy by other programs, in the worst "
         "turn."
     )
     lines = [said, ""]
@@ -330,8 +331,8 @@ def page(found: Row) -> str:
                 f"{row['threads']}, {row['wait']}",
                 str(row["torch_threads"]) if row["llm"] else "–",
                 *(f"{row[each]['median_ms']:.1f}" if each in row else "" for each in parts),
-                f"{max(_spread(row[each]) for each in parts if each in row):.0%}",
-                f"{row['others_cores']:.2f}",
+                _spread(row, parts),
+                f"{row['others_cores']:.2f}" if "others_cores" in row else "not counted",
             )
             for row in policy["rows"]
         ]
@@ -361,8 +362,10 @@ def _when(row: Row) -> str:
     return "at the same time" if row["together"] else "in turn"
 
 
-def _spread(part: Row) -> float:
-    return float(part["iqr_ms"] / part["median_ms"])
+def _spread(row: Row, parts: Sequence[str]) -> str:
+    """Return the largest spread of a row; of one that says little, that it does."""
+    spread = max(row[each]["iqr_ms"] / row[each]["median_ms"] for each in parts if each in row)
+    return f"{spread:.0%}, unsteady" if spread > UNSTEADY else f"{spread:.0%}"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import (
+    beside_torch,
     demo_accuracy,
     end_to_end,
     handoff,
@@ -24,6 +25,7 @@ from benchmarks.readme import RESULTS
 from vzip.export.bench import output
 
 PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "beside_torch": beside_torch.page,
     "demo_accuracy": demo_accuracy.table,
     "encoder": output.table,
     "end_to_end": end_to_end.table,
