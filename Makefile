@@ -7,6 +7,7 @@
 # make bench-short   ratios of times, compared with the committed ones
 # make test-pythons  the runtime's tests under Python 3.10 with numpy 1.26 and under 3.13
 # make test-newest   the tests of LLMs with the newest transformers that pyproject.toml allows
+# make chromium      install Debian's chromium, which the tests of the service's page drive
 # make format        format the code
 #
 # Everything is installed into .venv, in the versions of constraints.txt.
@@ -26,7 +27,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 # ONNX Runtime 1.29 and newer sends telemetry when it is imported; vzip turns that off for itself.
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-fast test-all test-rest test-real real test-llms llms bench-short test-pythons test-newest lint types format clean
+.PHONY: demo test test-fast test-all test-rest test-real real chromium test-llms llms bench-short test-pythons test-newest lint types format clean
 
 demo: $(VENV)/linked
 	$(BIN)/vzip export --model demo --tokens 43 -o $(DEMO_BUNDLE)
@@ -34,7 +35,7 @@ demo: $(VENV)/linked
 	$(BIN)/vzip ask $(DEMO_BUNDLE) $(DEMO_PICTURE) $(DEMO_QUESTION)
 	$(BIN)/vzip show $(DEMO_BUNDLE) $(DEMO_PICTURE) -o demo-overlay.png
 
-test: lint types
+test: lint types chromium
 	$(PYTEST) -m "not full and not real"
 
 test-fast: lint types
@@ -52,6 +53,9 @@ test-real: real
 # Fetches what the tests of real towers read; fails where it can't be had.
 real: $(VENV)/linked
 	$(BIN)/python -m benchmarks.real
+
+chromium:
+	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 
 test-llms: $(VENV)/linked llms
 	VZIP_LLMS=llama_cpp $(PYTEST) -m local_llm

@@ -26,7 +26,10 @@ class RefusedError(VzipError):
         status: The HTTP status that says so.
         code: The reason in one word, such as ``busy``.
         retry_after: Seconds after which to try again; None where that is of no use.
+        parameter: Which part of the request is meant; empty where all of it is.
     """
+
+    parameter = ""
 
     def __init__(
         self,

@@ -103,6 +103,22 @@ class Answering:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="vzip-answer")
 
     @property
+    def kv_token_bytes(self) -> int | None:
+        """Bytes of the KV cache for a token; None where the LLM doesn't say its sizes."""
+        settings: Any = getattr(self.llm, "settings", None)  # of a bundle's own LLM
+        if settings is not None:
+            width = 4 if settings.dtype == "float32" else 2
+            return int(2 * settings.layers * settings.kv_heads * settings.head_size * width)
+        model: Any = getattr(self.llm, "model", None)  # of transformers
+        if model is None or not hasattr(model, "config"):
+            return None
+        text = model.config.get_text_config()
+        heads = text.num_attention_heads
+        size = getattr(text, "head_dim", None) or text.hidden_size // heads
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        return int(2 * text.num_hidden_layers * kv_heads * size * model.dtype.itemsize)
+
+    @property
     def kept(self) -> int:
         """How many conversations are kept."""
         return len(self._kept)

@@ -552,7 +552,7 @@ class Web:
             else:
                 tokens += len(each.embeds)
                 whole += each.frames * patches
-        kv = getattr(getattr(self.answering, "llm", None), "kv_token_bytes", None)
+        kv = None if self.answering is None else self.answering.kv_token_bytes
         return {
             "encode_ms": round(encoding * 1e3, 2),
             "prefill_ms": round(answered.first * 1e3, 2),
@@ -660,12 +660,14 @@ class Web:
 
     def _check_model(self, name: str, *known: str) -> None:
         if name not in known:
-            raise RefusedError(
+            error = RefusedError(
                 f"the model {name[:100]!r} is not served here",
                 status=404,
                 code="model_not_found",
                 expected=" or ".join(known),
             )
+            error.parameter = "model"
+            raise error
 
     async def _infer(self, exchange: Exchange) -> Any:
         from starlette.responses import Response
