@@ -26,6 +26,7 @@ COMMANDS: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
             "calibrate": "quantise a bundle to int8 or fp8 with your images",
             "tune": "train a projector on compressed tokens",
             "convert": "write a checkpoint's language model as a GGUF",
+            "triton": "write a bundle as a model repository of Triton",
         },
         "use": {
             "ask": "answer one question about an image or a clip",
