@@ -81,7 +81,7 @@ class Load:
                     self.seconds.append(time.monotonic() - begun)
                 if outcome.startswith("fault"):
                     self.faults.append(f"{kind.__name__}: {outcome}")
-            if outcome.startswith("refused: 429"):
+            if outcome.startswith(("refused: 429", "refused: connection")):
                 time.sleep(0.05)
 
     def _ask(self, method: str, path: str, body: bytes | None, **headers: str) -> tuple[int, bytes]:
