@@ -217,7 +217,7 @@ def _key(arguments: argparse.Namespace) -> str | None:
         raise InvalidInputError(
             f"serve: the API key has {len(key)} characters",
             expected=f"{_SHORTEST_KEY} or more, of ASCII and without spaces at its ends",
-            cure="make one with: python3 -c 'import secrets; print(secrets.token_urlsafe())'",
+            cure="make one of random letters and digits",
         )
     return key
 

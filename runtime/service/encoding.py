@@ -277,7 +277,7 @@ def _most(asked: int | None, most: int, *, dynamic: bool) -> int:
             expected=f"at most {most}"
             if dynamic
             else f"{most}, which the graph takes and no other",
-            cure="export another bundle with --max-batch",
+            cure="export another bundle with 'vzip export --max-batch'",
         )
     return asked
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from vzip.runtime.bundle.manifest import POSITIONS
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.guard import shown
 from vzip.runtime.service.adapters.bodies import parsed
@@ -65,7 +66,11 @@ def model_metadata(name: str, manifest: Manifest, *, pictures: bool) -> dict[str
         "versions": [VERSION],
         "platform": "vzip",
         "inputs": taken,
-        "outputs": [_metadata(each) for each in manifest.outputs],
+        "outputs": [
+            _metadata(each)
+            for each in manifest.outputs
+            if not (pictures and each.name == POSITIONS)  # of a picture in tiles there are several
+        ],
     }
 
 

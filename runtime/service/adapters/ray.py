@@ -11,6 +11,7 @@ proxy have their own doors: docs/serving.md.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -272,7 +273,7 @@ def app(args: Mapping[str, Any]) -> Any:
     require("ray", needed_for="Ray Serve", extra="ray")
     from ray import serve
 
-    settings = codec.read(RaySettings, {name: _number(value) for name, value in args.items()})
+    settings = ray_settings(args)
     scaling = {
         "min_replicas": settings.min_replicas,
         "max_replicas": settings.max_replicas,
@@ -298,6 +299,22 @@ def app(args: Mapping[str, Any]) -> Any:
         name="Front", max_ongoing_requests=256, ray_actor_options={"num_cpus": 0.1}
     )
     return front.bind(codec.write(settings), *bound)
+
+
+def ray_settings(args: Mapping[str, Any]) -> RaySettings:
+    """Return the settings that arguments make; see `app`.
+
+    Raises:
+        InvalidInputError: There is no such argument, or it makes no sense.
+    """
+    known = [each.name for each in dataclasses.fields(RaySettings)]
+    unknown = sorted(set(args) - set(known))
+    if unknown or "bundle" not in args:
+        raise InvalidInputError(
+            f"got the arguments {', '.join(map(str, args))}",
+            expected=f"bundle, and some of {', '.join(known[1:])}",
+        )
+    return RaySettings(**{name: _number(value) for name, value in args.items()})
 
 
 def _number(value: Any) -> Any:

@@ -161,7 +161,7 @@ def _check(name: str, manifest: Manifest, instances: int) -> None:
         raise InvalidInputError(
             f"the bundle has a static batch of {manifest.batch.max}",
             expected="an open batch, which Triton's batcher fills, or one of 1",
-            cure="export another with --max-batch",
+            cure="export another with 'vzip export --max-batch'",
         )
 
 

@@ -21,7 +21,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import numpy as np
 
-from vzip.runtime.bundle.manifest import EMBEDS, KEPT
+from vzip.runtime.bundle.manifest import EMBEDS, KEPT, POSITIONS
 from vzip.runtime.errors import BackendError, InvalidInputError, VzipError, require
 from vzip.runtime.service.adapters import chat_protocol, inference_protocol
 from vzip.runtime.service.adapters.bodies import Within, media_of, parsed, read_body
@@ -675,7 +675,11 @@ class Web:
         name, pictures = self._model(exchange)
         body = await exchange.body()
         length = exchange.request.headers.get(inference_protocol.HEADER_LENGTH)
-        outputs = [each.name for each in self.service.manifest.outputs]
+        outputs = [
+            each.name
+            for each in self.service.manifest.outputs
+            if not (pictures and each.name == POSITIONS)
+        ]
         wanted = inference_protocol.PICTURE if pictures else self.service.manifest.input.name
 
         def read() -> inference_protocol.Inference:
@@ -703,6 +707,8 @@ class Web:
                 )
             tokens = await exchange.wait(self.service.array(exchange.ticket, given))
             arrays = {EMBEDS: tokens.embeds, KEPT: tokens.kept}
+            if tokens.positions is not None:
+                arrays[POSITIONS] = tokens.positions
         data, headers = inference_protocol.write_response(name, inference, arrays)
         return Response(data, headers=headers)
 

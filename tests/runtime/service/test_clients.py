@@ -295,6 +295,23 @@ def test_tokens_are_those_of_the_encoder(bundle: str) -> None:
                 assert np.array_equal(kept, wanted.kept)
 
 
+def test_all_outputs_come_where_none_is_named(demo: Served) -> None:
+    with (
+        triton.InferenceServerClient(f"127.0.0.1:{demo.port}") as client,
+        VisionEncoder.open(demo.service.bundle, threads=1) as encoder,
+    ):
+        array = arrays(1, 3, encoder.manifest.tower.image_size)
+        given = triton.InferInput("image", list(array.shape), "UINT8")
+        given.set_data_from_numpy(array)
+        result = client.infer("demo", [given])
+        wanted = encoder.run(array)
+        described = client.get_model_metadata("demo")["outputs"]
+        names = [each.name for each in encoder.manifest.outputs]
+        assert [each["name"] for each in described] == names
+        for name, each in zip(names, (wanted.embeds, wanted.kept, wanted.positions), strict=False):
+            assert np.array_equal(result.as_numpy(name), each)
+
+
 def test_pictures_as_files(demo: Served) -> None:
     with (
         triton.InferenceServerClient(f"127.0.0.1:{demo.port}") as client,

@@ -21,7 +21,6 @@ from tests.places import GOLDEN, ROOT
 from tests.refusals import refused
 from tests.runtime.service.serving import SCENES, data_url
 from vzip.runtime.errors import InvalidInputError
-from vzip.runtime.files import codec
 from vzip.runtime.service.adapters import ray as adapter
 
 PORT = 18765
@@ -34,7 +33,7 @@ def test_the_config_file_names_what_there_is() -> None:
     module, _, function = application["import_path"].partition(":")
     assert module == adapter.__name__
     assert callable(getattr(adapter, function))
-    codec.read(adapter.RaySettings, application["args"])
+    assert adapter.ray_settings(application["args"]).max_replicas == 8
 
 
 @pytest.mark.parametrize(
@@ -44,7 +43,7 @@ def test_the_config_file_names_what_there_is() -> None:
 )  # fmt: skip
 def test_arguments_that_make_no_sense(given: dict[str, Any], word: str) -> None:
     with pytest.raises(InvalidInputError) as raised:
-        codec.read(adapter.RaySettings, given)
+        adapter.ray_settings(given)
     assert word in str(raised.value)
 
 
