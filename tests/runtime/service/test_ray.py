@@ -13,8 +13,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load
 
 from tests.llms import needed
 from tests.places import GOLDEN, ROOT
@@ -73,10 +75,16 @@ def ask(body: bytes, kind: str = "application/octet-stream") -> tuple[int, dict[
         return error.code, dict(error.headers), error.read()
 
 
+def equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
+    """Return whether tokens are the same: sets equal, numbers as far as batches let them be."""
+    assert one.keys() == other.keys()
+    return all(np.allclose(one[name], other[name], rtol=0, atol=1e-5) for name in one)
+
+
 @pytest.mark.full
 def test_a_replica_is_killed_under_load_and_nothing_is_lost(encoder: Any) -> None:
     files = [each.read_bytes() for each in SCENES]
-    wanted = [ask(each)[2] for each in files]
+    wanted = [load(ask(each)[2]) for each in files]
     status, _, answer = ask(b"no picture")
     assert (status, json.loads(answer)["error"]["type"]) == (400, "invalid_request_error")
     several = json.dumps({"images": [data_url(each) for each in files]}).encode()
@@ -92,9 +100,8 @@ def test_a_replica_is_killed_under_load_and_nothing_is_lost(encoder: Any) -> Non
                 status, headers, data = ask(files[at])
                 outcomes[str(status)] += 1
                 if status == 200:
-                    assert data == wanted[at]
+                    outcomes["wrong"] += not equal(load(data), wanted[at])
                     break
-                assert status == 503, data
                 time.sleep(min(0.2, float(headers["Retry-After"])))
             else:
                 outcomes["never answered"] += 1
@@ -124,7 +131,8 @@ def test_a_replica_is_killed_under_load_and_nothing_is_lost(encoder: Any) -> Non
         assert not each.is_alive()
     assert outcomes["200"] > before
     assert not outcomes["never answered"]
-    assert set(outcomes) <= {"200", "503"}, outcomes
+    assert not outcomes["wrong"]
+    assert {name for name, count in outcomes.items() if count} <= {"200", "503"}, outcomes
 
 
 def test_an_unknown_argument_is_one_error() -> None:
