@@ -14,7 +14,7 @@ from vzip.runtime.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "docs" / "jetson.md").read_text(encoding="utf-8")
-CONTAINERS = sorted((ROOT / "containers").iterdir())
+CONTAINERS = sorted((ROOT / "containers").glob("Dockerfile.*"))
 
 
 def lines_of_code() -> list[str]:
