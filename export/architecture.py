@@ -260,6 +260,12 @@ class VisionConfig:
         rows, columns = self.grid
         return rows * columns + self.tower.cls_token
 
+    @property
+    def span(self) -> int:
+        """Tokens that the uncompressed model hands on of an image, a tile or a frame."""
+        rows, columns = self.grid
+        return rows * columns + (self.tower.cls_token and self.feature_strategy == "full")
+
 
 def tensor_shapes(config: VisionConfig) -> dict[str, Shape]:
     """Return canonical name → shape of every tensor of the vision side, in the order of the graph.

@@ -465,7 +465,7 @@ def describe(
         graph_input = form.Tensor("pixel_values", "float32", (batch, 3, side, side))
     return form.Manifest(
         model=model,
-        selection=form.Selection(**vars(budget)),
+        selection=form.Selection(**vars(budget), span=config.span),
         tower=form.Tower(
             config.tokens, config.grid, tower.cls_token, side, tower.patch_size, config.pool
         ),

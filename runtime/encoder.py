@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -45,6 +45,14 @@ from vzip.runtime.pictures.images import (
 )
 from vzip.runtime.pictures.preprocess import pixel_values, tower_image
 from vzip.runtime.pictures.tiles import arrange, arrange_rows, cut, newline_row
+from vzip.runtime.tokens.positions import (
+    EncodedImage,
+    Places,
+    clip_places,
+    image_places,
+    several_places,
+    tile_places,
+)
 from vzip.runtime.wording import are, counted
 
 if TYPE_CHECKING:
@@ -106,19 +114,6 @@ class CompressedTokens:
 
     def __repr__(self) -> str:
         return f"CompressedTokens(embeds {self.embeds.dtype} {list(self.embeds.shape)})"
-
-
-class EncodedImage(NamedTuple):
-    """All that the language model gets for one image, and what it was selected from.
-
-    Attributes:
-        embeds: float32 or float16 [n, L], in the order of `VisionEncoder.image_tokens`.
-        kept: int64 [tiles, dominant]: of each tile, as `CompressedTokens.kept`; the base tile is
-            first. A bundle that cuts no tiles has one.
-    """
-
-    embeds: Array
-    kept: NDArray[np.int64]
 
 
 class VisionEncoder:
@@ -308,7 +303,8 @@ class VisionEncoder:
             several: Whether the prompt holds other images too.
 
         Returns:
-            Embeddings [n, L], n = K without tiles; and the kept indices of each tile.
+            Embeddings [n, L], n = K without tiles; the kept indices of each tile; and where the
+            embeddings stand in the uncompressed sequence.
 
         Raises:
             InvalidInputError: The bundle takes no images, or the image can't be used.
@@ -321,14 +317,16 @@ class VisionEncoder:
         if tiling is None:
             tokens = self.encode([image], channels=channels)
             embeds = tokens.embeds.reshape(tokens.embeds.shape[1:])  # [1, K, L] → [K, L]
-            return EncodedImage(embeds, tokens.kept)
+            where = image_places(self.manifest, _first(tokens.positions))
+            return EncodedImage(embeds, tokens.kept, where)
         newline = self.bundle.newline() if tiling.order == "newline" else None
         if several and cuts_only_alone(self.manifest):
             padded = dataclasses.replace(self.manifest.preprocessing, mode="pad_square")
             pixels = tower_image(load_image(image, channels=channels), padded)
             tokens = self._encode_pixels(pixels[None], on_device=False)
             ends = [] if newline is None else [newline_row(newline, tokens.embeds)]
-            return EncodedImage(np.concatenate([tokens.embeds[0], *ends]), tokens.kept)
+            where = several_places(self.manifest, _first(tokens.positions), newline=bool(ends))
+            return EncodedImage(np.concatenate([tokens.embeds[0], *ends]), tokens.kept, where)
         tiles = cut(load_image(image, channels=channels), self.manifest.preprocessing, tiling)
         tokens = self._encode_pixels(tiles.images, on_device=False)
         grid, embeds, kept = tiles.grid, tokens.embeds[1:], tokens.kept[1:]
@@ -347,10 +345,17 @@ class VisionEncoder:
                 max_tiles=tiling.max_tiles,
             )
         )
-        return EncodedImage(np.concatenate([tokens.embeds[0], others]), tokens.kept)
+        where = tile_places(self.manifest, tokens.positions, tokens.kept, grid, tiles.size)
+        return EncodedImage(np.concatenate([tokens.embeds[0], others]), tokens.kept, where)
+
+    def video_embeds(self, frames: Sequence[ImageSource], *, channels: Channels = "rgb") -> Array:
+        """Return the embeddings of `video_tokens` alone, float32 or float16 [n, L]."""
+        return self.video_tokens(frames, channels=channels).embeds
 
     @door(InvalidInputError, "the video's frames can't be encoded", reads=False)
-    def video_embeds(self, frames: Sequence[ImageSource], *, channels: Channels = "rgb") -> Array:
+    def video_tokens(
+        self, frames: Sequence[ImageSource], *, channels: Channels = "rgb"
+    ) -> EncodedImage:
         """Return all that the language model gets for a clip.
 
         Args:
@@ -382,9 +387,14 @@ class VisionEncoder:
                 "gets tokens of another kind than in its training; export one with --media video"
             )
         newline = self.bundle.newline() if self.manifest.tower.pool == 2 else None
-        embeds = self.encode(frames, channels=channels).embeds  # [frames, K, L]
-        tokens = embeds.reshape(-1, embeds.shape[-1])
-        return tokens if newline is None else np.concatenate([tokens, newline_row(newline, tokens)])
+        tokens = self.encode(frames, channels=channels)
+        embeds = tokens.embeds.reshape(-1, tokens.embeds.shape[-1])  # [frames·K, L]
+        where = clip_places(self.manifest, tokens.positions, closing=newline is not None)
+        if cuts_only_alone(self.manifest):
+            where = Places(None, where.span)  # the uncompressed model's tokens are pooled patches
+        if newline is not None:
+            embeds = np.concatenate([embeds, newline_row(newline, embeds)])
+        return EncodedImage(embeds, tokens.kept, where)
 
     @door(InvalidInputError, "the array can't be encoded", reads=False)
     def run(self, array: Array, *, on_device: bool = False) -> CompressedTokens:
@@ -561,6 +571,11 @@ class VisionEncoder:
         if opened is None:
             raise _closed()
         return opened
+
+
+def _first(positions: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
+    """Return the positions of a batch's first image."""
+    return None if positions is None else positions[0]
 
 
 def _joined(parts: list[Array]) -> Array:

@@ -35,6 +35,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         arguments.model,
         arguments.output,
         revision=arguments.revision,
+        positions=arguments.positions,
         step=lambda name: say(f"{name} …"),
     )
     emit(str(arguments.output))
@@ -54,5 +55,11 @@ def _parser(prog: str) -> Parser:
         "--to", choices=("gguf",), required=True, help="the format: gguf, which llama.cpp reads"
     )
     add_output(parser, "FILE.gguf", "the file to write")
+    parser.add_argument(
+        "--positions",
+        action="store_true",
+        help="a file in which compressed tokens keep their original positions, which llama.cpp "
+        "takes of this form alone (docs/positions.md)",
+    )
     parser.add_argument("--replace", action="store_true", help="replace a file of that name")
     return parser

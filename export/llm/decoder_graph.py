@@ -1,7 +1,8 @@
 """A language model of transformers as one ONNX graph that takes embeddings and a KV cache.
 
-The modules are transformers' own; what is ours is their frame: the causal mask, the positions and
-the cache as plain inputs and outputs. So one graph serves a prompt on an empty cache, a later turn
+The modules are transformers' own; what is ours is their frame: the causal mask, and positions and
+cache as plain inputs and outputs. The mask goes by order, the rotation by position. So one graph
+serves a prompt on an empty cache, a later turn
 on a filled one, and a single token.
 """
 
@@ -17,7 +18,7 @@ from onnx_ir.passes import Sequential, common
 from vzip.export.graph import passes
 from vzip.export.graph.trace import quiet_exporter
 from vzip.runtime.errors import ExportError
-from vzip.runtime.llm.llm_files import INPUT, LOGITS, cache_names
+from vzip.runtime.llm.llm_files import INPUT, LOGITS, POSITIONS, cache_names
 from vzip.runtime.llm.local.transformers import cache_argument
 
 OPSET = 18
@@ -48,12 +49,13 @@ class Decoder(torch.nn.Module):
         self.hidden_size = int(text.hidden_size)
 
     def forward(
-        self, inputs_embeds: torch.Tensor, past: Sequence[torch.Tensor]
+        self, inputs_embeds: torch.Tensor, positions: torch.Tensor, past: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
         """Return logits and the grown cache.
 
         Args:
             inputs_embeds: [1, n, L], n new tokens.
+            positions: int64 [1, n], theirs.
             past: Keys and values of each layer, in turn, [1, heads, m, head size]: m earlier ones.
 
         Returns:
@@ -61,15 +63,15 @@ class Decoder(torch.nn.Module):
             size].
         """
         new, old = inputs_embeds.shape[1], past[0].shape[2]
-        positions = torch.arange(new) + old  # [n]
-        hidden = torch.arange(new + old)[None] > positions[:, None]  # [n, m + n]
+        order = torch.arange(new) + old  # [n]
+        hidden = torch.arange(new + old)[None] > order[:, None]  # [n, m + n]
         lowest = torch.finfo(inputs_embeds.dtype).min
         mask = torch.where(hidden, lowest, 0.0).to(inputs_embeds.dtype)
         cache = _Cache(past)
         last = self.decoder(
             inputs_embeds=inputs_embeds,
             attention_mask=mask[None, None],  # [1, 1, n, m + n]
-            position_ids=positions[None],
+            position_ids=positions,
             **{self.cache_argument: cache},
             use_cache=True,
         ).last_hidden_state[:, -1]  # [1, L]
@@ -106,8 +108,8 @@ def trace(decoder: Decoder) -> ir.Model:
             result until that is saved.
 
     Returns:
-        The model with inputs `inputs_embeds`, `past_key_0`, `past_value_0`, … and outputs `logits`,
-        `present_key_0`, …; n and m are open, m may be 0.
+        The model with inputs `inputs_embeds`, `positions`, `past_key_0`, `past_value_0`, … and
+        outputs `logits`, `present_key_0`, …; n and m are open, m may be 0.
 
     Raises:
         ExportError: torch can't trace it, or the graph breaks a promise of `docs/bundle.md`.
@@ -124,12 +126,12 @@ def trace(decoder: Decoder) -> ir.Model:
         with quiet_exporter(), torch.no_grad():
             program = torch.onnx.export(
                 decoder.eval(),
-                (embeds, past),
+                (embeds, torch.arange(5)[None], past),
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=[INPUT, *(f"past_{name}" for name in names)],
+                input_names=[INPUT, POSITIONS, *(f"past_{name}" for name in names)],
                 output_names=[LOGITS, *(f"present_{name}" for name in names)],
-                dynamic_shapes=({1: new}, [{2: old}] * len(past)),
+                dynamic_shapes=({1: new}, {1: new}, [{2: old}] * len(past)),
                 optimize=True,
                 verbose=False,
             )
@@ -166,13 +168,13 @@ class LlmPromises(ir.passes.InPlacePass):
         """Names, element types, opset, ONNX's own operators without control flow."""
         graph = model.graph
         inputs, outputs = ([value.name for value in each] for each in (graph.inputs, graph.outputs))
-        if inputs != [INPUT, *(f"past_{name}" for name in self.names)]:
-            _fail(f"inputs are {inputs[:3]} …; expected {INPUT}, past_key_0, …")
+        if inputs != [INPUT, POSITIONS, *(f"past_{name}" for name in self.names)]:
+            _fail(f"inputs are {inputs[:3]} …; expected {INPUT}, {POSITIONS}, past_key_0, …")
         if outputs != [LOGITS, *(f"present_{name}" for name in self.names)]:
             _fail(f"outputs are {outputs[:3]} …; expected {LOGITS}, present_key_0, …")
         element = ir.DataType.FLOAT16 if self.half else ir.DataType.FLOAT
         for value in (*graph.inputs, *list(graph.outputs)[1:]):
-            if value.dtype != element:
+            if value.dtype != (ir.DataType.INT64 if value.name == POSITIONS else element):
                 _fail(f"{value.name} is {value.dtype}; expected {element}")
         if dict(model.opset_imports) != {"": OPSET} or model.functions:
             _fail(f"opset imports are {dict(model.opset_imports)}; expected {OPSET} alone")

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
 
 from vzip.export import families
 from vzip.export.checkpoint.reader import Checkpoint
-from vzip.export.llm.gguf_tensors import Sizes, Stored, gguf_names, gguf_tensor
+from vzip.export.llm.gguf_tensors import SECTIONED, Sizes, Stored, gguf_names, gguf_tensor
 from vzip.export.llm.gguf_vocab import Vocabulary, read_vocabulary
 from vzip.runtime.console import progress
 from vzip.runtime.errors import CheckpointError, InvalidInputError, missing
@@ -45,6 +46,7 @@ def convert(
     path: Path,
     *,
     revision: str | None = None,
+    positions: bool = False,
     step: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Write the LLM of a LLaVA as a GGUF; one that is there is replaced.
@@ -55,6 +57,8 @@ def convert(
         model: An alias, a local folder or a hub id; see `vzip.runtime.models.locate`.
         path: The file, in a folder that exists.
         revision: Branch, tag or commit of a hub repository.
+        positions: Whether the file is to take positions with gaps, so that compressed tokens keep
+            their own: it is written as a ``qwen2vl``.
         step: Called with what is done next.
 
     Raises:
@@ -72,7 +76,7 @@ def convert(
     step("reading the configuration and the tokenizer")
     text = TextCheckpoint.open(NAME, model, revision=checkpoint.revision)
     warn_of_date(path.name, text.files.template)
-    sizes = Sizes.of(text.files.config)
+    sizes = Sizes.of(text.files.config, positions=positions)
     vocabulary = read_vocabulary(text.files.tokenizer, sizes.rows)
     stored = Stored.find(checkpoint.folder, sizes)
     step(f"writing {path.name}")
@@ -156,6 +160,8 @@ def _add_sizes(writer: GGUFWriter, sizes: Sizes, dtype: torch.dtype) -> None:
     writer.add_layer_norm_rms_eps(sizes.rms_eps)
     writer.add_rope_dimension_count(sizes.head_dim)
     writer.add_rope_freq_base(sizes.rope_theta)
+    if sizes.arch == SECTIONED:
+        writer.add_rope_dimension_sections([sizes.head_dim // 2, 0, 0, 0])
 
 
 def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
@@ -197,6 +203,9 @@ def _write(writer: GGUFWriter, stored: Stored, dtypes: dict[str, torch.dtype], p
         count = int(torch.Size(shapes[name]).numel())
         nbytes = array.itemsize * count
         writer.add_tensor_info(names[name], shapes[name], array.dtype, nbytes, raw)
+    for name, shape in stored.sizes.zeros().items():
+        zero = np.zeros(shape, np.float32)
+        writer.add_tensor_info(names[name], shape, zero.dtype, zero.nbytes)
     staged: atomic.StagedFolder | None = None
     try:
         staged = atomic.StagedFolder(path)
@@ -206,6 +215,8 @@ def _write(writer: GGUFWriter, stored: Stored, dtypes: dict[str, torch.dtype], p
         writer.write_ti_data_to_file()
         for name, tensor in _with_progress(stored):
             writer.write_tensor_data(gguf_tensor(name, tensor, stored.sizes))
+        for shape in stored.sizes.zeros().values():
+            writer.write_tensor_data(np.zeros(shape, np.float32))
         _sync(writer)
         writer.close()
         atomic.rename_file(file, path)

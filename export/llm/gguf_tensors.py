@@ -21,10 +21,15 @@ from vzip.export.checkpoint.weights import check_tensor
 from vzip.runtime.errors import CheckpointError
 from vzip.runtime.wording import counted
 
-Arch = Literal["llama", "qwen2"]
+Arch = Literal["llama", "qwen2", "qwen2vl"]
 
 ARCHS: Final[Mapping[str, Arch]] = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 """A text configuration's ``model_type`` → llama.cpp's name of the architecture."""
+
+SECTIONED: Final[Arch] = "qwen2vl"
+"""The one that takes positions with gaps: Qwen2's, whose rotary embeddings have sections (M-RoPE).
+With one section alone they are the ordinary ones.
+"""
 
 _DECODER: Final = Part(
     canonical="decoder.",
@@ -55,6 +60,8 @@ class Sizes:
         context: Longest sequence that it was made for.
         rms_eps: Of its norms.
         rope_theta: Base of the rotary frequencies.
+        biased: Whether the checkpoint has biases of queries, keys and values. The file has them
+            where the architecture wants them, as zeros if the checkpoint hasn't.
         tied: Whether the embeddings serve as head.
     """
 
@@ -70,13 +77,15 @@ class Sizes:
     rms_eps: float
     rope_theta: float
     tied: bool
+    biased: bool
 
     @classmethod
-    def of(cls, config: Any) -> Sizes:
+    def of(cls, config: Any, *, positions: bool = False) -> Sizes:
         """Read the configuration of a LLaVA.
 
         Args:
             config: transformers' object.
+            positions: Whether the file is to take positions with gaps.
 
         Raises:
             CheckpointError: llama.cpp has no such LLM.
@@ -107,7 +116,7 @@ class Sizes:
         window = getattr(text, "sliding_window", None)
         context = int(text.max_position_embeddings)
         return cls(
-            arch=ARCHS[kind],
+            arch=SECTIONED if positions else ARCHS[kind],
             layers=int(text.num_hidden_layers),
             hidden_size=int(text.hidden_size),
             intermediate_size=int(text.intermediate_size),
@@ -121,7 +130,19 @@ class Sizes:
             rms_eps=float(text.rms_norm_eps),
             rope_theta=float(rope["rope_theta"]),
             tied=bool(config.tie_word_embeddings or text.tie_word_embeddings),
+            biased=kind == "qwen2",
         )
+
+    def zeros(self) -> dict[str, tuple[int, ...]]:
+        """Return the canonical names and shapes of biases that the file has as zeros."""
+        if self.arch == "llama" or self.biased:
+            return {}
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            f"decoder.layers.{index}.self_attn.{name}_proj.bias": (rows,)
+            for index in range(self.layers)
+            for name, rows in (("q", queries), ("k", keys), ("v", keys))
+        }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the canonical names of all tensors and their shapes in a checkpoint."""
@@ -133,7 +154,7 @@ class Sizes:
             shapes[f"{layer}.input_layernorm.weight"] = (width,)
             for name, rows in (("q", queries), ("k", keys), ("v", keys)):
                 shapes[f"{layer}.self_attn.{name}_proj.weight"] = (rows, width)
-                if self.arch == "qwen2":
+                if self.biased:
                     shapes[f"{layer}.self_attn.{name}_proj.bias"] = (rows,)
             shapes[f"{layer}.self_attn.o_proj.weight"] = (width, queries)
             shapes[f"{layer}.post_attention_layernorm.weight"] = (width,)
@@ -221,7 +242,7 @@ def gguf_names(sizes: Sizes) -> dict[str, str]:
     arch = gguf.MODEL_ARCH[sizes.arch.upper()]
     table = gguf.get_tensor_name_map(arch, sizes.layers)
     names: dict[str, str] = {}
-    for name in sizes.shapes():
+    for name in (*sizes.shapes(), *sizes.zeros()):
         known = table.get_name(name.replace(_DECODER.canonical, "model.", 1), (".weight", ".bias"))
         assert known is not None, name
         names[name] = known

@@ -34,6 +34,7 @@ from vzip.runtime.llm.local.transformers import CLASSES, TransformersLLM, cache_
 from vzip.runtime.llm.prompts import Prompts
 from vzip.runtime.llm.shown import TokenSpec
 from vzip.runtime.machine import sensors
+from vzip.runtime.tokens.positions import Places, along, left_out
 from vzip.runtime.wording import counted
 
 LLMS: Final = ("llama", "mistral", "qwen2")
@@ -55,6 +56,7 @@ in FP32 and 5.7 in FP16, without mapped files, which the kernel may drop.
 _GIB = 2**30
 _QUESTIONS = ("What is shown? Größe, 大きさ?", "And then?")
 _ROWS = 8  # of the trial's image
+_PLACES = Places(np.arange(_ROWS) * 2, 3 * _ROWS)  # with gaps inside and behind
 _STEPS = 4  # single tokens between its turns
 
 
@@ -233,15 +235,21 @@ class Trial:
         noise = np.random.default_rng(0).standard_normal((_ROWS, llm.text.hidden_size))
         self._rows = (noise * float(table.detach().std())).astype(np.float32)
         self._calls: list[list[int]] = []
+        self._positions: list[NDArray[np.int64]] = []
+        placeholder, length = llm.text.prompts.placeholders["image"], 0
+        positions = along(first, placeholder, [_PLACES])
         self._logits: list[NDArray[np.float32]] = []
         cache = llm.new_cache()
         ids = first
         for call in range(_STEPS + 2):
             rows = None if call else self._rows
-            logits = _untouched(llm, ids, cache, rows)
+            logits = _untouched(llm, ids, cache, rows, positions)
             self._calls.append(ids)
+            self._positions.append(positions)
             self._logits.append(logits)
+            length += len(ids)
             ids = later if call == _STEPS else [int(logits.argmax())]
+            positions = np.arange(len(ids)) + (length + left_out([_PLACES]))
 
     def compare(self, bundle: Bundle) -> None:
         """Run the same with the language model of a bundle.
@@ -262,8 +270,9 @@ class Trial:
         gate = LLM_LOGITS[bundle.manifest.precision].error
         assert gate is not None
         cache = llm.new_cache()
-        for call, (ids, expected) in enumerate(zip(self._calls, self._logits, strict=True)):
-            logits = llm.logits(ids, cache, None if call else self._rows)
+        calls = zip(self._calls, self._positions, self._logits, strict=True)
+        for call, (ids, positions, expected) in enumerate(calls):
+            logits = llm.logits(ids, cache, None if call else self._rows, positions)
             scale = float(np.abs(expected).max())
             error = float(np.abs(logits - expected).max()) / scale
             lost = float(expected.max() - expected[logits.argmax()]) / scale
@@ -288,7 +297,11 @@ def _quiet() -> None:
 
 
 def _untouched(
-    llm: TransformersLLM, ids: list[int], cache: Any, rows: NDArray[np.float32] | None
+    llm: TransformersLLM,
+    ids: list[int],
+    cache: Any,
+    rows: NDArray[np.float32] | None,
+    positions: NDArray[np.int64],
 ) -> NDArray[np.float32]:
     """Return the untouched model's logits behind new tokens, float32 [V]."""
     embed = llm.model.get_input_embeddings()
@@ -301,6 +314,8 @@ def _untouched(
         result = llm.model(
             inputs_embeds=embeds,
             **{cache_argument(llm.model): cache},
+            attention_mask=torch.ones(1, cache.get_seq_length() + len(ids), dtype=torch.int64),
+            position_ids=torch.from_numpy(positions)[None],
             use_cache=True,
             logits_to_keep=1,
         )
@@ -337,6 +352,7 @@ def _settings(llm: TransformersLLM, precision: str) -> Settings:
         kv_heads=attention.k_proj.out_features // attention.head_dim,
         head_size=int(attention.head_dim),
         dtype="float32" if precision == "fp32" else "float16",
+        positions=True,
     )
 
 

@@ -92,6 +92,9 @@ class Selection(Record):
         contextual: Number of tokens merged from the rest.
         merge: ``average`` (the paper) or ``sum`` (the published code).
         cls_token: Whether CLS is kept, as one of `dominant`.
+        span: How many tokens the uncompressed model hands on of an image, a tile or a frame: the
+            patches, and CLS where it keeps that. None where the graph doesn't say which patches its
+            tokens stand for.
     """
 
     method: Text
@@ -99,6 +102,7 @@ class Selection(Record):
     contextual: Count
     merge: Literal["average", "sum"]
     cls_token: bool
+    span: Count | None = field(default=None, metadata=OPTIONAL)
 
     @property
     def tokens(self) -> int:
@@ -310,6 +314,11 @@ class Manifest(Record):
         return self.outputs[1]
 
     @property
+    def span(self) -> int | None:
+        """Places of an image, tile or frame in the uncompressed sequence; None if not known."""
+        return self.selection.span
+
+    @property
     def has_positions(self) -> bool:
         """Whether the graph has the output ``token_positions``."""
         return len(self.outputs) == 3
@@ -429,6 +438,11 @@ def _check_budget(manifest: Manifest) -> None:
         expected = "false, since the tower has no CLS token"
         raise manifest.misfit("selection.cls_token", expected, True)
     patches = tower.grid[0] * tower.grid[1]
+    if selection.span is not None and not manifest.has_positions:
+        raise manifest.misfit("selection.span", f"null without {POSITIONS}", selection.span)
+    if selection.span not in (None, patches, patches + tower.cls_token):
+        expected = f"{patches}, the patches" + (", or one more for CLS" if tower.cls_token else "")
+        raise manifest.misfit("selection.span", expected, selection.span)
     available = patches + selection.cls_token  # a CLS that isn't kept is not merged either
     if selection.tokens >= available:
         raise manifest.misfit(

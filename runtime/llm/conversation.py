@@ -18,11 +18,16 @@ import numpy as np
 from vzip.runtime.errors import BackendError, InvalidInputError
 from vzip.runtime.guard import guarded
 from vzip.runtime.llm.contract import DEFAULT_MAX_NEW_TOKENS, LLM, Conversation
+from vzip.runtime.llm.shown import NO_POSITIONS
+from vzip.runtime.tokens.positions import along, check_ascending, left_out
 from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
-    from vzip.runtime.llm.shown import Embeds, Shown
+    from numpy.typing import NDArray
+
+    from vzip.runtime.llm.shown import Embeds, Given, Shown
     from vzip.runtime.llm.text_side import TextSide
+    from vzip.runtime.tokens.positions import Positions
 
 T = TypeVar("T")
 
@@ -103,6 +108,14 @@ class Spoken(NamedTuple):
     ended: bool
 
 
+def beyond(name: str, max_new_tokens: int, reached: int, trained: int) -> str:
+    """Say why tokens get consecutive positions where their own pass the LLM's context."""
+    return (
+        f"{name}: tokens get consecutive positions, since with their own and {max_new_tokens} new "
+        f"ones the LLM would be at {reached}, beyond the {trained} that it was trained with"
+    )
+
+
 class Turns(Conversation, Generic[T]):
     """Turns of a conversation: a history, to which each question and its answer are added.
 
@@ -133,6 +146,11 @@ class Turns(Conversation, Generic[T]):
         self._intact = True
         self._turn = 0
         self._answer: Generator[tuple[list[T], str], None, None] | None = None
+
+    @property
+    def positions(self) -> Positions:
+        """Which positions the tokens of what is shown have; see `Conversation`."""
+        return self.shown.positions
 
     @abstractmethod
     def _asked(self, question: str, max_new_tokens: int) -> list[T]:
@@ -320,17 +338,27 @@ class GreedyLLM(LLM):
         name: The name that ``--llm`` knows it by.
         text: Its text side.
         largest: Largest magnitude that its dtype can hold.
+        unable: Why it can't give tokens their original positions; None where it can.
+        trained: How many positions it was trained with; None where it doesn't say.
     """
 
     text: TextSide
     largest: float
+    unable: str | None = NO_POSITIONS
+    trained: int | None = None
 
     @abstractmethod
     def new_cache(self) -> Any:
         """Return an empty KV cache, which belongs to one conversation."""
 
     @abstractmethod
-    def step(self, ids: list[int], cache: Any, rows: Embeds | None) -> int:
+    def step(
+        self,
+        ids: list[int],
+        cache: Any,
+        rows: Embeds | None,
+        positions: NDArray[np.int64] | None = None,
+    ) -> int:
         """Run the LLM over new tokens.
 
         Args:
@@ -338,6 +366,8 @@ class GreedyLLM(LLM):
             cache: The KV cache of the tokens before them, which grows by m.
             rows: float32 or float16 [n, L]: what stands at the n placeholders among `ids`, in
                 order; ``None`` where a placeholder is a mere word.
+            positions: int64 [m], that of each, which doesn't go back; None for consecutive ones
+                behind the cache. An LLM that is `unable` takes no others.
 
         Returns:
             The most probable next id; the lower one of equals.
@@ -347,10 +377,17 @@ class GreedyLLM(LLM):
         """
 
     def conversation(
-        self, embeds: Embeds | Sequence[Embeds], *, frames: int | None = None
+        self,
+        embeds: Given | Sequence[Given],
+        *,
+        frames: int | None = None,
+        positions: Positions | None = None,
     ) -> GreedyConversation:
         """Begin a conversation; see `LLM.conversation`."""
-        return GreedyConversation(self, self.text.shown(embeds, frames, largest=self.largest))
+        shown = self.text.shown(
+            embeds, frames, largest=self.largest, positions=positions, unable=self.unable
+        )
+        return GreedyConversation(self, shown)
 
 
 class GreedyConversation(TokenConversation):
@@ -373,14 +410,45 @@ class GreedyConversation(TokenConversation):
         """Ids of all tokens in the KV cache, among them a placeholder for each row."""
         return tuple(self._history[: self._cached])
 
+    def _asked(self, question: str, max_new_tokens: int) -> list[int]:
+        asked = super()._asked(question, max_new_tokens)
+        if self.shown.where is None or self._llm.trained is None:
+            return asked
+        # Positions are beyond the tokens' number by what was left out of the pictures.
+        longest = len(asked) + left_out(self.shown.where) + max_new_tokens
+        if longest <= self._llm.trained:
+            return asked
+        if not self._history:
+            why = beyond(self._name, max_new_tokens, longest, self._llm.trained)
+            self.shown = self.shown.consecutive(why)
+            return asked
+        raise InvalidInputError(
+            f"{self._name}: with the tokens' original positions this turn and {max_new_tokens} "
+            f"tokens for the answer reach position {longest}",
+            expected=f"at most {self._llm.trained}, which the LLM was trained with",
+            cure="begin a new conversation, or allow a shorter answer (--max-new-tokens)",
+        )
+
+    def _positions(self, new: list[int]) -> NDArray[np.int64] | None:
+        """Return the positions of tokens that come next into the cache; None for consecutive."""
+        where = self.shown.where
+        if where is None:
+            return None
+        if not self._cached:
+            return along(new, self._text.prompts.placeholders[self.shown.kind], where)
+        return np.arange(len(new)) + (self._cached + left_out(where))
+
     def _generate(self, ids: list[int], max_new_tokens: int) -> Generator[list[int], None, None]:
         made: list[int] = []
         new = ids[self._cached :]
         while len(made) < max_new_tokens:
             # Only the first prompt has places: a placeholder that the LLM says is a mere word.
             rows = None if self._cached else np.concatenate(self.shown.parts)
+            positions = self._positions(new)
+            if positions is not None:
+                check_ascending(self._name, positions)
             self._intact = False  # until the cache is whole again
-            token = self._llm.step(new, self._cache, rows)
+            token = self._llm.step(new, self._cache, rows, positions)
             self._cached += len(new)
             self._intact = True
             made, new = [*made, token], [token]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import numpy as np
@@ -22,7 +22,7 @@ from vzip.runtime.bundle.manifest import (
 from vzip.runtime.bundle.reader import Bundle, naming, npy_header
 from vzip.runtime.errors import BundleError
 from vzip.runtime.files import codec
-from vzip.runtime.files.codec import Count, Index, Must, Record, within
+from vzip.runtime.files.codec import OPTIONAL, Count, Index, Must, Record, within
 from vzip.runtime.guard import door
 from vzip.runtime.llm.prompts import Kind, Words
 
@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FORMAT: Final = "vzip-llm"
-VERSION: Final = 1
+VERSION: Final = 2
+"""Since 2 the graph has the input `POSITIONS`; the other one is read as well."""
 
 INPUT: Final = "inputs_embeds"
+POSITIONS: Final = "positions"
 LOGITS: Final = "logits"
 
 _LARGEST_SETTINGS = 2**20  # bytes; ours have a thousand
@@ -61,6 +63,8 @@ class Settings(Record):
         kv_heads: Heads of keys and values in a layer.
         head_size: Width of a head.
         dtype: Of embeddings, keys and values.
+        positions: Whether the graph takes the tokens' positions. Not in version 1, whose graph
+            numbers them one after the other.
     """
 
     words: Words
@@ -78,6 +82,7 @@ class Settings(Record):
     kv_heads: Count
     head_size: Count
     dtype: Literal["float32", "float16"]
+    positions: bool = field(default=False, metadata=OPTIONAL)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,7 +91,8 @@ class Settings(Record):
 
     def to_bytes(self) -> bytes:
         """Return the text of the file, UTF-8 with a newline at the end."""
-        data = {"format": FORMAT, "version": VERSION, **codec.write(self)}
+        version = VERSION if self.positions else 1
+        data = {"format": FORMAT, "version": version, **codec.write(self)}
         return json.dumps(data, indent=2, ensure_ascii=False).encode() + b"\n"
 
     @classmethod
@@ -104,15 +110,18 @@ class Settings(Record):
         if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
             raise _no_settings(f"begins with {data[:40].decode(errors='replace')!r}")
         version = value.pop("version", None)
-        if type(version) is not int or version != VERSION:
+        if type(version) is not int or not 1 <= version <= VERSION:
             raise BundleError(
                 f"{LLM_SETTINGS_FILE}: 'version' is {version!r}",
-                expected=f"{VERSION}",
+                expected=f"1 to {VERSION}",
                 cause="the language model was exported by another version of vzip",
                 cure="export the bundle again, or install that version",
             )
         with codec.reading(LLM_SETTINGS_FILE):
-            return codec.read(cls, value)
+            settings = codec.read(cls, value)
+            if settings.positions != (version > 1):
+                raise settings.misfit("positions", f"{version > 1} in version {version}")
+            return settings
 
     @classmethod
     def of(cls, bundle: Bundle) -> Settings:

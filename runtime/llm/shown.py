@@ -6,14 +6,25 @@ crash on a wrong shape.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.llm.prompts import KINDS, Kind
+from vzip.runtime.tokens.positions import (
+    UNKNOWN,
+    EncodedImage,
+    Places,
+    Positions,
+    by_place,
+    check_places,
+    frame_places,
+)
 from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
@@ -22,6 +33,15 @@ if TYPE_CHECKING:
     from vzip.runtime.bundle.manifest import Manifest
 
     Embeds = npt.NDArray[np.floating]
+    Given: TypeAlias = Embeds | EncodedImage
+
+_log = logging.getLogger(__name__)
+
+NO_POSITIONS = "it takes no positions"
+"""Why an LLM server gives tokens consecutive positions."""
+
+_LLAVA_15_LIKE = ("llava", "llava-original", "vip-llava")
+"""Families (`Manifest.model.family`) whose tokens keep their positions unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +50,30 @@ class Shown:
 
     Attributes:
         kind: What a placeholder stands for.
-        parts: One array [n, L] for each placeholder, in order; copies, of the caller's dtype.
+        parts: One array [n, L] for each placeholder, in order; copies, of the caller's dtype. Their
+            rows are in the bundle's order, or by place where they keep their positions.
+        where: Of each part, where its rows stand in the uncompressed sequence; None where they get
+            consecutive positions.
+        published: The same with consecutive positions and in the bundle's order; None where these
+            are so.
     """
 
     kind: Kind
     parts: tuple[Embeds, ...]
+    where: tuple[Places, ...] | None = None
+    published: Shown | None = None
+
+    @property
+    def positions(self) -> Positions:
+        """Which positions the rows have."""
+        return "consecutive" if self.where is None else "original"
+
+    def consecutive(self, why: str) -> Shown:
+        """Return the same with consecutive positions, and say once why."""
+        if self.published is None:
+            return self
+        say_consecutive(why)
+        return self.published
 
 
 @dataclass(frozen=True)
@@ -50,6 +89,8 @@ class TokenSpec:
         closing: Rows behind those of a video's last frame.
         several_count: Rows per image where the prompt holds several, if that is another number
             than `count`: LLaVA-OneVision cuts no tiles then.
+        positions: Which positions the rows have unless an LLM is told otherwise.
+        placed: Whether the bundle says which patch a row stands for.
     """
 
     count: int | None
@@ -59,6 +100,8 @@ class TokenSpec:
     frame_count: int | None = None
     closing: int = 0
     several_count: int | None = None
+    positions: Positions = "consecutive"
+    placed: bool = False
 
     @classmethod
     def of(cls, manifest: Manifest) -> TokenSpec:
@@ -90,6 +133,8 @@ class TokenSpec:
             # LLaVA-OneVision ends a video, whose frames it pools, with its newline embedding.
             closing=1 if manifest.tower.pool == 2 else 0,
             several_count=several,
+            positions="original" if manifest.model.family in _LLAVA_15_LIKE else "consecutive",
+            placed=manifest.span is not None,
         )
 
     def rows(self, frames: int | None, *, several: bool = False) -> int | None:
@@ -200,13 +245,15 @@ def check_embeds(
 
 def check_shown(
     name: str,
-    embeds: Embeds | Sequence[Embeds],
+    embeds: Given | Sequence[Given],
     *,
     frames: int | None,
     tokens: TokenSpec | None,
     hidden_size: int,
     takes_videos: bool,
     largest: float = float("inf"),
+    positions: Positions | None = None,
+    unable: str | None = NO_POSITIONS,
 ) -> Shown:
     """Check the tokens that a conversation is about, and divide them among placeholders.
 
@@ -215,34 +262,46 @@ def check_shown(
 
     Args:
         name: The LLM's name, for messages.
-        embeds: float32 or float16 [n, L], or a list or tuple of them for several images.
+        embeds: float32 or float16 [n, L], or what `VisionEncoder.image_tokens` or `video_tokens`
+            returned; or a list or tuple of them for several images.
         frames: Frames of the video; ``None`` for images.
         tokens: What the bundle says; ``None`` to take any number.
         hidden_size: L that the LLM takes.
         takes_videos: Whether the LLM has a placeholder for videos.
         largest: Largest magnitude that the LLM's dtype can hold.
+        positions: Which positions the rows are to have; None for what `tokens` says, or
+            ``consecutive`` where nothing says where the rows stand.
+        unable: Why this LLM can't give tokens their original positions; None where it can. They
+            are consecutive then, which is said once.
 
     Returns:
         Copies, so that the caller may go on using its arrays.
 
     Raises:
         InvalidInputError: Something is wrong with them; the message says which, if there are
-            several.
+            several. ``original`` is asked for, and the bundle doesn't say where tokens stand.
     """
+    if positions not in (None, "original", "consecutive"):
+        raise InvalidInputError(
+            f"{name}: got positions={positions!r}", expected="'original' or 'consecutive'"
+        )
     several = isinstance(embeds, (list, tuple))
-    if several and not embeds:
+    given: Sequence[Any] = embeds if isinstance(embeds, (list, tuple)) else [embeds]
+    if not given:
         raise InvalidInputError(f"{name}: got an empty list of images", expected="1 or more")
     if several and frames is not None:
         raise InvalidInputError(
-            f"{name}: got a list of {counted(len(embeds), 'array')} with frames={frames}",
+            f"{name}: got a list of {counted(len(given), 'array')} with frames={frames}",
             expected="a video's tokens as one array, or a list of images without frames",
         )
-    arrays = embeds if isinstance(embeds, (list, tuple)) else [embeds]
+    arrays = [each.embeds if isinstance(each, EncodedImage) else each for each in given]
+    where = tuple(each.where if isinstance(each, EncodedImage) else UNKNOWN for each in given)
     together = len(arrays) > 1
     untiled = together and tokens is not None and tokens.several_count is not None
     for number, each in enumerate(arrays):
+        whose = f"{name}: image {number}" if together else name
         check_embeds(
-            f"{name}: image {number}" if together else name,
+            whose,
             each,
             hidden_size=hidden_size,
             count=None if tokens is None else tokens.rows(frames, several=together),
@@ -250,9 +309,11 @@ def check_shown(
             frames=frames,
             largest=largest,
         )
+        check_places(whose, where[number], len(each))
     if frames is None or takes_videos:
         kind: Kind = "image" if frames is None else "video"
-        return Shown(kind, tuple(np.array(each) for each in arrays))
+        shown = Shown(kind, tuple(np.array(each) for each in arrays))
+        return _placed(name, shown, where, unable, _wanted(name, where, tokens, positions))
     rows = len(arrays[0])
     if rows % frames:
         raise InvalidInputError(
@@ -260,7 +321,77 @@ def check_shown(
             expected="as many tokens of every frame, without a closing token",
             cause="each frame is an image to this LLM",
         )
-    return Shown("image", tuple(np.array_split(np.array(arrays[0]), frames)))
+    shown = Shown("image", tuple(np.array_split(np.array(arrays[0]), frames)))
+    each_frame = tuple(frame_places(where[0], frames))
+    return _placed(name, shown, each_frame, unable, _wanted(name, where, tokens, positions))
+
+
+def _wanted(
+    name: str,
+    where: Sequence[Places],
+    tokens: TokenSpec | None,
+    positions: Positions | None,
+) -> Positions:
+    """Return which positions rows are to have.
+
+    Raises:
+        InvalidInputError: Original ones are asked for, and nothing says where the rows stand.
+    """
+    known = all(each.span is not None for each in where)
+    if positions == "original" and not known:
+        raise _unplaced(name, tokens)
+    default = tokens.positions if known and tokens is not None else "consecutive"
+    return positions or default
+
+
+def _placed(
+    name: str, shown: Shown, where: tuple[Places, ...], unable: str | None, wanted: Positions
+) -> Shown:
+    """Return what is shown with the positions that are wanted, as far as that goes."""
+    if wanted == "consecutive":
+        return shown
+    if unable is not None:
+        say_consecutive(f"{name}: tokens get consecutive positions, since {unable}")
+        return shown
+    if any(each.places is None for each in where):
+        say_consecutive(
+            f"{name}: tokens get consecutive positions, since the uncompressed model shrinks what "
+            "is shown, so that no patch has a place of its own"
+        )
+        return shown
+    orders = [by_place(each) for each in where]
+    return Shown(
+        shown.kind,
+        tuple(part[order] for part, order in zip(shown.parts, orders, strict=True)),
+        tuple(
+            Places(each.places[order], each.span)  # type: ignore[index]
+            for each, order in zip(where, orders, strict=True)
+        ),
+        shown,
+    )
+
+
+def _unplaced(name: str, tokens: TokenSpec | None) -> InvalidInputError:
+    """Return the error for rows of which nobody knows where they stand."""
+    if tokens is not None and not tokens.placed:
+        return InvalidInputError(
+            f"{name}: the bundle doesn't say where its tokens stand",
+            expected="the output token_positions, for positions='original'",
+            cause="it was exported by an older version of vzip",
+            cure="export it again, or ask with --positions consecutive",
+        )
+    return InvalidInputError(
+        f"{name}: got rows without their places",
+        expected="what VisionEncoder.image_tokens or video_tokens returned, for "
+        "positions='original'",
+        cure="give that as it is, instead of its embeds alone",
+    )
+
+
+@functools.cache
+def say_consecutive(why: str) -> None:
+    """Say why tokens get consecutive positions; a second time it isn't news."""
+    _log.warning(why)
 
 
 def check_batch(name: str, embeds: Sequence[object], questions: Sequence[str]) -> None:

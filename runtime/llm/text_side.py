@@ -18,11 +18,12 @@ from vzip.runtime.files.plain import check_folder_of_plain, read_text
 from vzip.runtime.guard import door
 from vzip.runtime.llm.chat_template import make_prompts
 from vzip.runtime.llm.prompts import KINDS, TURN_TOKENS, Kind, Prompts
-from vzip.runtime.llm.shown import Shown, TokenSpec, check_shown
+from vzip.runtime.llm.shown import NO_POSITIONS, Shown, TokenSpec, check_shown
 from vzip.runtime.models import locate
 
 if TYPE_CHECKING:
-    from vzip.runtime.llm.shown import Embeds
+    from vzip.runtime.llm.shown import Given
+    from vzip.runtime.tokens.positions import Positions
 
 # What transformers reads of a checkpoint for its configuration, tokenizer and chat template.
 TEXT_FILES: Final = ("*.json", "*.jinja", "*.model")
@@ -59,12 +60,14 @@ class TextSide:
 
     def shown(
         self,
-        embeds: Embeds | Sequence[Embeds],
+        embeds: Given | Sequence[Given],
         frames: int | None = None,
         *,
         largest: float,
         takes_videos: bool = True,
         where: str | None = None,
+        positions: Positions | None = None,
+        unable: str | None = NO_POSITIONS,
     ) -> Shown:
         """Check what the first turn shows; see `vzip.runtime.llm.shown.check_shown`.
 
@@ -74,6 +77,8 @@ class TextSide:
             largest: Largest magnitude that the LLM's dtype can hold.
             takes_videos: Whether a video can stand at the LLM's placeholder for videos.
             where: What messages begin with; None for the LLM's name.
+            positions: As for `check_shown`.
+            unable: As for `check_shown`.
         """
         return check_shown(
             where or self.name,
@@ -83,6 +88,8 @@ class TextSide:
             hidden_size=self.hidden_size,
             takes_videos=takes_videos and "video" in self.prompts.placeholders,
             largest=largest,
+            positions=positions,
+            unable=unable,
         )
 
     def first(self, shown: Shown, question: str, *, expands: bool = True) -> list[int]:

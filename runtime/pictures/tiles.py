@@ -167,11 +167,11 @@ def arrange_rows(
         InvalidInputError: As for `arrange`; `newline` is not [L], or too large for the dtype.
     """
     tokens = _split(embeds, kept, grid, patches, cls_token)
-    top, left, bottom, right = _unpadded(size, (tokens.rows, tokens.columns))
+    top, left, bottom, right = picture_cells(size, (tokens.rows, tokens.columns))
     row, column = tokens.row, tokens.column
     inside = (row >= top) & (row < bottom) & (column >= left) & (column < right)
     height, width = bottom - top, right - left
-    left_over = _rows_left(height, width, patches[0], max_tiles)
+    left_over = rows_left(height, width, patches[0], max_tiles)
     lines_of = (row[inside] - top) * left_over // max(1, height)
     ends = np.arange(left_over)
     # A newline is one column further to the right than the last patch of its row.
@@ -184,7 +184,7 @@ def arrange_rows(
     return np.concatenate([lines, tokens.others])
 
 
-def _rows_left(height: int, width: int, side: int, max_tiles: int | None) -> int:
+def rows_left(height: int, width: int, side: int, max_tiles: int | None) -> int:
     """Return how many rows the uncompressed model makes of a picture's height × width patches.
 
     Args:
@@ -329,7 +329,7 @@ def _fitted(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
     return target[0], min(math.ceil(size[1] * scale_height), target[1])
 
 
-def _unpadded(size: tuple[int, int], cells: tuple[int, int]) -> tuple[int, int, int, int]:
+def picture_cells(size: tuple[int, int], cells: tuple[int, int]) -> tuple[int, int, int, int]:
     """Return top, left, bottom and right of the picture among rows × columns of patches.
 
     It keeps whole patches on both sides alike, so the outermost may be padding in part. Float

@@ -331,5 +331,5 @@ def cached_image_embeds(
     if found is not None:
         return found.tokens
     encoded = encoder.image_tokens(image, several=several)
-    cache.put(origin, ImageTokens(digest, digest, *encoded))
+    cache.put(origin, ImageTokens(digest, digest, encoded.embeds, encoded.kept))
     return encoded.embeds

@@ -83,7 +83,7 @@ class CachedImages:
             self._tokens[digest] = encoded.embeds
             if self._cache is not None:
                 origin = encoder_origin(encoder, several=self._several)
-                self._cache.put(origin, ImageTokens(digest, digest, *encoded))
+                self._cache.put(origin, ImageTokens(digest, digest, encoded.embeds, encoded.kept))
         return [self._tokens[digest] for digest in self._digests]
 
 

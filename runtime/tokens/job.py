@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple
 
 import numpy as np
 
-from vzip.runtime.encoder import EncodedImage
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.files import atomic, locks
 from vzip.runtime.files.plain import open_plain
@@ -38,6 +37,7 @@ from vzip.runtime.tokens.file import (
     write_kept,
     write_tokens,
 )
+from vzip.runtime.tokens.positions import EncodedImage
 from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
@@ -320,7 +320,8 @@ class EncodeJob:
                 if isinstance(result, InvalidInputError):
                     self._failed[digest] = str(result)
                 else:
-                    self._store.put(self._origin, ImageTokens(digest, digest, *result))
+                    image = ImageTokens(digest, digest, result.embeds, result.kept)
+                    self._store.put(self._origin, image)
                     self.encoded += 1
             self._unfinished.difference_update(batch.digests)
             self._write()

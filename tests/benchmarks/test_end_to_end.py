@@ -223,7 +223,7 @@ class Fake:
     def new_cache(self) -> list[int]:
         return []
 
-    def step(self, ids, cache, rows) -> int:
+    def step(self, ids, cache, rows, positions=None) -> int:
         assert rows is None or ids.count(IMAGE) == len(rows)
         self.steps.append(len(ids))
         cache += ids

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from vzip.runtime.bundle.reader import Bundle
-    from vzip.runtime.llm.shown import Embeds
+    from vzip.runtime.llm.shown import Given
+    from vzip.runtime.tokens.positions import Positions
 
 NAME: Final = "sglang"
 KEY_VARIABLE: Final = "SGLANG_API_KEY"
@@ -128,10 +129,14 @@ class SglangLLM(LLM):
         self.incremental = bool(_field(arguments, "incremental_streaming_output"))
 
     def conversation(
-        self, embeds: Embeds | Sequence[Embeds], *, frames: int | None = None
+        self,
+        embeds: Given | Sequence[Given],
+        *,
+        frames: int | None = None,
+        positions: Positions | None = None,
     ) -> SglangConversation:
         """Begin a conversation; see `LLM.conversation`."""
-        shown = self.checkpoint.shown(embeds, frames, largest=LARGEST[_DTYPE])
+        shown = self.checkpoint.shown(embeds, frames, largest=LARGEST[_DTYPE], positions=positions)
         return SglangConversation(self, shown)
 
     def embeddings(self, ids: Sequence[int], shown: Shown) -> npt.NDArray[np.float32]:

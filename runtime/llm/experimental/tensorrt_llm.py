@@ -29,7 +29,7 @@ from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     from vzip.runtime.bundle.reader import Bundle
-    from vzip.runtime.llm.shown import Embeds
+    from vzip.runtime.llm.shown import Embeds, Given
 
 NAME: Final = "trtllm"
 
@@ -64,7 +64,7 @@ def open_for(where: str, bundle: Bundle) -> TrtllmServer:
 
 def request(
     checkpoint: TextCheckpoint,
-    embeds: Embeds | Sequence[Embeds],
+    embeds: Given | Sequence[Given],
     question: str,
     *,
     frames: int | None = None,
@@ -100,7 +100,7 @@ def request(
 
 def prompt_table(
     checkpoint: TextCheckpoint,
-    embeds: Embeds | Sequence[Embeds],
+    embeds: Given | Sequence[Given],
     question: str,
     *,
     vocab_size: int,

@@ -39,6 +39,7 @@ class Key:
 
 
 _MARK: Final = "\u2581"  # SentencePiece's sign for a space
+_MROPE: Final = 8  # llama_rope_type
 _ALL_LAYERS: Final = 2**31 - 1  # on the GPU, where llama.cpp was built with one
 
 # llama.h's and ggml.h's enumerations. llama-cpp-python's table of log levels is another.
@@ -206,6 +207,10 @@ class GgufModel:
                 cure="make it with 'vzip convert'",
             )
         return int(text)
+
+    def has_sections(self) -> bool:
+        """Return whether its rotary embeddings have several sections (M-RoPE)."""
+        return int(self.library.llama_model_rope_type(self.handle)) == _MROPE
 
     def has_token(self, token_id: int) -> bool:
         """Return whether an id has a token, and not just a row."""

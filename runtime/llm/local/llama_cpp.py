@@ -5,6 +5,9 @@ embeddings, text again. The tokenizer is the GGUF's own. Files that ``vzip conve
 words around a question and the placeholders' ids; of another text GGUF of a LLaVA-1.5 the words are
 known, and the placeholder may be an id beyond its vocabulary.
 
+llama.cpp takes positions that jump only of a file whose rotary embeddings have several sections
+(M-RoPE), as ``vzip convert --positions`` writes it: whether it does is tried when a file is opened.
+
 llama.cpp's calls are as in its ``include/llama.h``.
 """
 
@@ -46,6 +49,8 @@ from vzip.runtime.machine import process
 from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from vzip.runtime.bundle.reader import Bundle
     from vzip.runtime.llm.shown import Embeds
 
@@ -60,6 +65,7 @@ _BATCH: Final = 512  # tokens per llama_decode
 _CONVERSATIONS: Final = 64  # at a time; older versions of llama.cpp take no more
 _F32: Final = 0  # ggml_type, and llama_ftype
 _FLASH_OFF: Final = 0  # llama_flash_attn_type
+_SECTIONS: Final = 4  # positions of an embedding in M-RoPE: time, height, width, and none
 
 
 class LlamaCppLLM(GreedyLLM):
@@ -131,6 +137,8 @@ class LlamaCppLLM(GreedyLLM):
         )
         self.largest = float(np.finfo(np.float32).max)
         self._pool = _Pool(model, min(context, trained), threads or _threads())
+        self.trained = trained
+        self.unable = self._pool.unable()
 
     def new_cache(self) -> KvCache:
         """Return an empty sequence.
@@ -140,9 +148,15 @@ class LlamaCppLLM(GreedyLLM):
         """
         return self._pool.new()
 
-    def step(self, ids: list[int], cache: KvCache, rows: Embeds | None) -> int:
+    def step(
+        self,
+        ids: list[int],
+        cache: KvCache,
+        rows: Embeds | None,
+        positions: NDArray[np.int64] | None = None,
+    ) -> int:
         """Run the LLM over new tokens; see `GreedyLLM.step`."""
-        logits = self.logits(ids, cache, rows)
+        logits = self.logits(ids, cache, rows, positions)
         token = int(logits.argmax())  # of NaN, the first; of equals, the lowest id
         if not np.isfinite(logits[token]):
             raise BackendError(
@@ -151,7 +165,13 @@ class LlamaCppLLM(GreedyLLM):
             )
         return token
 
-    def logits(self, ids: list[int], cache: KvCache, rows: Embeds | None) -> Embeds:
+    def logits(
+        self,
+        ids: list[int],
+        cache: KvCache,
+        rows: Embeds | None,
+        positions: NDArray[np.int64] | None = None,
+    ) -> Embeds:
         """Run the LLM over new tokens; see `GreedyLLM.step`.
 
         Returns:
@@ -160,7 +180,9 @@ class LlamaCppLLM(GreedyLLM):
         places = (
             frozenset(self.text.prompts.placeholders.values()) if rows is not None else frozenset()
         )
-        return self._pool.decode(ids, cache, places, rows)
+        if positions is None:
+            positions = np.arange(cache.length, cache.length + len(ids))
+        return self._pool.decode(ids, cache, places, rows, positions)
 
 
 class KvCache:
@@ -193,6 +215,7 @@ class _Pool:
         self._model, self._length = model, length
         self._width = int(library.llama_model_n_embd(model.handle))
         self._vocabulary = int(library.llama_vocab_n_tokens(model.vocabulary))
+        self._sections = _SECTIONS if model.has_sections() else 1
         parameters = library.llama_context_default_params()
         parameters.n_ctx = length
         parameters.n_batch = parameters.n_ubatch = _BATCH
@@ -239,8 +262,31 @@ class _Pool:
         weakref.finalize(cache, self._dropped.append, cache.sequence)
         return cache
 
+    def unable(self) -> str | None:
+        """Say why tokens can't have positions with gaps between them; None where they can.
+
+        Two embeddings with a gap are tried in a sequence of their own.
+        """
+        cache = self.new()
+        try:
+            with self._lock:
+                for position in (0, 2):
+                    batch = np.zeros((1, self._width), np.float32)
+                    self._decode(batch, cache, np.array([position]), last=True)
+        except BackendError:
+            return (
+                "llama.cpp takes no gaps between those of this file (make one that it does with "
+                "'vzip convert --positions')"
+            )
+        return None
+
     def decode(
-        self, ids: list[int], cache: KvCache, places: frozenset[int], rows: Embeds | None
+        self,
+        ids: list[int],
+        cache: KvCache,
+        places: frozenset[int],
+        rows: Embeds | None,
+        positions: NDArray[np.int64],
     ) -> Embeds:
         """Add tokens to a sequence.
 
@@ -249,6 +295,7 @@ class _Pool:
             cache: The sequence.
             places: Ids at which `rows` stand instead.
             rows: [n, L]; None without any.
+            positions: int64 [m], that of each.
 
         Returns:
             The logits behind the last of them, float32 [V].
@@ -269,21 +316,31 @@ class _Pool:
                     ),
                 )
             taken = 0
-            for start, stop, embedded in _runs(ids, places):
+            for start, stop, embedded in _runs(ids, places, positions):
                 count = stop - start
                 batch: list[int] | Embeds = ids[start:stop]
                 if embedded and rows is not None:
                     batch = np.ascontiguousarray(rows[taken : taken + count], dtype=np.float32)
                     taken += count
-                self._decode(batch, cache, last=stop == len(ids))
+                self._decode(batch, cache, positions[start:stop], last=stop == len(ids))
             found = self._model.library.llama_get_logits_ith(self._context, -1)
             return np.array(np.ctypeslib.as_array(found, (self._vocabulary,)))
 
-    def _decode(self, tokens: list[int] | Embeds, cache: KvCache, *, last: bool) -> None:
+    def _decode(
+        self,
+        tokens: list[int] | Embeds,
+        cache: KvCache,
+        positions: NDArray[np.int64],
+        *,
+        last: bool,
+    ) -> None:
         """Run llama.cpp once, over ids or over embeddings."""
         library, count = self._model.library, len(tokens)
         embedded = isinstance(tokens, np.ndarray)
-        batch = library.llama_batch_init(count, self._width if embedded else 0, 1)
+        # Of embeddings, M-RoPE wants the positions of all sections, one after the other; the last
+        # section is unused. A batch has as many as it has room for tokens.
+        sections = self._sections if embedded else 1
+        batch = library.llama_batch_init(sections * count, self._width if embedded else 0, 1)
         try:
             batch.n_tokens = count
             view = np.ctypeslib.as_array
@@ -291,7 +348,10 @@ class _Pool:
                 view(batch.embd, tokens.shape)[:] = tokens
             else:
                 view(batch.token, (count,))[:] = tokens
-            view(batch.pos, (count,))[:] = np.arange(cache.length, cache.length + count)
+            pos = view(batch.pos, (sections, count))
+            pos[:] = positions
+            if sections > 1:
+                pos[-1] = 0
             view(batch.n_seq_id, (count,))[:] = 1
             view(batch.logits, (count,))[:] = 0
             batch.logits[count - 1] = last
@@ -402,12 +462,22 @@ def _wordless(path: Path) -> CheckpointError:
     )
 
 
-def _runs(ids: list[int], places: frozenset[int]) -> Iterator[tuple[int, int, bool]]:
-    """Yield start, end and whether they are places, of stretches that one llama_decode takes."""
+def _runs(
+    ids: list[int], places: frozenset[int], positions: NDArray[np.int64]
+) -> Iterator[tuple[int, int, bool]]:
+    """Yield start, end and whether they are places, of stretches that one llama_decode takes.
+
+    Its mask goes by position: tokens of one position in one call would see each other both ways.
+    """
     start = 0
     while start < len(ids):
         embedded, stop = ids[start] in places, start + 1
-        while stop < len(ids) and stop - start < _BATCH and (ids[stop] in places) == embedded:
+        while (
+            stop < len(ids)
+            and stop - start < _BATCH
+            and (ids[stop] in places) == embedded
+            and positions[stop] != positions[stop - 1]
+        ):
             stop += 1
         yield start, stop, embedded
         start = stop

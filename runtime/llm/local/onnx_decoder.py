@@ -23,6 +23,7 @@ from vzip.runtime.llm.json_tokenizer import JsonTokenizer
 from vzip.runtime.llm.llm_files import (
     INPUT,
     LOGITS,
+    POSITIONS,
     Settings,
     cache_names,
     map_embeddings,
@@ -86,6 +87,11 @@ class OnnxRuntimeLLM(GreedyLLM):
             )
         self.settings = settings
         self.largest = float(np.finfo(settings.dtype).max)
+        self.trained = settings.context
+        if settings.positions:
+            self.unable = None
+        else:
+            self.unable = "the bundle's LLM was exported by an older version of vzip"
         tokenizer = JsonTokenizer(
             read_tokenizer(bundle),
             bos=settings.bos,
@@ -114,7 +120,8 @@ class OnnxRuntimeLLM(GreedyLLM):
             held=lambda: bundle.held_weights(LLM_DATA_FILE),
         )
         names = cache_names(settings.layers)
-        self._inputs = [INPUT, *(f"past_{name}" for name in names)]
+        self._past = [f"past_{name}" for name in names]
+        self._inputs = [INPUT, *([POSITIONS] if settings.positions else []), *self._past]
         self._outputs = [LOGITS, *(f"present_{name}" for name in names)]
         self._check_graph(bundle)
 
@@ -125,9 +132,15 @@ class OnnxRuntimeLLM(GreedyLLM):
         value = self._onnxruntime.OrtValue.ortvalue_from_numpy(empty)
         return [value] * (2 * self.settings.layers)
 
-    def step(self, ids: list[int], cache: list[Any], rows: Embeds | None) -> int:
+    def step(
+        self,
+        ids: list[int],
+        cache: list[Any],
+        rows: Embeds | None,
+        positions: NDArray[np.int64] | None = None,
+    ) -> int:
         """Run the LLM over new tokens; see `GreedyLLM.step`."""
-        logits = self.logits(ids, cache, rows)
+        logits = self.logits(ids, cache, rows, positions)
         best = int(logits.argmax())  # the first of equals; and NaN, if there is one
         if not np.isfinite(logits[best]):
             raise BackendError(
@@ -138,7 +151,13 @@ class OnnxRuntimeLLM(GreedyLLM):
             )
         return best
 
-    def logits(self, ids: list[int], cache: list[Any], rows: Embeds | None) -> NDArray[np.float32]:
+    def logits(
+        self,
+        ids: list[int],
+        cache: list[Any],
+        rows: Embeds | None,
+        positions: NDArray[np.int64] | None = None,
+    ) -> NDArray[np.float32]:
         """Run the LLM over new tokens; `step` says which arguments.
 
         Returns:
@@ -151,7 +170,12 @@ class OnnxRuntimeLLM(GreedyLLM):
         embeds = self._embeddings(ids, rows)  # [1, n, L]
         try:
             binding.bind_cpu_input(INPUT, embeds)
-            for name, value in zip(self._inputs[1:], cache, strict=True):
+            if self.settings.positions:
+                if positions is None:
+                    length = cache[0].shape()[2]
+                    positions = np.arange(length, length + len(ids))
+                binding.bind_cpu_input(POSITIONS, positions.astype(np.int64)[None])
+            for name, value in zip(self._past, cache, strict=True):
                 binding.bind_ortvalue_input(name, value)
             for name in self._outputs:
                 binding.bind_output(name)
@@ -194,6 +218,8 @@ class OnnxRuntimeLLM(GreedyLLM):
         expected: dict[str, tuple[str, tuple[int | None, ...]]]
         expected = dict.fromkeys(self._inputs, (kind, part))
         expected[INPUT] = (kind, (1, None, settings.hidden_size))
+        if settings.positions:
+            expected[POSITIONS] = ("tensor(int64)", (1, None))
         found = {
             each.name: (each.type, tuple(n if isinstance(n, int) else None for n in each.shape))
             for each in self._session.get_inputs()

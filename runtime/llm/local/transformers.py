@@ -34,11 +34,12 @@ from vzip.runtime.guard import door
 from vzip.runtime.llm.contract import DEFAULT_MAX_NEW_TOKENS
 from vzip.runtime.llm.conversation import (
     GreedyLLM,
+    beyond,
     check_context,
     check_max_new_tokens,
     check_question,
 )
-from vzip.runtime.llm.shown import TokenSpec, check_batch
+from vzip.runtime.llm.shown import TokenSpec, check_batch, say_consecutive
 from vzip.runtime.llm.text_side import (
     TEXT_FILES,
     TextFiles,
@@ -48,14 +49,17 @@ from vzip.runtime.llm.text_side import (
     side_of,
 )
 from vzip.runtime.machine import process
+from vzip.runtime.tokens.positions import along
 from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
     from vzip.runtime.bundle.reader import Bundle
     from vzip.runtime.llm.prompts import Kind
-    from vzip.runtime.llm.shown import Embeds
+    from vzip.runtime.llm.shown import Embeds, Given, Shown
+    from vzip.runtime.tokens.positions import Positions
 
 NAME = "transformers"
 
@@ -90,6 +94,7 @@ class TransformersLLM(GreedyLLM):
     """
 
     name = NAME
+    unable = None
 
     def __init__(
         self,
@@ -139,6 +144,7 @@ class TransformersLLM(GreedyLLM):
         self.dtype = model.get_input_embeddings().weight.dtype
         self.device = model.device
         self.largest = float(torch.finfo(self.dtype).max)
+        self.trained = self.text.context
 
     @classmethod
     @door(
@@ -237,19 +243,18 @@ class TransformersLLM(GreedyLLM):
 
         return DynamicCache()
 
-    def step(self, ids: list[int], cache: Any, rows: Embeds | None) -> int:
+    def step(
+        self,
+        ids: list[int],
+        cache: Any,
+        rows: Embeds | None,
+        positions: NDArray[np.int64] | None = None,
+    ) -> int:
         """Run the LLM over new tokens; see `GreedyLLM.step`."""
         import torch
 
         with torch.inference_mode(), self._memory(lambda: cache.get_seq_length() + len(ids)):
-            new = torch.tensor([ids], device=self.device)  # [1, m]
-            result = self.model(
-                inputs_embeds=self._embeddings(new, rows),
-                **{cache_argument(self.model): cache},
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            best, token = result.logits[0, -1].float().max(dim=-1)
+            best, token = self.logits(ids, cache, rows, positions).max(dim=-1)
             if not best.isfinite():  # NaN anywhere in the row is what max returns
                 raise BackendError(
                     f"{NAME}: the LLM's output is not finite in {self.dtype}",
@@ -257,12 +262,41 @@ class TransformersLLM(GreedyLLM):
                 )
         return int(token)
 
+    def logits(
+        self,
+        ids: list[int],
+        cache: Any,
+        rows: Embeds | None,
+        positions: NDArray[np.int64] | None = None,
+    ) -> torch.Tensor:
+        """Run the LLM over new tokens; see `GreedyLLM.step`.
+
+        Returns:
+            The logits behind the last of them, float32 [V].
+        """
+        import torch
+
+        new = torch.tensor([ids], device=self.device)  # [1, m]
+        length = cache.get_seq_length() + len(ids)
+        given: dict[str, Any] = {cache_argument(self.model): cache}
+        # Without a mask transformers takes jumps in positions for several packed sequences, and
+        # hides them from each other.
+        given["attention_mask"] = torch.ones(1, length, dtype=torch.int64, device=self.device)
+        if positions is not None:
+            given["position_ids"] = torch.from_numpy(positions)[None].to(self.device)
+        result = self.model(
+            inputs_embeds=self._embeddings(new, rows), **given, use_cache=True, logits_to_keep=1
+        )
+        last: torch.Tensor = result.logits[0, -1].float()
+        return last
+
     def generation_inputs(
         self,
-        embeds: Sequence[Embeds | Sequence[Embeds]],
+        embeds: Sequence[Given | Sequence[Given]],
         questions: Sequence[str],
         *,
         frames: int | None = None,
+        positions: Positions | None = None,
         form: Literal["inputs_embeds", "mm_encoder_outputs"] = "inputs_embeds",
     ) -> dict[str, Any]:
         """Return what ``model.generate`` takes for a batch of questions, each with its images.
@@ -276,11 +310,14 @@ class TransformersLLM(GreedyLLM):
                 several images'; of videos, which all have as many frames.
             questions: As many, without any prompt around them.
             frames: Frames of each video; ``None`` for images.
+            positions: As for `conversation`. They go in as ``position_ids``, which never may
+                without the mask.
             form: How the tokens go in; ``mm_encoder_outputs`` needs transformers 5.18.
 
         Returns:
             ``attention_mask`` int64 [B, m] and ``inputs_embeds`` [B, m, L] in the LLM's dtype; or
-            ``input_ids`` int64 [B, m], ``attention_mask`` and ``mm_encoder_outputs``.
+            ``input_ids`` int64 [B, m], ``attention_mask`` and ``mm_encoder_outputs``. With original
+            positions also ``position_ids`` int64 [B, m].
 
         Raises:
             InvalidInputError: Not as many questions as embeds, none at all, or one of them is
@@ -296,7 +333,14 @@ class TransformersLLM(GreedyLLM):
         for number, (each, question) in enumerate(zip(embeds, questions, strict=True)):
             where = f"{NAME}: question {number}" if len(questions) > 1 else NAME
             check_question(where, question)
-            shown = self.text.shown(each, frames, largest=self.largest, where=where)
+            shown = self.text.shown(
+                each,
+                frames,
+                largest=self.largest,
+                where=where,
+                positions=positions,
+                unable=self._generate_unable(),
+            )
             all_shown.append(shown)
             prompts.append(self.text.first(shown, question))
         longest = max(map(len, prompts))
@@ -311,22 +355,46 @@ class TransformersLLM(GreedyLLM):
         )
         mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=self.device)
         parts = [part for shown in all_shown for part in shown.parts]
+        given: dict[str, Any] = {"attention_mask": mask}
+        if any(shown.where is not None for shown in all_shown):
+            found = zip(all_shown, prompts, pads, strict=True)
+            every = [[0] * pad + self._positions(shown, ids) for shown, ids, pad in found]
+            given["position_ids"] = torch.tensor(every, device=self.device)
         if form == "inputs_embeds":
             with torch.no_grad(), self._memory(mask.numel):
                 made = self._embeddings(input_ids, np.concatenate(parts))
-            return {"inputs_embeds": made, "attention_mask": mask}
-        return {
-            "input_ids": input_ids,
-            "attention_mask": mask,
-            "mm_encoder_outputs": self._encoder_outputs(all_shown[0].kind, parts),
-        }
+            return {"inputs_embeds": made, **given}
+        outputs = self._encoder_outputs(all_shown[0].kind, parts)
+        return {"input_ids": input_ids, "mm_encoder_outputs": outputs, **given}
+
+    def _generate_unable(self) -> str | None:
+        """Say why ``generate`` gives tokens no positions of their own; None where it does.
+
+        Older ones give each new token the position of the prompt's last.
+        """
+        import torch
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        before = {"position_ids": torch.tensor([[7]]), "attention_mask": torch.ones(1, 1)}
+        made = self.model._update_model_kwargs_for_generation(CausalLMOutputWithPast(), before)
+        if made["position_ids"].tolist() == [[7, 8]]:
+            return None
+        return "this version of transformers' generate doesn't count them on"
+
+    def _positions(self, shown: Shown, ids: list[int]) -> list[int]:
+        """Return the positions of a first prompt's ids."""
+        if shown.where is None:
+            return list(range(len(ids)))
+        placeholder = self.text.prompts.placeholders[shown.kind]
+        return [int(each) for each in along(ids, placeholder, shown.where)]
 
     def ask_batch(
         self,
-        embeds: Sequence[Embeds | Sequence[Embeds]],
+        embeds: Sequence[Given | Sequence[Given]],
         questions: Sequence[str],
         *,
         frames: int | None = None,
+        positions: Positions | None = None,
         max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     ) -> list[str]:
         """Answer questions about as many images in one batch, greedily.
@@ -337,6 +405,8 @@ class TransformersLLM(GreedyLLM):
             embeds: As for `generation_inputs`.
             questions: As many.
             frames: Frames of each video; ``None`` for images.
+            positions: As for `conversation`; one question whose positions pass the context makes
+                those of all consecutive.
             max_new_tokens: Longest answer, in tokens.
 
         Returns:
@@ -350,7 +420,14 @@ class TransformersLLM(GreedyLLM):
         import torch
 
         check_max_new_tokens(NAME, max_new_tokens)
-        inputs = self.generation_inputs(embeds, questions, frames=frames)
+        inputs = self.generation_inputs(embeds, questions, frames=frames, positions=positions)
+        if "position_ids" in inputs and self.trained is not None:
+            reached = int(inputs["position_ids"].max()) + 1 + max_new_tokens
+            if reached > self.trained:
+                say_consecutive(beyond(NAME, max_new_tokens, reached, self.trained))
+                inputs = self.generation_inputs(
+                    embeds, questions, frames=frames, positions="consecutive"
+                )
         batch, longest = inputs["attention_mask"].shape
         check_context(
             NAME, earlier=0, new=longest, max_new_tokens=max_new_tokens, context=self.text.context

@@ -22,7 +22,8 @@ from vzip.runtime.llm.server.http_client import Client
 from vzip.runtime.llm.shown import Shown, TokenSpec, check_shown
 
 if TYPE_CHECKING:
-    from vzip.runtime.llm.shown import Embeds
+    from vzip.runtime.llm.shown import Embeds, Given
+    from vzip.runtime.tokens.positions import Positions
 
     Message = Mapping[str, Any]
 
@@ -103,7 +104,11 @@ class ServerLLM(LLM):
         }
 
     def conversation(
-        self, embeds: Embeds | Sequence[Embeds], *, frames: int | None = None
+        self,
+        embeds: Given | Sequence[Given],
+        *,
+        frames: int | None = None,
+        positions: Positions | None = None,
     ) -> ServerConversation:
         """Begin a conversation; a video's frames are images that follow each other.
 
@@ -123,6 +128,7 @@ class ServerLLM(LLM):
             tokens=self.tokens,
             hidden_size=self.tokens.hidden_size,
             takes_videos=False,
+            positions=positions,
         )
         return ServerConversation(self, shown)
 

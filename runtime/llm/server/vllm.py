@@ -36,7 +36,8 @@ from vzip.runtime.llm.text_side import LARGEST, TextCheckpoint
 if TYPE_CHECKING:
     from vzip.runtime.bundle.reader import Bundle
     from vzip.runtime.llm.server.chat_server import Message
-    from vzip.runtime.llm.shown import Embeds
+    from vzip.runtime.llm.shown import Embeds, Given
+    from vzip.runtime.tokens.positions import Positions
 
 NAME: Final = "vllm"
 KEY_VARIABLE: Final = "VLLM_API_KEY"
@@ -105,13 +106,17 @@ class VllmServer(ServerLLM):
         return {"type": "image_embeds", "image_embeds": _base64_npy(embeds), "uuid": uuid}
 
     def conversation(
-        self, embeds: Embeds | Sequence[Embeds], *, frames: int | None = None
+        self,
+        embeds: Given | Sequence[Given],
+        *,
+        frames: int | None = None,
+        positions: Positions | None = None,
     ) -> ServerConversation:
         """Begin a conversation; a video's frames are images that follow each other.
 
         See `LLM.conversation`; several images have as many rows.
         """
-        conversation = super().conversation(embeds, frames=frames)
+        conversation = super().conversation(embeds, frames=frames, positions=positions)
         _check_rows([conversation.shown])
         return conversation
 
@@ -159,18 +164,22 @@ class VllmLLM(LLM):
         self._largest = LARGEST[str(config.dtype).removeprefix("torch.")]
 
     def conversation(
-        self, embeds: Embeds | Sequence[Embeds], *, frames: int | None = None
+        self,
+        embeds: Given | Sequence[Given],
+        *,
+        frames: int | None = None,
+        positions: Positions | None = None,
     ) -> VllmConversation:
         """Begin a conversation; a video's frames are images that follow each other.
 
         See `LLM.conversation`; several images have as many rows.
         """
-        shown = self._shown(embeds, frames)
+        shown = self._shown(embeds, frames, positions)
         _check_rows([shown])
         return VllmConversation(self, shown)
 
     def generation_input(
-        self, embeds: Embeds | Sequence[Embeds], question: str, *, frames: int | None = None
+        self, embeds: Given | Sequence[Given], question: str, *, frames: int | None = None
     ) -> dict[str, Any]:
         """Return one prompt for `vllm.LLM.generate`: a first question and what it is about.
 
@@ -192,7 +201,7 @@ class VllmLLM(LLM):
 
     def ask_batch(
         self,
-        embeds: Sequence[Embeds | Sequence[Embeds]],
+        embeds: Sequence[Given | Sequence[Given]],
         questions: Sequence[str],
         *,
         frames: int | None = None,
@@ -252,7 +261,12 @@ class VllmLLM(LLM):
             ) from error
         return [list(result.outputs[0].token_ids) for result in results]
 
-    def _shown(self, embeds: Embeds | Sequence[Embeds], frames: int | None) -> Shown:
+    def _shown(
+        self,
+        embeds: Given | Sequence[Given],
+        frames: int | None,
+        positions: Positions | None = None,
+    ) -> Shown:
         if frames is not None and "video" in self.text.prompts.placeholders:
             raise InvalidInputError(
                 f"{NAME}: got a video's tokens",
@@ -260,7 +274,9 @@ class VllmLLM(LLM):
                 cause="this LLM has a placeholder of its own for videos",
                 cure="ask about frames as images, or use transformers for videos",
             )
-        return self.text.shown(embeds, frames, largest=self._largest, takes_videos=False)
+        return self.text.shown(
+            embeds, frames, largest=self._largest, takes_videos=False, positions=positions
+        )
 
 
 class VllmConversation(TokenConversation):

@@ -92,7 +92,7 @@ class Scripted(GreedyLLM):
     def new_cache(self) -> None:
         return None
 
-    def step(self, ids: list[int], cache: Any, rows: Any) -> int:
+    def step(self, ids: list[int], cache: Any, rows: Any, positions: Any = None) -> int:
         return self.says.pop(0)
 
 

@@ -32,7 +32,7 @@ class FailingLLM(GreedyLLM):
     def new_cache(self) -> Any:
         return []
 
-    def step(self, ids: list[int], cache: Any, rows: Any) -> int:
+    def step(self, ids: list[int], cache: Any, rows: Any, positions: Any = None) -> int:
         raised, self._raised = self._raised, None
         if raised is not None:
             exec("raise raised", {"__name__": self._module, "raised": raised})
