@@ -196,14 +196,17 @@ def right_with(
     packer: dialogue.Packer,
     embeds: torch.Tensor,
     questions: Sequence[Sequence[scenes.Question]],
+    where: tuple[npt.NDArray[np.int64], int] | None = None,
 ) -> list[list[bool]]:
     """As :func:`right_answers`, for pictures that went through the projector already.
 
     Args:
         model: The model, FP32.
         packer: A packer for K image tokens.
-        embeds: float32 [B, K, L], what the language model gets.
+        embeds: float32 [B, K, L], what the language model gets; by place, if it has places.
         questions: For each of the B pictures.
+        where: int64 [B, K], ascending: at which of the picture's places the rows stand; and how
+            many places it has. None for consecutive positions.
 
     Returns:
         For each picture and question.
@@ -212,6 +215,9 @@ def right_with(
     for start in range(0, len(questions), 32):
         asked = questions[start : start + 32]
         packed = packer.pack(asked, [True] * len(asked))
+        if where is not None:
+            places, span = where[0][start : start + 32], where[1]
+            packed = dialogue.placed(packed, model.config.image_token_id, places, span)
         logits, targets = answer_logits(model, embeds[start : start + 32], packed)
         hits = np.zeros(packed.targets.shape, bool)
         hits[packed.targets >= 0] = (logits.argmax(-1) == targets).numpy()

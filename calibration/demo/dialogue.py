@@ -105,3 +105,22 @@ class Packer:
         if text not in self._cache:
             self._cache[text] = self._tokenizer.encode(text, add_special_tokens=False)
         return self._cache[text]
+
+
+def placed(
+    packed: PackedTurns, image_token_id: int, places: npt.NDArray[np.int64], span: int
+) -> PackedTurns:
+    """Give a picture's tokens their own places, and what follows the positions behind its span.
+
+    Args:
+        packed: The questions, with K image tokens each, all at the same columns.
+        image_token_id: Id that stands for one token of the picture.
+        places: int64 [B, K].
+        span: How many places a picture has.
+    """
+    image = packed.ids == image_token_id
+    start, count = int(image[0].argmax()), places.shape[1]
+    behind = np.arange(packed.ids.shape[1]) >= start + count
+    positions = packed.positions + behind * (span - count)
+    positions[:, start : start + count] = start + places
+    return dataclasses.replace(packed, positions=positions)
