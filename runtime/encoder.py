@@ -318,7 +318,7 @@ class VisionEncoder:
             tokens = self.encode([image], channels=channels)
             embeds = tokens.embeds.reshape(tokens.embeds.shape[1:])  # [1, K, L] → [K, L]
             where = image_places(self.manifest, _first(tokens.positions))
-            return EncodedImage(embeds, tokens.kept, where)
+            return EncodedImage(embeds, tokens.kept, tokens.positions, where)
         newline = self.bundle.newline() if tiling.order == "newline" else None
         if several and cuts_only_alone(self.manifest):
             padded = dataclasses.replace(self.manifest.preprocessing, mode="pad_square")
@@ -326,7 +326,8 @@ class VisionEncoder:
             tokens = self._encode_pixels(pixels[None], on_device=False)
             ends = [] if newline is None else [newline_row(newline, tokens.embeds)]
             where = several_places(self.manifest, _first(tokens.positions), newline=bool(ends))
-            return EncodedImage(np.concatenate([tokens.embeds[0], *ends]), tokens.kept, where)
+            embeds = np.concatenate([tokens.embeds[0], *ends])
+            return EncodedImage(embeds, tokens.kept, tokens.positions, where)
         tiles = cut(load_image(image, channels=channels), self.manifest.preprocessing, tiling)
         tokens = self._encode_pixels(tiles.images, on_device=False)
         grid, embeds, kept = tiles.grid, tokens.embeds[1:], tokens.kept[1:]
@@ -346,7 +347,8 @@ class VisionEncoder:
             )
         )
         where = tile_places(self.manifest, tokens.positions, tokens.kept, grid, tiles.size)
-        return EncodedImage(np.concatenate([tokens.embeds[0], others]), tokens.kept, where)
+        embeds = np.concatenate([tokens.embeds[0], others])
+        return EncodedImage(embeds, tokens.kept, tokens.positions, where)
 
     def video_embeds(self, frames: Sequence[ImageSource], *, channels: Channels = "rgb") -> Array:
         """Return the embeddings of `video_tokens` alone, float32 or float16 [n, L]."""
@@ -394,7 +396,7 @@ class VisionEncoder:
             where = Places(None, where.span)  # the uncompressed model's tokens are pooled patches
         if newline is not None:
             embeds = np.concatenate([embeds, newline_row(newline, embeds)])
-        return EncodedImage(embeds, tokens.kept, where)
+        return EncodedImage(embeds, tokens.kept, tokens.positions, where)
 
     @door(InvalidInputError, "the array can't be encoded", reads=False)
     def run(self, array: Array, *, on_device: bool = False) -> CompressedTokens:

@@ -13,7 +13,10 @@ from vzip.runtime.llm import check_question
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
-    """Run ``vzip ask``: print the answer to one question, and nothing else, on stdout."""
+    """Run ``vzip ask``: print the answer to one question, and nothing else, on stdout.
+
+    With ``--positions both`` these are two lines, each with the positions in front.
+    """
     parser = asking.parser_of(prog, "Answer one question about images or a video.")
     parser.add_argument("question", metavar="QUESTION", help="the question, in quotes")
     # Several images, an option and the question: plain parsing takes the last image for it.
@@ -28,6 +31,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     question = typed(arguments.question)
     check_question("ask", question)
     asking.check_numbers("ask", arguments)
-    conversation = asking.conversation(arguments)
-    emit(conversation.ask(question, max_new_tokens=arguments.max_new_tokens))
+    for conversation in asking.conversations(arguments):
+        answer = conversation.ask(question, max_new_tokens=arguments.max_new_tokens)
+        emit(asking.label(conversation, arguments) + answer)
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from vzip.runtime.cli.options import Parser, add_bundle, add_encoder, refuse_swapped
 from vzip.runtime.console import say, watched
@@ -13,12 +13,15 @@ from vzip.runtime.errors import InvalidInputError, printable
 from vzip.runtime.llm import DEFAULT_MAX_NEW_TOKENS, TokenSpec, check_max_new_tokens
 from vzip.runtime.llm.opening import RUNNERS, own, parse
 from vzip.runtime.pictures.frames import DEFAULT_FRAMES
+from vzip.runtime.tokens.positions import EncodedImage, Positions
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from vzip.runtime.llm import Conversation
-    from vzip.runtime.llm.shown import Embeds
+
+
+BOTH: Final = "both"
 
 
 def parser_of(prog: str, description: str) -> Parser:
@@ -54,6 +57,13 @@ def parser_of(prog: str, description: str) -> Parser:
         + " (default: the bundle's own, or that of the checkpoint it was exported from)",
     )
     parser.add_argument(
+        "--positions",
+        choices=(*get_args(Positions), BOTH),
+        help="original: tokens keep the positions of their patches in the LLM; consecutive: they "
+        "are numbered one after the other, as published; both: answer with either (default: "
+        "original for LLaVA-1.5 and what is built like it, else consecutive)",
+    )
+    parser.add_argument(
         "--max-new-tokens",
         type=int,
         default=DEFAULT_MAX_NEW_TOKENS,
@@ -72,8 +82,12 @@ def check_numbers(command: str, arguments: argparse.Namespace) -> None:
         )
 
 
-def conversation(arguments: argparse.Namespace) -> Conversation:
-    """Encode the images or the video and open the LLM; what fails fast comes first."""
+def conversations(arguments: argparse.Namespace) -> list[Conversation]:
+    """Encode the images or the video and open the LLM; what fails fast comes first.
+
+    Returns:
+        One conversation, or two with ``--positions both``.
+    """
     from vzip.runtime.backends import AUTO, CPU_ENGINES
     from vzip.runtime.bundle.reader import read_bundle
     from vzip.runtime.encoder import VisionEncoder
@@ -114,14 +128,23 @@ def conversation(arguments: argparse.Namespace) -> Conversation:
             encoder = stack.enter_context(opened)
         TokenSpec.of(bundle.manifest)
         choice = choice or own(bundle)
-        embeds: Embeds | list[Embeds]
+        encoded: EncodedImage | list[EncodedImage]
         if encoder is not None and video:
-            embeds = encoder.video_embeds(frames)
+            encoded = encoder.video_tokens(frames)
         else:
-            embeds = images.embeds(encoder)
+            encoded = images.encoded(encoder)
     # The vision encoder is closed by now: its memory is the LLM's.
     _quiet()
-    return choice.open(bundle).conversation(embeds, frames=len(frames) if video else None)
+    llm = choice.open(bundle)
+    asked: Positions | Literal["both"] | None = arguments.positions
+    kinds = get_args(Positions) if asked == BOTH else (asked,)
+    count = len(frames) if video else None
+    return [llm.conversation(encoded, frames=count, positions=each) for each in kinds]
+
+
+def label(conversation: Conversation, arguments: argparse.Namespace) -> str:
+    """Return what an answer begins with, so that two are told apart."""
+    return f"{conversation.positions}: " if arguments.positions == BOTH else ""
 
 
 def tell_if_animated(path: Path, more: str = "") -> None:

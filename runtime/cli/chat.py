@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
@@ -32,18 +33,23 @@ def main(argv: Sequence[str], *, prog: str) -> int:
             "chat: standard input is closed, so there are no questions",
             cure="start it without '<&-'",
         )
-    conversation = asking.conversation(arguments)
+    conversations = asking.conversations(arguments)
     for question in _questions():
-        _answer(conversation, question, arguments.max_new_tokens)
+        _answer(conversations, question, arguments)
     return 0
 
 
-def _answer(conversation: Conversation, question: str, max_new_tokens: int) -> None:
-    """Print an answer as it is made."""
+def _answer(
+    conversations: Sequence[Conversation], question: str, arguments: argparse.Namespace
+) -> None:
+    """Print an answer as it is made; or two, one after the other."""
     try:
-        for piece in conversation.stream(question, max_new_tokens=max_new_tokens):
-            emit(piece, end="")
-        emit("")
+        for conversation in conversations:
+            pieces = conversation.stream(question, max_new_tokens=arguments.max_new_tokens)
+            emit(asking.label(conversation, arguments), end="")
+            for piece in pieces:
+                emit(piece, end="")
+            emit("")
     except InvalidInputError as error:
         # At a terminal there is somebody to ask again; in a pipe a lost answer would shift all
         # that follow.

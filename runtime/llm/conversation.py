@@ -418,7 +418,7 @@ class GreedyConversation(TokenConversation):
         longest = len(asked) + left_out(self.shown.where) + max_new_tokens
         if longest <= self._llm.trained:
             return asked
-        if not self._history:
+        if not self._cached:
             why = beyond(self._name, max_new_tokens, longest, self._llm.trained)
             self.shown = self.shown.consecutive(why)
             return asked

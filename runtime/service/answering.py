@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -134,7 +134,7 @@ class Answering:
         question: str,
         *,
         max_new_tokens: int,
-        embeds: Callable[[], Sequence[Any]] | None,
+        embeds: Callable[[], Any] | None,
         frames: int | None,
         say: Callable[[str], None],
     ) -> Future[Answered]:

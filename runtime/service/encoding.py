@@ -20,7 +20,7 @@ import numpy as np
 
 from vzip.runtime.backends import open_backend
 from vzip.runtime.bundle.reader import Bundle, read_bundle
-from vzip.runtime.encoder import CompressedTokens, EncodedImage, VisionEncoder
+from vzip.runtime.encoder import CompressedTokens, VisionEncoder
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.machine import process
 from vzip.runtime.pictures.frames import DEFAULT_FRAMES
@@ -33,6 +33,7 @@ from vzip.runtime.service.figures import Figures
 from vzip.runtime.service.remembered import Remembered
 from vzip.runtime.service.settings import ServiceSettings
 from vzip.runtime.tokens.cache import TokenCache, encoder_origin
+from vzip.runtime.tokens.positions import EncodedImage
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -67,13 +68,13 @@ class SeenClip(NamedTuple):
 
     Attributes:
         digest: SHA-256 of the clip's file.
-        embeds: As `VisionEncoder.video_embeds` gives them.
+        encoded: As `VisionEncoder.video_tokens` gives them.
         frames: How many frames they are of.
         seconds: From the file to the tokens.
     """
 
     digest: str
-    embeds: Any
+    encoded: EncodedImage
     frames: int
     seconds: float
 
@@ -258,8 +259,8 @@ class EncodingService:
                 shown = sample_frames(path, frames)
             except InvalidInputError as error:
                 raise _without(str(path), error) from error
-            embeds = self._encoder.video_embeds(shown)
-        return SeenClip(digest, embeds, len(shown), time.monotonic() - begun)
+            encoded = self._encoder.video_tokens(shown)
+        return SeenClip(digest, encoded, len(shown), time.monotonic() - begun)
 
 
 def _checked(ticket: Ticket, work: Callable[[], T]) -> T:

@@ -7,10 +7,10 @@ import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
-from vzip.runtime.encoder import EncodedImage
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.tokens.cache import TokenCache
 from vzip.runtime.tokens.file import ImageTokens
+from vzip.runtime.tokens.positions import EncodedImage
 
 if TYPE_CHECKING:
     from vzip.runtime.tokens.file import Origin
@@ -52,16 +52,15 @@ class Remembered:
                 self._leave(error)
         if found is None:
             return None
-        encoded = EncodedImage(found.tokens, found.kept)
-        self._hold(key, encoded)
-        return encoded
+        self._hold(key, found.encoded)
+        return found.encoded
 
     def put(self, digest: str, origin: Origin, encoded: EncodedImage) -> None:
         """Remember a picture's tokens."""
         self._hold((digest, origin.fingerprint), encoded)
         if self._folder is not None:
             try:
-                self._folder.put(origin, ImageTokens(digest, digest, *encoded))
+                self._folder.put(origin, ImageTokens.of(digest, encoded))
             except InvalidInputError as error:
                 self._leave(error)
 
@@ -85,4 +84,5 @@ class Remembered:
 
 
 def _size(encoded: EncodedImage) -> int:
-    return int(encoded.embeds.nbytes + encoded.kept.nbytes)
+    indices = (encoded.kept, encoded.positions, encoded.where.places)
+    return int(encoded.embeds.nbytes + sum(each.nbytes for each in indices if each is not None))

@@ -9,6 +9,7 @@ encoded again. The folder is trusted as a bundle is: digests find damage, they d
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import os
@@ -130,7 +131,7 @@ class TokenCache:
             InvalidInputError: The entry can't be written.
         """
         path = self.path(image.sha256, origin.fingerprint)
-        entry = ImageTokens(image.sha256, image.sha256, image.tokens, image.kept)
+        entry = dataclasses.replace(image, name=image.sha256)
         data = to_bytes(origin, [entry])
         if self.limit is not None and len(data) > self.limit:
             return
@@ -331,5 +332,5 @@ def cached_image_embeds(
     if found is not None:
         return found.tokens
     encoded = encoder.image_tokens(image, several=several)
-    cache.put(origin, ImageTokens(digest, digest, encoded.embeds, encoded.kept))
+    cache.put(origin, ImageTokens.of(digest, encoded))
     return encoded.embeds

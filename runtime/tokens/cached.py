@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from vzip.runtime.bundle.reader import Bundle
     from vzip.runtime.encoder import VisionEncoder
-    from vzip.runtime.llm.shown import Embeds
+    from vzip.runtime.tokens.positions import EncodedImage
 
 
 class CachedImages:
@@ -57,33 +57,33 @@ class CachedImages:
         ]
         self._cache = None if folder is None else TokenCache(folder)
         self._digests = [image_digest(data) for _, data in files]
-        self._tokens: dict[str, Embeds] = {}
+        self._tokens: dict[str, EncodedImage] = {}
         for digest, (path, data) in zip(self._digests, files, strict=True):
             found = None
             if self._cache is not None:
                 kept = (self._cache.get(digest, each.fingerprint) for each in origins)
                 found = next((each for each in kept if each is not None), None)
             if found is not None:
-                self._tokens[digest] = found.tokens
+                self._tokens[digest] = found.encoded
             elif digest not in self.missing:
                 self.missing[digest] = _decoded(path, data)
 
-    def embeds(self, encoder: VisionEncoder | None) -> list[Embeds]:
+    def encoded(self, encoder: VisionEncoder | None) -> list[EncodedImage]:
         """Return the tokens of all images in order, and put those that were missing into the cache.
 
         Args:
             encoder: Of the bundle; None will do if none is missing.
 
         Returns:
-            [n, L] of each image, as `VisionEncoder.image_embeds` gives it.
+            Of each image, as `VisionEncoder.image_tokens` gives it.
         """
         for digest, image in self.missing.items():
             assert encoder is not None
             encoded = encoder.image_tokens(image, several=self._several)
-            self._tokens[digest] = encoded.embeds
+            self._tokens[digest] = encoded
             if self._cache is not None:
                 origin = encoder_origin(encoder, several=self._several)
-                self._cache.put(origin, ImageTokens(digest, digest, encoded.embeds, encoded.kept))
+                self._cache.put(origin, ImageTokens.of(digest, encoded))
         return [self._tokens[digest] for digest in self._digests]
 
 

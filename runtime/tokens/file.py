@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal
@@ -23,6 +23,7 @@ from vzip.runtime.files import codec
 from vzip.runtime.files.plain import open_plain
 from vzip.runtime.files.tensor_header import LARGEST_HEADER, METADATA, check_place, read_header
 from vzip.runtime.guard import door
+from vzip.runtime.tokens.positions import UNKNOWN, EncodedImage, Places, check_places
 from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 FORMAT: Final = "vzip-tokens"
-VERSION: Final = "1"
+VERSION: Final = "2"
+"""Since 2 there may be `positions` and `where` of an image; a file without them says 1."""
 Dtype = Literal["F32", "F16", "I64"]
 _DTYPES: Final[dict[Dtype, np.dtype[Any]]] = {
     "F32": np.dtype("<f4"),
@@ -40,8 +42,8 @@ _DTYPES: Final[dict[Dtype, np.dtype[Any]]] = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LARGEST: Final = 2**31  # bytes of an image's tokens; tiles of the largest LLMs have 0.3 GB
-_STAMP: Final = {"format": FORMAT, "version": VERSION}
-_TOKENS, _KEPT = "tokens/", "kept/"
+_WITHOUT: Final = "1"
+_TOKENS, _KEPT, _POSITIONS, _PLACES = "tokens/", "kept/", "token_positions/", "places/"
 
 
 @dataclass(frozen=True)
@@ -73,18 +75,41 @@ class ImageTokens:
         tokens: float32 or float16 [n, L], all that the language model gets for the image.
         kept: int64 [tiles, dominant], which tower tokens were kept; the base tile is first. One
             tile where the bundle cuts none.
+        positions: int64 [tiles, K], which patch each token of a tile stands for; None where the
+            bundle doesn't say.
+        where: Where the tokens stand in the uncompressed sequence.
     """
 
     name: str
     sha256: str
     tokens: Array
     kept: NDArray[np.int64]
+    positions: NDArray[np.int64] | None = None
+    where: Places = UNKNOWN
+
+    @classmethod
+    def of(cls, digest: str, encoded: EncodedImage) -> ImageTokens:
+        """Return what was encoded, named after its image's SHA-256."""
+        tokens, kept = encoded.embeds, encoded.kept
+        return cls(digest, digest, tokens, kept, encoded.positions, encoded.where)
+
+    @property
+    def encoded(self) -> EncodedImage:
+        """As `VisionEncoder.image_tokens` gave it."""
+        return EncodedImage(self.tokens, self.kept, self.positions, self.where)
+
+    @property
+    def indices(self) -> list[NDArray[np.int64]]:
+        """What there is of `kept`, `positions` and the places."""
+        found = (self.kept, self.positions, self.where.places)
+        return [each for each in found if each is not None]
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the tokens' bytes and then those of the kept indices."""
+        """SHA-256 of the bytes of the tokens and then of `indices`."""
         digest = hashlib.sha256(_raw(self.tokens))
-        digest.update(_raw(self.kept))
+        for each in self.indices:
+            digest.update(_raw(each))
         return digest.hexdigest()
 
 
@@ -99,6 +124,9 @@ class TokenRecord:
         dtype: ``F32`` or ``F16``, of the tokens.
         shape: n and L.
         kept: Shape of the kept indices.
+        span: Places of the image in the uncompressed sequence; None where that isn't known.
+        positions: Shape of `ImageTokens.positions`; None without.
+        places: Shape of the places; None without.
     """
 
     name: str
@@ -107,6 +135,9 @@ class TokenRecord:
     dtype: Dtype
     shape: tuple[int, ...]
     kept: tuple[int, ...]
+    span: int | None = None
+    positions: tuple[int, ...] | None = None
+    places: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +147,7 @@ class _Image(codec.Record):
     name: str
     sha256: str
     digest: str
+    span: codec.Count | None = field(default=None, metadata=codec.OPTIONAL)
 
 
 @dataclass(frozen=True)
@@ -134,9 +166,10 @@ def record_of(image: ImageTokens) -> TokenRecord:
     Raises:
         InvalidInputError: The arrays are not what `ImageTokens` says, or the name is no text.
     """
-    tokens, kept = image.tokens, image.kept
+    tokens, kept, positions, where = image.tokens, image.kept, image.positions, image.where
     right = tokens.ndim == 2 and tokens.dtype in (np.float32, np.float16)
-    if not right or kept.ndim != 2 or kept.dtype != np.int64:
+    tiles = [kept] if positions is None else [kept, positions]
+    if not right or any(each.ndim != 2 or each.dtype != np.int64 for each in tiles):
         raise InvalidInputError(
             f"got tokens {tokens.dtype} {list(tokens.shape)} and kept {kept.dtype} "
             f"{list(kept.shape)}",
@@ -151,8 +184,18 @@ def record_of(image: ImageTokens) -> TokenRecord:
             expected="Unicode text",
             cure="rename the file",
         ) from error
-    dtype = _NAMES[tokens.dtype.newbyteorder("<")]
-    return TokenRecord(image.name, image.sha256, image.digest, dtype, tokens.shape, kept.shape)
+    check_places(image.name, where, len(tokens))
+    return TokenRecord(
+        image.name,
+        image.sha256,
+        image.digest,
+        _NAMES[tokens.dtype.newbyteorder("<")],
+        tokens.shape,
+        kept.shape,
+        where.span,
+        None if positions is None else positions.shape,
+        None if where.places is None else where.places.shape,
+    )
 
 
 def to_bytes(origin: Origin, images: Sequence[ImageTokens]) -> bytes:
@@ -163,28 +206,33 @@ def to_bytes(origin: Origin, images: Sequence[ImageTokens]) -> bytes:
             be longer than `LARGEST_HEADER`.
     """
     parts: list[bytes | memoryview] = [header(origin, [record_of(image) for image in images])]
-    parts += [_raw(image.kept) for image in images]
+    parts += [_raw(each) for image in images for each in image.indices]
     parts += [_raw(image.tokens) for image in images]
     return b"".join(parts)
 
 
 @door(InvalidInputError, "a header of these images can't be written", cure="rename the images")
 def header(origin: Origin, records: Sequence[TokenRecord]) -> bytes:
-    """Return what a file begins with: the kept indices of all images follow, then all tokens.
+    """Return what a file begins with: the indices of all images follow, then all tokens.
 
     Integers come first, so that every tensor lies at a multiple of its element's size.
 
     Raises:
         InvalidInputError: Two images have one name, or it is longer than `LARGEST_HEADER`.
     """
-    entries = [_Image(each.name, each.sha256, each.digest) for each in records]
+    entries = [_Image(each.name, each.sha256, each.digest, each.span) for each in records]
+    new = any((each.span, each.positions, each.places) != (None,) * 3 for each in records)
     metadata = {
-        **_STAMP,
+        "format": FORMAT,
+        "version": VERSION if new else _WITHOUT,
         **{key: str(value) for key, value in codec.write(origin).items()},
         "images": _compact(entries),
     }
     tensors: list[tuple[str, Dtype, tuple[int, ...]]]
-    tensors = [(_KEPT + each.name, "I64", each.kept) for each in records]
+    tensors = []
+    for each in records:
+        shapes = ((_KEPT, each.kept), (_POSITIONS, each.positions), (_PLACES, each.places))
+        tensors += [(kind + each.name, "I64", shape) for kind, shape in shapes if shape is not None]
     tensors += [(_TOKENS + each.name, each.dtype, each.shape) for each in records]
     value: dict[str, object] = {METADATA: metadata}
     place = 0
@@ -274,7 +322,11 @@ class TokenFile:
                 ),
             )
         tokens, kept = self._array(_TOKENS + name), self._array(_KEPT + name)
-        image = ImageTokens(name, record.sha256, tokens, kept)
+        positions = None if record.positions is None else self._array(_POSITIONS + name)
+        places = None if record.places is None else self._array(_PLACES + name)
+        where = Places(places, record.span)
+        check_places(f"{self.path}: {name!r}", where, len(tokens))
+        image = ImageTokens(name, record.sha256, tokens, kept, positions, where)
         if image.digest != record.digest:
             raise self._malformed(f"the tokens of {name!r} are not those that were written")
         return image
@@ -314,10 +366,10 @@ class TokenFile:
     def _metadata(self, found: object) -> tuple[Origin, tuple[_Image, ...]]:
         """Return origin and list of images."""
         metadata: dict[str, Any] = dict(found) if isinstance(found, dict) else {}
-        for key, expected in _STAMP.items():
+        for key, expected in (("format", (FORMAT,)), ("version", (_WITHOUT, VERSION))):
             got = metadata.pop(key, None)
-            if got != expected:
-                raise self._malformed(f"its {key} is {got!r} and not {expected!r}")
+            if got not in expected:
+                raise self._malformed(f"its {key} is {got!r} and not {' or '.join(expected)!r}")
         try:
             codec.read(Mapping[str, str], metadata)  # type: ignore[type-abstract]
             images = codec.read(tuple[_Image, ...], codec.parse(metadata.pop("images")))
@@ -360,12 +412,23 @@ class TokenFile:
         for image in entries:
             name, width = image.name, self.origin.hidden_size
             tokens, kept = left.pop(_TOKENS + name, None), left.pop(_KEPT + name, None)
+            patches, places = left.pop(_POSITIONS + name, None), left.pop(_PLACES + name, None)
             if tokens is None or tokens.dtype == "I64" or tokens.shape[1:] != (width,):
                 raise self._malformed(f"it has no tokens [n, L] for {name!r}")
             if kept is None or kept.dtype != "I64" or len(kept.shape) != 2:
                 raise self._malformed(f"it has no kept indices [tiles, dominant] for {name!r}")
+            for each, axes in ((patches, 2), (places, 1)):
+                if each is not None and (each.dtype != "I64" or len(each.shape) != axes):
+                    raise self._malformed(f"its positions of {name!r} are no integers [tiles, K]")
+            if places is not None and (image.span is None or places.shape != tokens.shape[:1]):
+                raise self._malformed(f"it has no place for each token of {name!r}, or no span")
             records[name] = TokenRecord(
-                **vars(image), dtype=tokens.dtype, shape=tokens.shape, kept=kept.shape
+                **vars(image),
+                dtype=tokens.dtype,
+                shape=tokens.shape,
+                kept=kept.shape,
+                positions=None if patches is None else patches.shape,
+                places=None if places is None else places.shape,
             )
         if left:
             raise self._malformed(f"its list of images doesn't have {sorted(left)[0]!r}")
@@ -382,15 +445,16 @@ class TokenFile:
 
 
 def write_tokens(file: BinaryIO, images: Iterable[ImageTokens]) -> None:
-    """Write the tokens of images where a file has its header and kept indices already."""
+    """Write the tokens of images where a file has its header and indices already."""
     for image in images:
         file.write(_raw(image.tokens))
 
 
-def write_kept(file: BinaryIO, images: Iterable[ImageTokens]) -> None:
-    """Write the kept indices of images behind a file's header."""
+def write_indices(file: BinaryIO, images: Iterable[ImageTokens]) -> None:
+    """Write the indices of images behind a file's header."""
     for image in images:
-        file.write(_raw(image.kept))
+        for each in image.indices:
+            file.write(_raw(each))
 
 
 def _compact(value: object) -> str:

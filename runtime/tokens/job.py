@@ -34,10 +34,10 @@ from vzip.runtime.tokens.file import (
     TokenFile,
     TokenRecord,
     header,
-    write_kept,
+    write_indices,
     write_tokens,
 )
-from vzip.runtime.tokens.positions import EncodedImage
+from vzip.runtime.tokens.positions import EncodedImage, image_places
 from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
@@ -320,8 +320,7 @@ class EncodeJob:
                 if isinstance(result, InvalidInputError):
                     self._failed[digest] = str(result)
                 else:
-                    image = ImageTokens(digest, digest, result.embeds, result.kept)
-                    self._store.put(self._origin, image)
+                    self._store.put(self._origin, ImageTokens.of(digest, result))
                     self.encoded += 1
             self._unfinished.difference_update(batch.digests)
             self._write()
@@ -399,7 +398,7 @@ class _Writing:
                         _write_npy_header(file, records)
                     else:
                         file.write(header(self._origin, records))
-                        write_kept(file, self._load(images, old))
+                        write_indices(file, self._load(images, old))
                     write_tokens(file, self._load(images, old))
                     file.flush()
                     os.fsync(file.fileno())
@@ -448,7 +447,12 @@ def encode_images(
             return [encoder.image_tokens(image, several=several) for image in images]
         tokens = encoder.encode(list(images))
         kept = tokens.kept[:, None]  # [B, dominant] → [B, 1 tile, dominant]
-        return [EncodedImage(*each) for each in zip(tokens.embeds, kept, strict=True)]
+        if tokens.positions is None:
+            return [EncodedImage(*each) for each in zip(tokens.embeds, kept, strict=True)]
+        return [
+            EncodedImage(embeds, own, patches[None], image_places(encoder.manifest, patches))
+            for embeds, own, patches in zip(tokens.embeds, kept, tokens.positions, strict=True)
+        ]
     except InvalidInputError as error:
         if len(images) == 1:
             return [error]

@@ -69,11 +69,14 @@ class EncodedImage:
         embeds: float32 or float16 [n, L], in the order of `VisionEncoder.image_tokens`.
         kept: int64 [tiles, dominant]: of each tile, as `CompressedTokens.kept`; the base tile is
             first. A bundle that cuts no tiles has one; of a clip, of each frame.
+        positions: int64 [tiles, K]: of each tile, or frame, as `CompressedTokens.positions`; None
+            where the bundle was exported before graphs said so.
         where: Where the rows stand in the uncompressed sequence.
     """
 
     embeds: Array
     kept: Index
+    positions: Index | None = None
     where: Places = UNKNOWN
 
 

@@ -29,6 +29,7 @@ from vzip.runtime.errors import CheckpointError, InvalidInputError
 from vzip.runtime.llm import TokenSpec
 from vzip.runtime.llm.chat_template import make_prompts
 from vzip.runtime.llm.local.transformers import TransformersLLM
+from vzip.runtime.tokens.positions import EncodedImage, Places
 
 pytestmark = pytest.mark.local_llm
 
@@ -151,9 +152,31 @@ def rows_of(features) -> np.ndarray:
 
 
 def assert_said(llm, embeds, expected, logits, *, frames=None):
-    """An LLM says these ids, by these logits, about an image or a video."""
+    """An LLM says these ids, by these logits, about images or a video.
+
+    It does too where the rows are in another order and say where they stand.
+    """
+    several = embeds if isinstance(embeds, list) else [embeds]
+    mixed = [shuffled(each, seed) for seed, each in enumerate(several)]
+    placed = mixed if isinstance(embeds, list) else mixed[0]
+    _assert_said(llm, embeds, expected, logits, frames=frames)
+    _assert_said(llm, placed, expected, logits, frames=frames, positions="original")
+
+
+def shuffled(embeds, seed):
+    """All rows of an image or a video, out of order, with their places."""
+    order = np.random.default_rng(seed).permutation(len(embeds))
+    return placed(embeds[order], order, len(embeds))
+
+
+def placed(embeds, places, span) -> EncodedImage:
+    where = Places(np.asarray(places, np.int64), span)
+    return EncodedImage(embeds, np.zeros((1, 1), np.int64), where=where)
+
+
+def _assert_said(llm, embeds, expected, logits, **options):
     rows = watched(llm.model)
-    answer = llm.ask(embeds, QUESTIONS[0], frames=frames, max_new_tokens=10)
+    answer = llm.ask(embeds, QUESTIONS[0], max_new_tokens=10, **options)
     assert [int(row.argmax()) for row in rows] == expected
     torch.testing.assert_close(torch.stack(rows), logits, rtol=0, atol=1e-4)
     assert answer == llm.tokenizer.decode(expected, skip_special_tokens=True).strip()
@@ -210,9 +233,14 @@ def test_an_uncompressed_video_gives_the_untouched_models_answer(tiny):
         llm.conversation(embeds, frames=2)
 
 
+# Every fourth place of 12, which a video of three frames has four of each; all in order.
+EVERY_FOURTH = placed(embeds_of(12), np.arange(12) * 4 + 1, 48)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("positions", ["consecutive", "original"])
 @pytest.mark.parametrize("frames", [None, 3])
-def test_turns_equal_a_forward_pass_of_embeddings_made_by_hand(tiny, frames):
+def test_turns_equal_a_forward_pass_of_embeddings_made_by_hand(tiny, frames, positions):
     """The prompts as ids, the rows put in by hand, everything recomputed at each step."""
     embeds = embeds_of(12)
     if frames is None:
@@ -222,7 +250,8 @@ def test_turns_equal_a_forward_pass_of_embeddings_made_by_hand(tiny, frames):
     else:
         ids = prompt(tiny, "\n".join(3 * [4 * "<image>"]))
     rows = watched(tiny.model)
-    conversation = tiny.llm.conversation(embeds, frames=frames)
+    conversation = tiny.llm.conversation(EVERY_FOURTH, frames=frames, positions=positions)
+    assert conversation.positions == positions
     for turn, question in enumerate(QUESTIONS):
         if turn:
             text = (
@@ -240,24 +269,48 @@ def test_turns_equal_a_forward_pass_of_embeddings_made_by_hand(tiny, frames):
             with torch.no_grad():
                 made = tiny.model.get_input_embeddings()(everything)
                 made[(everything == IMAGE) | (everything == VIDEO)] = torch.tensor(embeds)
-                full = tiny.model(inputs_embeds=made).logits[0, -1]
+                full = tiny.model(inputs_embeds=made, **by_hand(everything, positions)).logits[
+                    0, -1
+                ]
             torch.testing.assert_close(row, full, rtol=0, atol=1e-4)
         assert 2 not in said, "the test wants answers that are cut short"
         ids += said
     assert list(conversation.ids) == ids[: len(conversation.ids)]
 
 
+def by_hand(ids: torch.Tensor, positions: str) -> dict[str, torch.Tensor]:
+    """Mask and positions of a prompt with `EVERY_FOURTH` in it; of each row one by one."""
+    if positions == "consecutive":
+        return {}
+    made, coming, rows = [], 0, 0
+    for each in ids[0].tolist():
+        if each in (IMAGE, VIDEO):
+            # A row's own place, the one after it and two more, and then whatever follows.
+            made.append(coming + 1)
+            coming += 4
+            rows += 1
+        else:
+            made.append(coming)
+            coming += 1
+    assert rows == 12
+    return {"attention_mask": torch.ones_like(ids), "position_ids": torch.tensor([made])}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("positions", ["consecutive", "original"])
 @pytest.mark.parametrize("form", ["inputs_embeds", "mm_encoder_outputs"])
 @pytest.mark.parametrize("frames", [None, 2])
-def test_generate_of_a_batch_gives_what_each_question_alone_does(tiny, frames, form):
-    embeds = [embeds_of(6, seed) for seed in range(2)]
+def test_generate_of_a_batch_gives_what_each_question_alone_does(tiny, frames, form, positions):
+    places = [0, 1, 5, 6, 7, 11]
+    embeds = [placed(embeds_of(6, seed), places, 12 + 2 * seed) for seed in range(2)]
+    asked = {"frames": frames, "positions": positions}
     expected = []
     for each, question in zip(embeds, QUESTIONS, strict=True):
-        conversation = tiny.llm.conversation(each, frames=frames)
+        conversation = tiny.llm.conversation(each, **asked)
         conversation.ask(question, max_new_tokens=6)
         expected.append(conversation._history[-6:])
-    inputs = tiny.llm.generation_inputs(embeds, QUESTIONS, frames=frames, form=form)
+    inputs = tiny.llm.generation_inputs(embeds, QUESTIONS, form=form, **asked)
+    assert ("position_ids" in inputs) == (positions == "original")
     kinds = inputs.get("mm_encoder_outputs", {"image": None})
     assert set(kinds) == {
         "video" if frames and tiny.family.videos and "input_ids" in inputs else "image"
@@ -266,10 +319,10 @@ def test_generate_of_a_batch_gives_what_each_question_alone_does(tiny, frames, f
     assert made[:, -6:].tolist() == expected
     assert expected[0] != expected[1], "the test wants two answers"
     beams = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
-    inputs = tiny.llm.generation_inputs(embeds, QUESTIONS, frames=frames, form=form)
+    inputs = tiny.llm.generation_inputs(embeds, QUESTIONS, form=form, **asked)
     made = tiny.model.generate(**inputs, **beams)  # beams repeat the features of each question
     for each, question, row in zip(embeds, QUESTIONS, made, strict=True):
-        alone = tiny.llm.generation_inputs([each], [question], frames=frames)
+        alone = tiny.llm.generation_inputs([each], [question], **asked)
         assert row[-4:].tolist() == tiny.model.generate(**alone, **beams)[0, -4:].tolist()
 
 

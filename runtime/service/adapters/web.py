@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hmac
 import json
 import logging
@@ -495,13 +496,13 @@ class Web:
                 loop.call_soon_threadsafe(pieces.put_nowait, item)
 
         clip = next((each for each in shown if isinstance(each, SeenClip)), None)
-        given = [each.encoded.embeds for each in shown if isinstance(each, SeenPicture)]
+        given = [each.encoded for each in shown if isinstance(each, SeenPicture)]
         future = self.answering.ask(
             exchange.ticket,
             talk,
             asked.question,
             max_new_tokens=asked.max_new_tokens,
-            embeds=(lambda: clip.embeds if clip else given) if shown else None,
+            embeds=(lambda: clip.encoded if clip else given) if shown else None,
             frames=None if clip is None else clip.frames,
             say=tell if asked.stream else lambda _: None,
         )
@@ -550,7 +551,7 @@ class Web:
                 tokens += len(each.encoded.embeds)
                 whole += len(each.encoded.kept) * patches
             else:
-                tokens += len(each.embeds)
+                tokens += len(each.encoded.embeds)
                 whole += each.frames * patches
         kv = None if self.answering is None else self.answering.kv_token_bytes
         return {
@@ -590,7 +591,7 @@ class Web:
         files, several = await self._files(exchange)
         seen = await self._shown(exchange, files, clip=False)
         images = [
-            ImageTokens(str(number), each.digest, *each.encoded)
+            dataclasses.replace(ImageTokens.of(each.digest, each.encoded), name=str(number))
             for number, each in enumerate(seen)
             if isinstance(each, SeenPicture)
         ]

@@ -375,6 +375,13 @@ def test_a_picture_has_the_rows_of_the_untouched_model_alone_and_among_others(
             for each, whole in zip(got, expected, strict=True):
                 kept = each.embeds[: patches - 2]
                 assert found_in_order(kept, whole[:patches]) == patches - 2
+                # Each row is what stands at its place in the untouched model's sequence; all but
+                # the merged ones, which are at that of their target.
+                places, whole = each.where.places, whole.reshape(-1, each.embeds.shape[1]).numpy()
+                assert each.where.span == len(whole)
+                assert len(set(places.tolist())) == len(places)
+                apart = np.abs(each.embeds - whole[places]).max(axis=1) > 1e-4
+                assert apart.sum() <= len(each.kept)
 
 
 def kept_black(encoder: VisionEncoder, images: NDArray[np.uint8]) -> int:
