@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from vzip.runtime.bundle.manifest import Manifest
     from vzip.runtime.encoder import VisionEncoder
+    from vzip.runtime.tokens.positions import EncodedImage
 
     Array = NDArray[Any]
 
@@ -306,7 +307,21 @@ def cached_image_embeds(
     channels: Channels = "rgb",
     several: bool = False,
 ) -> Array:
-    """Return `encoder.image_embeds(image)`, from the cache if it has been computed before.
+    """Return the embeddings of `cached_image_tokens` alone, float32 or float16 [n, L]."""
+    encoded = cached_image_tokens(encoder, image, cache, channels=channels, several=several)
+    return encoded.embeds
+
+
+@door(InvalidInputError, "the image '{image}' can't be encoded")
+def cached_image_tokens(
+    encoder: VisionEncoder,
+    image: ImageSource,
+    cache: TokenCache,
+    *,
+    channels: Channels = "rgb",
+    several: bool = False,
+) -> EncodedImage:
+    """Return `encoder.image_tokens(image)`, from the cache if it has been computed before.
 
     Args:
         encoder: The encoder; its bundle's fingerprint is part of the key, its backend isn't.
@@ -316,10 +331,10 @@ def cached_image_embeds(
         several: As for `VisionEncoder.image_tokens`.
 
     Returns:
-        float32 or float16 [n, L].
+        As `VisionEncoder.image_tokens` gives it.
 
     Raises:
-        VzipError: As for `VisionEncoder.image_embeds`, or the cache can't be written.
+        VzipError: As for `VisionEncoder.image_tokens`, or the cache can't be written.
     """
     if channels != "rgb":
         image = load_image(image, channels=channels)
@@ -330,7 +345,7 @@ def cached_image_embeds(
     digest = image_digest(image)
     found = cache.get(digest, origin.fingerprint)
     if found is not None:
-        return found.tokens
+        return found.encoded
     encoded = encoder.image_tokens(image, several=several)
     cache.put(origin, ImageTokens.of(digest, encoded))
-    return encoded.embeds
+    return encoded

@@ -377,10 +377,10 @@ def test_a_picture_has_the_rows_of_the_untouched_model_alone_and_among_others(
                 assert found_in_order(kept, whole[:patches]) == patches - 2
                 # Each row is what stands at its place in the untouched model's sequence; all but
                 # the merged ones, which are at that of their target.
-                places, whole = each.where.places, whole.reshape(-1, each.embeds.shape[1]).numpy()
+                places = each.where.places
                 assert each.where.span == len(whole)
                 assert len(set(places.tolist())) == len(places)
-                apart = np.abs(each.embeds - whole[places]).max(axis=1) > 1e-4
+                apart = np.abs(each.embeds - whole.numpy()[places]).max(axis=1) > 1e-4
                 assert apart.sum() <= len(each.kept)
 
 
