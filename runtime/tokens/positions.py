@@ -23,7 +23,7 @@ tokens is a patch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -78,6 +78,10 @@ class EncodedImage:
     kept: Index
     positions: Index | None = None
     where: Places = UNKNOWN
+
+    def __iter__(self) -> Iterator[Array]:
+        """Yield `embeds` and `kept`, which were all that there was of it once."""
+        return iter((self.embeds, self.kept))
 
 
 def image_places(manifest: Manifest, positions: Index | None) -> Places:

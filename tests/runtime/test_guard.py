@@ -233,7 +233,7 @@ def test_a_door_raises_what_it_documents(place: str, kind: str, text: str) -> No
 
 PUBLIC = {
     "vzip.runtime.encoder": ("VisionEncoder.open", "VisionEncoder.encode", "VisionEncoder.run",
-                             "VisionEncoder.image_tokens", "VisionEncoder.video_embeds"),
+                             "VisionEncoder.image_tokens", "VisionEncoder.video_tokens"),
     "vzip.runtime.llm.opening": ("open_llm", "parse", "LlmChoice.open"),
     "vzip.runtime.bundle.reader": ("read_bundle", "Bundle.read_model", "Bundle.read_llm"),
     "vzip.runtime.pictures.images": ("load_image",),

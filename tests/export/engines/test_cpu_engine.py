@@ -626,7 +626,7 @@ def test_a_cache_gives_what_may_run_and_nothing_else(built: Path, tmp_path: Path
 
     for precision, others in (("fastest", "fp32"), ("fp32", "fastest")):
         with VisionEncoder.open(built, precision=precision) as encoder:
-            CachedImages([image], bundle.to_run(precision), folder).embeds(encoder)
+            CachedImages([image], bundle.to_run(precision), folder).encoded(encoder)
         assert not missing(precision)
         assert not missing(None)
         assert missing(others) is (others == "fp32")  # the other one was put there before

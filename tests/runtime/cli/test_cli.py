@@ -244,8 +244,9 @@ def test_progress_is_a_bar_where_somebody_watches_and_tqdm_is_installed(monkeypa
 class Conversation:
     """Answers with the question, in pieces of three letters."""
 
-    def __init__(self) -> None:
+    def __init__(self, positions="consecutive") -> None:
         self.limits: list[int] = []
+        self.positions = positions
 
     def stream(self, question, *, max_new_tokens):
         if "?" not in question:
@@ -261,12 +262,12 @@ class Conversation:
 @pytest.fixture
 def conversation(monkeypatch):
     made = Conversation()
-    monkeypatch.setattr(asking, "conversation", lambda arguments: made)
+    monkeypatch.setattr(asking, "conversations", lambda arguments: [made])
     return made
 
 
 def test_what_can_be_refused_at_once_is(monkeypatch, capsys):
-    monkeypatch.setattr(asking, "conversation", lambda arguments: pytest.fail("too late"))
+    monkeypatch.setattr(asking, "conversations", lambda arguments: pytest.fail("too late"))
     for argv, said in (
         (["ask", "b", "i", ""], "question"),
         (["ask", "b", "i", " \n"], "question"),
@@ -459,10 +460,15 @@ class Asked(list):
     def open(self, bundle):
         return self
 
-    def conversation(self, embeds, *, frames):
+    def __init__(self):
+        super().__init__()
+        self.positions = []
+
+    def conversation(self, embeds, *, frames, positions):
         assert frames is None
-        self.append(embeds)
-        return Conversation()
+        self.positions.append(positions)
+        self.append([each.embeds for each in embeds])
+        return Conversation(positions or "consecutive")
 
 
 @pytest.fixture
@@ -499,6 +505,26 @@ def noise(path, seed, **options):
 
 def ask(bundle, *argv):
     return main(["ask", str(bundle), *map(str, argv), "what?"])
+
+
+def test_both_positions_are_answered_beside_each_other(tmp_path, asked, monkeypatch, capsys):
+    picture = noise(tmp_path / "a.png", 0)
+    for option, wanted in (("original", ["original"]), ("consecutive", ["consecutive"])):
+        assert ask(BUNDLE, picture, "--positions", option) == 0
+        assert asked.positions == wanted
+        assert capsys.readouterr().out == "<what?>\n"
+        asked.positions.clear()
+    assert ask(BUNDLE, picture, "--positions", "both") == 0
+    assert capsys.readouterr().out == "original: <what?>\nconsecutive: <what?>\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("what?\nwhy?\n"))
+    assert main(["chat", str(BUNDLE), str(picture), "--positions", "both"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "original: <what?>",
+        "consecutive: <what?>",
+        "original: <why?>",
+        "consecutive: <why?>",
+    ]
+    assert asked.positions == ["original", "consecutive"] * 2
 
 
 def test_an_animation_is_its_first_frame_and_that_is_said(tmp_path, asked, opened, capsys):

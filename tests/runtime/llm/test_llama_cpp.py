@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import gc
 import io
@@ -25,7 +26,7 @@ from tests.places import DOCS
 from tests.refusals import refused
 from tests.runtime.llm.tiny_checkpoints import CHAT_ML, WIDTH, qwen2, save_checkpoint, sentencepiece
 from tests.snippets import run_snippets
-from vzip.calibration.demo import scenes
+from vzip.calibration.demo import accuracy, scenes
 from vzip.export.llm.gguf import convert
 from vzip.runtime import VisionEncoder, demo
 from vzip.runtime.bundle.reader import read_bundle
@@ -41,6 +42,8 @@ from vzip.runtime.llm.local import gguf_model
 from vzip.runtime.llm.local.gguf_model import GgufModel, Key, load_library
 from vzip.runtime.llm.local.llama_cpp import LlamaCppLLM, open_for
 from vzip.runtime.llm.local.transformers import TransformersLLM
+from vzip.runtime.llm.shown import say_consecutive
+from vzip.runtime.tokens.positions import Places, along
 
 pytestmark = pytest.mark.local_llm
 
@@ -109,6 +112,8 @@ def files(tmp_path_factory) -> dict[str, Path]:
     wide = {name: tensor.float() for name, tensor in state.items()}
     save_file(wide, folder / "fp32" / "model.safetensors", metadata={"format": "pt"})
     convert(folder / "fp32", made["fp32"])
+    made["placed"] = folder / "placed.gguf"
+    convert(folder / "fp32", made["placed"], positions=True)
     return made
 
 
@@ -667,3 +672,84 @@ def test_the_keys_are_as_documented():
     keys += [Key.TOKEN_ID.format(kind) for kind in ("image", "video")]
     for key in keys:
         assert f"`{key}`" in page, key
+
+
+# Positions with gaps; the first two are one, as CLS and patch 0 have it.
+PLACES = np.array([0, 0, 3, 4, 20, 21, 60, 195])
+
+
+def test_what_takes_positions_is_tried_when_it_is_opened(llms):
+    assert llms["placed"].unable is None
+    assert "vzip convert --positions" in llms["fp32"].unable
+    assert llms["placed"].trained == 1024
+
+
+def test_logits_at_original_positions_are_those_of_transformers(llms, reference, asked):
+    """Two turns: rows with gaps between them and behind them, text, and text again."""
+    llm, rows = llms["placed"], asked[0].embeds[: len(PLACES)]
+    image = reference.text.prompts.placeholders["image"]
+    where = Places(PLACES, 196)
+    first = [1, 5, *[image] * len(rows), 7, 8, 9]
+    turns = [(first, rows, along(first, image, [where])), ([10, 11], None, np.array([201, 202]))]
+    cache, other = llm.new_cache(), reference.new_cache()
+    for ids, shown, positions in turns:
+        ours = llm.logits(ids, cache, shown, positions)
+        with torch.inference_mode():
+            theirs = reference.logits(ids, other, shown, positions).numpy()
+        np.testing.assert_allclose(ours, theirs, atol=2e-3)
+        assert ours.argmax() == theirs.argmax()
+    # Consecutive positions give something else, so that the test can fail.
+    plain = llm.logits(first, llm.new_cache(), rows)
+    placed = llm.logits(first, llm.new_cache(), rows, along(first, image, [where]))
+    assert np.abs(plain - placed).max() > 0.1
+    # And the same as the ordinary file, which knows no others.
+    usual = llms["fp32"].logits(first, llms["fp32"].new_cache(), rows)
+    np.testing.assert_allclose(plain, usual, atol=1e-4)
+
+
+def test_answers_at_original_positions_are_those_of_transformers(llms, reference, bundle):
+    test = accuracy.held_out(FIRST_SCENE, 12)
+    with VisionEncoder.open(bundle) as encoder:
+        for picture, questions in zip(test.pictures, test.questions, strict=True):
+            tokens = encoder.image_tokens(picture)
+            for question in questions:
+                theirs = reference.ask(tokens, question.text, positions="original")
+                conversation = llms["placed"].conversation(tokens)  # the demo's default
+                assert conversation.ask(question.text) == theirs
+                assert conversation.positions == "original"
+
+
+def test_a_file_that_takes_none_answers_consecutively_and_says_so(llms, bundle, caplog):
+    say_consecutive.cache_clear()
+    picture = accuracy.held_out(FIRST_SCENE, 1).pictures[0]
+    with VisionEncoder.open(bundle) as encoder:
+        tokens = encoder.image_tokens(picture)
+    conversation = llms["fp32"].conversation(tokens, positions="original")
+    assert conversation.positions == "consecutive"
+    assert "vzip convert --positions" in caplog.text
+    answer = llms["fp32"].ask(tokens.embeds, "What digit is there?")
+    assert conversation.ask("What digit is there?") == answer
+
+
+def test_a_quantised_file_takes_positions(files, llms, asked, tmp_path):
+    """Quantised as llama-quantize does it, by the same function of the library."""
+    import llama_cpp
+
+    path = tmp_path / "q8.gguf"
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0
+    settings.nthread = 1
+    made = llama_cpp.llama_model_quantize(
+        str(files["placed"]).encode(), str(path).encode(), ctypes.byref(settings)
+    )
+    assert made == 0
+    assert path.stat().st_size < files["placed"].stat().st_size / 2
+    llm = LlamaCppLLM(path, tokens=None)
+    assert llm.unable is None
+    image = llm.text.prompts.placeholders["image"]
+    rows, first = asked[0].embeds[: len(PLACES)], [1, *[image] * len(PLACES), 7, 8]
+    positions = along(first, image, [Places(PLACES, 196)])
+    whole = llms["placed"].logits(first, llms["placed"].new_cache(), rows, positions)
+    coarse = llm.logits(first, llm.new_cache(), rows, positions)
+    plain = llm.logits(first, llm.new_cache(), rows)
+    assert np.abs(coarse - whole).max() < 0.3 < np.abs(plain - whole).max()

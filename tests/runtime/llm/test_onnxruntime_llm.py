@@ -42,6 +42,8 @@ from vzip.runtime.llm.chat_template import HubTokenizer
 from vzip.runtime.llm.json_tokenizer import JsonTokenizer
 from vzip.runtime.llm.local.onnx_decoder import OnnxRuntimeLLM, open_for
 from vzip.runtime.llm.local.transformers import TransformersLLM
+from vzip.runtime.llm.shown import say_consecutive
+from vzip.runtime.tokens.positions import EncodedImage, along
 
 TINY_BUNDLE = GOLDEN / "tiny_bundle"
 QUESTIONS = ("what is it?", "is it red?", "and the 7?")
@@ -75,6 +77,115 @@ def shown(bundle: Bundle, held_out: accuracy.HeldOut) -> list[np.ndarray]:
         return [encoder.image_embeds(picture) for picture in held_out.pictures]
 
 
+@pytest.fixture(scope="module")
+def placed(bundle: Bundle, held_out: accuracy.HeldOut) -> list[EncodedImage]:
+    """The same with their places, of a few pictures."""
+    with VisionEncoder.open(bundle) as encoder:
+        return [encoder.image_tokens(picture) for picture in held_out.pictures[:3]]
+
+
+@pytest.mark.local_llm
+def test_answers_at_original_positions_are_those_of_transformers(ours, theirs, placed):
+    """Two turns; the logits of each call, where the first has gaps."""
+    assert ours.unable is None
+    image = ours.text.prompts.placeholders["image"]
+    for tokens in placed:
+        mine = ours.conversation(tokens)  # the demo's default
+        other = theirs.conversation(tokens, positions="original")
+        plain = ours.conversation(tokens, positions="consecutive")
+        assert mine.positions == "original"
+        assert plain.positions == "consecutive"
+        for question in TURNS:
+            assert mine.ask(question) == other.ask(question)
+        first = ours.text.first(mine.shown, TURNS[0])
+        rows, positions = mine.shown.parts[0], along(first, image, mine.shown.where)
+        logits = ours.logits(first, ours.new_cache(), rows, positions)
+        with torch.inference_mode():
+            wanted = theirs.logits(first, theirs.new_cache(), rows, positions).numpy()
+        np.testing.assert_allclose(logits, wanted, atol=1e-3)
+        renumbered = ours.logits(first, ours.new_cache(), plain.shown.parts[0])
+        assert np.abs(renumbered - logits).max() > 0.1
+
+
+@pytest.mark.local_llm
+def test_positions_beyond_what_the_llm_was_trained_with_are_consecutive(
+    ours, placed, monkeypatch, caplog
+):
+    say_consecutive.cache_clear()
+    tokens = placed[0]
+    length = len(ours.text.first(ours.conversation(tokens).shown, TURNS[0]))
+    span = tokens.where.span - len(tokens.embeds)
+    monkeypatch.setattr(ours, "trained", length + span + 8)
+    fits = ours.conversation(tokens)
+    fits.ask(TURNS[0], max_new_tokens=8)
+    assert fits.positions == "original"
+    assert not caplog.records
+    later = refused(
+        InvalidInputError, got="original positions", expected=str(ours.trained), cure="begin a new"
+    )
+    with later:
+        fits.ask(TURNS[1], max_new_tokens=8)
+    beyond = ours.conversation(tokens)
+    answer = beyond.ask(TURNS[0], max_new_tokens=9)
+    assert beyond.positions == "consecutive"
+    assert str(ours.trained) in caplog.text
+    assert len(caplog.records) == 1
+    assert answer == ours.ask(tokens, TURNS[0], positions="consecutive", max_new_tokens=9)
+    beyond.ask(TURNS[1], max_new_tokens=9)  # and stays so
+
+
+def as_version_1(bundle: Bundle, folder: Path) -> Bundle:
+    """The bundle as older versions of vzip exported it: its LLM numbers tokens by itself."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    with bundle_writer(folder, replace=False) as writer:
+        for name in bundle.manifest.files:
+            shutil.copyfile(bundle.path / name, writer.folder / name)
+        path = writer.folder / "llm.onnx"
+        model = onnx.load(path, load_external_data=False)
+        del model.graph.input[1]
+        constants = [
+            helper.make_tensor("one", TensorProto.INT64, [], [1]),
+            helper.make_tensor("first", TensorProto.INT64, [1], [0]),
+            helper.make_tensor("index_1", TensorProto.INT64, [], [1]),
+            helper.make_tensor("index_2", TensorProto.INT64, [], [2]),
+        ]
+        model.graph.initializer.extend(constants)
+        nodes = [
+            helper.make_node("Shape", ["inputs_embeds"], ["shape_n"]),
+            helper.make_node("Gather", ["shape_n", "index_1"], ["n"]),
+            helper.make_node("Shape", ["past_key_0"], ["shape_m"]),
+            helper.make_node("Gather", ["shape_m", "index_2"], ["m"]),
+            helper.make_node("Add", ["m", "n"], ["end"]),
+            helper.make_node("Range", ["m", "end", "one"], ["counted"]),
+            helper.make_node("Unsqueeze", ["counted", "first"], ["positions"]),
+        ]
+        for node in reversed(nodes):
+            model.graph.node.insert(0, node)
+        onnx.save(model, path)
+        settings = json.loads((writer.folder / "llm.json").read_text())
+        assert settings.pop("positions") is True
+        settings["version"] = 1
+        (writer.folder / "llm.json").write_text(json.dumps(settings))
+        return writer.publish(dataclasses.replace(bundle.manifest, files={}))
+
+
+@pytest.mark.local_llm
+def test_an_older_bundle_s_llm_answers_consecutively_and_says_so(
+    bundle, ours, placed, tmp_path, caplog
+):
+    say_consecutive.cache_clear()
+    old = OnnxRuntimeLLM(as_version_1(bundle, tmp_path / "old"), tokens=ours.text.tokens)
+    conversation = old.conversation(placed[0], positions="original")
+    assert conversation.positions == "consecutive"
+    assert "older version" in caplog.text
+    for question in TURNS[:2]:
+        answer = conversation.ask(question)
+    same = ours.conversation(placed[0], positions="consecutive")
+    assert [same.ask(question) for question in TURNS[:2]][-1] == answer
+
+
 # ── the demo ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -96,9 +207,9 @@ def test_three_turns_equal_and_later_ones_feed_only_what_is_new(ours, theirs, sh
     fed: list[tuple[int, bool]] = []
     logits = ours.logits
 
-    def watched(ids: list[int], cache: Any, rows: Any) -> Any:
+    def watched(ids: list[int], cache: Any, rows: Any, positions: Any = None) -> Any:
         fed.append((len(ids), rows is not None))
-        return logits(ids, cache, rows)
+        return logits(ids, cache, rows, positions)
 
     monkeypatch.setattr(ours, "logits", watched)
     for limit in (256, 1):  # answers that end by themselves, and ones that are cut short
@@ -468,7 +579,9 @@ def edited(**values: Any) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("change", "got"),
     [
-        (edited(version=2), "'version' is 2"),
+        (edited(version=3), "'version' is 3"),
+        (edited(version=1), "'positions' is True"),
+        (edited(positions=None), "'positions' is False"),
         (edited(version=True), "'version' is True"),
         (edited(format="else"), '"else"'),
         (edited(eos=None), "lacks ['eos']"),

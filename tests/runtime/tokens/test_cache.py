@@ -280,9 +280,9 @@ def test_an_image_of_several_is_another_where_it_is_not_cut(tmp_path, tiny_bundl
         for count, rows in ((1, len(alone)), (2, len(expected))):
             images = CachedImages([path] * count, opened.bundle, tmp_path / "cache")
             assert not images.missing
-            assert [len(each) for each in images.embeds(None)] == [rows] * count
+            assert [len(each.embeds) for each in images.encoded(None)] == [rows] * count
             images = CachedImages([path] * count, opened.bundle, None)
-            assert [len(each) for each in images.embeds(opened)] == [rows] * count
+            assert [len(each.embeds) for each in images.encoded(opened)] == [rows] * count
 
 
 def test_an_image_is_encoded_once(tmp_path, tiny_bundle):

@@ -11,7 +11,9 @@ import pytest
 
 from tests.refusals import refused
 from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.tokens import file as token_file
 from vzip.runtime.tokens.file import ImageTokens, Origin, TokenFile, to_bytes
+from vzip.runtime.tokens.positions import UNKNOWN, Places
 
 ORIGIN = Origin("ab" * 32, "tests/tiny", "an order", 6, -200)
 
@@ -30,6 +32,51 @@ def split(data: bytes) -> tuple[dict[str, Any], bytes]:
 def join(header: dict[str, Any] | bytes, body: bytes) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + body
+
+
+def placed(name: str, places: Any, span: int | None, rows: int = 3) -> ImageTokens:
+    """An image of one tile with its positions, and two merged tokens of three."""
+    tokens = np.arange(rows * 6, dtype=np.float32).reshape(rows, 6)
+    kept, positions = np.array([[4]], np.int64), np.array([[3, 0, 9]], np.int64)
+    return ImageTokens(name, "5" * 64, tokens, kept, positions, Places(places, span))
+
+
+def test_places_go_with_the_tokens_and_files_without_are_read(tmp_path):
+    path = tmp_path / "t.safetensors"
+    images = [
+        placed("a", np.array([3, 0, 9], np.int64), 16),
+        placed("shrunk", None, 16),
+        ImageTokens("old", "6" * 64, np.ones((2, 6), np.float32), np.zeros((1, 1), np.int64)),
+    ]
+    path.write_bytes(to_bytes(ORIGIN, images))
+    with TokenFile.open(path) as file:
+        for image in images:
+            read = file.read(image.name)
+            assert read.digest == image.digest
+            assert read.where.span == image.where.span
+            for mine, theirs in zip(read.indices, image.indices, strict=True):
+                np.testing.assert_array_equal(mine, theirs)
+            assert read.encoded.where == read.where
+    header, _ = split(path.read_bytes())
+    assert header["__metadata__"]["version"] == "2"
+    path.write_bytes(to_bytes(ORIGIN, images[2:]))  # what older versions write, and read
+    assert split(path.read_bytes())[0]["__metadata__"]["version"] == "1"
+    with TokenFile.open(path) as file:
+        assert file.read("old").where == UNKNOWN
+        assert file.read("old").positions is None
+
+
+@pytest.mark.parametrize("places", [[3, 0, 16], [3, -1, 9], [3, 0]])
+def test_places_out_of_the_span_are_neither_written_nor_read(tmp_path, places, monkeypatch):
+    wrong = placed("a", np.array(places, np.int64), 16)
+    with refused(InvalidInputError, expected="0 … 15"):
+        to_bytes(ORIGIN, [wrong])
+    monkeypatch.setattr(token_file, "check_places", lambda *_: None)
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(to_bytes(ORIGIN, [wrong]))
+    monkeypatch.undo()
+    with refused(InvalidInputError), TokenFile.open(path) as file:
+        file.read("a")
 
 
 def test_the_bytes_of_a_small_file():
