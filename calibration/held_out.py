@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
@@ -18,6 +18,7 @@ from vzip.export.algorithm import visionzip
 from vzip.export.algorithm.budget import Budget
 from vzip.runtime import demo
 from vzip.runtime.console import loading_quietly
+from vzip.runtime.tokens.positions import Places, by_place
 
 SEED: Final = 90210
 """Of the scenes: one that training never saw, that of `benchmarks/demo_accuracy.py`."""
@@ -100,15 +101,23 @@ class DemoQuestions:
         )
         return self._with_features(tokens)
 
-    def answered(self, embeds: Array) -> Accuracy:
+    def answered(self, embeds: Array, where: Sequence[Places] | None = None) -> Accuracy:
         """Return the accuracy with what an encoder made of `pictures`.
 
         Args:
-            embeds: [B, K, L], any floating dtype.
+            embeds: [B, K, L], any floating dtype, in the bundle's order.
+            where: Of each picture, for original positions; None for consecutive ones.
         """
+        placed = None
+        if where is not None:
+            orders = np.stack([by_place(each) for each in where])[..., None]  # [B, K, 1]
+            places = np.stack([np.array(each.places) for each in where])
+            embeds = np.take_along_axis(embeds, orders, axis=1)
+            placed = np.take_along_axis(places, orders[..., 0], axis=1), where[0].span or 0
         tokens = torch.from_numpy(np.ascontiguousarray(embeds, np.float32))
         packer = self._packer(tokens.shape[1])
-        return self._share(accuracy.right_with(self._model, packer, tokens, self._test.questions))
+        asked = self._test.questions
+        return self._share(accuracy.right_with(self._model, packer, tokens, asked, placed))
 
     def to_json(self) -> Mapping[str, int]:
         """Return what was asked."""

@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,11 @@ from vzip.runtime.pictures.images import ImageSource, load_image
 from vzip.runtime.pictures.overlay import overlay
 from vzip.runtime.pictures.preprocess import pixel_values, tower_image
 from vzip.runtime.pictures.tiles import cut
+from vzip.runtime.tokens.positions import image_places
 from vzip.runtime.wording import counted
+
+if TYPE_CHECKING:
+    from vzip.calibration.held_out import Accuracy
 
 Array = NDArray[Any]
 Say = Callable[[str], None]
@@ -50,6 +54,9 @@ _LARGEST_REPORT = 2**23  # bytes of calibration.*.json that are read; ours have 
 _MOST_LAYERS = 2000
 _SIDE = 420  # pixels of a picture in the page
 _QUALITY = 84
+
+
+_Accuracies = tuple[tuple[float, float], tuple[float, float] | None]
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,9 @@ class Graph:
         agreement: With the bundle's own graph on the images shown; None for that one itself, or if
             it was not run.
         timing: Of one call; None if it was not run.
-        accuracy: Share and standard error on the demo's questions; None without.
+        accuracy: Share and standard error on the demo's questions, with the tokens' original
+            positions where the bundle says them; None without.
+        renumbered: The same with consecutive positions; None where `accuracy` has these.
     """
 
     precision: str
@@ -116,6 +125,7 @@ class Graph:
     agreement: Agreement | None
     timing: Timing | None
     accuracy: tuple[float, float] | None
+    renumbered: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -257,7 +267,8 @@ def gather(
                 calibration=calibrations.get(name),
                 agreement=agreement,
                 timing=timings.get(name),
-                accuracy=accuracies.get(name),
+                accuracy=accuracies.get(name, (None, None))[0],
+                renumbered=accuracies.get(name, (None, None))[1],
             )
         )
     return Content(
@@ -348,8 +359,8 @@ def _timings(
 
 def _accuracies(
     encoders: Mapping[str, VisionEncoder], manifest: Manifest, step: Say
-) -> tuple[dict[str, tuple[float, float]], tuple[Mapping[str, int], tuple[float, float]] | None]:
-    """Return each precision's accuracy, and what was asked, for the demo model."""
+) -> tuple[dict[str, _Accuracies], tuple[Mapping[str, int], tuple[float, float]] | None]:
+    """Return each precision's accuracies, and what was asked, for the demo model."""
     if manifest.model.id != DEMO or manifest.model.weights != "checkpoint":
         return {}, None
     from vzip.calibration.held_out import DemoQuestions
@@ -359,10 +370,18 @@ def _accuracies(
     pictures = list(asked.pictures)
     found = {}
     for name, encoder in encoders.items():
-        accuracy = asked.answered(encoder.encode(pictures).embeds)
-        found[name] = (accuracy.share, accuracy.error)
+        tokens = encoder.encode(pictures)
+        plain, placed = asked.answered(tokens.embeds), None
+        if tokens.positions is not None and manifest.span is not None:
+            where = [image_places(manifest, each) for each in tokens.positions]
+            placed = asked.answered(tokens.embeds, where)
+        found[name] = _pair(placed or plain), None if placed is None else _pair(plain)
     everything = asked.uncompressed()
     return found, (asked.to_json(), (everything.share, everything.error))
+
+
+def _pair(accuracy: Accuracy) -> tuple[float, float]:
+    return accuracy.share, accuracy.error
 
 
 def _savings(manifest: Manifest, images: Sequence[Image.Image]) -> Savings | str:

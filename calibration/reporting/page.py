@@ -206,7 +206,10 @@ def _accuracy(content: Content) -> Iterator[Cells]:
     for graph in content.graphs:
         if graph.accuracy is not None:
             name = f"{counted(content.manifest.selection.tokens, 'token')}, {graph.precision}"
-            yield name, _share(graph.accuracy)
+            placed = graph.renumbered is not None
+            yield name + (", original positions" if placed else ""), _share(graph.accuracy)
+            if graph.renumbered is not None:
+                yield f"{name}, consecutive positions", _share(graph.renumbered)
 
 
 def _share(accuracy: tuple[float, float]) -> str:

@@ -260,6 +260,10 @@ def test_accuracy_is_shown_with_all_tokens_beside_it(
     assert "1044 questions about 150 held-out scenes (seed 90210)" in words
     assert "all tokens, untouched model 87.6 ± 1.0 %" in words
     assert "7 tokens, fp32 81.2 ± 1.2 %" in words
+    both = dataclasses.replace(graph, renumbered=(0.7012, 0.0144))
+    words = assert_shut(page(dataclasses.replace(shown, graphs=(both,)))).words
+    assert "7 tokens, fp32, original positions 81.2 ± 1.2 %" in words
+    assert "7 tokens, fp32, consecutive positions 70.1 ± 1.4 %" in words
 
 
 def test_only_the_demo_with_its_own_weights_is_asked(tiny_bundle: Path) -> None:
