@@ -191,6 +191,24 @@ def test_schema_2_is_where_the_graph_says_positions() -> None:
             Manifest.from_json(told | {"schema_version": 2})
 
 
+def test_the_span_is_the_patches_with_cls_or_without() -> None:
+    told = values() | {"schema_version": 2}
+    told["outputs"].append({"name": "token_positions", "dtype": "int64", "shape": ["batch", 7]})
+    tower = Manifest.from_json(told).tower
+    assert Manifest.from_json(told).span is None
+    patches = tower.tokens - tower.cls_token
+    for span in (patches, patches + tower.cls_token):
+        told["selection"]["span"] = span
+        assert Manifest.from_json(told).span == span
+    told["selection"]["span"] = patches - 1
+    with refused(BundleError, got=f"'selection.span' is {patches - 1}", expected=str(patches)):
+        Manifest.from_json(told)
+    before = values()
+    before["selection"]["span"] = patches
+    with refused(BundleError, got="'selection.span'", expected="without token_positions"):
+        Manifest.from_json(before)
+
+
 TILING: dict[str, Any] = {"pinpoints": [[16, 32]], "order": "reference"}
 DAMAGED: list[tuple[str, object, str, str]] = [
     # path, value → place in the message, what is expected there
