@@ -12,6 +12,7 @@ from vzip.runtime.console import say, watched
 from vzip.runtime.errors import InvalidInputError, printable
 from vzip.runtime.llm import DEFAULT_MAX_NEW_TOKENS, TokenSpec, check_max_new_tokens
 from vzip.runtime.llm.opening import RUNNERS, own, parse
+from vzip.runtime.llm.shown import unplaced_bundle
 from vzip.runtime.pictures.frames import DEFAULT_FRAMES
 from vzip.runtime.tokens.positions import EncodedImage, Positions
 
@@ -116,6 +117,9 @@ def conversations(arguments: argparse.Namespace) -> list[Conversation]:
         frames = sample_frames(paths[0], arguments.frames or DEFAULT_FRAMES)
     # Backends verify what they run.
     bundle = read_bundle(arguments.bundle, verify=False).to_run(arguments.precision)
+    asked: Positions | Literal["both"] | None = arguments.positions
+    if asked in ("original", BOTH) and bundle.manifest.span is None:
+        raise unplaced_bundle(f"--positions {asked}")
     # Other backends run no CPU engines, whose tokens the cache then doesn't give either.
     wanted = bundle if arguments.backend in {AUTO, *CPU_ENGINES} else bundle.at(bundle.precision)
     images = CachedImages([] if framed else paths, wanted, arguments.cache)
@@ -136,7 +140,6 @@ def conversations(arguments: argparse.Namespace) -> list[Conversation]:
     # The vision encoder is closed by now: its memory is the LLM's.
     _quiet()
     llm = choice.open(bundle)
-    asked: Positions | Literal["both"] | None = arguments.positions
     kinds = get_args(Positions) if asked == BOTH else (asked,)
     count = len(frames) if video else None
     return [llm.conversation(encoded, frames=count, positions=each) for each in kinds]

@@ -374,17 +374,22 @@ def _placed(
 def _unplaced(name: str, tokens: TokenSpec | None) -> InvalidInputError:
     """Return the error for rows of which nobody knows where they stand."""
     if tokens is not None and not tokens.placed:
-        return InvalidInputError(
-            f"{name}: the bundle doesn't say where its tokens stand",
-            expected="the output token_positions, for positions='original'",
-            cause="it was exported by an older version of vzip",
-            cure="export it again, or ask with --positions consecutive",
-        )
+        return unplaced_bundle(name)
     return InvalidInputError(
         f"{name}: got rows without their places",
         expected="what VisionEncoder.image_tokens or video_tokens returned, for "
         "positions='original'",
         cure="give that as it is, instead of its embeds alone",
+    )
+
+
+def unplaced_bundle(name: str) -> InvalidInputError:
+    """Return the error for a bundle that doesn't say where its tokens stand."""
+    return InvalidInputError(
+        f"{name}: the bundle doesn't say where its tokens stand",
+        expected="the output token_positions, for original positions",
+        cause="it was exported by an older version of vzip",
+        cure="export it again, or ask with --positions consecutive",
     )
 
 

@@ -509,6 +509,11 @@ def ask(bundle, *argv):
 
 def test_both_positions_are_answered_beside_each_other(tmp_path, asked, monkeypatch, capsys):
     picture = noise(tmp_path / "a.png", 0)
+    for option in ("original", "both"):  # the bundle is of schema 1
+        assert ask(BUNDLE, picture, "--positions", option) == 2
+        assert "export it again" in one_line(capsys)
+    assert not asked
+    monkeypatch.setattr("vzip.runtime.bundle.manifest.Manifest.span", 16)
     for option, wanted in (("original", ["original"]), ("consecutive", ["consecutive"])):
         assert ask(BUNDLE, picture, "--positions", option) == 0
         assert asked.positions == wanted
