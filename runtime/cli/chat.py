@@ -46,7 +46,8 @@ def _answer(
     try:
         for conversation in conversations:
             pieces = conversation.stream(question, max_new_tokens=arguments.max_new_tokens)
-            emit(asking.label(conversation, arguments), end="")
+            if label := asking.label(conversation, arguments):
+                emit(label, end="")
             for piece in pieces:
                 emit(piece, end="")
             emit("")

@@ -134,7 +134,7 @@ class TokenSpec:
             closing=1 if manifest.tower.pool == 2 else 0,
             several_count=several,
             positions="original" if manifest.model.family in _LLAVA_15_LIKE else "consecutive",
-            placed=manifest.span is not None,
+            placed=manifest.selection.span is not None,
         )
 
     def rows(self, frames: int | None, *, several: bool = False) -> int | None:

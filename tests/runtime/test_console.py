@@ -107,7 +107,7 @@ def test_an_answer(command, capsys, monkeypatch):
         def stream(self, *_: object, **__: object) -> list[str]:
             return list(said)
 
-    monkeypatch.setattr(asking, "conversation", lambda _: Conversation())
+    monkeypatch.setattr(asking, "conversations", lambda _: [Conversation()])
     lines = iter(["What?\n", ""])
     stdin = types.SimpleNamespace(isatty=lambda: False, readline=lambda _most: next(lines))
     monkeypatch.setattr("sys.stdin", stdin)

@@ -307,7 +307,7 @@ def test_ask_prints_the_answer_alone(conversation, capsys):
 @pytest.mark.parametrize("dash", [False, True])
 def test_options_may_stand_anywhere(argv, dash, conversation, monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr(asking, "conversation", lambda each: seen.append(each) or conversation)
+    monkeypatch.setattr(asking, "conversations", lambda each: seen.append(each) or [conversation])
     if dash and argv[-1] == "-q?":
         argv = [*argv[:-1], "--", "-q?"]
     else:

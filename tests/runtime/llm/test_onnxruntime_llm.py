@@ -512,7 +512,9 @@ def test_a_damaged_file_is_refused_before_it_runs(plain, name, damage, tmp_path)
     file = folder / name
     data = bytearray(file.read_bytes())
     if damage == "flipped":
-        data[len(data) // 2] ^= 1
+        # In a graph, within a name: a field's tag or length would make it no protobuf any more.
+        place = data.find(b"past_key_0") if name == "llm.onnx" else len(data) // 2
+        data[place] ^= 1
         file.write_bytes(data)
     elif damage == "short":
         file.write_bytes(data[:-1])
@@ -705,7 +707,7 @@ def test_a_character_of_several_tokens_comes_in_one_piece(plain, monkeypatch):
     ids = iter(
         [*llm.text.prompts.tokenizer.encode("a 大きさ 🙂!", special=False), llm.text.prompts.eos_id]
     )
-    monkeypatch.setattr(llm, "step", lambda new, cache, rows: next(ids))
+    monkeypatch.setattr(llm, "step", lambda new, cache, rows, positions: next(ids))
     pieces = list(llm.stream(embeds_of(2), "what?"))
     assert "".join(pieces) == "a 大きさ 🙂!"
     assert {"大", "き", "さ"} <= {piece.strip() for piece in pieces}

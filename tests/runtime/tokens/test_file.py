@@ -207,7 +207,7 @@ def without_kept(data: bytes) -> bytes:
         (lambda data: join(b"[ ]", b""), "no object"),
         (lambda data: join(b"{}", b""), "'vzip-tokens'"),
         (metadata(format="pt"), "'pt'"),
-        (metadata(version="2"), "'2'"),
+        (metadata(version="3"), "'3'"),
         (metadata(extra="1"), "['extra']"),
         (metadata(model=1), "'model' is 1"),
         (metadata(hidden_size=6), "'hidden_size' is 6"),
