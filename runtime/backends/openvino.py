@@ -94,6 +94,13 @@ class OpenVinoCpu:
         self.engine = cpu_engine.choose(bundle, engine, STACK)
         outputs = (*(each.name for each in bundle.manifest.outputs), *extra_outputs)
         if self.engine is None:
+            if bundle.quantised == "fp8":
+                raise BackendError(
+                    f"{bundle.path}: the backend '{self.name}' can't run the graph in fp8",
+                    expected="a graph in fp32, fp16 or int8",
+                    cause="OpenVINO rounds to FP8 otherwise than ONNX says",
+                    cure="take backend='onnxruntime'",
+                )
             graph, held = bundle.read_model(), bundle.held_weights()
             with read_model(openvino, graph, bundle.weights_folder, held) as model:
                 parts = compiled(openvino, model, FP32, number, extra_outputs)

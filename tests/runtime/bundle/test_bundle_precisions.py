@@ -25,7 +25,7 @@ from vzip.runtime.bundle.precision_writer import precision_writer
 from vzip.runtime.bundle.reader import Bundle, read_bundle, waiting_folder
 from vzip.runtime.bundle.writer import add_engine, bundle_writer
 from vzip.runtime.cli.main import main
-from vzip.runtime.errors import BundleError, InvalidInputError
+from vzip.runtime.errors import BackendError, BundleError, InvalidInputError
 from vzip.runtime.tokens.cache import TokenCache, cached_image_embeds
 from vzip.runtime.tokens.file import TokenFile
 
@@ -56,6 +56,10 @@ class TestGoldenGraphs:
             from vzip.export.engines.tensorrt.request import BuildRequest
 
             build_engine(tiny_bundle, BuildRequest(precision=precision), say=lambda _: None)
+        if (backend, precision) == ("openvino", "fp8"):  # .7 % off: it rounds otherwise
+            with refused(BackendError, got="fp8", cure="onnxruntime"):
+                VisionEncoder.open(tiny_bundle, backend=backend, precision=precision)
+            return
         with VisionEncoder.open(tiny_bundle, backend=backend, precision=precision) as encoder:
             assert encoder.precision == precision
             tokens = encoder.encode(list(golden["images"]))
