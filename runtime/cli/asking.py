@@ -142,7 +142,10 @@ def conversations(arguments: argparse.Namespace) -> list[Conversation]:
     llm = choice.open(bundle)
     kinds = get_args(Positions) if asked == BOTH else (asked,)
     count = len(frames) if video else None
-    return [llm.conversation(encoded, frames=count, positions=each) for each in kinds]
+    return [
+        llm.conversation(encoded, frames=count, **({} if each is None else {"positions": each}))
+        for each in kinds
+    ]
 
 
 def label(conversation: Conversation, arguments: argparse.Namespace) -> str:

@@ -448,7 +448,8 @@ class GreedyConversation(TokenConversation):
             if positions is not None:
                 check_ascending(self._name, positions)
             self._intact = False  # until the cache is whole again
-            token = self._llm.step(new, self._cache, rows, positions)
+            given = () if positions is None else (positions,)
+            token = self._llm.step(new, self._cache, rows, *given)
             self._cached += len(new)
             self._intact = True
             made, new = [*made, token], [token]

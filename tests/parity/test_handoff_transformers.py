@@ -562,7 +562,7 @@ def test_ask_answers_about_a_folder_of_frames(bundle, tmp_path, monkeypatch, cap
     ((embeds, count),) = begun
     assert count == 3
     assert len(np.unique(expected, axis=0)) == len(expected), "no two frames are alike"
-    np.testing.assert_allclose(embeds, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(embeds.embeds, expected, rtol=0, atol=1e-5)
 
 
 def test_llm_names_another_place(bundle, capsys):

@@ -271,7 +271,8 @@ class _Pool:
         try:
             with self._lock:
                 for position in (0, 2):
-                    batch = np.zeros((1, self._width), np.float32)
+                    # Not zeros, whose norm some versions divide by: NaN would stay in the cache.
+                    batch = np.ones((1, self._width), np.float32)
                     self._decode(batch, cache, np.array([position]), last=True)
         except BackendError:
             return (

@@ -301,7 +301,8 @@ def test_attention_that_slides_serves_its_window(tmp_path):
         ).logits[0, -1]
         decoder = llm_graph.Decoder(model)
         empty = [torch.zeros(1, 1, 0, 32)] * 2
-        logits, *_ = decoder(model.get_input_embeddings()(row), empty)
+        positions = torch.arange(len(ids))[None]
+        logits, *_ = decoder(model.get_input_embeddings()(row), positions, empty)
     torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-5)
 
 

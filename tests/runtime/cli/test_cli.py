@@ -464,7 +464,7 @@ class Asked(list):
         super().__init__()
         self.positions = []
 
-    def conversation(self, embeds, *, frames, positions):
+    def conversation(self, embeds, *, frames, positions=None):
         assert frames is None
         self.positions.append(positions)
         self.append([each.embeds for each in embeds])
