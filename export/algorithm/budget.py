@@ -5,7 +5,7 @@ Nothing here needs torch: command lines read a budget before anything heavy is i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal, get_args
 
 from vzip.export import defaults
@@ -14,6 +14,7 @@ from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     from vzip.export.architecture import VisionConfig
+    from vzip.runtime.bundle.manifest import Selection
 
 Merge = Literal["average", "sum"]
 VISIONZIP = "visionzip"
@@ -55,6 +56,11 @@ class Budget:
             raise InvalidInputError(
                 f"merge is {self.merge!r}", expected=f"one of {', '.join(get_args(Merge))}"
             )
+
+    @classmethod
+    def of(cls, selection: Selection) -> Budget:
+        """Return the budget that a bundle's manifest holds."""
+        return cls(**{each.name: getattr(selection, each.name) for each in fields(cls)})
 
     @classmethod
     def from_options(

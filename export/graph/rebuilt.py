@@ -72,7 +72,7 @@ def rebuild(manifest: Manifest, graph: ir.Graph) -> Encoder:
     encoder = Encoder(
         config,
         _Sizes(config),
-        budget=Budget(**vars(manifest.selection)),
+        budget=Budget.of(manifest.selection),
         graph_input="image" if manifest.input.name == "image" else "pixel_values",
         dtype=wide,
     )

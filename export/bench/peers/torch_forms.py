@@ -149,7 +149,7 @@ class Sdpa(nn.Module):
         self.tower = _tower(weights, "sdpa", weights.config.layers_run)
         self.projector = _projector(weights)
         self.heads = weights.config.tower.num_heads
-        self.budget = Budget(**vars(manifest.selection))
+        self.budget = Budget.of(manifest.selection)
         self.token_weights: Tensor | None = None  # of the last call
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
