@@ -97,7 +97,7 @@ class RayEncoder:
     async def given(self, files: list[bytes]) -> list[Any]:
         """Return what `LLM.conversation` takes of a prompt's pictures."""
         with self._service.admission.enter("") as ticket:
-            return [each.encoded.embeds for each in await self._seen(ticket, files)]
+            return [each.encoded for each in await self._seen(ticket, files)]
 
     async def _seen(self, ticket: Any, files: list[bytes]) -> list[Any]:
         several = len(files) > 1

@@ -44,7 +44,7 @@ def asked() -> Any:
 
     def ask(question: str, *pictures: bytes, **options: Any) -> str:
         several = len(pictures) > 1
-        tokens = [encoder.image_embeds(each, several=several) for each in pictures]
+        tokens = [encoder.image_tokens(each, several=several) for each in pictures]
         return llm.ask(tokens, question, **options)
 
     yield ask
@@ -123,7 +123,7 @@ def turns(client: openai.OpenAI, picture: bytes, stream: bool) -> tuple[list[str
 def test_later_turns_continue_the_kv_cache(demo: Served, client: openai.OpenAI) -> None:
     picture = SCENES[1].read_bytes()
     with VisionEncoder.open(demo.service.bundle, threads=1) as encoder:
-        conversation = demo.web.answering.llm.conversation([encoder.image_embeds(picture)])
+        conversation = demo.web.answering.llm.conversation([encoder.image_tokens(picture)])
     wanted = [conversation.ask(each) for each in QUESTIONS]
     answers, extras = turns(client, picture, stream=False)
     assert answers == wanted
