@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
@@ -140,8 +141,18 @@ def test_importing_the_runtime_loads_nothing_heavy() -> None:
     assert not heavy & set(loaded)
 
 
+def test_asking_for_openvino_s_version_loads_nothing_of_it() -> None:
+    # A bundle with an engine of OpenVINO's asks at every opening, whatever backend then runs.
+    loaded = python(
+        "import sys; from vzip.runtime.backends.packages import version_of; "
+        "print(version_of('openvino', 'a test'), 'openvino' in sys.modules)"
+    ).split()
+    assert loaded == [importlib.metadata.version("openvino"), "False"]
+
+
 def test_the_help_of_every_command_loads_nothing_heavy() -> None:
     heavy = {"torch", "transformers", "onnx", "onnxruntime", "matplotlib", "jinja2", "sklearn"}
+    heavy |= {"openvino", "fastapi", "uvicorn", "ray"}
     code = (
         "import sys; from vzip.runtime.cli.main import COMMANDS, main\n"
         f"heavy = {heavy!r}\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import sys
 from typing import Any
@@ -47,6 +49,9 @@ def import_openvino(needed_for: str, extra: str) -> Any:
 def version_of(stack: str, needed_for: str) -> str:
     """Return the version of the installed library that a CPU engine is run by.
 
+    OpenVINO isn't imported for it, which takes long: whether an engine fits is asked wherever a
+    bundle has one, whatever backend then runs.
+
     Args:
         stack: ``onnxruntime`` or ``openvino``.
         needed_for: As for `missing`.
@@ -54,6 +59,8 @@ def version_of(stack: str, needed_for: str) -> str:
     Raises:
         MissingDependencyError: It isn't installed.
     """
-    if stack == "openvino":  # its own: "2026.4.1-22982-e213a147257-releases/2026/4"
-        return str(import_openvino(needed_for, "openvino").__version__).split("-", 1)[0]
+    if stack == "openvino":
+        if importlib.util.find_spec("openvino") is None:
+            raise missing("openvino", needed_for=needed_for, extra="openvino")
+        return importlib.metadata.version("openvino")
     return str(import_onnxruntime(needed_for, "cpu").__version__)

@@ -99,6 +99,7 @@ def test_the_fastest_form_becomes_the_engine_and_is_opened(
     record = make(path).record
     assert (record.stack, record.cpu.form, record.proof["passed"]) == ("openvino", form, True)
     assert record.version == packages.version_of("openvino", "a test")
+    assert packages.import_openvino("a test", "openvino").__version__.startswith(record.version)
     assert list(record.cpu.measured) == ["own", *OFFERED]
     # The larger batch as well, since the graph's is open.
     many = min(choice.MANY, read_bundle(path).manifest.batch.max)
