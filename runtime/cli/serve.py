@@ -76,7 +76,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
             at = f"[{host}]" if ":" in host else host
             say(f"serving {name} at http://{at}:{port}")
 
-        server.run(
+        uvicorn_server = server.make_server(
             web,
             host=arguments.host,
             port=arguments.port,
@@ -85,6 +85,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
             access_log=arguments.verbose > 0,
             started=started,
         )
+        server.run(uvicorn_server)
         left = service.admission.inside
         if answering is not None:
             answering.close()

@@ -17,47 +17,22 @@ _STUCK: Final = 15.0  # seconds in which a reader must take something of what is
 _MOST_CONNECTIONS: Final = 1024
 
 
-def run(
-    web: Web,
-    *,
-    host: str,
-    port: int,
-    proxy: str | None = None,
-    drain_seconds: float = 30.0,
-    access_log: bool = False,
-    started: Callable[[str, int], None] | None = None,
-) -> None:
+def run(server: Any) -> None:
     """Serve until SIGTERM or SIGINT, and then until those inside have their answers.
 
     Args:
-        web: What is served.
-        host: The address.
-        port: The port; 0 for any that is free.
-        proxy: Address of a proxy whose word on who the client is counts; None for none.
-        drain_seconds: Longest wait for those inside.
-        access_log: Whether each request is logged.
-        started: Called with address and port when it is ready.
+        server: From `make_server`.
 
     Raises:
-        MissingDependencyError: uvicorn or httptools is not installed.
         InvalidInputError: The address can't be had.
     """
-    server = make_server(
-        web,
-        host=host,
-        port=port,
-        proxy=proxy,
-        drain_seconds=drain_seconds,
-        access_log=access_log,
-        started=started,
-    )
     # uvicorn raises the signal again when it is done; then there is nothing left to be ended.
     before = {each: signal.signal(each, _nothing) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
         server.run()
     except SystemExit as error:  # it has logged that the address can't be had
         raise InvalidInputError(
-            f"the service can't listen at {host}:{port}",
+            f"the service can't listen at {server.config.host}:{server.config.port}",
             expected="an address of this machine, and a port that is free",
             cure="give another one with --port",
         ) from error
@@ -76,7 +51,20 @@ def make_server(
     access_log: bool = False,
     started: Callable[[str, int], None] | None = None,
 ) -> Any:
-    """Return uvicorn's server, which is not running yet; see `run`."""
+    """Return uvicorn's server, which is not running yet; see `run`.
+
+    Args:
+        web: What is served.
+        host: The address.
+        port: The port; 0 for any that is free.
+        proxy: Address of a proxy whose word on who the client is counts; None for none.
+        drain_seconds: Longest wait for those inside.
+        access_log: Whether each request is logged.
+        started: Called with address and port when it is ready.
+
+    Raises:
+        MissingDependencyError: uvicorn or httptools is not installed.
+    """
     require("uvicorn", "httptools", needed_for="the service", extra="serve")
     import uvicorn
 
