@@ -307,7 +307,11 @@ def cached_image_embeds(
     channels: Channels = "rgb",
     several: bool = False,
 ) -> Array:
-    """Return the embeddings of `cached_image_tokens` alone, float32 or float16 [n, L]."""
+    """Return the embeddings of `cached_image_tokens` alone, float32 or float16 [n, L].
+
+    Raises:
+        VzipError: As for `cached_image_tokens`.
+    """
     encoded = cached_image_tokens(encoder, image, cache, channels=channels, several=several)
     return encoded.embeds
 

@@ -15,8 +15,10 @@ from tests.refusals import refused, says
 from vzip.runtime import console
 from vzip.runtime.errors import InvalidInputError, VzipError, missing
 from vzip.runtime.files.codec import MisfitError
+from vzip.runtime.service.admission import RefusedError
 
 FIELDS = {"got", "expected", "cause", "cure"}
+OF_HTTP = {"status", "code", "retry_after"}  # what a service's refusal has besides
 
 
 def kinds() -> set[type[VzipError]]:
@@ -37,11 +39,16 @@ def test_every_kind_renders_in_one_line_and_crosses_processes() -> None:
     found = kinds()
     assert len(found) >= 9
     for kind in found - {MisfitError}:
-        error = kind("got\nthis ", expected="that", cause="a cause\n  of two lines", cure="do it")
+        fields = {"expected": "that", "cause": "a cause\n  of two lines", "cure": "do it"}
+        besides = {"status": 429, "code": "busy", "retry_after": 2}
+        if not issubclass(kind, RefusedError):
+            besides = {}
+        error = kind("got\nthis ", **fields, **besides)
         assert str(error) == "got this, expected that; a cause of two lines; do it"
         again = pickle.loads(pickle.dumps(error))
         assert type(again) is kind
         assert str(again) == str(error)
+        assert {name: getattr(again, name) for name in besides} == besides
         says(again, got="got\nthis ", expected="that", cause="two lines", cure="do it")
 
 
@@ -76,7 +83,7 @@ def test_no_call_makes_a_line_by_itself() -> None:
                 continue
             where = f"{path}:{node.lineno}"
             assert len(node.args) <= 1, where
-            assert {each.arg for each in node.keywords} <= FIELDS | {"code", None}, where
+            assert {each.arg for each in node.keywords} <= FIELDS | OF_HTTP | {None}, where
             for value in (*node.args, *(each.value for each in node.keywords)):
                 for part in ast.walk(value):
                     if isinstance(part, ast.Constant) and isinstance(part.value, str):

@@ -45,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many images or tiles went through a graph in one go."""
+    """How many images or tiles went through a graph in one go; two batches go at once."""
     sizes: list[int] = []
     encode = VisionEncoder._encode_batches  # what images and tiles have in common
 
@@ -127,7 +127,7 @@ def test_batches_are_filled_across_shards(tmp_path, output, folder, encoded, cap
         draw(folder / f"{seed}.png", seed)
     bundle = TINY
     assert encode(bundle, folder, "-o", output, "--shard-size", 2) == 0
-    assert encoded == [3, 3, 1]
+    assert sorted(encoded) == [1, 3, 3]
     shards = [f"t-0000{number}-of-00004.safetensors" for number in (1, 2, 3, 4)]
     assert capsys.readouterr().out.split() == [str(tmp_path / name) for name in shards]
     assert names(tmp_path) == ["images", *shards]
@@ -176,7 +176,7 @@ def test_files_go_by_their_last_name_in_the_order_given(output, folder, encoded)
 def test_one_picture_under_two_names_is_encoded_once(tmp_path, output, folder, encoded):
     shutil.copyfile(folder / "a.png", folder / "a-twin.png")
     assert encode(TINY, folder, "-o", output) == 0
-    assert encoded == [3, 1]
+    assert sorted(encoded) == [1, 3]
     tokens = contents(output)["a.png"][0]
     np.testing.assert_array_equal(contents(output)["a-twin.png"][0], tokens)
     assert encode(TINY, folder, "-o", output, "--shard-size", 1) == 0
