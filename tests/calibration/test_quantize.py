@@ -34,7 +34,7 @@ from vzip.calibration.quantization.recipe import Recipe
 from vzip.calibration.samples import Samples
 from vzip.runtime.agreement import compare
 from vzip.runtime.backends import open_backend
-from vzip.runtime.backends.onnxruntime import with_output
+from vzip.runtime.backends.onnxruntime import session_options, with_output
 from vzip.runtime.bundle.graph_check import external_tensors
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS
 from vzip.runtime.bundle.reader import Bundle, read_bundle
@@ -174,7 +174,7 @@ def test_it_runs_and_agrees(  # noqa: PLR0917 - fixtures, and what varies
     batch = batch_of(bundle, pictures)
     _, backend = open_backend("onnxruntime", bundle)
     expected = backend.run({bundle.manifest.input.name: batch})
-    options = onnxruntime.SessionOptions()
+    options = session_options(onnxruntime)
     if precision == "fp8":
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     session = onnxruntime.InferenceSession(str(tmp_path / done.file), options)

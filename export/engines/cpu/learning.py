@@ -1,19 +1,17 @@
-"""What forms need to know of a graph and of this CPU, from runs of ONNX Runtime."""
+"""What forms need to know of a graph, from runs of ONNX Runtime."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
 
 from vzip.export.engines.cpu.patterns import array, linears, norms
-from vzip.export.engines.cpu.products import MICROSOFT, Learnt, name_of
+from vzip.export.engines.cpu.products import Learnt, name_of
 from vzip.export.graph import smooth
 from vzip.runtime.backends.onnxruntime import OnnxRuntimeCpu
 from vzip.runtime.bundle.reader import Bundle
@@ -23,7 +21,6 @@ Array = NDArray[Any]
 ALPHA: Final = 0.5
 """Share of the outliers that smoothing moves to the weights, SmoothQuant's own default."""
 _MEAN, _MOST = ".mean.over.all", ".most.of.all"
-_WHOLE, _WITHOUT_SATURATION = 127, 63
 
 
 def learn(bundle: Bundle, graph: ir.Model, pictures: Array) -> Learnt:
@@ -39,9 +36,7 @@ def learn(bundle: Bundle, graph: ir.Model, pictures: Array) -> Learnt:
     for norm, fed in norms(graph.graph).items():
         value = name_of(norm.outputs[0])
         factors[value] = smooth.factors(most[value], [array(each.weight) for each in fed], ALPHA)
-    return Learnt(
-        factors, means, _WITHOUT_SATURATION if saturates(bundle.weights_folder) else _WHOLE
-    )
+    return Learnt(factors, means)
 
 
 def varied(pictures: Array, *, channels_last: bool) -> Array:
@@ -65,31 +60,6 @@ def varied(pictures: Array, *, channels_last: bool) -> Array:
             right = left + np.arange(width) // 2
             found.append(pictures.take(down, rows).take(right, columns))
     return np.concatenate(found)
-
-
-def saturates(folder: Path) -> bool:
-    """Return whether sums of unsigned times signed products saturate on this CPU.
-
-    Intel's and AMD's CPUs without VNNI add two products in 16 bits. Measured, not looked up: what
-    counts is the kernel that ONNX Runtime takes.
-
-    Args:
-        folder: Any that is there.
-    """
-    x, weights = np.full((8, 64), 255, np.uint8), np.full((64, 32), _WHOLE, np.int8)
-    held = {"w": weights, "one": np.array(1, np.float32), "zero": np.array(0, np.uint8)}
-    names = ["x", "w", "one", "one", "zero"]
-    graph = helper.make_graph(
-        [helper.make_node("MatMulIntegerToFloat", names, ["y"], domain=MICROSOFT)],
-        "probe",
-        [helper.make_tensor_value_info("x", TensorProto.UINT8, x.shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [8, 32])],
-        [numpy_helper.from_array(values, name) for name, values in held.items()],
-    )
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(MICROSOFT, 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
-    with contextlib.closing(OnnxRuntimeCpu.of_model(model, folder)) as opened:
-        return bool((opened.run({"x": x})["y"] != 255.0 * _WHOLE * len(weights)).any())
 
 
 def _statistics(

@@ -42,20 +42,17 @@ _TINIEST: Final = 1e-30
 
 @dataclass(frozen=True)
 class Learnt:
-    """What was learnt for the forms of a graph: from pictures, and of this CPU.
+    """What was learnt for the forms of a graph from pictures.
 
     Attributes:
         factors: Name of a LayerNorm's result → float32 [in], powers of two that its channels are
             divided by for ``tensor`` and ``blocks``; the weights are multiplied.
         means: Name of what a linear layer reads → float32 [in], each channel's mean, which
             ``tokens`` takes off.
-        largest: Largest magnitude of a weight of ``tensor`` and ``tokens``: 127, or 63 where sums
-            of products with unsigned inputs saturate.
     """
 
     factors: Mapping[str, Array] = field(default_factory=dict)
     means: Mapping[str, Array] = field(default_factory=dict)
-    largest: int = 127
 
 
 class Products:
@@ -143,7 +140,7 @@ class Products:
         """Quantise input and weights [in, out] with one scale for each `BLOCK` numbers."""
         rows, columns = weights.shape
         blocks = weights.T.reshape(columns, rows // BLOCK, BLOCK)
-        scales = _scales(blocks, axis=2, largest=127)
+        scales = _scales(blocks, axis=2)
         # 128 is the zero that the operator assumes.
         small = (np.rint(blocks / scales[..., None]) + 128).astype(np.uint8)
         name = name_of(linear.output)
@@ -214,8 +211,8 @@ class Products:
 
     def _by_output(self, linear: LinearMatch, weights: Array) -> tuple[ir.Value, ir.Value]:
         """Return weights [in, out] in signed 8 bits, and the scale of each output."""
-        name, largest = name_of(linear.output), self._learnt.largest
-        scales = _scales(weights, axis=0, largest=largest)
+        name = name_of(linear.output)
+        scales = _scales(weights, axis=0)
         small = np.rint(weights / scales).astype(np.int8)
         return (
             constant(self._graph, f"{name}.s8", small),
@@ -278,8 +275,8 @@ def _width(length: int) -> int:
     return width if width >= _LEAST_ROTATED else 1
 
 
-def _scales(weights: Array, *, axis: int, largest: int) -> Array:
-    scales = np.abs(weights).max(axis=axis) / largest
+def _scales(weights: Array, *, axis: int) -> Array:
+    scales = np.abs(weights).max(axis=axis) / 127
     return np.where(scales > 0, scales, 1).astype(np.float32)
 
 

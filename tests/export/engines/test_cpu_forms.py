@@ -16,12 +16,12 @@ import pytest
 
 from vzip.export.engines.cpu import forms, products
 from vzip.export.engines.cpu.forms import FORMS, FuseAttention, rewrite
-from vzip.export.engines.cpu.learning import learn, saturates, varied
+from vzip.export.engines.cpu.learning import learn, varied
 from vzip.export.engines.cpu.patterns import array, attention, gates, linears, norms
 from vzip.export.engines.cpu.products import Learnt, hadamard, rotated
 from vzip.export.graph.reading import read_graph
 from vzip.runtime.agreement import load_reference
-from vzip.runtime.backends.onnxruntime import with_output
+from vzip.runtime.backends.onnxruntime import session_options, with_output
 from vzip.runtime.bundle.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS
 from vzip.runtime.bundle.reader import Bundle
 
@@ -50,13 +50,16 @@ def pictures(bundle: Bundle) -> Array:
 def run(
     model: ir.Model, bundle: Bundle, extra: tuple[str, ...] = (), images: Array | None = None
 ) -> dict[str, Array]:
-    """Run a graph without ONNX Runtime's own optimisations."""
+    """Run a graph with nothing of ONNX Runtime's own that changes values inside it.
+
+    What makes sums of bytes whole is one of its optimisations, of the second of three levels.
+    """
     data = ir.to_proto(model).SerializeToString()
     for name in extra:
         data = with_output(data, name)
-    options = onnxruntime.SessionOptions()
+    options = session_options(onnxruntime)
     options.log_severity_level = 4
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(bundle.weights_folder)
     )
@@ -436,9 +439,7 @@ def test_tokens_of_a_picture_do_not_depend_on_the_others_of_its_call(exported: M
         assert np.array_equal(one, other) == alone
 
 
-def test_learnt_are_each_channels_mean_and_the_largest_weight_of_this_cpu(
-    exported: MakeBundle,
-) -> None:
+def test_learnt_are_each_channels_means(exported: MakeBundle) -> None:
     bundle = exported("image")
     graph = graph_of(bundle)
     learnt = learn(bundle, graph, pictures(bundle))
@@ -448,16 +449,6 @@ def test_learnt_are_each_channels_mean_and_the_largest_weight_of_this_cpu(
         if name in names:
             expected = values.reshape(-1, values.shape[-1]).mean(0)
             assert np.allclose(learnt.means[name], expected, atol=1e-4), name
-    assert learnt.largest == (63 if saturates(bundle.weights_folder) else 127)
-
-
-@pytest.mark.parametrize("largest", [127, 63])
-def test_weights_stay_within_what_this_cpu_can_add(exported: MakeBundle, largest: int) -> None:
-    model = formed(exported("image"), TOKENS, Learnt(largest=largest))
-    weights = [
-        array(value) for name, value in model.graph.initializers.items() if name.endswith(".s8")
-    ]
-    assert max(np.abs(each.astype(int)).max() for each in weights) == largest
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
