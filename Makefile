@@ -90,14 +90,15 @@ WITHOUT_TORCH := tests/contract tests/runtime/llm/test_chat_server.py tests/runt
   $(filter-out tests/runtime/llm/ tests/runtime/service/,$(wildcard tests/runtime/*/)) $(wildcard tests/runtime/test_*.py)
 test-pythons: .venv-3.10/ready .venv-3.13/ready
 	for version in 3.10 3.13; do \
-	  VZIP_TEST_BACKENDS=onnxruntime .venv-$$version/bin/python -m pytest $(WITHOUT_TORCH) || exit 1; \
+	  VZIP_TEST_BACKENDS=onnxruntime .venv-$$version/bin/python -m pytest -n 2 --dist worksteal \
+	    $(WITHOUT_TORCH) || exit 1; \
 	done
 
 .venv-3.10/ready: NUMPY := numpy==1.26.4
 .venv-3.13/ready: NUMPY := numpy>=2
 .venv-%/ready: pyproject.toml $(SOURCES)
 	test -x .venv-$*/bin/python || python$* -m venv .venv-$*
-	.venv-$*/bin/pip install $(PIP_QUIET) "$(NUMPY)" pytest '.[cpu,video]' 'opencv-python-headless>=4.10'
+	.venv-$*/bin/pip install $(PIP_QUIET) "$(NUMPY)" pytest pytest-xdist '.[cpu,video]' 'opencv-python-headless>=4.10'
 	touch $@
 
 # The newest transformers that is allowed, over what is locked. What it is going to drop is an error.

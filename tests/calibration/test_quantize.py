@@ -179,7 +179,8 @@ def test_it_runs_and_agrees(  # noqa: PLR0917 - fixtures, and what varies
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     session = onnxruntime.InferenceSession(str(tmp_path / done.file), options)
     feeds = {bundle.manifest.input.name: batch}
-    got = dict(zip((EMBEDS, KEPT), session.run(None, feeds), strict=True))
+    wanted = (EMBEDS, KEPT)
+    got = dict(zip(wanted, session.run(wanted, feeds), strict=True))
     assert got[EMBEDS].dtype == expected[EMBEDS].dtype
     assert got[KEPT].dtype == np.int64
     agreement = compare([expected], [got], bundle.manifest)

@@ -183,8 +183,8 @@ def test_what_is_not_the_module_s_is_named() -> None:
 
     assert "layers.1.fc2.weight" in change(fc2_weight=np.zeros((32, 15), np.float32))
     assert "torch.float16" in change(fc1_bias=np.zeros(32, np.float16))
-    outputs = (bundle.manifest.embeds,
-               dataclasses.replace(bundle.manifest.kept, shape=("batch", 3)))  # fmt: skip
+    embeds, kept, positions = bundle.manifest.outputs
+    outputs = (embeds, dataclasses.replace(kept, shape=("batch", 3)), positions)
     assert KEPT in change(manifest={"selection": selection, "outputs": outputs})
     graph = read_graph(bundle, "a test").graph
     next(node for node in graph if node.op_type == "Sigmoid").op_type = "Tanh"
