@@ -976,16 +976,17 @@ import time
 start = time.perf_counter()
 import vzip.runtime
 empty = time.perf_counter()
+before = time.process_time()
 import numpy, PIL.Image
 others = time.process_time()
 from vzip.runtime import CompressedTokens, VisionEncoder
-print(empty - start, time.process_time() - others)
+print(empty - start, time.process_time() - others, others - before)
 """
-    # The names behind the package cost what numpy and Pillow cost, and little of their own (CPU
-    # time). The best of several: other processes on the machine only ever make it slower.
+    # The names behind the package cost what numpy and Pillow cost, and not twice that of their own
+    # (CPU time). The best of several: other processes on the machine only ever make it slower.
     runs = [[float(number) for number in run_python(code).split()] for _ in range(5)]
     assert min(run[0] for run in runs) < 0.150
-    assert min(run[1] for run in runs) < 0.150
+    assert min(run[1] for run in runs) < 2 * min(run[2] for run in runs)
 
 
 def test_names_that_the_runtime_has_not_are_an_error():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 
 from tests.faults import fill_disk
 from tests.pages import HOSTILE, assert_shut
+from tests.places import GOLDEN
 from tests.references import with_reference
 from tests.refusals import refused
 from tests.runtime.fake_gpu import with_engine
@@ -298,11 +300,20 @@ class Machine:
         monkeypatch.setattr(encoder, "available_mib", lambda: self.free - 1000 * len(self.open))
 
 
-@pytest.fixture
-def tiny(tiny_bundle, golden):
-    path = with_reference(tiny_bundle, golden).path
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The tiny bundle with a reference and an engine for this CPU, which takes long to choose."""
+    path = tmp_path_factory.mktemp("built") / "tiny_bundle"
+    shutil.copytree(GOLDEN / "tiny_bundle", path)
+    with np.load(GOLDEN / "tiny_golden.npz", allow_pickle=False) as arrays:
+        with_reference(path, dict(arrays))
     build_cpu(path, "fastest", say=lambda _: None)
     return path
+
+
+@pytest.fixture
+def tiny(built, tmp_path):
+    return Path(shutil.copytree(built, tmp_path / "tiny_bundle"))
 
 
 def test_what_does_not_fit_into_memory_is_timed_with_the_baseline_again(monkeypatch, tiny):

@@ -68,7 +68,7 @@ def expected(questions: dict[str, list[str]]) -> dict[str, list[str]]:
     with VisionEncoder.open(demo_with_llm()) as encoder:
         llm = TransformersLLM.open("demo", tokens=TokenSpec.of(encoder.manifest), device="cpu")
         for name, asked in questions.items():
-            conversation = llm.conversation(encoder.image_embeds(demo.pictures() / name))
+            conversation = llm.conversation(encoder.image_tokens(demo.pictures() / name))
             answers[name] = [conversation.ask(question) for question in asked]
     return answers
 
@@ -98,5 +98,5 @@ def test_several_images(questions):
     out, _ = edge("ask", demo_with_llm(), *pictures, question)
     with VisionEncoder.open(demo_with_llm()) as encoder:
         llm = TransformersLLM.open("demo", tokens=TokenSpec.of(encoder.manifest), device="cpu")
-        embeds = [encoder.image_embeds(picture) for picture in pictures]
-    assert out == llm.ask(embeds, question) + "\n"
+        encoded = [encoder.image_tokens(picture) for picture in pictures]
+    assert out == llm.ask(encoded, question) + "\n"

@@ -437,7 +437,7 @@ def test_of_equal_logits_the_lower_id_is_said(plain, monkeypatch):
     llm = OnnxRuntimeLLM(plain)
     logits = np.zeros(300, np.float32)
     logits[[41, 40, 200]] = 5
-    monkeypatch.setattr(llm, "logits", lambda ids, cache, rows: logits)
+    monkeypatch.setattr(llm, "logits", lambda *_: logits)
     assert llm.step([5], llm.new_cache(), None) == 40
     for bad in (np.nan, np.inf):
         logits[70] = bad
