@@ -43,9 +43,10 @@ test-fast: lint types
 
 test-all: test test-rest test-real
 
-# What `make test` leaves out.
+# What `make test` leaves out: it has no llama.cpp.
 test-rest: $(VENV)/linked llms
-	VZIP_LLMS=llama_cpp $(PYTEST) -m "full or local_llm"
+	$(PYTEST) -m full
+	VZIP_LLMS=llama_cpp $(PYTEST) -m "local_llm and not full" $(shell grep -lr llama_cpp tests --include='test_*.py')
 
 test-real: real
 	$(PYTEST) tests/real
@@ -105,8 +106,9 @@ test-pythons: .venv-3.10/ready .venv-3.13/ready
 NEWEST := .venv-newest/site-packages
 TRANSFORMERS := $(shell sed -n 's/^ *"\(transformers[^"]*\)".*/\1/p' pyproject.toml)
 test-newest: $(VENV)/linked $(NEWEST)/ready
-	PYTHONPATH=$(CURDIR)/$(NEWEST) $(PYTEST) -W error::FutureWarning -m "not full" tests/runtime/llm \
-	  tests/export/llm tests/calibration/test_tune.py $(wildcard tests/parity/test_handoff_*.py)
+	PYTHONPATH=$(CURDIR)/$(NEWEST) $(PYTEST) -W error::FutureWarning -m "not full" \
+	  tests/calibration/test_tune.py $(wildcard tests/parity/test_handoff_*.py) \
+	  $(shell grep -lr transformers tests/runtime/llm tests/export/llm --include='test_*.py')
 
 $(NEWEST)/ready: $(VENV)/installed
 	rm -rf $(NEWEST) && mkdir -p $(NEWEST)
