@@ -277,8 +277,8 @@ def test_a_manifest_that_promises_another_selection_fails(
         budget = Budget(12, 4, not change["cls_token"])
     bundle = export(budget=budget, precision=precision)
     selection = dataclasses.replace(bundle.manifest.selection, **change)
-    embeds, kept = bundle.manifest.outputs
-    outputs = (embeds, dataclasses.replace(kept, shape=(1, selection.dominant)))
+    embeds, kept, positions = bundle.manifest.outputs
+    outputs = (embeds, dataclasses.replace(kept, shape=(1, selection.dominant)), positions)
     wrong = altered(bundle, tmp_path, selection=selection, outputs=outputs)
     assert fails(reference_of(precision), wrong)
 
