@@ -104,27 +104,29 @@ def test_two_pictures_at_once(bundle, tmp_path, monkeypatch, capsys):
     one, two = sorted(demo.pictures().glob("*.jpg"))[:2]
     question = "What digit is there?"
     with VisionEncoder.open(bundle) as encoder:
-        embeds = [encoder.image_embeds(path) for path in (one, two)]
-    llm = TransformersLLM.open("demo")
+        encoded = [encoder.image_tokens(path) for path in (one, two)]
+        llm = TransformersLLM.open("demo", tokens=TokenSpec.of(encoder.manifest))
     shown = []
     conversation = TransformersLLM.conversation
 
-    def watched(self, embeds, *, frames=None):
-        shown.append(embeds)
-        return conversation(self, embeds, frames=frames)
+    def watched(self, encoded, **options):
+        shown.append(encoded)
+        return conversation(self, encoded, **options)
 
     monkeypatch.setattr(TransformersLLM, "conversation", watched)
     capsys.readouterr()
     cache = tmp_path / "cache"
     assert main(["ask", str(bundle), str(two), question, "--cache", str(cache)]) == 0
     alone = capsys.readouterr().out
-    assert alone == llm.ask(embeds[1], question) + "\n"
-    expected = llm.ask(embeds, question) + "\n"
+    assert alone == llm.ask(encoded[1], question) + "\n"
+    expected = llm.ask(encoded, question) + "\n"
     shown.clear()
     for options in ([], ["--cache", str(cache)], ["--cache", str(cache)]):
         assert main(["ask", str(bundle), str(one), str(two), question, *options]) == 0
         assert capsys.readouterr() == (expected, "")
-        np.testing.assert_array_equal(shown[-1], embeds)
+        for got, wanted in zip(shown[-1], encoded, strict=True):
+            np.testing.assert_array_equal(got.embeds, wanted.embeds)
+            np.testing.assert_array_equal(got.where.places, wanted.where.places)
     monkeypatch.setattr(VisionEncoder, "open", lambda *_: pytest.fail("all are in the cache"))
     assert main(["ask", str(bundle), str(one), str(two), question, "--cache", str(cache)]) == 0
     assert capsys.readouterr() == (expected, "")
@@ -176,13 +178,13 @@ def test_clip_folder_and_python_give_one_answer(bundle, clips, tmp_path, monkeyp
 @pytest.mark.slow
 def test_frames_says_how_many(bundle, clips, monkeypatch, capsys):
     seen = []
-    encode = VisionEncoder.video_embeds
+    encode = VisionEncoder.video_tokens
 
-    def video_embeds(self, frames):
+    def video_tokens(self, frames, **options):
         seen.append(frames)
-        return encode(self, frames)
+        return encode(self, frames, **options)
 
-    monkeypatch.setattr(VisionEncoder, "video_embeds", video_embeds)
+    monkeypatch.setattr(VisionEncoder, "video_tokens", video_tokens)
     path = next(iter(clips))
     for option, count in (([], 8), (["--frames", "3"], 3), (["--frames", "1"], 1)):
         assert main(["ask", str(bundle), str(path), "What digit is there?", *option]) == 0
