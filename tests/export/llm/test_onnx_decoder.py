@@ -191,7 +191,7 @@ def add(checkpoint: Path, output: Path, precision: Literal["fp32", "fp16"] = "fp
     vision = read_bundle(demo_with_llm(), verify=False)
     manifest = vision.manifest
     if precision == "fp16":
-        outputs = (dataclasses.replace(manifest.embeds, dtype="float16"), manifest.kept)
+        outputs = (dataclasses.replace(manifest.embeds, dtype="float16"), *manifest.outputs[1:])
         manifest = dataclasses.replace(manifest, precision="fp16", outputs=outputs)
     with bundle_writer(output) as writer:
         copy_files(vision.path, writer.folder)
