@@ -45,7 +45,7 @@ test-all: test test-rest test-real
 
 # What `make test` leaves out: it has no llama.cpp.
 test-rest: $(VENV)/linked llms
-	$(PYTEST) -m full
+	$(PYTEST) -m "full"
 	VZIP_LLMS=llama_cpp $(PYTEST) -m "local_llm and not full" $(shell grep -lr llama_cpp tests --include='test_*.py')
 
 test-real: real
