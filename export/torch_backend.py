@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vzip.export.graph.reading import read_graph
-from vzip.runtime.bundle.manifest import EMBEDS, KEPT, POSITIONS, TOKEN_WEIGHTS
+from vzip.runtime.bundle.manifest import TOKEN_WEIGHTS, graph_outputs
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.errors import BackendError, VzipError, missing
 
@@ -71,6 +71,7 @@ class PyTorch:
             torch.set_num_threads(threads)  # which the whole process has in common
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._encoder: Any = encoder.to(self.device)
+        self._made = graph_outputs(ranked=bundle.manifest.has_rank)
         self._outputs = (*(each.name for each in bundle.manifest.outputs), *extra_outputs)
         self._input = bundle.manifest.input.name
 
@@ -84,7 +85,7 @@ class PyTorch:
         try:
             with torch.inference_mode(), self._exact():
                 made = encoder(torch.tensor(feeds[self._input], device=self.device))
-                values = dict(zip((EMBEDS, KEPT, POSITIONS, TOKEN_WEIGHTS), made, strict=True))
+                values = dict(zip((*self._made, TOKEN_WEIGHTS), made, strict=True))
                 return {name: values[name].contiguous().cpu().numpy() for name in self._outputs}
         except RuntimeError as error:
             line = (str(error).splitlines() or [type(error).__name__])[0]

@@ -25,6 +25,7 @@ from vzip.runtime.bundle.manifest import (
     EMBEDS,
     KEPT,
     POSITIONS,
+    RANK,
     TOKEN_WEIGHTS,
     Manifest,
     Media,
@@ -676,6 +677,8 @@ def check_outputs(manifest: Manifest, backend: str, outputs: dict[str, Array], c
         )
     if manifest.has_positions:
         _check_positions(manifest, backend, outputs[POSITIONS], kept)
+    if manifest.has_rank:
+        _check_rank(backend, outputs[RANK])
 
 
 def _check_positions(manifest: Manifest, backend: str, positions: Array, kept: Array) -> None:
@@ -687,6 +690,19 @@ def _check_positions(manifest: Manifest, backend: str, positions: Array, kept: A
         raise BackendError(
             f"{backend} gave {POSITIONS} {positions[0].tolist()}",
             expected=f"patches 0 … {patches - 1}, of kept tokens their own: {own[0].tolist()} …",
+            cause="the backend computes wrongly here",
+            cure="check the bundle with vzip check, or take another backend",
+        )
+
+
+def _check_rank(backend: str, rank: Array) -> None:
+    """Refuse ranks that aren't the steps of a selection, one each."""
+    steps = np.arange(rank.shape[1])
+    if (np.sort(rank, axis=1) != steps).any():
+        wrong = rank[int((np.sort(rank, axis=1) != steps).any(axis=1).argmax())]
+        raise BackendError(
+            f"{backend} gave {RANK} {wrong.tolist()}",
+            expected=f"each of 0 … {rank.shape[1] - 1} once",
             cause="the backend computes wrongly here",
             cure="check the bundle with vzip check, or take another backend",
         )
@@ -723,6 +739,8 @@ def _groups_of(weights: Array, manifest: Manifest, backend: str) -> NDArray[np.i
     dropped = int(manifest.tower.cls_token and not manifest.selection.cls_token)
     merged = members.sum(axis=1)  # [B, S]
     rest = manifest.tower.tokens - manifest.selection.dominant - dropped
+    if not manifest.selection.contextual:  # what isn't kept goes nowhere
+        rest = 0
     if merged.max() > 1 or bool((merged.sum(axis=1) != rest).any()):
         raise BackendError(
             f"{backend} gave {TOKEN_WEIGHTS} in which {merged.sum(axis=1).tolist()} tokens are "
@@ -731,4 +749,6 @@ def _groups_of(weights: Array, manifest: Manifest, backend: str) -> NDArray[np.i
             cause="the backend computes wrongly here",
             cure="check the bundle with vzip check",
         )
+    if not rest:
+        return np.full(merged.shape, -1, np.int64)
     return np.where(merged == 1, members.argmax(axis=1), -1).astype(np.int64)

@@ -315,6 +315,8 @@ def kept_choices(right: Array, kept: Array, scores: Array | None, manifest: Mani
 def merge_targets(kept: Array, manifest: Manifest) -> Array:
     """Return the tower token that each merged token formed around: every step-th of the rest."""
     selection, tower = manifest.selection, manifest.tower
+    if not selection.contextual:
+        return np.zeros(0, np.int64)
     taken = np.zeros(tower.tokens, bool)
     # What is to be judged may name tokens that don't exist.
     taken[kept[(kept >= 0) & (kept < tower.tokens)]] = True

@@ -75,8 +75,21 @@ MOST_PIXELS: Final = 2**30
 EMBEDS: Final = "image_embeds"
 KEPT: Final = "kept_indices"
 POSITIONS: Final = "token_positions"
+RANK: Final = "rank"
+"""int64 [B, K]: at which step a greedy selection chose each row's token. The rows whose rank is
+below K′ are exactly the selection of budget K′."""
 TOKEN_WEIGHTS: Final = "token_weights"  # noqa: S105 - no password
 """A value inside the graph, float32 [B, K, S]: weight of tower token s in output token k."""
+
+
+def graph_outputs(*, ranked: bool) -> tuple[str, ...]:
+    """Return the names of the outputs that an export gives a graph, in order.
+
+    Args:
+        ranked: `Selection.ranked`.
+    """
+    return (EMBEDS, KEPT, POSITIONS, *((RANK,) if ranked else ()))
+
 
 Dimension = Count | Literal["batch"]
 Media = Literal["image", "video"]
@@ -95,14 +108,27 @@ class Selection(Record):
         span: How many tokens the uncompressed model hands on of an image, a tile or a frame: the
             patches, and CLS where it keeps that. None where the graph doesn't say which patches its
             tokens stand for.
+        ranked: Whether the graph has the output ``rank``.
+        options: Name → value of what the selection was made with, of methods that have options.
     """
 
     method: Text
     dominant: Count
-    contextual: Count
+    contextual: Index
     merge: Literal["average", "sum"]
     cls_token: bool
     span: Count | None = field(default=None, metadata=OPTIONAL)
+    ranked: bool = field(default=False, metadata=OPTIONAL)
+    options: Mapping[Text, float | Text] = field(default_factory=dict, metadata=OPTIONAL)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ranked and self.contextual:
+            expected = "0 where every token has a rank: merged ones have none"
+            raise self.misfit("contextual", expected)
+        if self.ranked and self.cls_token:
+            expected = "false where every token has a rank: CLS has none"
+            raise self.misfit("cls_token", expected)
 
     @property
     def tokens(self) -> int:
@@ -249,7 +275,8 @@ class Manifest(Record):
         inputs: The one input: ``image`` uint8 [B, H, W, 3] RGB, or ``pixel_values`` float32
             [B, 3, H, W] normalised.
         outputs: ``image_embeds`` [B, K, L], ``kept_indices`` int64 [B, dominant] and
-            ``token_positions`` int64 [B, K], in this order; the last not in schema 1.
+            ``token_positions`` int64 [B, K], in this order; the last not in schema 1. ``rank``
+            int64 [B, K] follows where `Selection.ranked`.
         batch: How many images one call takes.
         preprocessing: From a picture to the tower's input.
         tiling: How large images are cut into tiles; None where they are not.
@@ -321,7 +348,12 @@ class Manifest(Record):
     @property
     def has_positions(self) -> bool:
         """Whether the graph has the output ``token_positions``."""
-        return len(self.outputs) == 3
+        return len(self.outputs) >= 3
+
+    @property
+    def has_rank(self) -> bool:
+        """Whether the graph has the output ``rank``."""
+        return self.selection.ranked
 
     @property
     def schema_version(self) -> int:
@@ -444,10 +476,13 @@ def _check_budget(manifest: Manifest) -> None:
         expected = f"{patches}, the patches" + (", or one more for CLS" if tower.cls_token else "")
         raise manifest.misfit("selection.span", expected, selection.span)
     available = patches + selection.cls_token  # a CLS that isn't kept is not merged either
-    if selection.tokens >= available:
+    # All patches as they are is no compression, and right all the same.
+    whole = not (selection.contextual or selection.cls_token)
+    if selection.tokens >= available + whole:
+        limit = "at most" if whole else "below"
         raise manifest.misfit(
             "selection",
-            f"dominant+contextual below the {available} tokens that can be selected",
+            f"dominant+contextual {limit} the {available} tokens that can be selected",
             f"{selection.dominant}+{selection.contextual}",
         )
 
@@ -472,8 +507,12 @@ def _check_tensors(manifest: Manifest) -> None:
         ("float32",) if manifest.precision == "fp32" else ("float32", "float16")
     )
     positions = Tensor(POSITIONS, "int64", (batch, tokens))
-    allowed = [(Tensor(EMBEDS, dtype, (batch, tokens, width)), kept, positions) for dtype in dtypes]
-    allowed_before = [outputs[:2] for outputs in allowed]  # in schema 1
+    rank = (Tensor(RANK, "int64", (batch, tokens)),) if manifest.selection.ranked else ()
+    allowed = [
+        (Tensor(EMBEDS, dtype, (batch, tokens, width)), kept, positions, *rank) for dtype in dtypes
+    ]
+    # In schema 1, which knows no ranks.
+    allowed_before = [] if rank else [outputs[:2] for outputs in allowed]
     if manifest.outputs not in (*allowed, *allowed_before):
         expected = " or ".join(_named(pair) for pair in allowed)
         raise manifest.misfit("outputs", expected, _named(manifest.outputs))

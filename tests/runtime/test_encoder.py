@@ -689,6 +689,60 @@ def test_positions_that_no_patch_has_are_refused(tiny_bundle, golden, column, va
         encoder.encode(golden["images"][0])
 
 
+class Ranked(Fake):
+    """A backend that keeps the patches of 5 places, without CLS, and says in which order."""
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
+        count = len(super().run(feeds)["kept_indices"])
+        outputs: Arrays = {
+            "image_embeds": np.zeros((count, 7, 6), np.float32),
+            "kept_indices": np.tile(np.arange(1, 8), (count, 1)),
+            "token_positions": np.tile(np.arange(7), (count, 1)),
+            "rank": np.tile([6, 0, 1, 2, 5, 4, 3], (count, 1)),
+        }
+        self.spoil(outputs)
+        return outputs
+
+
+def with_ranks(manifest: Manifest) -> Manifest:
+    extent = manifest.kept.shape[0]
+    rows = [
+        Tensor(name, "int64", (extent, 7)) for name in ("kept_indices", "token_positions", "rank")
+    ]
+    selection = dataclasses.replace(
+        manifest.selection, dominant=7, contextual=0, cls_token=False, ranked=True
+    )
+    return dataclasses.replace(manifest, selection=selection, outputs=(manifest.embeds, *rows))
+
+
+@pytest.mark.parametrize(("column", "value"), [(0, 7), (1, -1), (2, 6)])
+def test_ranks_that_are_no_steps_are_refused(tiny_bundle, golden, column, value) -> None:
+    encoder = opened(tiny_bundle, change=with_ranks, kind=Ranked)
+    tokens = encoder.encode(golden["images"][0])
+    assert tokens.embeds.shape == (1, 7, 6)
+
+    def spoil(outputs: Arrays) -> None:
+        if "rank" in outputs:
+            outputs["rank"][:, column] = value
+
+    encoder = opened(tiny_bundle, spoil, change=with_ranks, kind=Ranked)
+    with refused(BackendError, got="gave rank", expected="each of 0 … 6 once"):
+        encoder.encode(golden["images"][0])
+
+
+def test_nothing_is_merged_where_no_token_is_contextual(tiny_bundle, golden, monkeypatch) -> None:
+    weights = np.zeros((1, 7, 17), np.float32)
+    weights[0, np.arange(7), np.arange(1, 8)] = 1
+
+    def spoil(outputs: Arrays) -> None:
+        outputs["token_weights"] = weights
+
+    encoder = opened(tiny_bundle, spoil, change=with_ranks, kind=Ranked)
+    again = fake_of(encoder)
+    monkeypatch.setattr("vzip.runtime.encoder.open_backend", lambda *_args, **_named: ("x", again))
+    assert encoder.encode(golden["images"][0]).groups.tolist() == [[-1] * 17]
+
+
 def test_tokens_have_a_short_description():
     tokens = CompressedTokens(
         np.zeros((1, 2, 3), np.float32), np.zeros((1, 1), np.int64), lambda: np.zeros((1, 4))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from vzip.runtime.bundle.manifest import POSITIONS
+from vzip.runtime.bundle.manifest import POSITIONS, RANK
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.guard import shown
 from vzip.runtime.service.adapters.bodies import parsed
@@ -66,12 +66,19 @@ def model_metadata(name: str, manifest: Manifest, *, pictures: bool) -> dict[str
         "versions": [VERSION],
         "platform": "vzip",
         "inputs": taken,
-        "outputs": [
-            _metadata(each)
-            for each in manifest.outputs
-            if not (pictures and each.name == POSITIONS)  # of a picture in tiles there are several
-        ],
+        "outputs": [_metadata(each) for each in manifest.outputs if given(each, pictures=pictures)],
     }
+
+
+def given(output: Tensor, *, pictures: bool) -> bool:
+    """Return whether the protocol hands on an output of the graph.
+
+    Args:
+        output: The output.
+        pictures: Whether the model takes pictures as files.
+    """
+    # Ranks are for who wants fewer tokens. Of a picture in tiles there are several positions.
+    return output.name != RANK and not (pictures and output.name == POSITIONS)
 
 
 def _metadata(tensor: Tensor) -> dict[str, Any]:

@@ -679,7 +679,7 @@ class Web:
         outputs = [
             each.name
             for each in self.service.manifest.outputs
-            if not (pictures and each.name == POSITIONS)
+            if inference_protocol.given(each, pictures=pictures)
         ]
         wanted = inference_protocol.PICTURE if pictures else self.service.manifest.input.name
 

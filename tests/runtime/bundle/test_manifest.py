@@ -191,6 +191,57 @@ def test_schema_2_is_where_the_graph_says_positions() -> None:
             Manifest.from_json(told | {"schema_version": 2})
 
 
+def ranked_values() -> dict[str, Any]:
+    """Return a manifest whose graph gives ranks: 7 of 16 patches, without CLS."""
+    told = values() | {"schema_version": 2}
+    told["selection"] |= {"method": "coverage", "dominant": 7, "contextual": 0, "ranked": True}
+    told["selection"] |= {"cls_token": False, "options": {"place": 0, "features": "keys"}}
+    told["outputs"][1]["shape"] = ["batch", 7]
+    told["outputs"] += [
+        {"name": name, "dtype": "int64", "shape": ["batch", 7]}
+        for name in ("token_positions", "rank")
+    ]
+    return told
+
+
+def test_a_ranked_selection_has_one_more_output() -> None:
+    manifest = Manifest.from_json(ranked_values())
+    assert manifest.has_rank
+    assert manifest.has_positions
+    assert manifest.selection.options == {"place": 0.0, "features": "keys"}
+    assert Manifest.from_bytes(manifest.to_bytes()) == manifest
+    for outputs in (slice(2), slice(3)):
+        told = ranked_values()
+        told["outputs"] = told["outputs"][outputs]
+        with refused(BundleError, got="'outputs' is", expected="rank int64 [batch, 7]"):
+            Manifest.from_json(told)
+    told = ranked_values()
+    del told["selection"]["ranked"]
+    with refused(BundleError, got="'outputs' is", expected="token_positions int64 [batch, 7]"):
+        Manifest.from_json(told)
+    told = ranked_values()
+    told["selection"]["cls_token"] = True
+    with refused(BundleError, got="'selection.cls_token'", expected="false"):
+        Manifest.from_json(told)
+
+
+def test_what_a_selection_lacks_is_not_written() -> None:
+    written = Manifest.from_json(values()).to_json()["selection"]
+    assert not {"ranked", "options"} & set(written)
+    assert Manifest.from_json(ranked_values()).to_json()["selection"]["ranked"] is True
+
+
+def test_all_patches_may_be_kept_where_nothing_is_merged() -> None:
+    told = ranked_values()
+    told["selection"]["dominant"] = 16
+    for each, width in zip(told["outputs"], ([16, 6], [16], [16], [16]), strict=True):
+        each["shape"] = ["batch", *width]
+    assert Manifest.from_json(told).selection.tokens == 16
+    told["selection"]["dominant"] = 17
+    with refused(BundleError, got="'17+0'", expected="at most the 16"):
+        Manifest.from_json(told)
+
+
 def test_the_span_is_the_patches_with_cls_or_without() -> None:
     told = values() | {"schema_version": 2}
     told["outputs"].append({"name": "token_positions", "dtype": "int64", "shape": ["batch", 7]})
@@ -226,7 +277,12 @@ DAMAGED: list[tuple[str, object, str, str]] = [
     ("selection/dominant", True, "selection.dominant' is True", "an integer at least 1"),
     ("selection/dominant", 4.0, "selection.dominant' is 4.0", "an integer at least 1"),
     ("selection/dominant", 2**53 + 1, "selection.dominant' is 9007", "an integer at least 1"),
-    ("selection/contextual", 0, "selection.contextual' is 0", "an integer at least 1"),
+    ("selection/contextual", -1, "selection.contextual' is -1", "an integer at least 0"),
+    ("selection/ranked", 1, "selection.ranked' is 1", "true or false"),
+    ("selection/ranked", True, "selection.contextual' is 3", "0 where every token has a rank"),
+    ("selection/options", [], "selection.options' is []", "an object"),
+    ("selection/options", {"alpha": True}, "selection.options.alpha' is True", "a finite number"),
+    ("selection/options", {"features": ""}, "selection.options.features' is ''", "a printable"),
     ("selection/contextual", 13, "selection' is '4+13'", "below the 17"),
     ("selection/merge", "mean", "selection.merge' is 'mean'", "'average', 'sum'"),
     ("selection/cls_token", 1, "selection.cls_token' is 1", "true or false"),
