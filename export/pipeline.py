@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -164,6 +164,7 @@ def export(
     merge: Merge = "average",
     cls_token: bool = True,
     selection: str = selections.DEFAULT,
+    selection_options: Mapping[str, float | str] | None = None,
     revision: str | None = None,
     weights: origin.Weights = "checkpoint",
     seed: int | None = None,
@@ -192,15 +193,17 @@ def export(
             directory from the model's, the tokens, the datatype and what else was asked for, such
             as ``llava-1.5-7b-64-fp16``.
         tokens: K, the tokens of an image, a tile or a frame, split 27 : 5 into dominant and
-            contextual ones as in the paper. None, where the parts are not given either, is 64, or
-            17 for a graph made for video.
+            contextual ones as in the paper, if the selection merges. None, where the parts are not
+            given either, is 64, or 17 for a graph made for video.
         dominant: Tokens kept as they are; instead of `tokens`, together with `contextual`.
         contextual: Tokens merged from the rest; instead of `tokens`, together with `dominant`.
         merge: How contextual tokens are formed: "average" is the paper's, "sum" the published
             code's.
         cls_token: Keep CLS as one of the dominant tokens, where the tower has one.
-        selection: Which tokens are kept: "visionzip", or a baseline of
-            `vzip.export.algorithm.selections`.
+        selection: Which tokens are kept: a name of `vzip.export.algorithm.selections`, such as
+            "visionzip" or "coverage".
+        selection_options: Name → value of the selection's options, where it has some; what is left
+            out has its default.
         revision: Commit, branch or tag of a hub repository.
         weights: "random" is the architecture at its true size without the checkpoint's tensors,
             "random-outliers" the same with outliers and attention sinks as real towers have them.
@@ -252,7 +255,7 @@ def export(
     if with_llm:
         require(*LLM_PACKAGES, needed_for="an export with the LLM", extra="export")
     config = source.config()
-    budget = Budget.from_options(
+    budget = selections.budget_of(
         config,
         tokens=tokens,
         dominant=dominant,
@@ -260,6 +263,7 @@ def export(
         merge=merge,
         cls_token=cls_token,
         selection=selection,
+        options=selection_options,
     )
     if tiles is not None and config.tiling is None:
         raise InvalidInputError(
@@ -457,6 +461,7 @@ def describe(
 ) -> form.Manifest:
     """Return the manifest of a graph, without files and parity."""
     tower = config.tower
+    ranked = selections.get(budget.method, budget.options).ranked
     batch: int | Literal["batch"] = "batch" if options.dynamic_batch else options.batch
     side = tower.image_size
     if options.graph_input == "image":
@@ -465,7 +470,7 @@ def describe(
         graph_input = form.Tensor("pixel_values", "float32", (batch, 3, side, side))
     return form.Manifest(
         model=model,
-        selection=form.Selection(**vars(budget), span=config.span),
+        selection=form.Selection(**vars(budget), span=config.span, ranked=ranked),
         tower=form.Tower(
             config.tokens, config.grid, tower.cls_token, side, tower.patch_size, config.pool
         ),
@@ -477,7 +482,10 @@ def describe(
                 (batch, budget.tokens, config.llm_hidden_size),
             ),
             form.Tensor(form.KEPT, "int64", (batch, budget.dominant)),
-            form.Tensor(form.POSITIONS, "int64", (batch, budget.tokens)),
+            *(
+                form.Tensor(name, "int64", (batch, budget.tokens))
+                for name in (form.POSITIONS, *((form.RANK,) if ranked else ()))
+            ),
         ),
         batch=form.Batch(options.batch, options.dynamic_batch),
         preprocessing=config.preprocessing,

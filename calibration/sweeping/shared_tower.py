@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 from torch import Tensor, nn
 
-from vzip.export.algorithm import selections
 from vzip.export.algorithm.budget import Budget
 from vzip.export.checkpoint.weights import VisionWeights
 from vzip.export.graph import passes
@@ -79,8 +78,8 @@ class _Tail(nn.Module):
 
     def forward(self, features: Tensor, keys: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """[1, tower tokens, F], [1, H, S, d] and [1, N] → [1, K, L] and [1, K, S]."""
-        signals = selections.Signals(keys, self.encoder.cls_token, lambda: scores)
-        embeds, _, _, weights = self.encoder.compress(features, signals, self.budget)
+        signals = self.encoder.signals(features, keys, lambda: scores)
+        embeds, *_, weights = self.encoder.compress(features, signals, self.budget)
         return embeds, weights
 
 

@@ -27,6 +27,7 @@ from vzip.export.parity.reference import projector as untouched_projector
 from vzip.runtime.bundle.origin import Model
 from vzip.runtime.console import progress
 from vzip.runtime.errors import InvalidInputError
+from vzip.runtime.files import codec
 from vzip.runtime.llm.local.transformers import TransformersLLM
 from vzip.runtime.machine.process import peak_bytes
 from vzip.runtime.wording import counted
@@ -290,7 +291,7 @@ def _report(
 ) -> dict[str, Any]:
     return {
         "model": dataclasses.asdict(job.model),
-        "budget": dataclasses.asdict(job.budget),
+        "budget": codec.write(job.budget),
         "recipe": dataclasses.asdict(job.recipe),
         "data": {
             "source": job.data.source,

@@ -15,7 +15,7 @@ from vzip.calibration.tuning.data import (
     choose,
 )
 from vzip.export.algorithm import selections
-from vzip.export.algorithm.budget import Budget, Merge
+from vzip.export.algorithm.budget import Merge
 from vzip.runtime import console
 from vzip.runtime.errors import BudgetError, InvalidInputError, require
 from vzip.runtime.files import outputs
@@ -139,7 +139,7 @@ def tune(
     source = WeightSource(model, revision)
     config = source.config()
     check_tunable(config, model)
-    budget = Budget.from_options(
+    budget = selections.budget_of(
         config,
         tokens=tokens,
         dominant=dominant,

@@ -5,11 +5,13 @@ Nothing here needs torch: command lines read a budget before anything heavy is i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal, get_args
 
 from vzip.export import defaults
 from vzip.runtime.errors import BudgetError, InvalidInputError
+from vzip.runtime.files.codec import OPTIONAL
 from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 Merge = Literal["average", "sum"]
 VISIONZIP = "visionzip"
-"""The selection that is the paper's; others are baselines."""
+"""The selection that is the paper's."""
 
 # The paper's budgets (54 + 10, 108 + 20, 162 + 30; per tile 27 + 5) all have this ratio.
 DOMINANT_PARTS, ALL_PARTS = 27, 32
@@ -33,13 +35,14 @@ class Budget:
     Attributes:
         method: A name of `vzip.export.algorithm.selections`, which chooses the dominant tokens.
         dominant: Tokens kept as they are. With `cls_token`, CLS is one of them.
-        contextual: Tokens merged from the rest.
+        contextual: Tokens merged from the rest; with 0 the rest is left out.
         merge: How contextual tokens are formed: "average" is the paper's, "sum" the published
             code's.
         cls_token: Whether CLS is kept. False drops CLS where the tower has one.
+        options: Name → value of what the method is made with, all of them.
 
     Raises:
-        BudgetError: A number isn't an integer of at least 1.
+        BudgetError: A number isn't an integer, of at least 1, or 0 for `contextual`.
         InvalidInputError: `merge` is unknown.
     """
 
@@ -48,10 +51,13 @@ class Budget:
     contextual: int
     merge: Merge = field(default="average", kw_only=True)
     cls_token: bool = True
+    options: Mapping[str, float | str] = field(
+        default_factory=dict, kw_only=True, hash=False, metadata=OPTIONAL
+    )
 
     def __post_init__(self) -> None:
-        for name in ("dominant", "contextual"):
-            _check_count(name, getattr(self, name), least=1)
+        _check_count("dominant", self.dominant, least=1)
+        _check_count("contextual", self.contextual, least=0)
         if self.merge not in get_args(Merge):
             raise InvalidInputError(
                 f"merge is {self.merge!r}", expected=f"one of {', '.join(get_args(Merge))}"
@@ -73,6 +79,8 @@ class Budget:
         merge: Merge = "average",
         cls_token: bool = True,
         selection: str = VISIONZIP,
+        options: Mapping[str, float | str] | None = None,
+        merges: bool = True,
     ) -> Budget:
         """Return the budget that a user asked for; it fits the tower.
 
@@ -87,6 +95,8 @@ class Budget:
             merge: As the attribute.
             cls_token: As the attribute.
             selection: The attribute `method`.
+            options: As the attribute.
+            merges: Whether `tokens` is split; else all of them are dominant.
 
         Raises:
             BudgetError: The options contradict each other, or the tower's tokens can't fill the
@@ -101,7 +111,7 @@ class Budget:
             )
         if dominant is None and contextual is None:
             tokens = defaults.tokens(config) if tokens is None else tokens
-            dominant, contextual = split_tokens(tokens)
+            dominant, contextual = split_tokens(tokens) if merges else (tokens, 0)
         if dominant is None or contextual is None:
             raise BudgetError(
                 f"dominant is {dominant} and contextual is {contextual}",
@@ -109,7 +119,14 @@ class Budget:
                 cure="give the other one too, or tokens for the sum",
             )
         has_cls = config.tower.cls_token
-        budget = cls(dominant, contextual, cls_token and has_cls, merge=merge, method=selection)
+        budget = cls(
+            dominant,
+            contextual,
+            cls_token and has_cls,
+            merge=merge,
+            method=selection,
+            options=dict(options or {}),
+        )
         budget.check_fits(config.tokens, tower_has_cls=has_cls)
         return budget
 
@@ -126,6 +143,8 @@ class Budget:
     def __str__(self) -> str:
         cls = "CLS among the dominant" if self.cls_token else "without CLS"
         parts = f"{self.dominant} dominant + {self.contextual} contextual"
+        if not self.contextual:
+            parts = "none merged"
         return f"{counted(self.tokens, 'token')} = {parts}, {cls}"
 
     def check_fits(self, tower_tokens: int, *, tower_has_cls: bool) -> None:
@@ -135,9 +154,12 @@ class Budget:
             tower_tokens: S, CLS included where the tower has one.
             tower_has_cls: Whether token 0 is CLS.
 
+        All patches as they are, with nothing merged and without CLS, are the uncompressed image.
+
         Raises:
             BudgetError: With the numbers, if fewer tokens are left over than `contextual` asks
-                for, if nothing would be compressed, or if CLS is to be kept and there is none.
+                for, if nothing would be left out of a budget that merges or keeps CLS, or if CLS is
+                to be kept and there is none.
         """
         if self.cls_token and not tower_has_cls:
             raise BudgetError(
@@ -146,11 +168,13 @@ class Budget:
                 cure="ask for cls_token=False",
             )
         available = tower_tokens - (1 if tower_has_cls and not self.cls_token else 0)
-        if self.tokens >= available:
+        whole = not (self.contextual or self.cls_token)
+        if self.tokens >= available + whole:
+            limit = "at most" if whole else "fewer than"
             raise BudgetError(
                 f"dominant {self.dominant} + contextual {self.contextual} = {self.tokens} tokens",
-                expected=f"fewer than the {available} tokens that the tower has to choose from",
-                cure=f"lower the budget to at most {available - 1}",
+                expected=f"{limit} the {available} tokens that the tower has to choose from",
+                cure=f"lower the budget to at most {available - 1 + whole}",
             )
 
 

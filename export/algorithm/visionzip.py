@@ -44,11 +44,14 @@ class Plan(NamedTuple):
             in target order.
         positions: int64 [B, K], the patch that each output token stands for, 0 … N − 1 in raster
             order: a kept token's own, a contextual token's target. 0 for CLS.
+        rank: int64 [B, K], the step at which a greedy selection chose each output token; None where
+            tokens aren't chosen one after the other.
     """
 
     kept: Tensor
     token_weights: Tensor
     positions: Tensor
+    rank: Tensor | None = None
 
 
 def cls_scores(cls_attention: Tensor) -> Tensor:
@@ -119,6 +122,8 @@ def make_plan(scores: Tensor, keys: Tensor, budget: Budget) -> Plan:
     kept = _kept_indices(scores, budget, offset=1 if has_cls else 0)
     positions = torch.arange(tower_tokens, device=scores.device)
     kept_rows = (kept.unsqueeze(-1) == positions).float()  # [B, dominant, S]
+    if not budget.contextual:
+        return Plan(kept, kept_rows, (kept - int(has_cls)).clamp(min=0))
     rest = 1.0 - kept_rows.sum(dim=1)  # [B, S], 1 for tokens neither kept nor dropped
     drops_cls = has_cls and not budget.cls_token
     if drops_cls:

@@ -14,17 +14,18 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import Sequential, common
 
+from vzip.export.algorithm import selections
 from vzip.export.graph import passes
 from vzip.export.graph.traced import Encoder, GraphInput, LayerNorm
+from vzip.runtime.bundle import graph_check
 from vzip.runtime.bundle.manifest import (
     DATA_FILE,
-    EMBEDS,
-    KEPT,
     MODEL_FILE,
-    POSITIONS,
     TOKEN_WEIGHTS,
+    graph_outputs,
 )
-from vzip.runtime.errors import ExportError
+from vzip.runtime.errors import ExportError, VzipError
+from vzip.runtime.guard import said_by
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,12 @@ def trace(encoder: Encoder, options: GraphOptions, *, image_size: int) -> ir.Mod
 
     Returns:
         The model with inputs [`image` or `pixel_values`] and outputs [`image_embeds`,
-        `kept_indices`, `token_positions`], all passes applied.
+        `kept_indices`, `token_positions`, and `rank` where the selection ranks], all passes
+        applied.
 
     Raises:
-        ExportError: If the graph breaks a promise of `docs/bundle.md`.
+        ExportError: If the graph breaks a promise of `docs/bundle.md`, or the selection computes
+            with an operator that a graph may not hold.
     """
     # Two images where the batch is open: torch.export specialises on a batch of one.
     count = min(2, options.batch) if options.dynamic_batch else options.batch
@@ -84,22 +87,23 @@ def trace(encoder: Encoder, options: GraphOptions, *, image_size: int) -> ir.Mod
     )
     dtype = torch.uint8 if options.graph_input == "image" else torch.float32
     batch_axis = torch.export.Dim("batch", min=1, max=max(2, options.batch))
-    with quiet_exporter(), torch.no_grad():
+    with quiet_exporter(), torch.no_grad(), _naming_the_selection(encoder):
         program = torch.onnx.export(
             encoder.eval(),
             (torch.zeros(shape, dtype=dtype),),
             dynamo=True,
             opset_version=18,
             input_names=[options.graph_input],
-            output_names=[EMBEDS, KEPT, POSITIONS, TOKEN_WEIGHTS],
+            output_names=[*graph_outputs(ranked=encoder.selection.ranked), TOKEN_WEIGHTS],
             dynamic_shapes=({0: batch_axis},) if options.dynamic_batch else None,
             optimize=True,
             verbose=False,
         )
     assert program is not None
     model = program.model
+    _check_operators(encoder, model)
     finish = Sequential(
-        passes.HideTokenWeights(),
+        passes.HideTokenWeights(ranked=encoder.selection.ranked),
         passes.PlainReshape(),
         *((passes.LowerToOpset17(),) if options.opset == 17 else ()),
         passes.Anonymise(),
@@ -123,6 +127,41 @@ def trace(encoder: Encoder, options: GraphOptions, *, image_size: int) -> ir.Mod
             cure="install those, or report this",
         ) from error
     return result.model
+
+
+@contextlib.contextmanager
+def _naming_the_selection(encoder: Encoder) -> Iterator[None]:
+    """Let what a selection raises leave as it is, and name the file of one that can't be traced."""
+    try:
+        yield
+    except Exception as error:
+        inside: BaseException | None = error
+        while inside is not None:
+            if isinstance(inside, VzipError):
+                raise inside from error
+            last, inside = inside, inside.__cause__
+        if encoder.budget.method == selections.DEFAULT:
+            raise
+        raise ExportError(
+            f"a graph with the selection {encoder.budget.method!r} can't be traced",
+            expected="a plan without a branch, a loop or a shape that depends on values",
+            cause=said_by(last),
+            cure=f"write it otherwise in {selections.file_of(encoder.selection)}",
+        ) from error
+
+
+def _check_operators(encoder: Encoder, model: ir.Model) -> None:
+    """Refuse operators that a graph may not hold, and name the selection that brought them."""
+    if encoder.budget.method == selections.DEFAULT:
+        return  # whose graph is what the passes promise
+    others = sorted({node.op_type for node in model.graph} - graph_check.EXPORTED)
+    if others:
+        raise ExportError(
+            f"the selection {encoder.budget.method!r} computes with {', '.join(others)}",
+            expected="the operators that docs/operators.md lists",
+            cause="engines make loops of others, or have none",
+            cure=f"write it otherwise in {selections.file_of(encoder.selection)}",
+        )
 
 
 def save(

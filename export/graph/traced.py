@@ -19,8 +19,10 @@ from torch.nn import functional
 
 from vzip.export.algorithm import selections
 from vzip.export.algorithm.budget import Budget
+from vzip.export.algorithm.rules import Signals
 from vzip.export.algorithm.visionzip import Plan, apply_plan, cls_scores, received_scores
 from vzip.export.architecture import ProjectorConfig, TowerConfig, VisionConfig
+from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.pictures.preprocess import Preprocessing
 
 GraphInput = Literal["image", "pixel_values"]
@@ -245,7 +247,8 @@ class Encoder(nn.Module):
         super().__init__()
         tower = config.tower
         self.budget = budget
-        self.selection = selections.get(budget.method)
+        self.selection = selections.get(budget.method, budget.options)
+        self.grid = config.grid
         self.states = config.states
         # In rows ended by newlines patches of the padding are left out; none is to be kept then.
         self.skips_padding = config.tiling is not None and config.tiling.order == "newline"
@@ -264,7 +267,7 @@ class Encoder(nn.Module):
         pooling = None if config.pool == 1 else _parameter(_pooling(tower.grid), torch.float32)
         self.pooling = pooling  # [S, patches], the selection's tokens from the tower's
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Encode a batch of images.
 
         Args:
@@ -272,13 +275,14 @@ class Encoder(nn.Module):
 
         Returns:
             `image_embeds` [B, K, L], `kept_indices` int64 [B, dominant] ascending (0 = CLS, where
-            there is one), `token_positions` int64 [B, K] (of `Plan.positions`), and
-            `token_weights` float32 [B, K, S], which the graph holds but does not output.
+            there is one), `token_positions` int64 [B, K] (of `Plan.positions`), `rank` int64
+            [B, K] where the selection ranks, and `token_weights` float32 [B, K, S], which the graph
+            holds but does not output.
         """
         features, signals = self.look(image)
         return self.compress(features, signals, self.budget)
 
-    def look(self, image: Tensor) -> tuple[Tensor, selections.Signals]:
+    def look(self, image: Tensor) -> tuple[Tensor, Signals]:
         """Run the tower alone.
 
         Args:
@@ -308,13 +312,34 @@ class Encoder(nn.Module):
             pictured = self.embedding.pictured(image)
             return scores * pictured + (pictured - 1.0)  # below all scores, which are above 0
 
-        return selected, selections.Signals(
-            self._pooled(split_keys), self.cls_token, attention_scores
+        pictured = (lambda: self.embedding.pictured(image)) if self.skips_padding else None
+        return selected, self.signals(selected, split_keys, attention_scores, pictured)
+
+    def signals(
+        self,
+        features: Tensor,
+        split_keys: Tensor,
+        attention_scores: Callable[[], Tensor],
+        pictured: Callable[[], Tensor] | None = None,
+    ) -> Signals:
+        """Return what a selection may look at.
+
+        Args:
+            features: [B, tower tokens, F].
+            split_keys: float32 [B, H, tower tokens, d].
+            attention_scores: As `Signals.attention_scores`.
+            pictured: As `Signals.pictured`.
+        """
+        return Signals(
+            keys=self._pooled(split_keys),
+            cls_token=self.cls_token,
+            attention_scores=attention_scores,
+            hidden=lambda: self._pooled(features.float()),
+            grid=self.grid,
+            pictured=pictured,
         )
 
-    def compress(
-        self, features: Tensor, signals: selections.Signals, budget: Budget
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def compress(self, features: Tensor, signals: Signals, budget: Budget) -> tuple[Tensor, ...]:
         """Select, merge and project what `look` returned.
 
         Args:
@@ -324,6 +349,9 @@ class Encoder(nn.Module):
 
         Returns:
             As `forward`.
+
+        Raises:
+            InvalidInputError: The selection doesn't do what its class says of it.
         """
         asked: list[bool] = []
 
@@ -332,11 +360,19 @@ class Encoder(nn.Module):
             return signals.attention_scores()
 
         watched = dataclasses.replace(signals, attention_scores=attention_scores)
-        plan = self.selection.plan(watched, budget)
-        assert bool(asked) == self.selection.uses_attention, (
-            "the selection's uses_attention is wrong"
-        )
-        return self._embeds(plan, features), plan.kept, plan.positions, plan.token_weights
+        rule = self.selection
+        plan = rule.plan(watched, budget)
+        said = {"uses_attention": rule.uses_attention, "ranked": rule.ranked}
+        for name, found in (("uses_attention", bool(asked)), ("ranked", plan.rank is not None)):
+            if said[name] != found:
+                raise InvalidInputError(
+                    f"the selection {budget.method!r} says {name} = {said[name]}",
+                    expected=f"{found}, as its plan does",
+                    cure=f"change it in {selections.file_of(rule)}",
+                )
+        rank = () if plan.rank is None else (plan.rank,)
+        embeds = self._embeds(plan, features)
+        return embeds, plan.kept, plan.positions, *rank, plan.token_weights
 
     def _attention_scores(self, queries: Tensor, split_keys: Tensor) -> Tensor:
         """Score patches by attention, in FP32 and apart from the layer's own.

@@ -1,9 +1,10 @@
 """The exported graph against the untouched Hugging Face tower, projector and processor.
 
 The reference shares nothing with the graph but the weights: transformers' own modules
-(`reference.py`) and the loop-by-loop `oracle`. Choices are compared with the oracle's: which tokens
-are kept, and which target each other token goes to. Values are compared given the graph's own
-choices, which say what each token should be. `GRAPH` has the gates.
+(`reference.py`), and what chooses among their tokens (`choosing.py`), loop by loop where the
+selection has an oracle. Choices are compared with that: which tokens are kept, and which target
+each other token goes to; of a greedy selection, what its picks reach. Values are compared given the
+graph's own choices, which say what each token should be. `GRAPH` has the gates.
 
 An FP32 graph is judged by the model in FP64, beside what FP32 costs the model itself. An FP16 graph
 runs in true half precision (`rounded.py`) and is judged by the model in FP32, beside what half
@@ -13,7 +14,7 @@ precision costs the model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -21,17 +22,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vzip.export.algorithm import oracle, selections
+from vzip.export.algorithm import oracle
 from vzip.export.checkpoint.weights import VisionWeights
+from vzip.export.parity.choosing import Chosen, Tokens, choose, weighed_choices
 from vzip.export.parity.half_sums import exact_sums
 from vzip.export.parity.reference import PRECISIONS, Features, as_dtype, projector, tower_features
 from vzip.export.parity.rounded import open_rounded
 from vzip.runtime.agreement import GRAPH, Agreement, Choices, Gate, Reference, Values, kept_choices
 from vzip.runtime.agreement.floor import floor_of
-from vzip.runtime.agreement.found import merge_targets
+from vzip.runtime.agreement.found import merge_targets, picked_choices
+from vzip.runtime.agreement.objective import picks_of
 from vzip.runtime.backends import open_backend
 from vzip.runtime.backends.protocol import Backend
-from vzip.runtime.bundle.manifest import EMBEDS, KEPT, TOKEN_WEIGHTS, Manifest
+from vzip.runtime.bundle.manifest import EMBEDS, KEPT, RANK, TOKEN_WEIGHTS, Manifest
 from vzip.runtime.bundle.reader import Bundle
 from vzip.runtime.console import progress
 from vzip.runtime.encoder import check_outputs
@@ -68,6 +71,8 @@ class Parity:
         floor_most_error: As `most_error`.
         floor_max_error: As `max_error`.
         tokens_beyond: How many tokens differ by more than the gate allows beside their floor.
+        objective: Of a greedy selection the lowest share that picks reach of what the reference's
+            do; None, and not recorded, of others.
         short: What falls short of the precision's gate, in words; not recorded.
     """
 
@@ -87,6 +92,7 @@ class Parity:
     floor_most_error: float
     floor_max_error: float
     tokens_beyond: int
+    objective: float | None = None
     short: tuple[str, ...] = ()
 
     @classmethod
@@ -112,6 +118,7 @@ class Parity:
             floor_most_error=float(np.quantile(floor, 0.95)),
             floor_max_error=float(floor.max()),
             tokens_beyond=int(beside.beyond(every).sum()),
+            objective=float(agreement.objectives.min()) if len(agreement.objectives) else None,
             short=gate.judge(agreement),
         )
 
@@ -124,6 +131,8 @@ class Parity:
         """Return the fields as the manifest holds them, and ``passed``."""
         numbers = asdict(self)
         del numbers["short"]
+        if self.objective is None:
+            del numbers["objective"]
         return {**numbers, "passed": self.passed}
 
 
@@ -219,10 +228,10 @@ class UntouchedModel:
         """
         assert bundle.manifest.precision == self._precision
         outputs = _run(bundle, self._inputs, self._preprocessing)
-        ranked = self._ranked(bundle.manifest)
+        chosen = self._chosen(bundle.manifest)
         agreement = Agreement.of_all(
-            self._compared(picture, features, output, bundle.manifest)
-            for picture, (features, output) in enumerate(zip(ranked, outputs, strict=True))
+            self._compared(picture, right, output, bundle.manifest)
+            for picture, (right, output) in enumerate(zip(chosen, outputs, strict=True))
         )
         return Parity.of(agreement, GRAPH[bundle.manifest.precision])
 
@@ -233,25 +242,30 @@ class UntouchedModel:
             path: The file, ``reference.npz``: a `vzip.runtime.agreement.Reference`.
             manifest: Of the graph: its input, and which tokens it is to keep.
         """
-        embeds, kept = [], []
+        embeds = []
         floors: dict[str, list[Array]] = {name: [] for name in _MEASURED[self._precision]}
-        ranked = self._ranked(manifest)
-        for features in ranked:
-            tokens, chosen = _compressed(features.hidden, features, manifest)
-            right = self._projected(tokens)
+        chosen = self._chosen(manifest)
+        for each in chosen:
+            right = self._projected(each.compressed(each.features.hidden[0]))
             embeds.append(right)
-            kept.append(chosen)
-            for name, each in floors.items():
-                hidden = features.narrow[name].double().numpy()
-                tokens, _ = _compressed(hidden, features, manifest)
-                each.append(_floor(right, self._projected(tokens, name)))
-        scores = np.concatenate([features.scores for features in ranked])
+            for name, found in floors.items():
+                hidden = each.features.narrow[name][0].double().numpy()
+                found.append(_floor(right, self._projected(each.compressed(hidden), name)))
+        scores = np.concatenate([each.features.scores for each in chosen])
+        objectives = [each.objective for each in chosen if each.objective is not None]
+        weights = [each.weights for each in objectives if each.weights is not None]
+        ranks = [each.rank for each in chosen if each.rank is not None]
         reference = Reference(
             _graph_input(self._inputs, self._preprocessing, manifest),
-            np.stack(kept),
+            np.stack([each.kept for each in chosen]),
             scores.astype(np.float32),
             np.stack(embeds).astype(np.float32),
             {name: np.stack(each).astype(np.float32) for name, each in floors.items()},
+            np.stack(ranks) if objectives else None,
+            np.stack([each.similarity for each in objectives]).astype(np.float16)
+            if objectives
+            else None,
+            np.stack(weights).astype(np.float32) if weights else None,
         )
         # Uncompressed: photographs and floats hardly shrink.
         np.savez(path, **reference.to_arrays())  # type: ignore[arg-type]
@@ -272,18 +286,21 @@ class UntouchedModel:
         return found
 
     def _compared(
-        self, picture: int, features: Features, output: _Output, manifest: Manifest
+        self, picture: int, right: Chosen, output: _Output, manifest: Manifest
     ) -> Agreement:
         """Compare what the graph gave for one image."""
-        selection, offset = manifest.selection, int(manifest.tower.cls_token)
-        best = oracle.select(features.scores[0], selection.dominant - int(selection.cls_token))
-        right = np.array([0] * selection.cls_token + [patch + offset for patch in best])
-        chosen = kept_choices(right, output.kept, features.scores[0], manifest)
-        grouped, groups = _grouped(features, output, manifest)
-
-        def tokens(hidden: NDArray[np.float64]) -> NDArray[np.float64]:
-            merged = oracle.merge_groups(hidden, groups, selection.merge)
-            return np.concatenate([hidden[output.kept], merged])  # [K, F]
+        selection, features = manifest.selection, right.features
+        objectives = np.zeros(0)
+        if right.objective is None or right.rank is None or output.rank is None:
+            scores = features.scores[0] if right.scored else None
+            chosen = kept_choices(right.kept, output.kept, scores, manifest)
+        else:
+            first = int(manifest.tower.cls_token)
+            picks = picks_of(output.kept, output.rank, first)
+            best = picks_of(right.kept, right.rank, first)
+            objectives = np.array([right.objective.share(picks, best)])
+            chosen = picked_choices(right.kept, output.kept)
+        grouped, tokens = _merged(right, output, manifest)
 
         expected = self._projected(tokens(features.hidden[0]))  # [K, L]
         measured = {
@@ -311,45 +328,17 @@ class UntouchedModel:
             values(slice(dominant, None)),
             grouped,
             bool(np.isfinite(output.embeds).all()),
+            objectives,
+            selection.contextual > 0,
         )
 
-    def _ranked(self, manifest: Manifest) -> list[Features]:
-        """Return the features with the scores that the graph's selection goes by."""
-        chosen = manifest.selection
-        ranking, kept = selections.get(chosen.method).ranking, chosen.dominant - chosen.cls_token
-        scores = [each.scores for each in self._features]
-        if manifest.tiling is not None and manifest.tiling.order == "newline":
-            scores = [
-                np.where(_black(image, manifest), -1.0, score)
-                for image, score in zip(self._inputs, scores, strict=True)
-            ]
+    def _chosen(self, manifest: Manifest) -> list[Chosen]:
+        """Return what is right for each image."""
+        padded = manifest.tiling is not None and manifest.tiling.order == "newline"
         return [
-            replace(each, scores=ranking(score, kept))
-            for each, score in zip(self._features, scores, strict=True)
+            choose(each, _black(image, manifest) if padded else None, manifest)
+            for image, each in zip(self._inputs, self._features, strict=True)
         ]
-
-
-def _compressed(
-    hidden: NDArray[np.float64], features: Features, manifest: Manifest
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return features [K, F] and kept indices [dominant] of an image, chosen by `features`.
-
-    Args:
-        hidden: [1, S, F].
-        features: Whose scores and keys choose.
-        manifest: Of the graph.
-    """
-    selection = manifest.selection
-    tokens, kept = oracle.compress(
-        hidden,
-        features.keys,
-        features.scores,
-        dominant=selection.dominant,
-        contextual=selection.contextual,
-        merge=selection.merge,
-        cls_token=selection.cls_token,
-    )
-    return tokens[0], kept[0]
 
 
 def _floor(right: Array, narrow: Array) -> NDArray[np.float64]:
@@ -379,11 +368,12 @@ def _black(image: NDArray[np.uint8], manifest: Manifest) -> NDArray[np.bool_]:
 
 
 class _Output(NamedTuple):
-    """What the graph gave for one image: [K, L], [dominant] and [K, S]."""
+    """What the graph gave for one image: [K, L], [dominant], [K, S] and, if it ranks, [K]."""
 
     embeds: Array
     kept: Array
     token_weights: Array
+    rank: Array | None = None
 
 
 def _run(bundle: Bundle, images: NDArray[np.uint8], prep: Preprocessing) -> list[_Output]:
@@ -391,7 +381,7 @@ def _run(bundle: Bundle, images: NDArray[np.uint8], prep: Preprocessing) -> list
     inputs = _graph_input(images, prep, manifest)
     copies = 1 if manifest.batch.dynamic else manifest.batch.max
     session = _opened(bundle.at(bundle.precision))  # and no CPU engine in its place
-    names = (EMBEDS, KEPT, TOKEN_WEIGHTS)
+    names = (EMBEDS, KEPT, TOKEN_WEIGHTS, *((RANK,) if manifest.has_rank else ()))
     results = []
     try:
         for image in progress(inputs, desc="graph", unit="image"):
@@ -409,6 +399,22 @@ def _opened(bundle: Bundle) -> Backend:
     if bundle.manifest.precision == "fp32":
         return open_backend(BACKEND, bundle, extra_outputs=(TOKEN_WEIGHTS,))[1]
     return open_rounded(bundle, extra_outputs=(TOKEN_WEIGHTS,))
+
+
+def _merged(right: Chosen, output: _Output, manifest: Manifest) -> tuple[Choices, Tokens]:
+    """Compare what was merged with what; return also what makes tokens by the graph's choices."""
+    if right.weights is not None:
+        weights = output.token_weights.astype(np.float64)
+        return weighed_choices(right, output.kept, output.token_weights), lambda x: weights @ x
+    if not manifest.selection.contextual:
+        return Choices(0, np.zeros(0)), lambda hidden: hidden[output.kept]
+    grouped, groups = _grouped(right.features, output, manifest)
+
+    def tokens(hidden: NDArray[np.float64]) -> NDArray[np.float64]:
+        merged = oracle.merge_groups(hidden, groups, manifest.selection.merge)
+        return np.concatenate([hidden[output.kept], merged])  # [K, F]
+
+    return grouped, tokens
 
 
 def _grouped(

@@ -51,12 +51,20 @@ class Features:
             the attention that each receives, averaged over heads and queries.
         narrow: Precision → what `hidden` is where the tower computes in that; same shape, in the
             precision's own dtype.
+        unprojected: float64 [1, S, tower's F], the selected layers' features themselves, pooled;
+            None where `hidden` is that.
     """
 
     hidden: NDArray[np.float64]
     keys: NDArray[np.float64]
     scores: NDArray[np.float64]
     narrow: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    unprojected: NDArray[np.float64] | None = None
+
+    @property
+    def before_projector(self) -> NDArray[np.float64]:
+        """float64 [1, S, F] of the tower itself."""
+        return self.hidden if self.unprojected is None else self.unprojected
 
 
 def tower_features(
@@ -109,7 +117,9 @@ def tower_features(
         else:
             scores = run.attention.mean(dim=(1, 2))
         others = {name: runs[name][place].features(config.states) for name in narrow}
+        unprojected = None
         if finish is not None:
+            unprojected = finish.pool(hidden).double().numpy()
             hidden, keys, scores = (
                 finish(hidden),
                 finish.pool(keys[0])[None],
@@ -118,7 +128,11 @@ def tower_features(
             others = {name: finish(each) for name, each in others.items()}
         features.append(
             Features(
-                hidden.double().numpy(), keys.double().numpy(), scores.double().numpy(), others
+                hidden.double().numpy(),
+                keys.double().numpy(),
+                scores.double().numpy(),
+                others,
+                unprojected,
             )
         )
     return features

@@ -9,7 +9,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from vzip.runtime.bundle.manifest import EMBEDS, KEPT, Manifest
+from vzip.runtime.agreement.objective import Objective, picks_of
+from vzip.runtime.bundle.manifest import EMBEDS, KEPT, RANK, Manifest
 
 Array = NDArray[Any]
 Outputs = Mapping[str, Array]
@@ -19,6 +20,12 @@ SCORES: Final = "scores"
 
 FLOOR: Final = "floor"
 """Beside a graph's outputs: float [b, K, 2], what rounding costs each token; see `Values.floor`."""
+
+SIMILARITY: Final = "similarity"
+"""Beside a graph's outputs: float [b, N, N], of a greedy selection; see `Objective`."""
+
+WEIGHTS: Final = "weights"
+"""Beside a graph's outputs: float [b, N], of one whose picks are to cover; see `Objective`."""
 
 PICTURES: Final = "pictures"
 """Beside a graph's outputs: int [b], which picture each result is of."""
@@ -168,6 +175,9 @@ class Agreement:
         merged: Merged tokens that can be compared.
         grouped: Which target each merged-away token went to; none made where that isn't known.
         finite: Whether all numbers of all tokens are.
+        objectives: float64, for each result of a greedy selection the share that its picks reach of
+            what the reference's do; none where that isn't known.
+        merges: Whether there are merged tokens at all.
     """
 
     overlaps: NDArray[np.float64]
@@ -176,6 +186,8 @@ class Agreement:
     merged: Values
     grouped: Choices = field(default_factory=lambda: Choices(0, np.zeros(0)))
     finite: bool = True
+    objectives: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    merges: bool = True
 
     @classmethod
     def of_all(cls, each: Iterable[Agreement]) -> Agreement:
@@ -198,6 +210,8 @@ class Agreement:
             values("merged"),
             choices("grouped"),
             all(part.finite for part in parts),
+            np.concatenate([part.objectives for part in parts]),
+            any(part.merges for part in parts),
         )
 
     @property
@@ -242,14 +256,15 @@ def compare(reference: Iterable[Outputs], got: Iterable[Outputs], manifest: Mani
     Args:
         reference: Batches of outputs: ``image_embeds`` [b, K, L], ``kept_indices`` [b, dominant],
             and `SCORES` where they are known, without which no difference counts as rounding;
-            `FLOOR` and `PICTURES` likewise.
+            `FLOOR` and `PICTURES` likewise; of a greedy selection ``rank`` [b, K] and `SIMILARITY`,
+            without which picks are judged as any kept tokens.
         got: Batches of another run's, of the same pictures.
         manifest: Of the bundle.
     """
     return Agreement.of_all(
         _compared(
             {name: array[row] for name, array in there.items()},
-            {name: here[name][row] for name in (KEPT, EMBEDS)},
+            {name: here[name][row] for name in (KEPT, EMBEDS, RANK) if name in here},
             manifest,
         )
         for there, here in zip(reference, got, strict=True)
@@ -262,7 +277,11 @@ def _compared(reference: Outputs, got: Outputs, manifest: Manifest) -> Agreement
     right, expected, kept, embeds = reference[KEPT], reference[EMBEDS], got[KEPT], got[EMBEDS]
     dominant = manifest.selection.dominant
     scale = float(np.abs(expected).max())
-    chosen = kept_choices(right, kept, reference.get(SCORES), manifest)
+    objectives = _objectives(reference, got, manifest)
+    if len(objectives):
+        chosen = picked_choices(right, kept)
+    else:
+        chosen = kept_choices(right, kept, reference.get(SCORES), manifest)
     both, there, here = np.intersect1d(right, kept, return_indices=True)
     targets, same, mine = np.intersect1d(
         merge_targets(right, manifest), merge_targets(kept, manifest), return_indices=True
@@ -284,7 +303,31 @@ def _compared(reference: Outputs, got: Outputs, manifest: Manifest) -> Agreement
         values(both, there, here),
         values(targets, dominant + same, dominant + mine),
         finite=bool(np.isfinite(embeds).all()),
+        objectives=objectives,
+        merges=manifest.selection.contextual > 0,
     )
+
+
+def _objectives(reference: Outputs, got: Outputs, manifest: Manifest) -> NDArray[np.float64]:
+    """Return the share [1] that the picks of one result reach; [0] where that can't be said."""
+    if SIMILARITY not in reference or RANK not in got:  # an encoder of others may tell no steps
+        return np.zeros(0)
+    first = int(manifest.tower.cls_token)
+    objective = Objective(reference[SIMILARITY], reference.get(WEIGHTS))
+    picks, right = (picks_of(each[KEPT], each[RANK], first) for each in (got, reference))
+    return np.array([objective.share(picks, right)])
+
+
+def picked_choices(right: Array, kept: Array) -> Choices:
+    """Compare which tokens are kept where others may be as good: none that differs is wrong alone.
+
+    Args:
+        right: The reference's, int [dominant].
+        kept: Those to judge, in any order.
+    """
+    doubled = len(kept) - len(np.unique(kept))
+    others = len(np.setdiff1d(kept, right))
+    return Choices(len(right), np.array([0.0] * others + [np.inf] * doubled))
 
 
 def kept_choices(right: Array, kept: Array, scores: Array | None, manifest: Manifest) -> Choices:

@@ -39,6 +39,8 @@ class Proof:
             known what rounding alone costs them.
         on_average: Whether kept tokens are on average what they should be: where they aren't, it
             is no matter of rounding.
+        objective: Of a greedy selection the lowest share that picks reach of what the reference's
+            do; None, and not recorded, where it isn't known.
         short: What falls short of the gate, in words; recorded as one text, if anything does.
     """
 
@@ -57,6 +59,7 @@ class Proof:
     tokens: int = 0
     tokens_beyond: int = 0
     on_average: bool = True
+    objective: float | None = None
     short: tuple[str, ...] = ()
 
     @property
@@ -68,14 +71,17 @@ class Proof:
         """Return the fields as the manifest holds them, and ``passed``."""
         numbers = asdict(self)
         del numbers["short"]
+        if self.objective is None:
+            del numbers["objective"]
         short = {} if self.passed else {"short": "; ".join(self.short)}
         return {**numbers, **short, "passed": self.passed}
 
     def __str__(self) -> str:
         verdict = "passed" if self.passed else f"FAILED ({'; '.join(self.short)})"
+        reached = "" if self.objective is None else f"objective {self.objective:.4f}, "
         return (
             f"{verdict} on {counted(self.images, 'picture')} "
-            f"({counted(self.runs, 'run')}): kept overlap {self.kept_overlap:.4f} "
+            f"({counted(self.runs, 'run')}): {reached}kept overlap {self.kept_overlap:.4f} "
             f"({counted(self.kept_swaps, 'swap')} by rounding, "
             f"{counted(self.kept_disagreements, 'disagreement')}), kept tokens: lowest cosine "
             f"{self.min_cosine:.6f}, mean {self.mean_cosine:.6f}, error {self.median_error:.1e} "
@@ -132,6 +138,7 @@ def prove(
         tokens_beyond=(
             int(beside.beyond(kept).sum()) if beside is not None and kept.has_floor else 0
         ),
+        objective=float(agreement.objectives.min()) if len(agreement.objectives) else None,
         short=gate.judge(agreement),
         on_average=gate.on_average(agreement),
     )

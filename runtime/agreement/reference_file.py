@@ -13,8 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vzip.runtime.agreement.floor import ROUNDOFF, floor_of
-from vzip.runtime.agreement.found import FLOOR, PICTURES, SCORES, Array, Outputs
-from vzip.runtime.bundle.manifest import EMBEDS, KEPT, REFERENCE_FILE, Manifest
+from vzip.runtime.agreement.found import (
+    FLOOR,
+    PICTURES,
+    SCORES,
+    SIMILARITY,
+    WEIGHTS,
+    Array,
+    Outputs,
+)
+from vzip.runtime.bundle.manifest import EMBEDS, KEPT, RANK, REFERENCE_FILE, Manifest
 from vzip.runtime.bundle.reader import npy_header
 from vzip.runtime.errors import BundleError, InvalidInputError
 from vzip.runtime.guard import guarded
@@ -39,6 +47,9 @@ class Reference:
         floors: Precision → float32 [n, K, 2]: the error, and 1 minus the cosine, of each token of
             the untouched model that computes in this precision, as `Values` has them. Empty in
             bundles that were exported before it was measured.
+        rank: int64 [n, K], the step of each kept token of a greedy selection, else None.
+        similarity: float16 [n, N, N], see `Objective`; None where there is no rank.
+        weights: float32 [n, N], likewise; None also where picks are to be far apart.
     """
 
     input: Array
@@ -46,6 +57,9 @@ class Reference:
     scores: Array
     embeds: Array
     floors: Mapping[str, Array] = field(default_factory=dict)
+    rank: NDArray[np.int64] | None = None
+    similarity: Array | None = None
+    weights: Array | None = None
 
     def outputs(self, pictures: Sequence[int], precision: str | None = None) -> Outputs:
         """Return what is right for some of the pictures, for `compare`.
@@ -61,6 +75,7 @@ class Reference:
             SCORES: self.scores[chosen],
             PICTURES: np.array(chosen),
         }
+        found |= {name: array[chosen] for name, array in self._greedy().items()}
         floor = None if precision is None else floor_of(self.floors, precision)
         return found if floor is None else {**found, FLOOR: floor[chosen]}
 
@@ -72,7 +87,13 @@ class Reference:
             "scores": self.scores,
             "embeds": self.embeds,
             **{f"{_FLOOR}{name}": array for name, array in self.floors.items()},
+            **self._greedy(),
         }
+
+    def _greedy(self) -> dict[str, Array]:
+        """Return the arrays that greedy selections alone have, by name."""
+        every = {RANK: self.rank, SIMILARITY: self.similarity, WEIGHTS: self.weights}
+        return {name: array for name, array in every.items() if array is not None}
 
 
 def load_reference(bundle: Bundle) -> Reference:
@@ -123,7 +144,8 @@ def _arrays(archive: zipfile.ZipFile, data: Any, manifest: Manifest) -> dict[str
     members = {each.filename: each for each in archive.infolist()}
     room = data.seek(0, os.SEEK_END)
     headers: dict[str, tuple[tuple[int, ...], np.dtype[Any], int]] = {}
-    for name in ("input", "kept", "scores", "embeds", *(f"{_FLOOR}{each}" for each in ROUNDOFF)):
+    floors = [f"{_FLOOR}{each}" for each in ROUNDOFF]
+    for name in ("input", "kept", "scores", "embeds", *floors, RANK, SIMILARITY, WEIGHTS):
         member = members.get(f"{name}.npy")
         if member is None:
             continue
@@ -149,10 +171,17 @@ def _arrays(archive: zipfile.ZipFile, data: Any, manifest: Manifest) -> dict[str
         "scores": ((count, manifest.tower.grid[0] * manifest.tower.grid[1]), ("float32",)),
         "embeds": ((count, *manifest.embeds.shape[1:]), ("float32", "float16")),
     }
-    tokens = manifest.selection.dominant + manifest.selection.contextual
-    for each in ROUNDOFF:
-        if f"{_FLOOR}{each}" in headers:  # which bundles of before don't have
-            expected[f"{_FLOOR}{each}"] = ((count, tokens, 2), ("float32",))
+    tokens, patches = manifest.selection.tokens, manifest.tower.grid[0] * manifest.tower.grid[1]
+    may_be: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
+        **dict.fromkeys(floors, ((count, tokens, 2), ("float32",))),  # not in bundles of before
+        RANK: ((count, tokens), ("int64",)),
+        SIMILARITY: ((count, patches, patches), ("float16",)),
+        WEIGHTS: ((count, patches), ("float32",)),
+    }
+    there = {name for name in may_be if name in headers}
+    if {RANK, SIMILARITY, WEIGHTS} & there:  # one means nothing without the other
+        there |= {RANK, SIMILARITY}
+    expected |= {name: each for name, each in may_be.items() if name in there}
     found = {}
     for name, (wanted, dtypes) in expected.items():
         got = headers.get(name)

@@ -10,40 +10,28 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vzip.export.algorithm.selections import Signals, register
-from vzip.export.algorithm.visionzip import Plan, fixed_scores, make_plan
+from vzip.export.algorithm.rules import ScoredSelection, Signals
+from vzip.export.algorithm.selections import register
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from vzip.export.algorithm.budget import Budget
+    from torch import Tensor
 
 SEED = 0
 
 
 @register("random")
-class Random:
+class Random(ScoredSelection):
     """Patches in the order of a fixed permutation."""
 
-    uses_attention = False
+    def scores(self, signals: Signals, kept: int) -> Tensor:  # noqa: ARG002 - the base's
+        """Return the permutation, whatever the image."""
+        from vzip.export.algorithm.visionzip import fixed_scores
 
-    def plan(self, signals: Signals, budget: Budget) -> Plan:
-        """Keep the first patches of the permutation, whatever the image."""
-        patches = signals.keys.shape[2] - int(signals.cls_token)
-        scores = fixed_scores(_scores(patches), signals.keys)
-        return make_plan(scores, signals.keys, budget)
-
-    def ranking(
-        self,
-        attention_scores: NDArray[np.float64],
-        kept: int,  # noqa: ARG002 - the Protocol's
-    ) -> NDArray[np.float64]:
-        """Return the same scores for every image."""
-        count, patches = attention_scores.shape
-        return np.repeat(_scores(patches)[None], count, axis=0)
+        return fixed_scores(permutation(signals.patches), signals.keys)
 
 
-def _scores(patches: int) -> NDArray[np.float64]:
+def permutation(patches: int) -> NDArray[np.float64]:
     """Return [N]: a permutation of 0 … N − 1, exact in FP32."""
     generator = np.random.Generator(np.random.PCG64(SEED))
     return generator.permutation(patches).astype(np.float64)
