@@ -148,7 +148,7 @@ def _run(call: Call, images: Array) -> list[Outputs]:
 
 def _numbers(agreement: Agreement, bundle: Bundle) -> dict[str, float]:
     kept, merged = agreement.kept, agreement.merged
-    made = len(agreement.overlaps) * bundle.manifest.selection.contextual
+    made = max(1, len(agreement.overlaps) * bundle.manifest.selection.contextual)
     return {
         "kept_overlap": agreement.mean_overlap,
         "mean_cosine": kept.mean,

@@ -7,6 +7,9 @@ paired by scene.
 
     vzip export --model demo --tokens 22 --no-cls -o demo-22
     python -m benchmarks.demo_positions --bundle demo-22 --llm packed onnxruntime:demo-22-llm
+    python -m benchmarks.demo_positions --make bundles --rows coverage scope
+
+``--make`` exports the bundles of `ROWS` into a folder, unless they are there.
 
 ``--llm packed`` is transformers with all questions about a picture in one pass, which is what
 greedy decoding answers and much faster; others are what ``vzip ask --llm`` takes.
@@ -27,6 +30,7 @@ from tqdm import tqdm
 
 from benchmarks.harness import results
 from vzip.calibration.demo import accuracy, dialogue
+from vzip.export import export
 from vzip.export.pages import markdown
 from vzip.runtime import demo
 from vzip.runtime.bundle.reader import read_bundle
@@ -42,6 +46,17 @@ if TYPE_CHECKING:
 
 PACKED: Final = "packed"
 SEEDS: Final = (31337, 777001)
+TOKENS: Final = (43, 22, 12)
+ROWS: Final[dict[str, dict[str, Any]]] = {
+    "visionzip": {},
+    "coverage": {"place": 0.25, "radius": 1.5, "alpha": 0.5, "features": "keys"},
+    "coverage-uncalibrated": {"alpha": 0.5, "features": "keys"},
+    "coverage-tower": {"place": 0.25, "radius": 1.5, "alpha": 0.5, "features": "tower"},
+    "scope": {},
+    "divprune": {},
+    "uniform": {},
+}
+"""Name of a row → options of the selection, whose name it begins with; all are without CLS."""
 SCENES: Final = 200
 NEW_TOKENS: Final = 16
 
@@ -179,7 +194,18 @@ def measure(
     for bundle in bundles:
         selection = read_bundle(bundle, verify=False).manifest.selection
         encoded = test.encoded(bundle)
-        name = f"{selection.method}, {'with' if selection.cls_token else 'without'} CLS"
+        options = ", ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+                            for key, value in selection.options.items())  # fmt: skip
+        name = ", ".join(
+            filter(
+                None,
+                [
+                    selection.method,
+                    options,
+                    f"{'with' if selection.cls_token else 'without'} CLS",
+                ],
+            )
+        )
         for llm in llms:
             for each in positions:
                 what = {
@@ -190,6 +216,25 @@ def measure(
                 }
                 rows.append(what | _compared(test.answers(bundle, encoded, llm, each), full))
     return rows
+
+
+def make(folder: Path, rows: Sequence[str], tokens: Sequence[int]) -> list[Path]:
+    """Return the bundles of some rows of `ROWS`, and export those that aren't there."""
+    found = []
+    for row in rows:
+        for count in tokens:
+            path = folder / f"{row}-{count}"
+            found.append(path)
+            if not path.exists():
+                export(
+                    "demo",
+                    path,
+                    tokens=count,
+                    cls_token=False,
+                    selection=row.partition("-")[0],
+                    selection_options=ROWS[row],
+                )
+    return found
 
 
 def _compared(found: Result, full: Result) -> dict[str, float]:
@@ -230,7 +275,10 @@ def table(result: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = results.parser(__doc__)
-    parser.add_argument("--bundle", type=Path, nargs="+", required=True)
+    parser.add_argument("--bundle", type=Path, nargs="+", default=[])
+    parser.add_argument("--make", type=Path, metavar="FOLDER", help="export the bundles of --rows")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="of --make")
     parser.add_argument("--llm", nargs="+", default=[PACKED])
     parser.add_argument(
         "--positions", nargs="+", choices=get_args(Positions), default=get_args(Positions)
@@ -240,12 +288,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--name", default="demo_positions", help="of the files that are written")
     options = parser.parse_args(arguments)
     logging.getLogger("vzip").setLevel(logging.ERROR)
+    bundles = list(options.bundle)
+    if options.make is not None:
+        bundles += make(options.make, options.rows, options.tokens)
+    if not bundles:
+        parser.error("give --bundle, or --make for bundles to be exported")
     test = Test(options.seeds, options.scenes)
     result = {
         "seeds": list(options.seeds),
         "scenes": len(test.questions),
         "questions": sum(map(len, test.questions)),
-        "rows": measure(test, options.bundle, options.llm, options.positions),
+        "rows": measure(test, bundles, options.llm, options.positions),
         "environment": machine(),
     }
     results.write(options.output, options.name, result, table)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vzip.calibration.tuning.data import DEMO, DEMO_SCENES
 from vzip.calibration.tuning.tune import SUFFIX, tune
-from vzip.export.cli.options import add_compression, add_model
+from vzip.export.cli.options import add_compression, add_model, selection_options
 from vzip.runtime.cli.options import Parser, add_output
 from vzip.runtime.console import emit
 
@@ -26,10 +26,13 @@ RENAMED = {
 
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Tune a projector."""
-    options = vars(_parser(prog).read(argv))
+    arguments = _parser(prog).read(argv)
+    chosen = selection_options(arguments)
+    options = vars(arguments)
     for name in ("quiet", "verbose"):
         del options[name]
-    projector = tune(cls_token=not options.pop("no_cls"), **options)
+    cls_token = not options.pop("no_cls")
+    projector = tune(cls_token=cls_token, selection_options=chosen, **options)
     if projector is not None:  # one of several processes speaks
         emit(str(projector))
     return 0

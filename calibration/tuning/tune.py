@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -44,6 +44,7 @@ def tune(
     merge: Merge = "average",
     cls_token: bool = True,
     selection: str = selections.DEFAULT,
+    selection_options: Mapping[str, float | str] | None = None,
     num_train_epochs: int = 1,
     per_device_train_batch_size: int = 16,
     gradient_accumulation_steps: int = 1,
@@ -75,6 +76,7 @@ def tune(
         merge: How contextual tokens are formed.
         cls_token: Whether the CLS token is kept, where the tower has one.
         selection: A name of `vzip.export.algorithm.selections`.
+        selection_options: Name → value of the selection's options, as for `vzip.export.export`.
         num_train_epochs: How often every record is seen.
         per_device_train_batch_size: Records that a process runs at once.
         gradient_accumulation_steps: Batches that make a step.
@@ -147,6 +149,7 @@ def tune(
         merge=merge,
         cls_token=cls_token,
         selection=selection,
+        options=selection_options,
     )
     records: Data
     if data == DEMO:

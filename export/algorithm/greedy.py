@@ -16,7 +16,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional
 
 from vzip.export.algorithm.visionzip import Plan
 
@@ -115,11 +114,13 @@ def plan_of_steps(steps: Tensor, *, cls_token: bool) -> Plan:
     numbers = torch.arange(patches, dtype=torch.float32, device=steps.device)
     picked = (steps.float() * numbers).sum(dim=-1)  # [B, K]
     lowest_first = torch.topk(-picked, count, dim=1)
-    positions = (-lowest_first.values).long()
-    rows = (positions.unsqueeze(-1) == torch.arange(patches, device=steps.device)).float()
-    if cls_token:
-        rows = functional.pad(rows, (1, 0))
-    return Plan(positions + int(cls_token), rows, positions, lowest_first.indices)
+    offset = int(cls_token)
+    ascending = offset - lowest_first.values  # of all tower tokens
+    kept = ascending.long()
+    # Without CLS the two are the same, and as one value they would be a graph's two outputs.
+    positions = (ascending - offset).clamp(min=0.0).long()
+    rows = (kept.unsqueeze(-1) == torch.arange(patches + offset, device=steps.device)).float()
+    return Plan(kept, rows, positions, lowest_first.indices)
 
 
 def _best(gain: Tensor) -> Tensor:

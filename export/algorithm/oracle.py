@@ -56,6 +56,8 @@ def group(keys: Float, rest: list[int], contextual: int, tie: float = TIE) -> di
     Returns:
         Target → the tokens merged into it, in target order.
     """
+    if contextual == 0:
+        return {}
     step = max(1, len(rest) // contextual)
     groups: dict[int, list[int]] = {rest[number * step]: [] for number in range(contextual)}
     directions = {token: direction(keys, token) for token in rest}
@@ -75,7 +77,7 @@ def merge_groups(
     hidden: Float, groups: dict[int, list[int]], merge: Literal["average", "sum"]
 ) -> Float:
     """Return the contextual tokens [contextual, D] of features `hidden` [S, D]."""
-    rows = []
+    rows = [np.zeros((0, hidden.shape[1]))]
     for target, merged in groups.items():
         row = hidden[target].copy()
         total = np.zeros_like(row)
@@ -85,8 +87,8 @@ def merge_groups(
             row = (row + total) / (1 + len(merged))
         elif merged:
             row = row + total / len(merged)
-        rows.append(row)
-    return np.stack(rows)
+        rows.append(row[None])
+    return np.concatenate(rows)
 
 
 def compress(
@@ -108,7 +110,7 @@ def compress(
         keys: [B, H, S, d].
         scores: [B, N], one per patch; S = N + 1 says that token 0 is CLS.
         dominant: Tokens kept, CLS included where it is kept.
-        contextual: Tokens merged from the rest.
+        contextual: Tokens merged from the rest; 0 leaves the rest out.
         merge: The paper's average or the published code's sum.
         cls_token: Whether CLS is kept.
         kept: [B, dominant]; take this selection instead of the scores' own, to judge the merging

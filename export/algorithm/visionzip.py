@@ -123,7 +123,8 @@ def make_plan(scores: Tensor, keys: Tensor, budget: Budget) -> Plan:
     positions = torch.arange(tower_tokens, device=scores.device)
     kept_rows = (kept.unsqueeze(-1) == positions).float()  # [B, dominant, S]
     if not budget.contextual:
-        return Plan(kept, kept_rows, (kept - int(has_cls)).clamp(min=0))
+        patches_kept = (kept.float() - int(has_cls)).clamp(min=0.0)
+        return Plan(kept, kept_rows, patches_kept.long())
     rest = 1.0 - kept_rows.sum(dim=1)  # [B, S], 1 for tokens neither kept nor dropped
     drops_cls = has_cls and not budget.cls_token
     if drops_cls:

@@ -123,7 +123,8 @@ def judged(
     return {
         **proof.to_json(),
         "first_percentile_cosine": float(np.quantile(cosines, 0.01)) if len(cosines) else -1.0,
-        "contextual_share": len(agreement.merged.cosines) / (contextual * len(agreement.overlaps)),
+        "contextual_share": len(agreement.merged.cosines)
+        / max(1, contextual * len(agreement.overlaps)),
         "group_agreement": groups,
         "short": "; ".join(proof.short),
         "disagrees": "; ".join(CPU_FORM.judge(agreement)),

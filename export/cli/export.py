@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from vzip.export.cli.options import add_compression, add_model
+from vzip.export.cli.options import add_compression, add_model, selection_options
 from vzip.runtime.bundle.origin import Weights
 from vzip.runtime.cli.options import Parser, add_threads
 from vzip.runtime.console import emit, run_command
@@ -41,6 +41,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         merge=arguments.merge,
         cls_token=not arguments.no_cls,
         selection=arguments.selection,
+        selection_options=selection_options(arguments),
         revision=arguments.revision,
         weights=arguments.weights,
         seed=arguments.seed,

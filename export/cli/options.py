@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from typing import get_args
+from collections.abc import Mapping
+from typing import Final, get_args
 
 from vzip.export.algorithm import selections
 from vzip.export.algorithm.budget import Merge
+from vzip.runtime.errors import InvalidInputError
+
+COVERAGE: Final[Mapping[str, tuple[type[float | str], str, str]]] = {
+    "place": (float, "SHARE", "the share of nearness in the grid, 0 to 1 (default: 0)"),
+    "radius": (float, "PATCHES", "how far nearness reaches (default: .107 of the grid's side)"),
+    "alpha": (float, "POWER", "the power of the attention score: 0, 0.5 or 1 (default: 0.5)"),
+    "features": (str, "{keys,tower}", "what patches are compared by (default: keys)"),
+}
+"""Option of `vzip.export.algorithm.selections.coverage` → type, and what the help says of it."""
 
 
 def add_model(parser: argparse.ArgumentParser, *, revision: bool = True) -> None:
@@ -50,6 +60,26 @@ def add_compression(parser: argparse.ArgumentParser, *, default: str = "") -> No
         "--selection",
         choices=selections.names(),
         default=selections.DEFAULT,
-        help="which tokens are kept: visionzip, or a baseline that looks at nothing "
-        "(default: visionzip)",
+        help="which tokens are kept; docs/selections.md has them all (default: visionzip)",
     )
+    for name, (kind, metavar, what) in COVERAGE.items():
+        parser.add_argument(
+            f"--coverage-{name}", type=kind, metavar=metavar, help=f"with coverage, {what}"
+        )
+
+
+def selection_options(arguments: argparse.Namespace) -> dict[str, float | str]:
+    """Take the options of the selection out of the arguments, and return those that were given.
+
+    Raises:
+        InvalidInputError: They are another selection's.
+    """
+    given = {name: vars(arguments).pop(f"coverage_{name}") for name in COVERAGE}
+    found = {name: value for name, value in given.items() if value is not None}
+    if found and arguments.selection != "coverage":
+        raise InvalidInputError(
+            f"got --coverage-{next(iter(found))} with --selection {arguments.selection}",
+            expected="--selection coverage",
+            cure="leave out one of the two",
+        )
+    return found

@@ -21,7 +21,7 @@ from PIL import Image
 from tests.export.layouts import FAMILIES, LAYOUTS, TINY, upstream_model, write_layout
 from vzip.export.algorithm import oracle, selections
 from vzip.export.algorithm.budget import Budget, Merge
-from vzip.export.algorithm.rules import ScoredSelection, Signals
+from vzip.export.algorithm.rules import GreedySelection, ScoredSelection, Signals
 from vzip.export.architecture import Media, VisionConfig
 from vzip.export.graph.trace import GraphOptions
 from vzip.export.pipeline import WeightSource, export_bundle
@@ -249,7 +249,7 @@ def test_every_layout_gives_the_same_graph(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", ["nocls", "one-layer-of-input", *SCORED])
+@pytest.mark.parametrize("change", ["nocls", "one-layer-of-input", "contextual-0", *SCORED])
 def test_other_options(
     case: tuple[str, Media], change: str, checkpoints: Any, tmp_path: Path
 ) -> None:
@@ -260,7 +260,7 @@ def test_other_options(
     method = change if change in selections.names() else selections.DEFAULT
     if change == "one-layer-of-input":
         options["options"] = GraphOptions("pixel_values", 3, opset=17)
-    budget = Budget(7, 3, cls_token, method=method)
+    budget = Budget(7, 0 if change == "contextual-0" else 3, cls_token, method=method)
     bundle = export(folder, tmp_path / "b", media, budget, **options)
     compare(bundle, family, media)
 
@@ -288,6 +288,45 @@ def test_check_passes_for_both_precisions(
         assert "reference.npz" in bundle.manifest.files
         newline = family in ("llava-next", "llava-onevision")
         assert ("image_newline.npy" in bundle.manifest.files) == newline
+
+
+GREEDY = tuple(
+    name for name in selections.names() if issubclass(selections.kind_of(name), GreedySelection)
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GREEDY)
+def test_greedy_picks_are_the_untouched_model_s(
+    case: tuple[str, Media], name: str, checkpoints: Any, tmp_path: Path
+) -> None:
+    """Every family and media; one form of the graph each, so that all forms come."""
+    from vzip.export.pictures import reference_images
+
+    family, media = case
+    place = (CASES.index(case) + GREEDY.index(name)) % 3
+    options = [GraphOptions(), GraphOptions("pixel_values", 3, opset=17), GraphOptions("image", 2)]
+    folder = checkpoints(family, "llava-hf-single")
+    config = WeightSource(str(folder), media=media).config()
+    budget = selections.budget_of(config, selection=name, tokens=9, cls_token=False)
+    bundle = export(
+        folder,
+        tmp_path / "b",
+        media,
+        budget,
+        precision="fp16" if place == 2 else "fp32",
+        options=options[place],
+        tiles="newline" if config.tiling else "reference",
+        check_images=reference_images()[:2],
+    )
+    manifest = bundle.manifest
+    assert manifest.selection.ranked
+    assert manifest.selection.options == budget.options
+    assert manifest.parity is not None
+    assert manifest.parity["passed"] is True
+    assert float(manifest.parity["objective"]) >= (1.0 - 1e-6 if place != 2 else 0.99)
+    assert manifest.opset == options[place].opset
+    assert [each.name for each in manifest.outputs][-1] == "rank"
 
 
 SIZES = ((501, 333), (97, 300), (300, 40), (64, 64), (33, 200), (5, 5))  # width, height
