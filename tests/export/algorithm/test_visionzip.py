@@ -477,4 +477,4 @@ def test_shapes_that_do_not_fit(
 
 
 def test_a_plan_says_what_rows_are_made_of_and_where_they_belong() -> None:
-    assert Plan._fields == ("kept", "token_weights", "positions")
+    assert Plan._fields == ("kept", "token_weights", "positions", "rank")
