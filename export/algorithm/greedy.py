@@ -62,9 +62,9 @@ def cover(similarity: Tensor, weights: Tensor, count: int) -> Tensor:
     Returns:
         float [B, K, N], one-hot rows, in the order of the picks.
     """
-    # [B, 1, N]: how well each patch is covered. Nothing is, without reading the batch's shape.
+    # Zeros, without reading the batch's shape: [B, 1, N], how well each patch is covered.
     covered = similarity[:, :1].clamp(min=0.0, max=0.0)
-    lost = torch.zeros_like(weights)
+    lost = weights.clamp(min=0.0, max=0.0)  # [B, N]
     steps = []
     for _ in range(count):
         added = (similarity - covered).clamp(min=0.0).sum(dim=-1)  # [B, N]
@@ -91,7 +91,7 @@ def spread(similarity: Tensor, count: int) -> Tensor:
     patches = similarity.shape[1]
     itself = FARTHEST * torch.eye(patches, dtype=similarity.dtype, device=similarity.device)
     nearest = (similarity - itself).amax(dim=-1).unsqueeze(1)  # [B, 1, N]
-    lost = torch.zeros_like(similarity[:, 0])
+    lost = nearest.squeeze(1).clamp(min=0.0, max=0.0)
     steps: list[Tensor] = []
     for number in range(count):
         step = _best((1.0 - nearest.squeeze(1)).clamp(min=0.0) + lost)
