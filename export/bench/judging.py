@@ -146,6 +146,8 @@ def _groups(
             taken = dropped | {int(index) for index in kept}
             rest = [token for token in range(tower.tokens) if token not in taken]
             expected = oracle.group(keys[picture].astype(np.float64), rest, selection.contextual)
+            if not expected:  # nothing is merged
+                continue
             into = np.argmax(weights[selection.dominant :], axis=0)  # [S]
             for place, merged in enumerate(expected.values()):
                 same += int((into[merged] == place).sum()) if merged else 0
