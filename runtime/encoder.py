@@ -50,10 +50,13 @@ from vzip.runtime.tokens.positions import (
     EncodedImage,
     Places,
     clip_places,
+    flat_ranks,
     image_places,
     several_places,
     tile_places,
+    tile_ranks,
 )
+from vzip.runtime.tokens.ranks import check_tokens, check_within, unranked
 from vzip.runtime.wording import are, counted
 
 if TYPE_CHECKING:
@@ -79,6 +82,8 @@ class CompressedTokens:
         positions: int64 [B, K], the patch that each token stands for, 0 … N − 1 in raster order,
             without CLS: a kept token's own, a merged token's target, and 0 for CLS. None where the
             bundle was exported before graphs said so (schema 1).
+        rank: int64 [B, K], at which step each token was chosen, 0 … K − 1: those below K′ are what
+            a budget of K′ would have chosen. None where the bundle's selection isn't nested.
         on_device: `embeds` on the GPU that computed them, if that was asked for; torch.from_dlpack
             takes it without a copy. It stays as it is for as long as something refers to it.
     """
@@ -90,10 +95,12 @@ class CompressedTokens:
         groups: Callable[[], NDArray[np.int64]],
         on_device: DeviceArray | None = None,
         positions: NDArray[np.int64] | None = None,
+        rank: NDArray[np.int64] | None = None,
     ) -> None:
         self.embeds = embeds
         self.kept = kept
         self.positions = positions
+        self.rank = rank
         self.on_device = on_device
         self._make_groups = groups
         self._groups: NDArray[np.int64] | None = None
@@ -112,6 +119,36 @@ class CompressedTokens:
         if self._groups is None:
             self._groups = self._make_groups()
         return self._groups
+
+    def first(self, tokens: int) -> CompressedTokens:
+        """Return what a smaller budget would have given: the `tokens` that were chosen first.
+
+        Args:
+            tokens: Of each image, 1 … K.
+
+        Returns:
+            Tokens in the order in which they stand here, on the host.
+
+        Raises:
+            BudgetError: There are fewer, or the bundle's selection isn't nested.
+        """
+        if self.rank is None:
+            raise unranked()
+        count, most = self.rank.shape
+        check_within(tokens, most)
+        chosen, make_groups = self.rank < tokens, self._make_groups
+
+        def cut(array: Array) -> Array:
+            return array[chosen].reshape(count, tokens, *array.shape[2:])
+
+        positions = None if self.positions is None else cut(self.positions)
+        return CompressedTokens(
+            cut(self.embeds),
+            cut(self.kept),
+            make_groups,
+            positions=positions,
+            rank=cut(self.rank),
+        )
 
     def __repr__(self) -> str:
         return f"CompressedTokens(embeds {self.embeds.dtype} {list(self.embeds.shape)})"
@@ -224,6 +261,7 @@ class VisionEncoder:
         on_device: bool = False,
         channels: Channels = "rgb",
         draft: int | None = None,
+        tokens: int | None = None,
     ) -> CompressedTokens:
         """Return the compressed tokens of one or more images.
 
@@ -246,6 +284,8 @@ class VisionEncoder:
                 Images that are no arrays are refused with ``bgr``: they say it themselves.
             draft: As for `load_image`: large JPEGs decoded to fewer pixels, which is faster and
                 gives nearly the same tokens (docs/runtime.md, "Large pictures"). None for all.
+            tokens: A budget below the bundle's, where its selection is nested (docs/selections.md);
+                None for the bundle's.
 
         Returns:
             The tokens, B = the number of images, in their order.
@@ -254,6 +294,7 @@ class VisionEncoder:
             InvalidInputError: An image can't be used, there is none, or there are too many to be
                 left on the device. What is damaged inside is found when it is decoded: the graph
                 may have run with the images before it.
+            BudgetError: `tokens` is beyond the bundle's, or its selection isn't nested.
             BackendError: The encoder is closed or was opened before a fork; the graph failed, or
                 gave what the manifest doesn't promise; the backend leaves nothing on a device. The
                 next call is not affected, unless the device itself is lost, which each then says.
@@ -261,6 +302,7 @@ class VisionEncoder:
         self._usable()  # before any image is decoded
         check_channels(channels)
         check_draft(draft)
+        self._check_tokens(tokens, on_device=on_device)
         sources: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
         if not sources:
             raise InvalidInputError(
@@ -277,17 +319,29 @@ class VisionEncoder:
         pictures = ahead(prepared, sources, threads=self.decoders, most=2 * most)
         with contextlib.closing(pictures):
             batches = iter(lambda: list(islice(pictures, most)), [])
-            return self._encode_batches(map(np.stack, batches), len(sources), on_device)
+            whole = self._encode_batches(map(np.stack, batches), len(sources), on_device)
+        return whole if tokens is None or whole.rank is None else whole.first(tokens)
 
     def image_embeds(
-        self, image: ImageSource, *, channels: Channels = "rgb", several: bool = False
+        self,
+        image: ImageSource,
+        *,
+        channels: Channels = "rgb",
+        several: bool = False,
+        tokens: int | None = None,
     ) -> Array:
         """Return the embeddings of `image_tokens` alone, float32 or float16 [n, L]."""
-        return self.image_tokens(image, channels=channels, several=several).embeds
+        encoded = self.image_tokens(image, channels=channels, several=several, tokens=tokens)
+        return encoded.embeds
 
     @door(InvalidInputError, "the image '{image}' can't be encoded", reads=False)
     def image_tokens(
-        self, image: ImageSource, *, channels: Channels = "rgb", several: bool = False
+        self,
+        image: ImageSource,
+        *,
+        channels: Channels = "rgb",
+        several: bool = False,
+        tokens: int | None = None,
     ) -> EncodedImage:
         """Return all that the language model gets for one image.
 
@@ -302,6 +356,7 @@ class VisionEncoder:
             image: As for `encode`.
             channels: As for `encode`.
             several: Whether the prompt holds other images too.
+            tokens: As for `encode`; of each tile.
 
         Returns:
             Embeddings [n, L], n = K without tiles; the kept indices of each tile; and where the
@@ -310,16 +365,24 @@ class VisionEncoder:
         Raises:
             InvalidInputError: The bundle takes no images, or the image can't be used.
             BundleError: The newline embedding that the order takes is damaged.
+            BudgetError: As for `encode`.
             BackendError: As for `encode`.
         """
         self._usable()
         self._check_media("image")
+        self._check_tokens(tokens)
+        whole = self._image(image, channels, several=several)
+        return whole if tokens is None or whole.ranks is None else whole.first(tokens)
+
+    def _image(self, image: ImageSource, channels: Channels, *, several: bool) -> EncodedImage:
+        """Return the tokens of `image_tokens`, all of them."""
         tiling, tower = self.manifest.tiling, self.manifest.tower
         if tiling is None:
             tokens = self.encode([image], channels=channels)
             embeds = tokens.embeds.reshape(tokens.embeds.shape[1:])  # [1, K, L] → [K, L]
             where = image_places(self.manifest, _first(tokens.positions))
-            return EncodedImage(embeds, tokens.kept, tokens.positions, where)
+            ranks = flat_ranks(tokens.rank, len(embeds))
+            return EncodedImage(embeds, tokens.kept, tokens.positions, where, ranks)
         newline = self.bundle.newline() if tiling.order == "newline" else None
         if several and cuts_only_alone(self.manifest):
             padded = dataclasses.replace(self.manifest.preprocessing, mode="pad_square")
@@ -328,7 +391,8 @@ class VisionEncoder:
             ends = [] if newline is None else [newline_row(newline, tokens.embeds)]
             where = several_places(self.manifest, _first(tokens.positions), newline=bool(ends))
             embeds = np.concatenate([tokens.embeds[0], *ends])
-            return EncodedImage(embeds, tokens.kept, tokens.positions, where)
+            ranks = flat_ranks(tokens.rank, len(embeds))
+            return EncodedImage(embeds, tokens.kept, tokens.positions, where, ranks)
         tiles = cut(load_image(image, channels=channels), self.manifest.preprocessing, tiling)
         tokens = self._encode_pixels(tiles.images, on_device=False)
         grid, embeds, kept = tiles.grid, tokens.embeds[1:], tokens.kept[1:]
@@ -348,16 +412,27 @@ class VisionEncoder:
             )
         )
         where = tile_places(self.manifest, tokens.positions, tokens.kept, grid, tiles.size)
+        ranks = tile_ranks(self.manifest, tokens.rank, tokens.kept, grid, tiles.size)
         embeds = np.concatenate([tokens.embeds[0], others])
-        return EncodedImage(embeds, tokens.kept, tokens.positions, where)
+        return EncodedImage(embeds, tokens.kept, tokens.positions, where, ranks)
 
-    def video_embeds(self, frames: Sequence[ImageSource], *, channels: Channels = "rgb") -> Array:
+    def video_embeds(
+        self,
+        frames: Sequence[ImageSource],
+        *,
+        channels: Channels = "rgb",
+        tokens: int | None = None,
+    ) -> Array:
         """Return the embeddings of `video_tokens` alone, float32 or float16 [n, L]."""
-        return self.video_tokens(frames, channels=channels).embeds
+        return self.video_tokens(frames, channels=channels, tokens=tokens).embeds
 
     @door(InvalidInputError, "the video's frames can't be encoded", reads=False)
     def video_tokens(
-        self, frames: Sequence[ImageSource], *, channels: Channels = "rgb"
+        self,
+        frames: Sequence[ImageSource],
+        *,
+        channels: Channels = "rgb",
+        tokens: int | None = None,
     ) -> EncodedImage:
         """Return all that the language model gets for a clip.
 
@@ -365,6 +440,7 @@ class VisionEncoder:
             frames: A list or tuple of frames in time order, each an image as `encode` takes it:
                 what `vzip.runtime.pictures.video.sample_frames` returns.
             channels: As for `encode`: ``bgr`` for frames from OpenCV's VideoCapture.
+            tokens: As for `encode`; of each frame.
 
         Returns:
             float32 or float16 [n, L]: the K tokens of frame 0, then those of frame 1, …; where the
@@ -374,10 +450,12 @@ class VisionEncoder:
             InvalidInputError: The bundle takes no videos; not a list of frames, or an empty one; a
                 frame can't be used.
             BundleError: The newline embedding is damaged.
+            BudgetError: As for `encode`.
             BackendError: As for `encode`.
         """
         self._usable()
         self._check_media("video")
+        self._check_tokens(tokens)
         if not isinstance(frames, (list, tuple)):
             raise InvalidInputError(
                 f"got {type(frames).__name__}",
@@ -390,14 +468,15 @@ class VisionEncoder:
                 "gets tokens of another kind than in its training; export one with --media video"
             )
         newline = self.bundle.newline() if self.manifest.tower.pool == 2 else None
-        tokens = self.encode(frames, channels=channels)
-        embeds = tokens.embeds.reshape(-1, tokens.embeds.shape[-1])  # [frames·K, L]
-        where = clip_places(self.manifest, tokens.positions, closing=newline is not None)
+        each = self.encode(frames, channels=channels, tokens=tokens)
+        embeds = each.embeds.reshape(-1, each.embeds.shape[-1])  # [frames·K, L]
+        where = clip_places(self.manifest, each.positions, closing=newline is not None)
         if cuts_only_alone(self.manifest):
             where = Places(None, where.span)  # the uncompressed model's tokens are pooled patches
         if newline is not None:
             embeds = np.concatenate([embeds, newline_row(newline, embeds)])
-        return EncodedImage(embeds, tokens.kept, tokens.positions, where)
+        ranks = flat_ranks(each.rank, len(embeds))
+        return EncodedImage(embeds, each.kept, each.positions, where, ranks)
 
     @door(InvalidInputError, "the array can't be encoded", reads=False)
     def run(self, array: Array, *, on_device: bool = False) -> CompressedTokens:
@@ -450,6 +529,17 @@ class VisionEncoder:
                 cure=f"export another with --media {media}",
             )
 
+    def _check_tokens(self, tokens: int | None, *, on_device: bool = False) -> None:
+        """Refuse a budget that the bundle can't give, before anything is decoded."""
+        check_tokens(self.manifest, tokens)
+        if tokens not in (None, self.manifest.selection.tokens) and on_device:
+            raise InvalidInputError(
+                f"got tokens {tokens} and on_device",
+                expected="either of them",
+                cause="rows are taken out on the host",
+                cure="take them out on the device, by `rank`",
+            )
+
     @property
     def decoders(self) -> int:
         """How many threads decode several pictures: those asked for as `threads`, or the cores."""
@@ -498,7 +588,12 @@ class VisionEncoder:
         positions = None
         if self.manifest.has_positions:
             positions = _joined([result[POSITIONS] for result in results])[:count]
-        return CompressedTokens(embeds, kept, lambda: self._groups(chunks, kept), left, positions)
+        rank = None
+        if self.manifest.has_rank:
+            rank = _joined([result[RANK] for result in results])[:count]
+        return CompressedTokens(
+            embeds, kept, lambda: self._groups(chunks, kept), left, positions, rank
+        )
 
     def _run_on_device(
         self, opened: Backend, chunks: list[Array]

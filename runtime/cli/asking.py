@@ -7,7 +7,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, get_args
 
-from vzip.runtime.cli.options import Parser, add_bundle, add_encoder, refuse_swapped
+from vzip.runtime.cli.options import Parser, add_bundle, add_encoder, add_tokens, refuse_swapped
 from vzip.runtime.console import say, watched
 from vzip.runtime.errors import InvalidInputError, printable
 from vzip.runtime.llm import DEFAULT_MAX_NEW_TOKENS, TokenSpec, check_max_new_tokens
@@ -37,6 +37,7 @@ def parser_of(prog: str, description: str) -> Parser:
         help="an image file or several, a video file, or a folder with a video's frames as images",
     )
     add_encoder(parser)
+    add_tokens(parser)
     parser.add_argument(
         "--frames",
         type=int,
@@ -122,7 +123,8 @@ def conversations(arguments: argparse.Namespace) -> list[Conversation]:
         raise unplaced_bundle(f"--positions {asked}")
     # Other backends run no CPU engines, whose tokens the cache then doesn't give either.
     wanted = bundle if arguments.backend in {AUTO, *CPU_ENGINES} else bundle.at(bundle.precision)
-    images = CachedImages([] if framed else paths, wanted, arguments.cache)
+    budget: int | None = arguments.tokens
+    images = CachedImages([] if framed else paths, wanted, arguments.cache, tokens=budget)
     for path in [] if framed else paths:
         tell_if_animated(path, "; give a folder of frames or a video for more")
     with contextlib.ExitStack() as stack:
@@ -134,7 +136,7 @@ def conversations(arguments: argparse.Namespace) -> list[Conversation]:
         choice = choice or own(bundle)
         encoded: EncodedImage | list[EncodedImage]
         if encoder is not None and video:
-            encoded = encoder.video_tokens(frames)
+            encoded = encoder.video_tokens(frames, tokens=budget)
         else:
             encoded = images.encoded(encoder)
     # The vision encoder is closed by now: its memory is the LLM's.

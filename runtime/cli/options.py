@@ -186,6 +186,17 @@ def add_output(
     parser.add_argument("-o", "--output", metavar=metavar, type=Path, required=required, help=text)
 
 
+def add_tokens(parser: argparse.ArgumentParser) -> None:
+    """Add ``--tokens``: a budget below the bundle's, which nested selections have."""
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help="tokens of each image, tile or frame, where the bundle's selection is nested, such as "
+        "coverage (default: the bundle's)",
+    )
+
+
 def add_threads(parser: argparse.ArgumentParser) -> None:
     """Add ``--threads``, which bounds every graph that the command runs on the CPU."""
     parser.add_argument(

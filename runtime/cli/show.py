@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vzip.runtime.cli.asking import tell_if_animated
-from vzip.runtime.cli.options import Parser, add_bundle, add_encoder, add_output, refuse_swapped
+from vzip.runtime.cli.options import (
+    Parser,
+    add_bundle,
+    add_encoder,
+    add_output,
+    add_tokens,
+    refuse_swapped,
+)
 from vzip.runtime.console import emit, say
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.files import outputs
@@ -22,6 +29,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     add_bundle(parser)
     parser.add_argument("image", metavar="IMAGE", type=Path, help="an image file")
     add_encoder(parser)
+    add_tokens(parser)
     add_output(parser, "FILE.png", "the picture to write")
     arguments = parser.read(argv)
     outputs.check_file(arguments.output, ".png")
@@ -45,7 +53,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         manifest = encoder.manifest
         if manifest.tiling is not None:
             say("show: this bundle cuts tiles; the base tile is drawn")
-        tokens = encoder.encode([image])
+        tokens = encoder.encode([image], tokens=arguments.tokens)
         groups = None
         if encoder.backend == "tensorrt":
             # An engine has no output for them; asking for groups there is an error.

@@ -91,6 +91,7 @@ class TokenSpec:
             than `count`: LLaVA-OneVision cuts no tiles then.
         positions: Which positions the rows have unless an LLM is told otherwise.
         placed: Whether the bundle says which patch a row stands for.
+        nested: Whether there may be fewer rows: a smaller budget of the same tokens.
     """
 
     count: int | None
@@ -102,6 +103,7 @@ class TokenSpec:
     several_count: int | None = None
     positions: Positions = "consecutive"
     placed: bool = False
+    nested: bool = False
 
     @classmethod
     def of(cls, manifest: Manifest) -> TokenSpec:
@@ -135,6 +137,7 @@ class TokenSpec:
             several_count=several,
             positions="original" if manifest.model.family in _LLAVA_15_LIKE else "consecutive",
             placed=manifest.selection.span is not None,
+            nested=manifest.selection.ranked,
         )
 
     def rows(self, frames: int | None, *, several: bool = False) -> int | None:
@@ -179,6 +182,7 @@ def check_embeds(
     *,
     hidden_size: int,
     count: int | None,
+    nested: bool = False,
     untiled: bool = False,
     frames: int | None = None,
     largest: float = float("inf"),
@@ -190,6 +194,7 @@ def check_embeds(
         embeds: The tokens, float32 or float16 [n, L].
         hidden_size: L that the LLM takes.
         count: n that the bundle promises; ``None`` without a bundle, or where it varies.
+        nested: Whether fewer will do: a smaller budget of the same tokens.
         untiled: Whether the image is one of several, which this LLM's model doesn't cut.
         frames: Frames of the video; ``None`` for an image.
         largest: Largest magnitude that the LLM's dtype can hold.
@@ -199,7 +204,7 @@ def check_embeds(
     """
     if frames is not None and (type(frames) is not int or frames < 1):
         raise InvalidInputError(f"{name}: got a video of {frames!r} frames", expected="1 or more")
-    rows = "K" if count is None else str(count)
+    rows = "K" if count is None else f"1 … {count}" if nested else str(count)
     whose = (
         "one image's tokens"
         if frames is None
@@ -210,10 +215,10 @@ def check_embeds(
         raise InvalidInputError(f"{name}: got {type(embeds).__name__}", expected=takes)
     if embeds.dtype not in (np.float32, np.float16):
         raise InvalidInputError(f"{name}: got tokens of dtype {embeds.dtype}", expected=takes)
-    right_rows = embeds.ndim == 2 and (
-        embeds.shape[0] >= 1 if count is None else embeds.shape[0] == count
-    )
-    if not right_rows or embeds.shape[1] != hidden_size:
+    least = 1 if nested or count is None else count
+    most = float("inf") if count is None else count
+    right = embeds.ndim == 2 and least <= embeds.shape[0] <= most
+    if not right or embeds.shape[1] != hidden_size:
         batch = embeds.ndim == 3 and frames is None
         cure = "give one image of the batch, such as tokens.embeds[0]" if batch else ""
         if untiled and not batch:
@@ -305,6 +310,7 @@ def check_shown(
             each,
             hidden_size=hidden_size,
             count=None if tokens is None else tokens.rows(frames, several=together),
+            nested=tokens is not None and tokens.nested,
             untiled=untiled,
             frames=frames,
             largest=largest,

@@ -17,6 +17,7 @@ from vzip.runtime.tokens.cache import (
     read_image,
 )
 from vzip.runtime.tokens.file import ImageTokens
+from vzip.runtime.tokens.ranks import check_tokens
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,18 +34,29 @@ class CachedImages:
         missing: SHA-256 → image, of those that must be encoded.
     """
 
-    def __init__(self, paths: Sequence[Path], bundle: Bundle, folder: Path | None) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        bundle: Bundle,
+        folder: Path | None,
+        *,
+        tokens: int | None = None,
+    ) -> None:
         """Look the images up, and decode those that are in no cache.
 
         Args:
             paths: The image files of a prompt; each is read once, so that the bytes that are
                 hashed are those that are encoded.
             bundle: The bundle whose tokens are wanted.
-            folder: That of the cache; None for none.
+            folder: That of the cache; None for none. It holds the bundle's whole budget.
+            tokens: As for `VisionEncoder.encode`.
 
         Raises:
+            BudgetError: The bundle has no such budget.
             InvalidInputError: An image can't be read, or no cache can be made in the folder.
         """
+        check_tokens(bundle.manifest, tokens)
+        self._wanted = tokens
         files = [(path, read_image(path)) for path in paths]
         self.missing: dict[str, Image.Image] = {}
         # Tokens of the graph and of a CPU engine are told apart. Where either may run, either will
@@ -84,7 +96,10 @@ class CachedImages:
             if self._cache is not None:
                 origin = encoder_origin(encoder, several=self._several)
                 self._cache.put(origin, ImageTokens.of(digest, encoded))
-        return [self._tokens[digest] for digest in self._digests]
+        whole = [self._tokens[digest] for digest in self._digests]
+        if self._wanted is None:
+            return whole
+        return [each.first(self._wanted) if each.ranks else each for each in whole]
 
 
 def _decoded(path: Path, data: bytes) -> Image.Image:

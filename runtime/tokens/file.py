@@ -24,6 +24,7 @@ from vzip.runtime.files.plain import open_plain
 from vzip.runtime.files.tensor_header import LARGEST_HEADER, METADATA, check_place, read_header
 from vzip.runtime.guard import door
 from vzip.runtime.tokens.positions import UNKNOWN, EncodedImage, Places, check_places
+from vzip.runtime.tokens.ranks import Ranks
 from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 FORMAT: Final = "vzip-tokens"
 VERSION: Final = "2"
-"""Since 2 there may be `positions` and `where` of an image; a file without them says 1."""
+"""Since 2 there may be `positions`, `where` and `ranks` of an image; a file without says 1."""
 Dtype = Literal["F32", "F16", "I64"]
 _DTYPES: Final[dict[Dtype, np.dtype[Any]]] = {
     "F32": np.dtype("<f4"),
@@ -43,7 +44,12 @@ _DTYPES: Final[dict[Dtype, np.dtype[Any]]] = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LARGEST: Final = 2**31  # bytes of an image's tokens; tiles of the largest LLMs have 0.3 GB
 _WITHOUT: Final = "1"
-_TOKENS, _KEPT, _POSITIONS, _PLACES = "tokens/", "kept/", "token_positions/", "places/"
+_TOKENS, _KEPT = "tokens/", "kept/"
+_POSITIONS, _PLACES = "token_positions/", "places/"
+_RANK, _ROW_RANK = "rank/", "row_rank/"
+# What a tensor of integers is called → its axes; those but the first may be absent. In this order
+# they stand in a file, and are digested.
+_INDICES: Final = {_KEPT: 2, _POSITIONS: 2, _PLACES: 1, _RANK: 2, _ROW_RANK: 1}
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ class ImageTokens:
         positions: int64 [tiles, K], which patch each token of a tile stands for; None where the
             bundle doesn't say.
         where: Where the tokens stand in the uncompressed sequence.
+        ranks: At which step each was chosen; None where the bundle's selection isn't nested.
     """
 
     name: str
@@ -86,29 +93,33 @@ class ImageTokens:
     kept: NDArray[np.int64]
     positions: NDArray[np.int64] | None = None
     where: Places = UNKNOWN
+    ranks: Ranks | None = None
 
     @classmethod
     def of(cls, digest: str, encoded: EncodedImage) -> ImageTokens:
         """Return what was encoded, named after its image's SHA-256."""
         tokens, kept = encoded.embeds, encoded.kept
-        return cls(digest, digest, tokens, kept, encoded.positions, encoded.where)
+        return cls(digest, digest, tokens, kept, encoded.positions, encoded.where, encoded.ranks)
 
     @property
     def encoded(self) -> EncodedImage:
         """As `VisionEncoder.image_tokens` gave it."""
-        return EncodedImage(self.tokens, self.kept, self.positions, self.where)
+        return EncodedImage(self.tokens, self.kept, self.positions, self.where, self.ranks)
 
     @property
-    def indices(self) -> list[NDArray[np.int64]]:
-        """What there is of `kept`, `positions` and the places."""
-        found = (self.kept, self.positions, self.where.places)
-        return [each for each in found if each is not None]
+    def indices(self) -> dict[str, NDArray[np.int64]]:
+        """What there is of `kept`, `positions`, the places and the ranks, by its name in a file."""
+        ranks = (None, None) if self.ranks is None else self.ranks
+        found = (self.kept, self.positions, self.where.places, *ranks)
+        return {
+            kind: each for kind, each in zip(_INDICES, found, strict=True) if each is not None
+        }
 
     @property
     def digest(self) -> str:
         """SHA-256 of the bytes of the tokens and then of `indices`."""
         digest = hashlib.sha256(_raw(self.tokens))
-        for each in self.indices:
+        for each in self.indices.values():
             digest.update(_raw(each))
         return digest.hexdigest()
 
@@ -123,10 +134,8 @@ class TokenRecord:
         digest: `ImageTokens.digest`.
         dtype: ``F32`` or ``F16``, of the tokens.
         shape: n and L.
-        kept: Shape of the kept indices.
         span: Places of the image in the uncompressed sequence; None where that isn't known.
-        positions: Shape of `ImageTokens.positions`; None without.
-        places: Shape of the places; None without.
+        indices: Shape of each of `ImageTokens.indices`.
     """
 
     name: str
@@ -134,10 +143,8 @@ class TokenRecord:
     digest: str
     dtype: Dtype
     shape: tuple[int, ...]
-    kept: tuple[int, ...]
-    span: int | None = None
-    positions: tuple[int, ...] | None = None
-    places: tuple[int, ...] | None = None
+    span: int | None
+    indices: Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -166,10 +173,14 @@ def record_of(image: ImageTokens) -> TokenRecord:
     Raises:
         InvalidInputError: The arrays are not what `ImageTokens` says, or the name is no text.
     """
-    tokens, kept, positions, where = image.tokens, image.kept, image.positions, image.where
+    tokens, kept, indices = image.tokens, image.kept, image.indices
     right = tokens.ndim == 2 and tokens.dtype in (np.float32, np.float16)
-    tiles = [kept] if positions is None else [kept, positions]
-    if not right or any(each.ndim != 2 or each.dtype != np.int64 for each in tiles):
+    for kind, each in indices.items():
+        # Places have a check of their own, which says more.
+        right &= kind == _PLACES or (each.ndim == _INDICES[kind] and each.dtype == np.int64)
+    if right and image.ranks is not None:
+        right = image.ranks.tiles.shape == kept.shape and len(image.ranks.rows) == len(tokens)
+    if not right:
         raise InvalidInputError(
             f"got tokens {tokens.dtype} {list(tokens.shape)} and kept {kept.dtype} "
             f"{list(kept.shape)}",
@@ -184,17 +195,15 @@ def record_of(image: ImageTokens) -> TokenRecord:
             expected="Unicode text",
             cure="rename the file",
         ) from error
-    check_places(image.name, where, len(tokens))
+    check_places(image.name, image.where, len(tokens))
     return TokenRecord(
         image.name,
         image.sha256,
         image.digest,
         _NAMES[tokens.dtype.newbyteorder("<")],
         tokens.shape,
-        kept.shape,
-        where.span,
-        None if positions is None else positions.shape,
-        None if where.places is None else where.places.shape,
+        image.where.span,
+        {kind: each.shape for kind, each in indices.items()},
     )
 
 
@@ -206,7 +215,7 @@ def to_bytes(origin: Origin, images: Sequence[ImageTokens]) -> bytes:
             be longer than `LARGEST_HEADER`.
     """
     parts: list[bytes | memoryview] = [header(origin, [record_of(image) for image in images])]
-    parts += [_raw(each) for image in images for each in image.indices]
+    parts += [_raw(each) for image in images for each in image.indices.values()]
     parts += [_raw(image.tokens) for image in images]
     return b"".join(parts)
 
@@ -221,7 +230,7 @@ def header(origin: Origin, records: Sequence[TokenRecord]) -> bytes:
         InvalidInputError: Two images have one name, or it is longer than `LARGEST_HEADER`.
     """
     entries = [_Image(each.name, each.sha256, each.digest, each.span) for each in records]
-    new = any((each.span, each.positions, each.places) != (None,) * 3 for each in records)
+    new = any(each.span is not None or len(each.indices) > 1 for each in records)
     metadata = {
         "format": FORMAT,
         "version": VERSION if new else _WITHOUT,
@@ -231,8 +240,7 @@ def header(origin: Origin, records: Sequence[TokenRecord]) -> bytes:
     tensors: list[tuple[str, Dtype, tuple[int, ...]]]
     tensors = []
     for each in records:
-        shapes = ((_KEPT, each.kept), (_POSITIONS, each.positions), (_PLACES, each.places))
-        tensors += [(kind + each.name, "I64", shape) for kind, shape in shapes if shape is not None]
+        tensors += [(kind + each.name, "I64", shape) for kind, shape in each.indices.items()]
     tensors += [(_TOKENS + each.name, each.dtype, each.shape) for each in records]
     value: dict[str, object] = {METADATA: metadata}
     place = 0
@@ -321,12 +329,14 @@ class TokenFile:
                     f"one of the {len(self.records)} in the file, such as {list(self.records)[:3]}"
                 ),
             )
-        tokens, kept = self._array(_TOKENS + name), self._array(_KEPT + name)
-        positions = None if record.positions is None else self._array(_POSITIONS + name)
-        places = None if record.places is None else self._array(_PLACES + name)
-        where = Places(places, record.span)
+        tokens = self._array(_TOKENS + name)
+        found = {kind: self._array(kind + name) for kind in record.indices}
+        where = Places(found.get(_PLACES), record.span)
         check_places(f"{self.path}: {name!r}", where, len(tokens))
-        image = ImageTokens(name, record.sha256, tokens, kept, positions, where)
+        ranks = Ranks(found[_RANK], found[_ROW_RANK]) if _RANK in found else None
+        image = ImageTokens(
+            name, record.sha256, tokens, found[_KEPT], found.get(_POSITIONS), where, ranks
+        )
         if image.digest != record.digest:
             raise self._malformed(f"the tokens of {name!r} are not those that were written")
         return image
@@ -411,24 +421,27 @@ class TokenFile:
         left = dict(self._places)
         for image in entries:
             name, width = image.name, self.origin.hidden_size
-            tokens, kept = left.pop(_TOKENS + name, None), left.pop(_KEPT + name, None)
-            patches, places = left.pop(_POSITIONS + name, None), left.pop(_PLACES + name, None)
+            tokens = left.pop(_TOKENS + name, None)
+            found = {kind: left.pop(kind + name) for kind in _INDICES if kind + name in left}
+            kept, places, tiles, rows = map(found.get, (_KEPT, _PLACES, _RANK, _ROW_RANK))
             if tokens is None or tokens.dtype == "I64" or tokens.shape[1:] != (width,):
                 raise self._malformed(f"it has no tokens [n, L] for {name!r}")
             if kept is None or kept.dtype != "I64" or len(kept.shape) != 2:
                 raise self._malformed(f"it has no kept indices [tiles, dominant] for {name!r}")
-            for each, axes in ((patches, 2), (places, 1)):
-                if each is not None and (each.dtype != "I64" or len(each.shape) != axes):
-                    raise self._malformed(f"its positions of {name!r} are no integers [tiles, K]")
+            for kind, each in found.items():
+                if each.dtype != "I64" or len(each.shape) != _INDICES[kind]:
+                    axes = "[tiles, K]" if _INDICES[kind] > 1 else "[n]"
+                    raise self._malformed(f"its '{kind}{name}' are no integers {axes}")
             if places is not None and (image.span is None or places.shape != tokens.shape[:1]):
                 raise self._malformed(f"it has no place for each token of {name!r}, or no span")
+            shapes = [None if each is None else each.shape for each in (tiles, rows)]
+            if shapes not in ([None, None], [kept.shape, tokens.shape[:1]]):
+                raise self._malformed(f"it has no rank for each token of {name!r}")
             records[name] = TokenRecord(
                 **vars(image),
                 dtype=tokens.dtype,
                 shape=tokens.shape,
-                kept=kept.shape,
-                positions=None if patches is None else patches.shape,
-                places=None if places is None else places.shape,
+                indices={kind: each.shape for kind, each in found.items()},
             )
         if left:
             raise self._malformed(f"its list of images doesn't have {sorted(left)[0]!r}")
@@ -453,7 +466,7 @@ def write_tokens(file: BinaryIO, images: Iterable[ImageTokens]) -> None:
 def write_indices(file: BinaryIO, images: Iterable[ImageTokens]) -> None:
     """Write the indices of images behind a file's header."""
     for image in images:
-        for each in image.indices:
+        for each in image.indices.values():
             file.write(_raw(each))
 
 

@@ -37,13 +37,14 @@ from vzip.runtime.tokens.file import (
     write_indices,
     write_tokens,
 )
-from vzip.runtime.tokens.positions import EncodedImage, image_places
+from vzip.runtime.tokens.positions import EncodedImage, flat_ranks, image_places
 from vzip.runtime.wording import counted
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-    from vzip.runtime.encoder import VisionEncoder
+    from vzip.runtime.bundle.manifest import Manifest
+    from vzip.runtime.encoder import CompressedTokens, VisionEncoder
 
 # Images, whether they are read here or not: one in another format was meant to be encoded.
 _SUFFIXES = {
@@ -446,19 +447,25 @@ def encode_images(
         if encoder.manifest.tiling is not None:
             return [encoder.image_tokens(image, several=several) for image in images]
         tokens = encoder.encode(list(images))
-        kept = tokens.kept[:, None]  # [B, dominant] → [B, 1 tile, dominant]
-        if tokens.positions is None:
-            return [EncodedImage(*each) for each in zip(tokens.embeds, kept, strict=True)]
-        return [
-            EncodedImage(embeds, own, patches[None], image_places(encoder.manifest, patches))
-            for embeds, own, patches in zip(tokens.embeds, kept, tokens.positions, strict=True)
-        ]
+        return [_alone(encoder.manifest, tokens, row) for row in range(len(images))]
     except InvalidInputError as error:
         if len(images) == 1:
             return [error]
         middle = len(images) // 2  # the others of the batch are good, most likely
         halves = images[:middle], images[middle:]
         return [each for half in halves for each in encode_images(encoder, half, several=several)]
+
+
+def _alone(manifest: Manifest, tokens: CompressedTokens, row: int) -> EncodedImage:
+    """Return one image of a batch that isn't cut: its axis stays as that of the one tile."""
+    one = slice(row, row + 1)
+    positions = None if tokens.positions is None else tokens.positions[one]
+    rank = None if tokens.rank is None else tokens.rank[one]
+    embeds = tokens.embeds[row]
+    where = image_places(manifest, None if positions is None else positions[0])
+    return EncodedImage(
+        embeds, tokens.kept[one], positions, where, flat_ranks(rank, len(embeds))
+    )
 
 
 def _write_npy_header(file: BinaryIO, records: Sequence[TokenRecord]) -> None:

@@ -31,6 +31,7 @@ import numpy as np
 
 from vzip.runtime.errors import InvalidInputError
 from vzip.runtime.pictures.tiles import arrange, arrange_rows, picture_cells, rows_left
+from vzip.runtime.tokens.ranks import ENDING, Ranks, check_within, unranked
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -72,16 +73,39 @@ class EncodedImage:
         positions: int64 [tiles, K]: of each tile, or frame, as `CompressedTokens.positions`; None
             where the bundle was exported before graphs said so.
         where: Where the rows stand in the uncompressed sequence.
+        ranks: At which step each was chosen; None where the bundle's selection isn't nested.
     """
 
     embeds: Array
     kept: Index
     positions: Index | None = None
     where: Places = UNKNOWN
+    ranks: Ranks | None = None
 
     def __iter__(self) -> Iterator[Array]:
         """Yield `embeds` and `kept`, which were all that there was of it once."""
         return iter((self.embeds, self.kept))
+
+    def first(self, tokens: int) -> EncodedImage:
+        """Return what a smaller budget would have given, of the same numbers.
+
+        Args:
+            tokens: Of each tile or frame, 1 … K. Rows of newlines stay.
+
+        Raises:
+            BudgetError: There are fewer, or the selection isn't nested.
+        """
+        if self.ranks is None:
+            raise unranked()
+        check_within(tokens, self.ranks.tiles.shape[1])
+        tiles, rows = self.ranks.tiles < tokens, self.ranks.rows < tokens
+        kept = self.kept[tiles].reshape(-1, tokens)
+        positions = None if self.positions is None else self.positions[tiles].reshape(-1, tokens)
+        places = None if self.where.places is None else self.where.places[rows]
+        ranks = Ranks(self.ranks.tiles[tiles].reshape(-1, tokens), self.ranks.rows[rows])
+        return EncodedImage(
+            self.embeds[rows], kept, positions, Places(places, self.where.span), ranks
+        )
 
 
 def image_places(manifest: Manifest, positions: Index | None) -> Places:
@@ -141,8 +165,61 @@ def tile_places(
     span = base + height * (width + 1)
     if shrunk or min(height, width) < 1:
         return Places(None, span)
+    chosen = _arranged(manifest, kept, grid, size)
+    tiles = len(positions) - 1
+    tile_row, tile_column = np.divmod(np.arange(tiles)[:, None], grid[1])
+    row, column = np.divmod(positions[1:], side_columns)  # [tiles, K]
+    row = np.clip(tile_row * side_rows + row - top, 0, height - 1).reshape(-1)[chosen]
+    column = np.clip(tile_column * side_columns + column - left, 0, width - 1).reshape(-1)[chosen]
+    newlines = chosen < 0
+    row[newlines], column[newlines] = np.arange(newlines.sum()), width
+    own = _in_tile(manifest, positions[:1])[0]
+    return Places(np.concatenate([own, base + row * (width + 1) + column]), span)
+
+
+def flat_ranks(rank: Index | None, rows: int) -> Ranks | None:
+    """Return the ranks of images, tiles or frames whose rows follow each other as they are.
+
+    Args:
+        rank: int64 [tiles, K], of the graph; None where it gives none.
+        rows: How many there are, with newlines behind them.
+    """
+    if rank is None:
+        return None
+    return Ranks(rank, np.append(rank, np.full(rows - rank.size, ENDING)).astype(np.int64))
+
+
+def tile_ranks(
+    manifest: Manifest,
+    rank: Index | None,
+    kept: Index,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+) -> Ranks | None:
+    """Return the ranks of an image that was cut into tiles.
+
+    Args:
+        manifest: The bundle's, with a tiling.
+        rank: int64 [1 + tiles, K], of the graph; None where it gives none.
+        kept: As for `tile_places`.
+        grid: As for `tile_places`.
+        size: As for `tile_places`.
+    """
+    if rank is None:
+        return None
+    # A newline's number is -1, and what stands last is its rank.
+    others = np.append(rank[1:], ENDING)[_arranged(manifest, kept, grid, size)]
+    return Ranks(rank, np.concatenate([rank[0], others]))
+
+
+def _arranged(
+    manifest: Manifest, kept: Index, grid: tuple[int, int], size: tuple[int, int]
+) -> Index:
+    """Return which row of the tiles stands where: int64 [n], tile · K + row, −1 for newlines."""
+    tiling, tower = manifest.tiling, manifest.tower
+    assert tiling is not None
     # What arranges the tokens arranges their numbers; a newline is -1.
-    tiles, count = positions[1:].shape
+    tiles, count = len(kept) - 1, manifest.selection.tokens
     numbers = np.arange(tiles * count, dtype=np.float64).reshape(tiles, count, 1)
     if tiling.order == "newline":
         order = arrange_rows(
@@ -157,15 +234,7 @@ def tile_places(
         )
     else:
         order = arrange(numbers, kept[1:], grid, patches=tower.grid, cls_token=tower.cls_token)
-    chosen = order[:, 0].astype(np.int64)  # [n]
-    tile_row, tile_column = np.divmod(np.arange(tiles)[:, None], grid[1])
-    row, column = np.divmod(positions[1:], side_columns)  # [tiles, K]
-    row = np.clip(tile_row * side_rows + row - top, 0, height - 1).reshape(-1)[chosen]
-    column = np.clip(tile_column * side_columns + column - left, 0, width - 1).reshape(-1)[chosen]
-    newlines = chosen < 0
-    row[newlines], column[newlines] = np.arange(newlines.sum()), width
-    own = _in_tile(manifest, positions[:1])[0]
-    return Places(np.concatenate([own, base + row * (width + 1) + column]), span)
+    return order[:, 0].astype(np.int64)
 
 
 def clip_places(manifest: Manifest, positions: Index | None, *, closing: bool) -> Places:
