@@ -94,6 +94,7 @@ class CompressedTokens:
         kept: NDArray[np.int64],
         groups: Callable[[], NDArray[np.int64]],
         on_device: DeviceArray | None = None,
+        *,
         positions: NDArray[np.int64] | None = None,
         rank: NDArray[np.int64] | None = None,
     ) -> None:
@@ -591,9 +592,11 @@ class VisionEncoder:
         rank = None
         if self.manifest.has_rank:
             rank = _joined([result[RANK] for result in results])[:count]
-        return CompressedTokens(
-            embeds, kept, lambda: self._groups(chunks, kept), left, positions, rank
-        )
+
+        def groups() -> NDArray[np.int64]:
+            return self._groups(chunks, kept)
+
+        return CompressedTokens(embeds, kept, groups, left, positions=positions, rank=rank)
 
     def _run_on_device(
         self, opened: Backend, chunks: list[Array]

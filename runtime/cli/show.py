@@ -24,7 +24,8 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     """Run ``vzip show``: draw which patches of an image a bundle keeps, and print the path."""
     parser = Parser(
         prog,
-        "Draw which patches of an image are kept (clear), merged (tinted by group) and dimmed.",
+        "Draw which patches of an image are kept (clear), merged (tinted by group) and dimmed; "
+        "of a nested selection, also the order in which they were chosen.",
     )
     add_bundle(parser)
     parser.add_argument("image", metavar="IMAGE", type=Path, help="an image file")
@@ -55,7 +56,9 @@ def main(argv: Sequence[str], *, prog: str) -> int:
             say("show: this bundle cuts tiles; the base tile is drawn")
         tokens = encoder.encode([image], tokens=arguments.tokens)
         groups = None
-        if encoder.backend == "tensorrt":
+        if manifest.selection.contextual == 0:
+            pass  # nothing is merged
+        elif encoder.backend == "tensorrt":
             # An engine has no output for them; asking for groups there is an error.
             say(
                 "show: a TensorRT engine can't tell which tokens were merged, so none are tinted; "
@@ -70,6 +73,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
             cls_token=manifest.tower.cls_token,
             prep=manifest.preprocessing,
             groups=groups,
+            rank=None if tokens.rank is None else tokens.rank[0],
         )
     data = io.BytesIO()
     picture.save(data, format="PNG")

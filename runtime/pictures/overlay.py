@@ -79,6 +79,7 @@ def overlay(
     cls_token: bool,
     prep: Preprocessing,
     groups: NDArray[np.int64] | None,
+    rank: NDArray[np.int64] | None = None,
 ) -> Image.Image:
     """Return a picture of which tokens were kept and which were merged.
 
@@ -94,6 +95,8 @@ def overlay(
         groups: int64 [tokens], or None where they are not known: for each of the tower's tokens,
             which contextual token, counted from 0, it was merged into or is the target of; −1 for
             one that was kept or dropped.
+        rank: int64 [dominant], at which step each kept token was chosen, from 0; its number, from
+            1, is written into the patch. None where the selection has no order.
 
     Returns:
         RGB: the tower's view, enlarged by a whole number until its longer side has `MIN_SIDE`
@@ -106,6 +109,7 @@ def overlay(
     first_patch = int(cls_token)
     tokens = first_patch + cells.rows * cells.cols
     _check_kept(kept, tokens)
+    _check_rank(rank, kept)
     token_kept = np.zeros(tokens, bool)
     token_kept[kept] = True
     patch_kept = token_kept[first_patch:].reshape(cells.rows, cells.cols)
@@ -131,7 +135,8 @@ def overlay(
         else f"{counted(len(kept), 'patch', 'patches')}"
     )
     if groups is None:
-        texts: tuple[str, ...] = (f"{len(kept)} of {tokens} tokens kept ({what})",)
+        ordered = () if rank is None else ("numbers: the order in which they were chosen",)
+        texts: tuple[str, ...] = (f"{len(kept)} of {tokens} tokens kept ({what})", *ordered)
     else:
         texts = (
             f"K = {len(kept) + len(targets)} of {tokens} tokens",
@@ -141,7 +146,10 @@ def overlay(
     counts = [] if groups is None else np.bincount(groups[groups >= 0]).tolist()
     page = _with_legend(picture, texts, counts)
     if cells.cell >= _NUMBERED:
-        _number(page, places, cells)
+        _number(page, dict(enumerate(places)), cells)
+        if rank is not None:
+            steps = zip(rank, kept - first_patch, strict=True)
+            _number(page, {int(s) + 1: divmod(int(patch), cells.cols) for s, patch in steps}, cells)
     return page
 
 
@@ -171,6 +179,16 @@ def _check_kept(kept: NDArray[np.int64], tokens: int) -> None:
             f"overlay: got kept from {kept.min()} to {kept.max()}",
             expected=f"ascending, different indices from 0 to {tokens - 1}",
             cause="they belong to another tower or are not sorted",
+        )
+
+
+def _check_rank(rank: NDArray[np.int64] | None, kept: NDArray[np.int64]) -> None:
+    """Raise InvalidInputError unless `rank` has each step of the kept tokens once."""
+    if rank is not None and not np.array_equal(np.sort(rank), np.arange(len(kept))):
+        raise InvalidInputError(
+            f"overlay: got ranks {np.asarray(rank).tolist()}",
+            expected=f"each of 0 … {len(kept) - 1} once",
+            cure="give those of the same image",
         )
 
 
@@ -276,13 +294,15 @@ def _colours(groups: NDArray[np.int64]) -> NDArray[np.uint8]:
     return np.array(_COLOURS, np.uint8)[groups % len(_COLOURS)]
 
 
-def _number(page: Image.Image, places: list[tuple[int, int]], cells: _Grid) -> None:
-    """Write a group's number into each target's patch."""
+def _number(page: Image.Image, places: dict[int, tuple[int, int]], cells: _Grid) -> None:
+    """Write numbers into the patches at their places."""
     font = ImageFont.load_default(min(_FONT_SIZE, cells.cell * 0.45))
     draw = ImageDraw.Draw(page)
-    for group, (row, col) in enumerate(places):
+    for number, (row, col) in places.items():
         middle = ((col + 0.5) * cells.cell, (row + 0.5) * cells.cell)
-        draw.text(middle, str(group), _WHITE, font, anchor="mm", stroke_width=1, stroke_fill=_PAPER)
+        draw.text(
+            middle, str(number), _WHITE, font, anchor="mm", stroke_width=1, stroke_fill=_PAPER
+        )
 
 
 def _with_legend(

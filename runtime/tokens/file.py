@@ -111,9 +111,7 @@ class ImageTokens:
         """What there is of `kept`, `positions`, the places and the ranks, by its name in a file."""
         ranks = (None, None) if self.ranks is None else self.ranks
         found = (self.kept, self.positions, self.where.places, *ranks)
-        return {
-            kind: each for kind, each in zip(_INDICES, found, strict=True) if each is not None
-        }
+        return {kind: each for kind, each in zip(_INDICES, found, strict=True) if each is not None}
 
     @property
     def digest(self) -> str:

@@ -463,9 +463,7 @@ def _alone(manifest: Manifest, tokens: CompressedTokens, row: int) -> EncodedIma
     rank = None if tokens.rank is None else tokens.rank[one]
     embeds = tokens.embeds[row]
     where = image_places(manifest, None if positions is None else positions[0])
-    return EncodedImage(
-        embeds, tokens.kept[one], positions, where, flat_ranks(rank, len(embeds))
-    )
+    return EncodedImage(embeds, tokens.kept[one], positions, where, flat_ranks(rank, len(embeds)))
 
 
 def _write_npy_header(file: BinaryIO, records: Sequence[TokenRecord]) -> None:

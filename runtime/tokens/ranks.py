@@ -2,7 +2,7 @@
 
 A greedy selection chooses one patch after the other, so its first 22 picks are what a budget of 22
 would have chosen. The graph of such a bundle has the output ``rank``: at which step a row was
-chosen. The rows with ``rank < 22``, in the order in which they stand, are the tokens of that budget.
+chosen. The rows with ``rank < 22``, in the order in which they stand, are that budget's tokens.
 """
 
 from __future__ import annotations
