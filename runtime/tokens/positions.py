@@ -165,8 +165,8 @@ def tile_places(
     span = base + height * (width + 1)
     if shrunk or min(height, width) < 1:
         return Places(None, span)
-    chosen = _arranged(manifest, kept, grid, size)
-    tiles = len(positions) - 1
+    tiles, count = positions[1:].shape
+    chosen = _arranged(manifest, kept, grid, size, count=count)
     tile_row, tile_column = np.divmod(np.arange(tiles)[:, None], grid[1])
     row, column = np.divmod(positions[1:], side_columns)  # [tiles, K]
     row = np.clip(tile_row * side_rows + row - top, 0, height - 1).reshape(-1)[chosen]
@@ -208,18 +208,22 @@ def tile_ranks(
     if rank is None:
         return None
     # A newline's number is -1, and what stands last is its rank.
-    others = np.append(rank[1:], ENDING)[_arranged(manifest, kept, grid, size)]
+    chosen = _arranged(manifest, kept, grid, size, count=rank.shape[1])
+    others = np.append(rank[1:], ENDING)[chosen]
     return Ranks(rank, np.concatenate([rank[0], others]))
 
 
 def _arranged(
-    manifest: Manifest, kept: Index, grid: tuple[int, int], size: tuple[int, int]
+    manifest: Manifest, kept: Index, grid: tuple[int, int], size: tuple[int, int], *, count: int
 ) -> Index:
-    """Return which row of the tiles stands where: int64 [n], tile · K + row, −1 for newlines."""
+    """Return which row of the tiles stands where: int64 [n], tile · K + row, −1 for newlines.
+
+    K is `count`.
+    """
     tiling, tower = manifest.tiling, manifest.tower
     assert tiling is not None
     # What arranges the tokens arranges their numbers; a newline is -1.
-    tiles, count = len(kept) - 1, manifest.selection.tokens
+    tiles = len(kept) - 1
     numbers = np.arange(tiles * count, dtype=np.float64).reshape(tiles, count, 1)
     if tiling.order == "newline":
         order = arrange_rows(

@@ -544,15 +544,16 @@ def test_ask_answers_about_a_folder_of_frames(bundle, tmp_path, monkeypatch, cap
         frame.save(tmp_path / "frames" / f"{index + 9}.png")
     with VisionEncoder.open(bundle.folder) as encoder:
         expected = np.concatenate([encoder.encode([frame]).embeds[0] for frame in frames])
-    answer = TransformersLLM.open(bundle.llava).ask(
-        expected, QUESTIONS[0], frames=3, max_new_tokens=9
+        encoded, tokens = encoder.video_tokens(frames), TokenSpec.of(encoder.manifest)
+    answer = TransformersLLM.open(bundle.llava, tokens=tokens).ask(
+        encoded, QUESTIONS[0], frames=3, max_new_tokens=9
     )
     begun = []
     begin = TransformersLLM.conversation
 
-    def conversation(self, embeds, *, frames=None):
+    def conversation(self, embeds, *, frames=None, **options):
         begun.append((embeds, frames))
-        return begin(self, embeds, frames=frames)
+        return begin(self, embeds, frames=frames, **options)
 
     monkeypatch.setattr(TransformersLLM, "conversation", conversation)
     capsys.readouterr()

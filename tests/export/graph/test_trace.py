@@ -552,7 +552,7 @@ def test_hide_token_weights() -> None:
     x = value("image", 1, 4)
     nodes, outputs = relus([x], EMBEDS, KEPT, POSITIONS, "other")
     # An attention map as an output would be that, and a second consumer of the softmax.
-    refuses(passes.HideTokenWeights(), model([x], nodes, outputs), "'other']; expected image_emb")
+    refuses(passes.HideTokenWeights(), model([x], nodes, outputs), "'other']; expected ['image_emb")
     x = value("image", 1, 4)
     nodes, outputs = relus([x], KEPT, EMBEDS, POSITIONS, TOKEN_WEIGHTS)
     refuses(passes.HideTokenWeights(), model([x], nodes, outputs), "outputs are ['kept_indices'")
