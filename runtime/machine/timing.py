@@ -72,8 +72,8 @@ def interleaved(
 
     Args:
         calls: Name → what is timed; it returns when its result is on the host.
-        seconds: That the timed calls take together, roughly; `SECONDS` by default. None gets
-            fewer than `LEAST`.
+        seconds: That the calls take together, roughly, with what settles them; `SECONDS` by
+            default. None gets fewer than `LEAST`.
         settle_s: How long each is called, untimed, before it is timed. Some libraries' threads wait
             for their next work by spinning, and so take time from whatever is called after them:
             ONNX Runtime's two threads took 31 ms of processor time after a call (1.31).
@@ -85,7 +85,7 @@ def interleaved(
     for _ in range(WARM_UP - 1):
         for name in names:
             calls[name]()
-    warm = sum(_milliseconds(calls[name]) for name in names)
+    warm = sum(_milliseconds(calls[name]) for name in names) + 1000 * settle_s * len(names)
     limit = SECONDS if seconds is None else seconds
     rounds = min(MOST, max(LEAST, math.ceil(1000 * limit / max(warm, 1e-6))))
     taken: dict[str, list[float]] = {name: [] for name in names}
