@@ -31,7 +31,7 @@ from vzip.export.pages import markdown
 from vzip.runtime import VisionEncoder
 from vzip.runtime.agreement import compare
 from vzip.runtime.backends.packages import import_onnxruntime
-from vzip.runtime.bundle.manifest import EMBEDS, KEPT, MODEL_FILE
+from vzip.runtime.bundle.manifest import EMBEDS, KEPT, MODEL_FILE, POSITIONS
 from vzip.runtime.bundle.reader import Bundle, read_bundle
 from vzip.runtime.machine.process import peak_bytes
 from vzip.runtime.machine.record import machine
@@ -188,6 +188,10 @@ class Nothing:
         (embeds,) = (output for output in manifest.outputs if output.name == EMBEDS)
         shape = (count, *map(int, embeds.shape[1:]))
         self.outputs[EMBEDS] = rng.standard_normal(shape).astype(embeds.dtype)
+        if manifest.has_positions:
+            own = np.maximum(kept - int(manifest.tower.cls_token), 0)
+            merged = np.arange(manifest.selection.contextual, dtype=np.int64)
+            self.outputs[POSITIONS] = np.append(own, merged)[None].repeat(count, axis=0)
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """See `vzip.runtime.backends.Backend`."""

@@ -702,10 +702,9 @@ def _checked_input(manifest: Manifest, array: object) -> Array:
             f"got {type(array).__name__}",
             expected=f"a numpy array: {expected}",
         )
-    got = f"{array.dtype} {list(array.shape)}"
     if array.dtype != np.dtype(expected.dtype):
         raise InvalidInputError(
-            f"got {got}",
+            f"got {array.dtype} {list(array.shape)}",
             expected=f"{expected}",
             cure=(
                 "give the bundle's input as it is, unscaled"
@@ -716,7 +715,7 @@ def _checked_input(manifest: Manifest, array: object) -> Array:
     if array.shape[1:] != expected.shape[1:]:
         layout = "[B, H, W, 3]" if expected.name == "image" else "[B, 3, H, W]"
         raise InvalidInputError(
-            f"got {got}",
+            f"got {array.dtype} {list(array.shape)}",
             expected=f"{expected}",
             cause=f"the axes are {layout}, at the tower's resolution",
             cure="transpose or resize it, or use encode(), which does",
@@ -760,9 +759,11 @@ def check_outputs(manifest: Manifest, backend: str, outputs: dict[str, Array], c
             cure=cure,
         )
     first = int(manifest.tower.cls_token and not manifest.selection.cls_token)
-    in_range = kept.min() >= first and kept.max() < manifest.tower.tokens
-    with_cls = not manifest.selection.cls_token or bool((kept[:, 0] == 0).all())
-    if not (in_range and with_cls and bool((np.diff(kept, axis=1) > 0).all())):
+    # Of ascending tokens the first and the last say how far they reach.
+    ascending = bool((kept[:, 1:] > kept[:, :-1]).all())
+    lowest, highest = kept[:, 0], kept[:, -1]
+    in_range = ascending and bool((lowest >= first).all()) and highest.max() < manifest.tower.tokens
+    if not in_range or (manifest.selection.cls_token and lowest.any()):
         raise BackendError(
             f"{backend} gave {KEPT} {kept[0].tolist()}",
             expected=(
@@ -784,7 +785,9 @@ def _check_positions(manifest: Manifest, backend: str, positions: Array, kept: A
     has_cls, dominant = int(manifest.tower.cls_token), manifest.selection.dominant
     patches = manifest.tower.tokens - has_cls
     own = np.maximum(kept - has_cls, 0)
-    if positions.min() < 0 or positions.max() >= patches or (positions[:, :dominant] != own).any():
+    # As unsigned numbers those below 0 are the largest.
+    right = positions.view(np.uint64).max() < patches and (positions[:, :dominant] == own).all()
+    if not right:
         raise BackendError(
             f"{backend} gave {POSITIONS} {positions[0].tolist()}",
             expected=f"patches 0 … {patches - 1}, of kept tokens their own: {own[0].tolist()} …",
