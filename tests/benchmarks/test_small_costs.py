@@ -13,6 +13,7 @@ from PIL import Image
 
 from benchmarks import small_costs
 from benchmarks.harness import photographs
+from tests import exported
 from vzip.runtime import VisionEncoder
 from vzip.runtime.bundle.reader import read_bundle
 
